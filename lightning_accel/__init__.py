@@ -1,0 +1,40 @@
+"""Prune, distill and quantize inside ``Trainer.fit``; ship a network proven to be the one that was trained.
+
+Public names are resolved lazily: ``import lightning_accel`` imports neither torch nor any optional package.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DistillationModule": "distillation.module",
+    "SoftTargetLoss": "distillation.losses",
+    "WeightPruning": "pruning.weights",
+    "QuantizationAwareTraining": "quantization.callback",
+    "ModelExport": "export.callback",
+    "export_onnx": "export.onnx",
+    "verify": "export.verification",
+    "VerificationError": "export.verification",
+    "ExactResume": "resume",
+    "load_from_checkpoint": "structure",
+    "Runner": "engines.base",
+    "load_runner": "engines.base",
+    "build_engine": "engines.tensorrt",
+    "benchmark": "benchmarking.measure",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 -- the mapping's keys are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(f"lightning_accel.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module `lightning_accel` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

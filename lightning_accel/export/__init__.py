@@ -1,0 +1,1 @@
+"""Export: ONNX files, the proof that they are the trained network, and the bundle that ships."""

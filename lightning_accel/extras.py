@@ -1,0 +1,26 @@
+"""Optional packages: imported where they are needed, and named with their extra when they are missing."""
+
+from importlib import import_module
+from typing import Any
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        module: import name, e.g. ``"onnxruntime"``.
+        extra: extra of this distribution that installs it.
+        purpose: what needs it; becomes the subject of the error, e.g. ``"Engine `onnxruntime`"``.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise  # the package is there, something it needs is not: its own message is the better one
+        raise ModuleNotFoundError(
+            f'{purpose} needs the package `{module}`, which is not installed: pip install "lightning-accel[{extra}]"',
+            name=module,
+        ) from None

@@ -1,0 +1,1 @@
+"""Quantization-aware training: targets, fake-quant with their arithmetic, capture, convert, and the callback."""
