@@ -25,7 +25,7 @@ _PUBLIC = {
     "benchmark": "benchmarking.measure",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 -- the mapping's keys are strings
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

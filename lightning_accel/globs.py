@@ -41,5 +41,6 @@ def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str],
     return [
         name
         for name in names
-        if (not include or any(fnmatchcase(name, p) for p in include)) and not any(fnmatchcase(name, p) for p in exclude)
+        if (not include or any(fnmatchcase(name, p) for p in include))
+        and not any(fnmatchcase(name, p) for p in exclude)
     ]

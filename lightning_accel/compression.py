@@ -1,0 +1,129 @@
+"""What the compression callbacks share: a name for their state, the run's timeline, and the checks before training."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from typing_extensions import override
+
+from lightning_accel import structure
+from lightning_accel.schedules import Timeline, check_position
+
+_PREFIX = "lightning_accel."
+
+
+class CompressionCallback(L.Callback):
+    """Base of the callbacks that change the network during ``fit``.
+
+    Args:
+        name: the callback's state sits under it in the checkpoint, so two of a kind can be used.
+        start: epoch (int) or share of the run (float) at which the phase begins.
+        end: epoch or share at which its target is reached; ``None``: no end of its own.
+    """
+
+    def __init__(self, *, name: str, start: float = 0, end: float | None = None) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"Argument `name` must be a non-empty string, but got {name!r}.")
+        check_position("start", start)
+        check_position("end", end)
+        if end is not None and type(start) is type(end) and end < start:
+            raise ValueError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
+        self.name, self.start, self.end = name, start, end
+        self._start_step, self._end_step = 0, 0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"{_PREFIX}{type(self).__name__}.{self.name}"
+
+    def unfinished(self) -> str:
+        """Why the network isn't yet what this callback was asked for; empty once it is."""
+        raise NotImplementedError
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_supported(trainer, pl_module, type(self).__name__)
+            keys = [c.state_key for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+            if keys.count(self.state_key) > 1:
+                raise ValueError(
+                    f"Argument `name` must differ between two {type(self).__name__}, but got {self.name!r} twice."
+                )
+            for argument, value in (("start", self.start), ("end", self.end)):
+                if isinstance(value, int) and trainer.max_epochs not in (None, -1) and value > trainer.max_epochs:
+                    raise ValueError(
+                        f"Argument `{argument}` must lie within the run's {trainer.max_epochs} epochs, but got {value}. "
+                        "Train longer or start earlier."
+                    )
+        first = next(c for c in trainer.callbacks if isinstance(c, CompressionCallback))  # type: ignore[attr-defined]
+        if trainer.ckpt_path is not None and first is self:  # the record is the whole module's: once is enough
+            self._replay(trainer, pl_module, stage)
+
+    def _replay(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        checkpoint = structure.read_checkpoint(trainer.ckpt_path)  # type: ignore[arg-type]
+        if stage == "fit":
+            known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+            lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]
+            if lost:
+                raise ValueError(
+                    f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint with state "
+                    f"of {', '.join(k.removeprefix(_PREFIX) for k in lost)}, for which the Trainer has no callback. "
+                    "Add it back, with the same `name`."
+                )
+        changes = structure.load_record(checkpoint)
+        if changes != structure.record_of(pl_module):
+            structure.replay(pl_module, changes)
+        structure.restore_states(pl_module, checkpoint)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        timeline = timeline_of(trainer)
+        self._start_step = timeline.step("start", self.start)
+        self._end_step = self._start_step if self.end is None else timeline.step("end", self.end)
+        if self._end_step < self._start_step:
+            raise ValueError(
+                f"Argument `end` must be at or after `start` ({self.start}, step {self._start_step}), but got {self.end}, "
+                f"which is step {self._end_step}."
+            )
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        structure.save_record(pl_module, checkpoint)
+
+
+def timeline_of(trainer: L.Trainer) -> Timeline:
+    """Length of the run in optimizer steps; the training loader must be set up (``on_train_start`` or later)."""
+    batches = trainer.num_training_batches
+    steps = math.inf if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    total = math.inf if trainer.max_epochs in (None, -1) else steps * trainer.max_epochs
+    return Timeline(steps, total if trainer.max_steps == -1 else min(total, trainer.max_steps))
+
+
+def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) -> None:
+    """Refuse, before training, what isn't supported yet.
+
+    Raises:
+        ValueError: manual optimization, or a strategy that shards or wraps the module in a way we don't follow.
+    """
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"Argument `automatic_optimization` must be True with {who}, but got False. Manual optimization isn't supported."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"Argument `strategy` must be a single device or DDP with {who}, but got {type(trainer.strategy).__name__}. "
+            "Strategies that shard parameters aren't supported."
+        )
+
+
+def check_one_optimizer(trainer: L.Trainer, who: str) -> None:
+    """Refuse several optimizers, as soon as they exist.
+
+    Raises:
+        ValueError: ``configure_optimizers`` returned several.
+    """
+    if len(trainer.optimizers) != 1:
+        raise ValueError(
+            f"Method `configure_optimizers` must return one optimizer with {who}, but got {len(trainer.optimizers)}."
+        )

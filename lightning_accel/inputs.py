@@ -1,0 +1,216 @@
+"""Inputs: from a batch of the user's loader to the arguments of the module's ``forward``."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+InputsFunction = Callable[[Any], Any]
+
+
+def canonical_call(
+    sig: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One form for every way to write the same call: positional where possible, defaults filled in.
+
+    Raises:
+        TypeError: the arguments don't fit the signature.
+    """
+    bound = sig.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args, dict(bound.kwargs)
+
+
+def own_signature(module: nn.Module) -> Signature:
+    """Signature of the module's own ``forward``, whatever took it over."""
+    with own_forward(module):
+        return signature(module.forward)
+
+
+@contextmanager
+def own_forward(module: nn.Module) -> Iterator[None]:
+    """The module's own ``forward``, whatever took it over."""
+    taken = module.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            module.__dict__["forward"] = taken
+
+
+@contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """All submodules in train or eval mode; each gets its own mode back."""
+    before = {m: m.training for m in module.modules()}
+    try:
+        for m in before:
+            m.training = training
+        yield
+    finally:
+        for m, flag in before.items():
+            m.training = flag
+
+
+def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None = None) -> Call:
+    """Arguments with which ``forward`` is called for a batch.
+
+    With ``inputs``, whatever it returns: a tuple is positional arguments, a dict keyword arguments, anything else the one
+    argument. Without, by the signature: a dict batch gives the keywords that ``forward`` names (or is passed whole if it
+    names none), a sequence gives its first elements, as many as ``forward`` requires.
+
+    Args:
+        module: whose ``forward`` is meant.
+        batch: what the loader yields.
+        inputs: the user's own rule.
+
+    Returns:
+        Positional and keyword arguments in canonical form.
+
+    Raises:
+        ValueError: the batch doesn't give what ``forward`` needs.
+    """
+    own = own_signature(module)
+    args, kwargs = _as_call(inputs(batch)) if inputs is not None else _by_signature(own.parameters, batch)
+    try:
+        return canonical_call(own, args, kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"Argument `inputs` must map a batch to the arguments of `{type(module).__name__}.forward{own}`, but a batch of "
+            f"type {type(batch).__name__} gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
+        ) from None
+
+
+def _as_call(value: Any) -> Call:
+    if isinstance(value, tuple):
+        return value, {}
+    return ((), dict(value)) if isinstance(value, Mapping) else ((value,), {})
+
+
+def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
+    ordinary = [
+        p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    required = [p for p in ordinary if p.default is p.empty]
+    if isinstance(batch, Mapping):
+        # `labels` would make a Hugging Face model compute its loss: the shipped network has no labels.
+        known = {p.name: batch[p.name] for p in ordinary if p.name in batch and p.name != "labels"}
+        if known and all(p.name in known for p in required):
+            return (), known
+        return (batch,), {}
+    if isinstance(batch, list | tuple):
+        count = max(len(required), 1)
+        first = batch[0]
+        if count > 1 and len(batch) <= count and isinstance(first, list | tuple) and len(first) == count:
+            return tuple(first), {}  # ((a, b), target)
+        return tuple(batch[:count]), {}
+    return (batch,), {}
+
+
+def target_from_batch(batch: Any) -> torch.Tensor | None:
+    """Class labels in a batch: integers of shape ``(N,)``, last in a sequence or under a usual name; ``None`` if not found."""
+    if isinstance(batch, Mapping):
+        found = next((batch[k] for k in ("labels", "label", "target", "targets", "y") if k in batch), None)
+    else:
+        found = batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if isinstance(found, torch.Tensor) and found.ndim == 1 and not found.is_floating_point():
+        return found
+    return None
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Whatever happens inside, the global random generators go on as if it hadn't."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def peek(loader: Any) -> Any:
+    """A batch as the loader would make it, without moving its sampler, its generator or the global random state.
+
+    For a map-style dataset it is made of the first samples; an iterable one is started anew.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    with isolated_random():
+        if (
+            isinstance(loader, DataLoader)
+            and not isinstance(loader.dataset, IterableDataset)
+            and loader.collate_fn is not None
+        ):
+            size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, len(loader.dataset))  # type: ignore[arg-type]
+            if size:
+                return loader.collate_fn([loader.dataset[i] for i in range(size)])
+        for batch in loader:
+            return batch
+    raise ValueError("Argument `train_dataloaders` must yield a batch, but got an empty loader.")
+
+
+def first_batch(trainer: L.Trainer) -> Any:
+    """A training batch before the fit loop has set its loaders up."""
+    with isolated_random():
+        loader = trainer.fit_loop._data_source.dataloader()
+    return peek(loader)
+
+
+def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
+    """How ``forward`` of a LightningModule is called: by ``inputs``, else ``example_input_array``, else the first batch."""
+    example = getattr(module, "example_input_array", None)
+    if inputs is None and example is not None:
+        return canonical_call(own_signature(module), *_as_call(example))
+    return call_from_batch(module, first_batch(trainer), inputs)
+
+
+def find_submodule(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(
+            f"Argument `module` must be the path of a submodule, but got {path!r}. There are: {names}."
+        ) from None
+
+
+def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
+    """How a submodule is called when its root is called with ``call``; nothing but the call is observed.
+
+    Raises:
+        ValueError: there is no such submodule, or it isn't called exactly once.
+    """
+    try:
+        part = module.get_submodule(path)
+    except AttributeError:
+        names = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(
+            f"Argument `module` must be the path of a submodule, but got {path!r}. There are: {names}."
+        ) from None
+    seen: list[Call] = []
+    handle = part.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        with isolated_random(), mode(module, False), own_forward(module), torch.no_grad():
+            module(*call[0], **call[1])
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise ValueError(
+            f"Argument `module` must name a submodule that `forward` calls once, but got {path!r}, which it called {len(seen)} times."
+        )
+    return canonical_call(own_signature(part), *seen[0])

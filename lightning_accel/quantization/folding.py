@@ -1,0 +1,60 @@
+"""Folding: a convolution or linear layer with its batch norm as one operator with integer weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.quantization.fake_quant import TINY, RangeBank, per_channel, quantize_weight
+from lightning_accel.quantization.quantizer import aten
+
+
+class FoldedOperator(nn.Module):
+    """A convolution or linear layer with quantized weight, and the batch norm behind it folded into scales and bias.
+
+    Scaling an output channel scales its step: ``norm(conv(x, q * s)) = conv(x, q * (s * f)) + b`` with
+    ``f = gamma / sqrt(var + eps)``, so the integers stay what was trained. A negative ``f`` flips their sign; a zero one
+    makes them zeros.
+
+    Args:
+        bank: says whether fake-quant is active, and the weight's integers.
+        operator: an ``aten`` convolution or linear.
+        axis: output channels of the weight.
+        rest: arguments of ``operator`` after the bias.
+        epsilon: of the batch norm; ``None`` if there is none.
+    """
+
+    def __init__(self, bank: RangeBank, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None) -> None:
+        super().__init__()
+        self.bank, self.operator, self.axis, self.rest, self.epsilon = bank, operator, axis, rest, epsilon
+
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` that ship."""
+        integers, scale = quantize_weight(weight, self.axis, self.bank.target.weight_max)
+        if self.epsilon is None:
+            return integers, scale, bias
+        gamma, beta, mean, variance = norm
+        assert mean is not None
+        assert variance is not None
+        deviation = torch.sqrt(variance + self.epsilon)
+        factor = 1.0 / deviation if gamma is None else gamma / deviation
+        integers = integers * per_channel(torch.sign(factor), weight.ndim, self.axis)
+        folded = scale * factor.abs()
+        scale = torch.where(folded < TINY, scale, folded)  # gamma 0: the integers are zeros, any scale will do
+        shift = -mean if bias is None else bias - mean
+        return integers, scale, shift * factor if beta is None else beta + shift * factor
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of the operator (and batch norm in eval mode)."""
+        if self.bank.active:
+            integers, scale, bias = self.fold(weight, bias, *norm)
+            return self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
+        y = self.operator(x, weight, bias, *self.rest)
+        if self.epsilon is None:
+            return y
+        gamma, beta, mean, variance = norm
+        return aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)

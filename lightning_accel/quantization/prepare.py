@@ -1,0 +1,226 @@
+"""Prepare: put fake-quant into a module's ``forward``, and take it out again.
+
+A train and an eval graph are captured from the same module. They share its parameters and buffers, and one bank of
+ranges, so switching modes re-traces nothing and evaluation is exactly that of the module. The eval graph folds batch norm
+the way convert does, so that it computes what ships.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lightning_accel import structure
+from lightning_accel.quantization.capture import (
+    Bindings,
+    InputGuard,
+    canonical_call,
+    capture,
+    own_signature,
+)
+from lightning_accel.quantization.fake_quant import ActivationFakeQuant, RangeBank, WeightFakeQuant
+from lightning_accel.quantization.folding import FoldedOperator
+from lightning_accel.quantization.quantizer import Plan, Point, aten, plan_points
+from lightning_accel.quantization.targets import Target
+from lightning_accel.structure import Change
+
+
+class QuantizedForward:
+    """Takes over a module's ``forward``: two captured graphs with fake-quant, over the module's own tensors.
+
+    Args:
+        module: whose ``forward`` it replaces; stays in the tree with everything else it has.
+        inputs: from :func:`~lightning_accel.quantization.capture.describe_inputs`.
+        target: arithmetic to simulate.
+        include: globs of operators.
+        exclude: globs of operators; wins.
+        path: the module's name, for messages.
+
+    Raises:
+        CaptureError: the module can't be captured.
+        ValueError: nothing is left to quantize, or a glob matches nothing.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Any],
+        target: Target,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        path: str = "",
+    ) -> None:
+        self.module, self.inputs, self.path, self.target = module, inputs, path, target
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self._signature = own_signature(module)
+        self._guard = InputGuard(inputs, path or type(module).__name__)
+        self.bank: RangeBank
+        self._graphs: dict[bool, GraphModule] = {}
+        self._build()
+
+    def _build(self) -> None:
+        """Capture both graphs on the module's present device; ranges stay, if there are any."""
+        with torch.inference_mode(False):
+            graphs = {training: capture(self.module, self.inputs, training, self.path) for training in (True, False)}
+            plans = {training: plan_points(graph, self.include, self.exclude) for training, graph in graphs.items()}
+            tensors = _shared_tensors(plans, self.path)
+            if not hasattr(self, "bank"):
+                self.bank = RangeBank(list(dict.fromkeys(tensors.values())), self.target)
+            for training, graph in graphs.items():
+                place_fake_quants(graph, plans[training], tensors, self.bank, training)
+        self.kept_float = plans[False].kept_float
+        self._graphs = graphs
+        self._bindings = {training: Bindings(graph, self.module) for training, graph in graphs.items()}
+        self._device = _device_of(self.module)
+        self.bank.to(self._device)
+
+    def graph(self, training: bool) -> GraphModule:
+        """The captured graph of a mode, over the module's present tensors."""
+        if not self._graphs or _device_of(self.module) != self._device:
+            self._build()  # a graph holds constants of the device it was captured on
+        self._bindings[training].sync()
+        return self._graphs[training]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same signature and result as the module's own ``forward``."""
+        args, kwargs = canonical_call(self._signature, args, kwargs)
+        self._guard.check(args, kwargs)
+        return self.graph(self.module.training).forward(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graphs, which are captured again where they are needed."""
+        return {**self.__dict__, "_graphs": {}, "_bindings": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedForward":
+        """For the copied module (EMA copies modules): same ranges, graphs captured anew on first use."""
+        copy = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(self.__getstate__(), module=deepcopy(self.module, memo))
+        return copy
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(module.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
+    """Operand -> tensor, as the eval graph has them; each plan is cut down to operators that both graphs have.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    trained = plans[True].tensors()
+    for point in plans[False].points:
+        if point.axis is None and point.key not in trained:
+            plans[False].kept_float[point.key.split(":")[0]] = "only part of evaluation: training never sees its range"
+    plans[False].points = [p for p in plans[False].points if p.key.split(":")[0] not in plans[False].kept_float]
+    tensors = plans[False].tensors()
+    shipped = {p.key for p in plans[False].points}
+    plans[True].points = [p for p in plans[True].points if p.key in shipped]
+    if not tensors:
+        raise ValueError(
+            f"Argument `include` must leave an operator to quantize, but got none in {f'`{path}`' if path else 'the module'}. "
+            f"Kept in float: {plans[False].kept_float or 'nothing, since it has no operator that can be quantized'}."
+        )
+    return tensors
+
+
+def place_fake_quants(
+    graph_module: GraphModule, plan: Plan, tensors: Mapping[str, str], bank: RangeBank, training: bool
+) -> None:
+    """Insert the fake-quants of a plan into a captured graph, one for each tensor.
+
+    In an eval graph, operators with a weight become :class:`FoldedOperator`.
+    """
+    graph = graph_module.graph
+    rows = {key: i for i, key in enumerate(bank.keys)}
+    placed: dict[tuple[Node, str], Node] = {}
+    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for point in plan.points:
+        fake: nn.Module
+        if point.axis is None:
+            row = rows[tensors[point.key]]
+            name, fake = f"fake_quant_{row}", ActivationFakeQuant(bank, row, training)
+        elif training:
+            name, fake = f"fake_quant_of_{point.operand.name}", WeightFakeQuant(bank, point.axis)
+        else:
+            continue
+        if (point.operand, name) not in placed:
+            graph_module.add_module(name, fake)
+            with graph.inserting_after(last_input if point.operand.op == "placeholder" else point.operand):
+                node = graph.call_module(name, (point.operand,))
+            node.meta = dict(point.operand.meta)
+            placed[point.operand, name] = node
+        point.node.update_arg(point.index, placed[point.operand, name])
+    if not training:
+        for point in plan.points:
+            if point.axis is not None:
+                _fold(graph_module, point, bank)
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+
+
+def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+    """Replace an operator, and the batch norm that alone reads it, by a :class:`FoldedOperator`."""
+    node, name = point.node, "folded_" + point.key.removesuffix(":weight").replace(".", "_")
+    bias = node.args[2] if len(node.args) > 2 else None
+    norm = next(iter(node.users)) if len(node.users) == 1 else None
+    if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
+        norm = None
+    tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
+    epsilon: Any = None if norm is None else norm.args[7]
+    graph_module.add_module(name, FoldedOperator(bank, node.target, point.axis or 0, tuple(node.args[3:]), epsilon))
+    last = node if norm is None else norm
+    with graph_module.graph.inserting_before(last):
+        folded = graph_module.graph.call_module(name, (node.args[0], node.args[1], bias, *tensors))
+    folded.meta = dict(last.meta)
+    last.replace_all_uses_with(folded)
+    graph_module.graph.erase_node(last)
+    if norm is not None:
+        graph_module.graph.erase_node(node)
+
+
+def quantized_forwards(module: nn.Module) -> dict[str, QuantizedForward]:
+    """The forwards that were taken over, by the dotted path of their module."""
+    forwards = {path: m.__dict__.get("forward") for path, m in module.named_modules()}
+    return {path: f for path, f in forwards.items() if isinstance(f, QuantizedForward)}
+
+
+def quantize_change(forward: QuantizedForward, owner: str) -> Change:
+    """The record of a taken-over forward: everything needed to build it again on a fresh module, anywhere."""
+    args = {
+        "module": forward.path,
+        "inputs": forward.inputs,
+        "target": {**asdict(forward.target), "engines": list(forward.target.engines)},
+        "include": list(forward.include),
+        "exclude": list(forward.exclude),
+    }
+    return Change("quantize", owner, args)
+
+
+def _replay(module: nn.Module, change: Change) -> None:
+    args = change.args
+    owner = module.get_submodule(args["module"])
+    target = Target(**{**args["target"], "engines": tuple(args["target"]["engines"])})
+    if args["module"] not in quantized_forwards(module):
+        owner.__dict__["forward"] = QuantizedForward(
+            owner, args["inputs"], target, args["include"], args["exclude"], args["module"]
+        )
+
+
+def _undo(module: nn.Module, change: Change) -> None:
+    module.get_submodule(change.args["module"]).__dict__.pop("forward", None)
+
+
+def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:
+    path = change.args["module"]
+    quantized_forwards(module)[path].bank.load_state_dict(state["ranges"][path])
+
+
+structure.register("quantize", structure.Kind(_replay, _undo, _restore))

@@ -1,0 +1,131 @@
+"""When things happen: schedules from progress to a fraction, and positions in a run from epochs and shares.
+
+Everything here is pure: numbers in, numbers out.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[float], float]
+
+
+def constant(progress: float) -> float:
+    """The whole fraction from the first step on (one-shot)."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """Proportional to progress."""
+    return progress
+
+
+def cubic(progress: float) -> float:
+    """``1 - (1 - t)^3``: fast while much is redundant, slow near the end (https://arxiv.org/abs/1710.01878, eq. 1)."""
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def cosine(progress: float) -> float:
+    """``(1 - cos(pi t)) / 2``: slow at both ends."""
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+def exponential(progress: float) -> float:
+    """``(1 - e^(-5 t)) / (1 - e^(-5))``: as cubic, with more of it early."""
+    return (1.0 - math.exp(-5.0 * progress)) / (1.0 - math.exp(-5.0))
+
+
+SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (constant, linear, cubic, cosine, exponential)}
+
+
+def fraction(schedule: str, progress: float) -> float:
+    """Fraction of the target at a progress.
+
+    Args:
+        schedule: a key of ``SCHEDULES``.
+        progress: share of the phase that has passed; values outside [0, 1] are clamped.
+
+    Returns:
+        0 before the phase, 1 from its end on.
+
+    Example:
+        >>> fraction("cubic", 0.5)
+        0.875
+    """
+    if progress < 0.0:
+        return 0.0
+    return 1.0 if progress >= 1.0 else SCHEDULES[check_schedule(schedule)](progress)
+
+
+def check_schedule(schedule: str) -> str:
+    """Return ``schedule`` if it is known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"Argument `schedule` must be one of {sorted(SCHEDULES)}, but got {schedule!r}.")
+    return schedule
+
+
+def check_position(argument: str, value: float | None) -> None:
+    """Check a position in a run: an int is an epoch, a float a share of the run.
+
+    Raises:
+        ValueError: a negative epoch or a share outside [0, 1].
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"Argument `{argument}` must be an epoch (int) or a share of the run (float), but got {value!r}."
+        )
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"Argument `{argument}` must be an epoch >= 0, but got {value}.")
+    if isinstance(value, float) and not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"Argument `{argument}` must be a share of the run in [0, 1], but got {value}. "
+            "A float is a share; write an int for an epoch."
+        )
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Length of a run in optimizer steps.
+
+    Args:
+        steps_per_epoch: optimizer steps in an epoch; ``inf`` if unknown.
+        total_steps: optimizer steps in the run; ``inf`` if unknown.
+    """
+
+    steps_per_epoch: float
+    total_steps: float
+
+    def step(self, argument: str, value: float) -> int:
+        """Optimizer step (0-based) at a position: an int counts epochs, a float is a share of the run.
+
+        Raises:
+            ValueError: the run is too short for it, or its length isn't known.
+        """
+        length = self.steps_per_epoch if isinstance(value, int) else self.total_steps
+        if value == 0:
+            return 0
+        if math.isinf(length):
+            raise ValueError(
+                f"Argument `{argument}` must be 0 for a run of unknown length, but got {value}. Set `max_steps` and, for "
+                "loaders without a length, `limit_train_batches` on the Trainer."
+            )
+        step = round(value * length)
+        if step > self.total_steps:
+            raise ValueError(
+                f"Argument `{argument}` must lie within the run, but got {value}, which is step {step} of a run of "
+                f"{self.total_steps:g} steps ({self.total_steps / self.steps_per_epoch:g} epochs). Train longer or start earlier."
+            )
+        return step
+
+    @staticmethod
+    def progress(step: int, start: int, end: int) -> float:
+        """Share of a phase that has passed before ``step``; negative before it. A phase without length is over at once."""
+        if step < start:
+            return -1.0
+        return 1.0 if step >= end else (step - start) / (end - start)

@@ -1,0 +1,179 @@
+"""Law 3: structure changes in one place.
+
+Whatever changes what a module is made of is written down as a :class:`Change` on the module, travels in the checkpoint
+under ``checkpoint["lightning_accel"]["structure"]``, and is replayed on a freshly built module *before* weights are
+restored. A capability registers how its kind of change is replayed and undone; this file knows no kind by name.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
+
+CHECKPOINT_KEY = "lightning_accel"
+_RECORD = "_lightning_accel_record"
+_ROOMS = {"quantize": "lightning_accel.quantization.prepare"}  # where each kind registers itself
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of structure.
+
+    Args:
+        kind: registered name of the kind of change.
+        owner: ``state_key`` of the callback that made it.
+        args: what is needed to make it again; plain Python values and tensors only.
+    """
+
+    kind: str
+    owner: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How changes of one kind are made and unmade.
+
+    Args:
+        replay: makes the change on a module that does not have it.
+        undo: takes it back.
+        restore: gives a replayed change the state that its owner saved in the checkpoint (ranges, for instance).
+    """
+
+    replay: Callable[[nn.Module, Change], None]
+    undo: Callable[[nn.Module, Change], None]
+    restore: Callable[[nn.Module, Change, dict[str, Any]], None]
+
+
+_KINDS: dict[str, Kind] = {}
+
+
+def register(name: str, kind: Kind) -> None:
+    """Register a kind of change under its name."""
+    _KINDS[name] = kind
+
+
+def record_of(module: nn.Module) -> list[Change]:
+    """The changes made to a module, oldest first."""
+    return module.__dict__.setdefault(_RECORD, [])
+
+
+def _kind(change: Change) -> Kind:
+    if change.kind not in _KINDS and change.kind in _ROOMS:
+        import_module(_ROOMS[change.kind])
+    if change.kind not in _KINDS:
+        raise ValueError(
+            f"The checkpoint must hold changes of a known kind ({sorted(_ROOMS)}), but got {change.kind!r}. "
+            "It was written by a newer lightning-accel: update it."
+        )
+    return _KINDS[change.kind]
+
+
+def apply(module: nn.Module, change: Change) -> None:
+    """Make a change and write it into the module's record."""
+    _kind(change).replay(module, change)
+    record_of(module).append(change)
+
+
+def undo(module: nn.Module, change: Change) -> None:
+    """Take back the newest change."""
+    _kind(change).undo(module, change)
+    record_of(module).remove(change)
+
+
+def replay(module: nn.Module, changes: list[Change]) -> None:
+    """Bring a module to exactly the structure described by ``changes``, whatever it has now."""
+    for change in reversed(record_of(module).copy()):
+        undo(module, change)
+    for change in changes:
+        apply(module, change)
+
+
+def save_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write the record of ``module`` into a checkpoint; several callbacks may do so, the content is the same."""
+    changes = [asdict(change) for change in record_of(module)]
+    checkpoint.setdefault(CHECKPOINT_KEY, {})["structure"] = changes
+
+
+def load_record(checkpoint: dict[str, Any]) -> list[Change]:
+    """The record in a checkpoint; empty if there is none."""
+    return [Change(**entry) for entry in checkpoint.get(CHECKPOINT_KEY, {}).get("structure", [])]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU without unpickling foreign code (``weights_only=True``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or no Lightning checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Argument `ckpt_path` must be a checkpoint file, but got {str(path)!r}, which does not exist."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"Argument `ckpt_path` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
+            "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"Argument `ckpt_path` must be a Lightning checkpoint with a `state_dict`, but got {str(path)!r} without one."
+        )
+    return checkpoint
+
+
+def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **init: Any) -> LightningModule:
+    """Build a module, replay its structure, load its weights: what comes back computes what was trained.
+
+    Args:
+        cls: the user's LightningModule class.
+        ckpt_path: checkpoint written during a run with callbacks of this library (a plain one works too).
+        init: constructor arguments; they go over the hyper-parameters in the checkpoint.
+
+    Returns:
+        The module in eval mode on the CPU. A quantization-aware trained one computes with its fake-quants.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    accepted = signature(cls.__init__).parameters.values()
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted)
+    names = {p.name for p in accepted}
+    hyper_parameters = {
+        key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if takes_any or key in names
+    }
+    module = cls(**{**hyper_parameters, **init})
+    replay(module, load_record(checkpoint))
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    restore_states(module, checkpoint)
+    return module.eval()
+
+
+def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give each replayed change the state that its owner saved."""
+    states = checkpoint.get("callbacks", {})
+    for change in record_of(module):
+        if change.owner in states:
+            _kind(change).restore(module, change, states[change.owner])
+
+
+def average_models(trainer: Trainer) -> Iterator[nn.Module]:
+    """The averaged copies (EMA, SWA) of the module that the trainer's callbacks keep."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            yield callback._average_model.module
