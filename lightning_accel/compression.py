@@ -37,6 +37,15 @@ class CompressionCallback(L.Callback):
     def state_key(self) -> str:
         return f"{_PREFIX}{type(self).__name__}.{self.name}"
 
+    def phase_state(self) -> dict[str, Any]:
+        """What every compression callback keeps in a checkpoint: its steps, and what is still missing."""
+        return {"steps": [self._start_step, self._end_step], "unfinished": self.unfinished()}
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """First and last optimizer step of the phase; known once training has begun."""
+        return self._start_step, self._end_step
+
     def unfinished(self) -> str:
         """Why the network isn't yet what this callback was asked for; empty once it is."""
         raise NotImplementedError

@@ -35,6 +35,11 @@ def own_signature(module: nn.Module) -> Signature:
         return signature(module.forward)
 
 
+def has_forward(module: L.LightningModule) -> bool:
+    """Whether the user's class has a ``forward`` of its own."""
+    return type(module).forward is not L.LightningModule.forward
+
+
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
     """The module's own ``forward``, whatever took it over."""

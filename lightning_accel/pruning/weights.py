@@ -139,7 +139,7 @@ class WeightPruning(CompressionCallback):
             "masks": {name: mask.cpu() for name, mask in self.masks.items()},
             "reached": self.reached,
             "last_step": self._last_step,
-            "unfinished": self.unfinished(),
+            **self.phase_state(),
         }
 
     @override

@@ -19,6 +19,7 @@ from lightning_accel.inputs import (
     example_call,
     find_submodule,
     first_batch,
+    has_forward,
     submodule_call,
 )
 from lightning_accel.quantization.capture import describe_inputs
@@ -176,7 +177,7 @@ class QuantizationAwareTraining(CompressionCallback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "ranges": {path: forward.bank.state_dict() for path, forward in self._placed.items()},
-            "unfinished": self.unfinished(),
+            **self.phase_state(),
         }
 
     @override
@@ -198,15 +199,15 @@ def owner_and_call(
     Raises:
         ValueError: the module has no ``forward``, or the path leads nowhere.
     """
-    has_forward = is_overridden("forward", pl_module, L.LightningModule)
+    forward_exists = has_forward(pl_module)
     if not path:
-        if not has_forward:
+        if not forward_exists:
             raise ValueError(
                 f"Argument `module` must name the submodule that `training_step` calls, but got None, and "
                 f"`{type(pl_module).__name__}` has no `forward`. There are: {', '.join(n for n, _ in pl_module.named_children())}."
             )
         return pl_module, example_call(pl_module, trainer, inputs)
-    if has_forward:
+    if forward_exists:
         return find_submodule(pl_module, path), submodule_call(
             pl_module, path, example_call(pl_module, trainer, inputs)
         )

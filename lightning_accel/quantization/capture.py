@@ -106,7 +106,8 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
 
 
 @contextmanager
-def _no_logs() -> Iterator[None]:
+def no_logs() -> Iterator[None]:
+    """Without the log lines that torch.export writes for its own developers; errors are raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -130,7 +131,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
             for m, flag in flags.items():
                 m.training = flag
         warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), _no_logs():
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=batch_shapes(module, args, kwargs))
                 graph_module = program.module()

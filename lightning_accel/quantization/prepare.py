@@ -91,6 +91,11 @@ class QuantizedForward:
         self._guard.check(args, kwargs)
         return self.graph(self.module.training).forward(*args, **kwargs)
 
+    @property
+    def __code__(self) -> Any:
+        """Lightning tells by it that ``forward`` is overridden."""
+        return type(self).__call__.__code__
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which are captured again where they are needed."""
         return {**self.__dict__, "_graphs": {}, "_bindings": {}}

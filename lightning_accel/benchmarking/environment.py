@@ -1,0 +1,71 @@
+"""The machine a number was measured on; printed beside the number."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.engines.cuda import gpu_name
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu12",
+    "lightning-accel",
+)
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def environment() -> dict[str, Any]:
+    """Describe this machine and what is installed on it, as JSON values.
+
+    Nothing is imported to find out. What the system doesn't tell is ``None``, not ``False``.
+
+    Returns:
+        ``cpu`` (model name), ``cpu_flags`` (name -> whether the CPU has it), ``cores`` (that this process may use),
+        ``load_average`` (of the last 1, 5 and 15 minutes), ``gpu``, ``platform``, ``python``, ``packages`` (those
+        installed), and ``torch_threads`` if torch is imported already.
+
+    Example:
+        >>> environment()["cpu_flags"]["avx2"]  # doctest: +SKIP
+        True
+    """
+    fields = _cpuinfo()
+    flags = fields.get("flags", fields.get("Features"))
+    present = None if flags is None else set(flags.split())
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": {flag: None if present is None else flag in present for flag in FLAGS},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "gpu": gpu_name(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "torch_threads": None if torch is None else torch.get_num_threads(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return the fields of the first core in Linux's description; empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,208 @@
+"""Interleaved measurement: the ways to do one thing take turns, so that the machine's moods hit all of them alike."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.environment import environment
+
+__all__ = ["BenchmarkResult", "Measurement", "Ratio", "benchmark", "environment", "median_ratio"]
+
+NOISY = 0.1  # a null ratio whose interval leaves 1 ± this says that the machine was not quiet
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Latency of one way, and what it ran.
+
+    Attributes:
+        name: name of the way.
+        p50_ms: median latency of a call in ms.
+        p90_ms: 90th percentile in ms.
+        samples: latency of each call in ms, in the order of the rounds.
+        speedup: time of the baseline divided by time of this way, as measured: below 1 is slower.
+        engine: engine that ran it; filled in by the caller, like all that follows.
+        file: name of the file that was run.
+        bytes: size of that file.
+        batch_size: samples in a call.
+        threads: threads of the engine.
+        note: anything a reader must know.
+    """
+
+    name: str
+    p50_ms: float
+    p90_ms: float
+    samples: list[float]
+    speedup: Ratio
+    engine: str | None = None
+    file: str | None = None
+    bytes: int | None = None
+    batch_size: int | None = None
+    threads: int | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What :func:`benchmark` measured.
+
+    Attributes:
+        measurements: one for each way, in the order given.
+        baseline: name of the way that speed-ups refer to.
+        null: ratio of the baseline to itself, measured as one more way. Its interval shows what this machine makes
+            of a difference that isn't there.
+        rounds: rounds measured; each calls each way once.
+        noisy: whether the interval of ``null`` leaves 0.9 to 1.1.
+        environment: the machine, see :func:`environment`.
+    """
+
+    measurements: list[Measurement]
+    baseline: str
+    null: Ratio
+    rounds: int
+    noisy: bool
+    environment: dict[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Measurement:
+        for measurement in self.measurements:
+            if measurement.name == name:
+                return measurement
+        raise KeyError(f"No way {name!r}, only {[measurement.name for measurement in self.measurements]}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
+
+
+def benchmark(
+    ways: Mapping[str, Callable[[], Any]],
+    *,
+    baseline: str | None = None,
+    rounds: int = 200,
+    min_rounds: int = 20,
+    max_seconds: float = 10.0,
+    warmup_s: float = 0.3,
+    seed: int = 0,
+) -> BenchmarkResult:
+    """Measure the latency of several ways to do the same thing.
+
+    Each way is warmed up for some time. Then come rounds in which each way is called once, in an order shuffled
+    anew, and the baseline a second time as a null run (A/A). Speed-ups are medians of the ratios within a round;
+    their 95 % intervals come from resampling rounds.
+
+    Args:
+        ways: what to call, by name. A call must do all of its work before it returns.
+        baseline: name of the way that speed-ups refer to. Default: the first.
+        rounds: rounds to measure.
+        min_rounds: rounds to measure even if they take longer than ``max_seconds``.
+        max_seconds: time after which no further round begins, in seconds.
+        warmup_s: time for which each way is called before the first round, in seconds; at least one call.
+        seed: seed of the orders and of the resampling.
+
+    Raises:
+        ValueError: no ways, an unknown baseline, or numbers that make no measurement.
+
+    Example:
+        >>> result = benchmark({"fp32": lambda: fp32(x), "int8": lambda: int8(x)})  # doctest: +SKIP
+        >>> result["int8"].speedup  # doctest: +SKIP
+        Ratio(value=1.83, low=1.79, high=1.88)
+    """
+    if not ways:
+        raise ValueError("Argument `ways` must have at least one way, but got none.")
+    if baseline is not None and baseline not in ways:
+        raise ValueError(f"Argument `baseline` must be one of {list(ways)}, but got {baseline!r}.")
+    if min_rounds < 2 or rounds < min_rounds:
+        raise ValueError(f"Argument `min_rounds` must be from 2 to `rounds` ({rounds}), but got {min_rounds}.")
+    for name, value in {"max_seconds": max_seconds, "warmup_s": warmup_s}.items():
+        if not value >= 0:
+            raise ValueError(f"Argument `{name}` must be at least 0, but got {value}.")
+    baseline = baseline if baseline is not None else next(iter(ways))
+    calls = [*ways.values(), ways[baseline]]  # the last one is the null run
+    rng = np.random.default_rng(seed)
+
+    for call in calls[:-1]:
+        _warm_up(call, warmup_s)
+    times = _measure(calls, rng, rounds, min_rounds, max_seconds)
+
+    reference = times[list(ways).index(baseline)]
+    null = median_ratio(reference, times[-1], rng)
+    measurements = [
+        Measurement(
+            name=name,
+            p50_ms=float(np.percentile(samples, 50)),
+            p90_ms=float(np.percentile(samples, 90)),
+            samples=samples.tolist(),
+            speedup=Ratio(1.0, 1.0, 1.0) if name == baseline else median_ratio(reference, samples, rng),
+        )
+        for name, samples in zip(ways, times[:-1], strict=True)
+    ]
+    noisy = null.low < 1 - NOISY or null.high > 1 + NOISY
+    return BenchmarkResult(measurements, baseline, null, times.shape[1], noisy, environment())
+
+
+def median_ratio(
+    numerator: Sequence[float] | np.ndarray, denominator: Sequence[float] | np.ndarray, rng: np.random.Generator
+) -> Ratio:
+    """Median of the ratios of paired samples, with a 95 % percentile bootstrap interval over the pairs.
+
+    Args:
+        numerator: samples, shape ``(rounds,)``.
+        denominator: samples of the same rounds.
+        rng: generator that the resampling draws from.
+
+    Example:
+        >>> median_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], np.random.default_rng(0))
+        Ratio(value=2.0, low=2.0, high=2.0)
+    """
+    ratios = np.asarray(numerator, dtype=float) / np.asarray(denominator, dtype=float)  # (rounds,)
+    draws = rng.integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def _warm_up(call: Callable[[], Any], seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    call()
+    while time.perf_counter() < end:
+        call()
+
+
+def _measure(
+    calls: Sequence[Callable[[], Any]], rng: np.random.Generator, rounds: int, min_rounds: int, max_seconds: float
+) -> np.ndarray:
+    """Return the time of each call in ms, shape ``(ways, rounds)``."""
+    times: list[np.ndarray] = []
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would be charged to whichever way it falls on
+    try:
+        end = time.perf_counter() + max_seconds
+        while len(times) < rounds and (len(times) < min_rounds or time.perf_counter() < end):
+            row = np.empty(len(calls))
+            for index in rng.permutation(len(calls)):
+                started = time.perf_counter_ns()
+                calls[index]()
+                row[index] = max(time.perf_counter_ns() - started, 1) / 1e6  # a clock may not see a very short call
+            times.append(row)
+    finally:
+        if collecting:
+            gc.enable()
+    return np.stack(times, axis=1)

@@ -1,0 +1,95 @@
+"""What a plain ``nn.Module`` needs to be trained by Lightning, without a prefix on its keys."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from lightning_accel.distillation.recording import find_logits
+
+_SHARED = {
+    "device",
+    "dtype",
+    "to",
+    "cuda",
+    "cpu",
+    "half",
+    "float",
+    "double",
+    "type",
+    "forward",
+}  # mean the same in both
+
+
+class Supervised(L.LightningModule):
+    """Steps and optimizer of supervised training on ``(inputs, target)`` batches, mixed into a network's own class."""
+
+    _distillation: Any
+
+    def _loss(self, batch: Any, stage: str) -> Tensor:
+        if not (isinstance(batch, list | tuple) and len(batch) == 2):
+            raise ValueError(
+                f"A batch must be (inputs, target) when `student` is an nn.Module, but got a {type(batch).__name__}. "
+                "Wrap the network in a LightningModule whose training_step knows this batch."
+            )
+        inputs, target = batch
+        if isinstance(inputs, Mapping):
+            output = self(**inputs)
+        elif isinstance(inputs, list | tuple):
+            output = self(*inputs)
+        else:
+            output = self(inputs)
+        outputs = self._distillation.outputs
+        logits = outputs(output) if callable(outputs) else output
+        loss = self._distillation.task_loss(find_logits(logits, "outputs"), target)
+        self.log(f"{stage}_loss", loss, batch_size=len(target), prog_bar=True)
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Task loss of a batch."""
+        return self._loss(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Task loss of a batch, logged."""
+        self._loss(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Task loss of a batch, logged."""
+        self._loss(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """What ``optimizer`` makes of the parameters."""
+        return self._distillation.optimizer(self.parameters())
+
+    def teardown(self, stage: str) -> None:
+        """Leave no Trainer behind in the network, which is somebody's plain module."""
+        self._trainer = None
+
+
+@cache
+def supervised_class(network: type[Any]) -> type[L.LightningModule]:
+    """The class of ``network`` with :class:`Supervised` in front."""
+    return type(f"Supervised{network.__name__}", (Supervised, network), {"forward": network.forward})
+
+
+def adopt_(network: nn.Module) -> None:
+    """Give a plain network the attributes that a LightningModule keeps.
+
+    Raises:
+        ValueError: an attribute or method of the network has a name that Lightning uses for something else.
+    """
+    attributes = vars(L.LightningModule())
+    own = {name for cls in type(network).__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
+    own |= vars(network).keys() - attributes.keys()
+    own |= {*network._modules, *network._parameters, *network._buffers}
+    lightning = {name for cls in Supervised.__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
+    taken = sorted(name for name in own & lightning - _SHARED if not name.startswith("__"))
+    if taken:
+        raise ValueError(
+            f"Argument `student` must not use names of LightningModule, but got {type(network).__name__} with "
+            f"{', '.join(taken)}. Hold it in a LightningModule of your own: `self.net = ...`."
+        )
+    for name, value in attributes.items():
+        network.__dict__.setdefault(name, value)

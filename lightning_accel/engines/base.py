@@ -1,0 +1,200 @@
+"""One call interface over all engines: named numpy arrays in, named numpy arrays out."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from lightning_accel.engines.manifest import resolve_bundle
+
+_RUNNERS = {
+    "onnxruntime": "onnxruntime:OnnxRuntimeRunner",
+    "openvino": "openvino:OpenVinoRunner",
+    "tensorrt": "tensorrt:TensorRTRunner",
+    "pytorch": "pytorch:PyTorchRunner",
+}
+_ENGINE_OF_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt", ".pt2": "pytorch"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one input or output; ``None`` in ``shape`` is a dimension that may change."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    def check(self, value: Any) -> None:
+        """Raise unless ``value`` is an array of this dtype, rank and fixed dimensions.
+
+        Raises:
+            TypeError: not a numpy array, or of another dtype. Nothing is cast: a silent cast between floats and
+                integers, or from float64 to float32, hides a preprocessing mistake.
+            ValueError: another rank, or another size in a fixed dimension.
+        """
+        if not isinstance(value, np.ndarray):
+            raise TypeError(
+                f"Argument `feeds` must give input `{self.name}` as a numpy array, but got {type(value).__name__}."
+            )
+        if value.dtype != self.dtype:
+            raise TypeError(
+                f"Argument `feeds` must give input `{self.name}` as {self.dtype}, but got {value.dtype}. "
+                f"If that is meant, convert it: `.astype(np.{self.dtype})`."
+            )
+        shape = "(" + ", ".join("any" if size is None else str(size) for size in self.shape) + ")"
+        if value.ndim != len(self.shape):
+            raise ValueError(
+                f"Argument `feeds` must give input `{self.name}` with {len(self.shape)} dimensions {shape}, "
+                f"but got {value.ndim}: {value.shape}."
+            )
+        if any(want is not None and want != got for want, got in zip(self.shape, value.shape, strict=True)):
+            raise ValueError(f"Argument `feeds` must give input `{self.name}` in shape {shape}, but got {value.shape}.")
+
+
+class Runner(ABC):
+    """A network ready to run on one engine.
+
+    Use it as a context manager or call :meth:`close`; it may be called from several threads.
+
+    Example:
+        >>> with load_runner("artifacts") as runner:  # doctest: +SKIP
+        ...     logits = runner(images)  # images: float32 (N, 3, 32, 32)
+        ...     logits = runner.run({"images": images})["logits"]
+    """
+
+    engine: ClassVar[str]
+
+    def __init__(self, path: str | Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self.path = Path(path)
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self._lock = threading.Lock()  # for the engines whose calls may not overlap
+        self._closed = False
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in the order of the file."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in the order of the file."""
+        return tuple(spec.name for spec in self.outputs)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the network once.
+
+        Args:
+            feeds: one array for each name in :attr:`input_names`.
+
+        Raises:
+            TypeError: an array of another dtype; nothing is cast.
+            ValueError: an input missing or unknown, or an array of another shape.
+            RuntimeError: the runner is closed.
+        """
+        names = self.input_names
+        if missing := [name for name in names if name not in feeds]:
+            raise ValueError(f"Argument `feeds` must have the inputs {list(names)}, but got none for {missing}.")
+        if unknown := [name for name in feeds if name not in names]:
+            raise ValueError(f"Argument `feeds` must have only the inputs {list(names)}, but got also {unknown}.")
+        for spec in self.inputs:
+            spec.check(feeds[spec.name])
+        arrays = self._execute({name: np.ascontiguousarray(feeds[name]).reshape(feeds[name].shape) for name in names})
+        return dict(zip(self.output_names, arrays, strict=True))
+
+    def __call__(self, *arrays: np.ndarray, **named: np.ndarray) -> Any:
+        """Run with arrays by position, in the order of :attr:`input_names`, or by name.
+
+        Returns:
+            The array where the network has one output, else a dict of all.
+
+        Raises:
+            TypeError: more arrays than inputs, or an input given twice.
+        """
+        if len(arrays) > len(self.inputs):
+            raise TypeError(
+                f"Argument `arrays` must hold at most {len(self.inputs)} arrays {list(self.input_names)}, "
+                f"but got {len(arrays)}."
+            )
+        feeds = dict(zip(self.input_names, arrays, strict=False))
+        if twice := sorted(feeds.keys() & named.keys()):
+            raise TypeError(f"Argument `named` must not repeat inputs given by position, but got {twice}.")
+        outputs = self.run({**feeds, **named})
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def close(self) -> None:
+        """Free the engine's memory. Calls that are running finish first; closing twice is fine."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path.name!r}, inputs={self.input_names}, outputs={self.output_names})"
+
+    def _check_open(self) -> None:
+        """Raise if closed. Engines call it once they hold their lock or their own reference to the engine."""
+        if self._closed:
+            raise RuntimeError(f"The runner of `{self.path.name}` is closed: load it again with `load_runner`.")
+
+    @abstractmethod
+    def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs in order; ``feeds`` are checked, contiguous and in the order of the inputs."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what holds the engine's memory."""
+
+
+def load_runner(path: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Runner:
+    """Load a network to run it: numpy in, numpy out, without torch unless the engine is PyTorch.
+
+    Args:
+        path: a bundle (a directory with ``manifest.json``), or one file: ``.onnx``, ``.engine``, ``.xml``, ``.pt2``.
+        engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"pytorch"``. Default: the one the bundle's
+            manifest names, or the one that the file's suffix belongs to.
+        threads: CPU threads of the engine. Default: the engine's own choice.
+        options: further arguments of the engine's runner, e.g. ``providers=("CUDAExecutionProvider",)``.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        ValueError: unknown engine, a damaged or newer bundle, or a file that isn't the one in the manifest.
+        ModuleNotFoundError: the engine is not installed; the message names the extra.
+
+    Example:
+        >>> runner = load_runner("artifacts")  # doctest: +SKIP
+        >>> runner(images).shape  # doctest: +SKIP
+        (32, 10)
+    """
+    path = Path(path)
+    if engine is not None and engine not in _RUNNERS:
+        raise ValueError(f"Argument `engine` must be one of {sorted(_RUNNERS)}, but got {engine!r}.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
+    if not path.exists():
+        raise FileNotFoundError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
+    if path.is_dir():
+        engine, path = resolve_bundle(path, engine)
+        if engine not in _RUNNERS:
+            raise ValueError(f"The bundle's default engine must be one of {sorted(_RUNNERS)}, but it is {engine!r}.")
+    elif engine is None:
+        if path.suffix not in _ENGINE_OF_SUFFIX:
+            raise ValueError(f"Argument `path` must end in one of {sorted(_ENGINE_OF_SUFFIX)}, but got {path.name!r}.")
+        engine = _ENGINE_OF_SUFFIX[path.suffix]
+    module, name = _RUNNERS[engine].split(":")
+    runner: type[Runner] = getattr(import_module(f"lightning_accel.engines.{module}"), name)
+    return runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options

@@ -1,0 +1,104 @@
+"""The bundle as a reader sees it: which file an engine loads, and whether it is the one that was written."""
+
+import hashlib
+import json
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits, read in pieces so that a large file needs no memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check ``manifest.json`` of a bundle.
+
+    Args:
+        folder: the bundle's directory.
+
+    Raises:
+        FileNotFoundError: the directory has no manifest.
+        ValueError: not JSON, fields missing or of the wrong type, or written by a newer version of this library.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"Argument `path` must be a bundle with a {MANIFEST}, but got {folder}: it has none.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, but it can't be read: {error}. Export the bundle again.") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise ValueError(f"{path} must name its schema as an integer of at least 1, but got {schema!r}.")
+    if schema > SCHEMA:
+        raise ValueError(
+            f"{path} must have a schema of at most {SCHEMA}, but got {schema}. "
+            "It was written by a newer version of this library: pip install --upgrade lightning-accel"
+        )
+    for field in ("files", "engines"):
+        entries = manifest.get(field)
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError(f"{path} must have `{field}` as an object of objects. Export the bundle again.")
+    return manifest
+
+
+def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
+    """Find the file of an engine in a bundle and check it, and what lies beside it, against the manifest.
+
+    Args:
+        folder: the bundle's directory.
+        engine: name of the engine; ``None`` takes the manifest's default.
+
+    Returns:
+        The engine's name and the path of its file.
+
+    Raises:
+        FileNotFoundError: no manifest, or a file it lists is missing.
+        ValueError: the manifest is broken or newer, the engine isn't in the bundle, a path leaves the bundle, or a
+            file's SHA-256 isn't the one that was written.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    shipped = manifest["engines"]
+    if engine is None:
+        default = manifest.get("default")
+        if not isinstance(default, dict) or not isinstance(default.get("engine"), str):
+            raise ValueError(
+                f"{folder / MANIFEST} must name its default engine. Pass `engine`: one of {list(shipped)}."
+            )
+        engine, entry = default["engine"], default
+    elif engine in shipped:
+        entry = shipped[engine]
+    else:
+        raise ValueError(
+            f"Argument `engine` must be one of the bundle's engines {list(shipped)}, but got {engine!r}. "
+            "Export again with that engine, so that it is verified, or load the file itself."
+        )
+    name = entry.get("file")
+    if not isinstance(name, str) or name not in manifest["files"]:
+        raise ValueError(f"{folder / MANIFEST} must list the file of engine `{engine}`, but its file is {name!r}.")
+    # Weights kept outside a large ONNX file, and the sidecar of an engine, carry the file's name as their beginning.
+    for listed in [name, *(other for other in manifest["files"] if other.startswith(f"{name}."))]:
+        _check_file(folder, listed, manifest["files"][listed].get("sha256"))
+    return engine, folder / name
+
+
+def _check_file(folder: Path, name: str, expected: str | None) -> None:
+    # Windows rules see drives and both separators on every system. Links are followed: caches of downloaded models
+    # are made of them, and the SHA-256 holds for what they point to.
+    parts = PureWindowsPath(name)
+    if parts.drive or parts.root or ".." in parts.parts or "\\" in name:
+        raise ValueError(f"{folder / MANIFEST} must list only files inside the bundle, but got {name!r}.")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"The bundle {folder} must hold `{name}`, but it is missing. Copy or export it again.")
+    found = sha256_of(folder / name)
+    if found != expected:
+        raise ValueError(
+            f"`{name}` must have the SHA-256 in {MANIFEST}, {expected}, but got {found}. "
+            "The file changed after it was verified: copy or export the bundle again."
+        )

@@ -1,0 +1,92 @@
+"""ONNX Runtime: the engine on CPUs, and in float emulation the reference for what an ONNX file means."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.extras import require
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+class OnnxRuntimeRunner(Runner):
+    """Run an ONNX file with ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: threads inside an operator. Default: ONNX Runtime's choice, one for each core.
+        providers: execution providers in order of preference, each a name or ``(name, options)``.
+        emulate: turn graph optimizations off, so that each QuantizeLinear and DequantizeLinear runs as written, in
+            float. That is what the file says; the integer kernels of a CPU may saturate where the file doesn't.
+
+    Raises:
+        FileNotFoundError: no file at ``path``.
+        ValueError: a provider that this installation of ONNX Runtime doesn't have.
+        RuntimeError: ONNX Runtime can't load the file, or a provider can't start here.
+    """
+
+    engine = "onnxruntime"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
+        emulate: bool = False,
+    ) -> None:
+        ort = require("onnxruntime", "cpu", "Engine `onnxruntime`")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Argument `path` must be an ONNX file, but got {path}: nothing is there.")
+        wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+        available = ort.get_available_providers()
+        if not wanted or not set(wanted) <= set(available):
+            raise ValueError(f"Argument `providers` must be among the available {available}, but got {wanted}.")
+        options = ort.SessionOptions()
+        # Threads that spin while they wait slow down whatever else runs on the machine, benchmarks of others included.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if emulate:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = ort.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime's exceptions have no common class but this one
+            raise RuntimeError(f"ONNX Runtime could not load `{Path(path).name}`: {error}") from error
+        # A provider whose libraries are missing is dropped with a printed warning, and the CPU takes over.
+        if lost := [name for name in wanted if name not in session.get_providers()]:
+            raise RuntimeError(
+                f"ONNX Runtime could not start {lost} here, only {session.get_providers()}. "
+                "Install what the provider needs, or pass the providers that are left."
+            )
+        session.disable_fallback()
+        self._session: Any = session
+        super().__init__(path, _specs(session.get_inputs()), _specs(session.get_outputs()))
+
+    def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        session = self._session  # a session may run in several threads, and lives on while one of them uses it
+        self._check_open()
+        return session.run(list(self.output_names), feeds)
+
+    def _release(self) -> None:
+        self._session = None
+
+
+def _specs(tensors: Sequence[Any]) -> list[TensorSpec]:
+    specs = []
+    for tensor in tensors:
+        if tensor.type not in _DTYPES:
+            raise RuntimeError(f"Tensor `{tensor.name}` must have a dtype that numpy has, but it is {tensor.type}.")
+        shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
+        specs.append(TensorSpec(tensor.name, np.dtype(_DTYPES[tensor.type]), shape))
+    return specs

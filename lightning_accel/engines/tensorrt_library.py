@@ -1,0 +1,141 @@
+"""Which TensorRT is here, what it says, and the record kept beside each engine it builds."""
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.extras import require
+
+LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
+_LOCK = threading.Lock()  # TensorRT keeps one logger for the whole process; one caller at a time reads from it
+
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is known about an engine file; written beside it as ``<engine file>.json``.
+
+    Attributes:
+        path: the engine file. Its record holds only the name, so a bundle can be moved.
+        library: ``"tensorrt"`` or ``"tensorrt_rtx"``.
+        version: version of the library. An engine runs on exactly that version.
+        onnx_sha256: SHA-256 of the ONNX file it was built from.
+        sha256: SHA-256 of the engine file.
+        profile: smallest, optimal and largest shape of each dynamic input.
+        seconds: how long parsing and building took.
+        bytes: size of the engine file.
+        precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"``, ``"bf16"`` or ``"fp32"``, read from the ONNX file.
+        gpu: name of the GPU of the machine that built it; ``None`` without one.
+        ran: whether the engine has been run here. Building does not run it.
+    """
+
+    path: Path
+    library: str
+    version: str
+    onnx_sha256: str
+    sha256: str
+    profile: Profile
+    seconds: float
+    bytes: int
+    precision: str
+    gpu: str | None
+    ran: bool = False
+
+    @property
+    def status(self) -> str:
+        """``"run"`` or ``"built here, not run"``."""
+        return "run" if self.ran else "built here, not run"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return {**asdict(self), "path": self.path.name}
+
+
+def sidecar_of(path: str | Path) -> Path:
+    """Path of the record of an engine file."""
+    return Path(f"{path}.json")
+
+
+def read_info(path: str | Path) -> EngineInfo:
+    """Read the record of an engine file.
+
+    Raises:
+        FileNotFoundError: the engine has no record beside it.
+        ValueError: the record is damaged.
+    """
+    sidecar = sidecar_of(path)
+    if not sidecar.is_file():
+        raise FileNotFoundError(
+            f"Argument `path` must be an engine with its record `{sidecar.name}` beside it, but it is missing. "
+            "Copy both files, or build the engine again with `build_engine`."
+        )
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        record["path"] = Path(path)
+        record["profile"] = {
+            name: tuple(tuple(shape) for shape in shapes) for name, shapes in record["profile"].items()
+        }
+        return EngineInfo(**{field.name: record[field.name] for field in fields(EngineInfo)})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}.") from error
+
+
+def load_library(library: str | None) -> Any:
+    """Import TensorRT.
+
+    Args:
+        library: ``"tensorrt"`` or ``"tensorrt_rtx"``. ``None`` takes the first of the two that is installed.
+
+    Raises:
+        ValueError: another name.
+        ModuleNotFoundError: it is not installed; the message names the extra.
+    """
+    if library is None:
+        try:
+            return import_module("tensorrt")
+        except ModuleNotFoundError:
+            library = "tensorrt_rtx"
+    if library not in LIBRARIES:
+        raise ValueError(f"Argument `library` must be one of {sorted(LIBRARIES)} or None, but got {library!r}.")
+    return require(library, LIBRARIES[library], "Engine `tensorrt`")
+
+
+@contextmanager
+def collected_messages(trt: Any) -> Iterator[tuple[Any, list[str]]]:
+    """Give TensorRT's logger and the list that its errors go to while this block runs.
+
+    TensorRT returns ``None`` where it fails; the reason reaches only the logger.
+    """
+    with _LOCK:
+        logger = _logger(trt)
+        errors: list[str] = []
+        logger.errors = errors
+        yield logger, errors
+
+
+def explain(errors: list[str]) -> str:
+    """Join TensorRT's error lines, each once, without the follow-up lines of a missing GPU."""
+    unique = list(dict.fromkeys(line.strip() for line in errors))
+    causes = [line for line in unique if "catchCudaError" not in line]
+    return "\n".join(f"  {line}" for line in causes or unique) or "  TensorRT gave no reason"
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()

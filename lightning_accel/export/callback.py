@@ -1,0 +1,344 @@
+"""ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import nn
+from typing_extensions import override
+
+from lightning_accel import structure
+from lightning_accel.compression import CompressionCallback
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.tensorrt import build_engine
+from lightning_accel.export.bundle import check_destination
+from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.held_out import held_out
+from lightning_accel.export.integers import check_integers
+from lightning_accel.export.logging import log_bundle
+from lightning_accel.export.onnx import export_onnx
+from lightning_accel.export.pipeline import ENGINES, Order, summary, write_bundle
+from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.verification import verify
+from lightning_accel.extras import require
+from lightning_accel.inputs import InputsFunction, has_forward, mode
+from lightning_accel.pruning.weights import WeightPruning
+from lightning_accel.quantization.callback import QuantizationAwareTraining, builds_layers_late
+from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.targets import saturates
+
+
+class ModelExport(L.Callback):
+    """Write the trained network as a verified bundle when ``fit`` ends.
+
+    Before training, a preflight exports, checks and test-builds the untrained network. At the end the weights are
+    exported to ONNX, held against PyTorch on held-out data (integers bit for bit, outputs in float emulation and on the
+    kernels of each engine, the user's metric), built into engines, measured, and reported. If what was written is not
+    what was trained the run fails, after the checkpoint ``<dirpath>.ckpt`` is safe, and no bundle is written.
+
+    Args:
+        dirpath: the bundle's folder. An earlier bundle there is replaced when the new one is complete.
+        engines: ``"onnxruntime"``, ``"tensorrt"``, ``"openvino"``; ``None`` means the target's natural engine.
+        precision: ``"int8"`` or ``"fp32"``; ``None`` means int8 if the network is trained quantization-aware.
+        ckpt: ``"last"`` weights of the run, ``"best"`` by the run's ``ModelCheckpoint``, or a checkpoint's path.
+        data: held-out data: a loader, ``"test"`` or ``"val"`` (the default: the validation loader).
+        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        incomplete: ``"refuse"`` or ``"mark"`` a network that hasn't reached its targets.
+        samples: held-out samples to verify on, or all if there are fewer.
+        name: the callback's name.
+
+    Raises:
+        ValueError: an argument is out of its range; in ``setup``, one that contradicts the other callbacks.
+        VerificationError: on fit end, what was written isn't what was trained.
+
+    Example:
+        >>> ModelExport("artifacts", engines=["tensorrt"]).ckpt
+        'last'
+    """
+
+    def __init__(
+        self,
+        dirpath: str = "artifacts",
+        engines: str | list[str] | None = None,
+        precision: str | None = None,
+        ckpt: str = "last",
+        data: Any = None,
+        inputs: InputsFunction | None = None,
+        incomplete: str = "refuse",
+        samples: int = 512,
+        name: str = "export",
+    ) -> None:
+        chosen = [engines] if isinstance(engines, str) else engines
+        for engine in chosen or ():
+            if engine not in ENGINES:
+                raise ValueError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
+        if chosen is not None and not chosen:
+            raise ValueError("Argument `engines` must name at least one engine, but got an empty list.")
+        if precision not in (None, "fp32", "int8"):
+            raise ValueError(f'Argument `precision` must be "fp32", "int8" or None, but got {precision!r}.')
+        if incomplete not in ("refuse", "mark"):
+            raise ValueError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
+        if samples < 1:
+            raise ValueError(f"Argument `samples` must be at least 1, but got {samples}.")
+        self.dirpath, self.engines, self.precision, self.ckpt = str(dirpath), chosen, precision, str(ckpt)
+        self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
+        self.report: dict[str, Any] | None = None
+        self._ready = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"lightning_accel.ModelExport.{self.name}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"dirpath": self.dirpath}
+
+    @property
+    def checkpoint_path(self) -> str:
+        """Where the last weights are kept, with everything needed to export them again."""
+        return f"{self.dirpath.rstrip('/')}.ckpt"
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._ready = False
+        if trainer.is_global_zero:
+            check_destination(self.dirpath)
+        self._check_plan(trainer)
+        if not builds_layers_late(pl_module):
+            self._preflight(trainer, pl_module)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._ready:
+            self._preflight(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.checkpoint_path)  # before anything can go wrong
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        rank_zero_info(f"ModelExport: no bundle was written to {self.dirpath}, since the run did not end by itself.")
+
+    @override
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.export(trainer, pl_module, self.ckpt)
+        assert self.report is not None
+        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step)
+        print(f"\n{summary(self.report, self.dirpath)}")
+
+    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> dict[str, Any]:
+        """Write the bundle now.
+
+        Args:
+            trainer: gives callbacks and loaders.
+            pl_module: the module; takes over the checkpoint's weights and structure.
+            ckpt: ``"last"`` for the module as it is, ``"best"``, or a checkpoint's path.
+
+        Returns:
+            The report.
+
+        Raises:
+            RuntimeError: the network hasn't reached its targets.
+            VerificationError: what was written isn't what was trained.
+        """
+        unfinished, history = self._load(trainer, pl_module, ckpt)
+        if unfinished and self.incomplete == "refuse":
+            raise RuntimeError(
+                f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
+                f'{self.checkpoint_path if ckpt == "last" else ckpt}. Train on, or mark the bundle with ModelExport(incomplete="mark").'
+            )
+        if self._wanted_precision(trainer) == "int8" and not quantized_forwards(pl_module):
+            raise RuntimeError(
+                "The network must be quantized to ship as int8, but no QuantizationAwareTraining phase has begun."
+            )
+        pl_module.to("cpu")
+        order = Order(
+            module=pl_module,
+            part=self._part(trainer, pl_module),
+            data=held_out(trainer, self.data, self.inputs),
+            engines=self._wanted_engines(trainer),
+            samples=self.samples,
+            teacher=_teacher_of(pl_module),
+            history=history,
+            compression=_measured(trainer, pl_module),
+            command=self._command(ckpt),
+            marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
+        )
+        self.report = write_bundle(order, self.dirpath)
+        return self.report
+
+    def _load(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> tuple[list[str], list[str]]:
+        """Bring the module to a checkpoint's weights; returns why it isn't finished, and what was done to it when."""
+        if ckpt == "last":
+            states = {c.state_key: c.state_dict() for c in _compression(trainer)}
+            return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
+        if ckpt == "best":
+            best = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+            if not any(best):
+                raise ValueError(
+                    'Argument `ckpt` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
+                )
+            ckpt = next(path for path in best if path)
+        checkpoint = structure.read_checkpoint(ckpt)
+        structure.replay(pl_module, structure.load_record(checkpoint))
+        pl_module.on_load_checkpoint(checkpoint)
+        pl_module.load_state_dict(checkpoint["state_dict"])
+        structure.restore_states(pl_module, checkpoint)
+        states = checkpoint.get("callbacks", {})
+        reasons = []
+        for callback in _compression(trainer):
+            if callback.state_key not in states:
+                reasons.append(f"{ckpt} holds no state of {type(callback).__name__}({callback.name!r})")
+            elif reason := states[callback.state_key].get("unfinished"):
+                reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
+        return reasons, _history(states, checkpoint.get("global_step", 0))
+
+    def _check_plan(self, trainer: L.Trainer) -> None:
+        """Contradictions between callbacks, and engines that aren't there, before training."""
+        qat = _qat(trainer)
+        if len(qat) > 1:
+            raise ValueError(f"ModelExport must see at most one QuantizationAwareTraining, but got {len(qat)}.")
+        if self.precision == "int8" and not qat:
+            raise ValueError(
+                'Argument `precision` must be "fp32" or None without QuantizationAwareTraining, but got "int8".'
+            )
+        if self.precision == "fp32" and qat:
+            raise ValueError(
+                'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "fp32".'
+            )
+        for callback in qat:
+            for engine in self._wanted_engines(trainer):
+                if engine == "tensorrt" and not callback.target.signed_activations:
+                    raise ValueError(
+                        f'Argument `engines` must suit target {callback.target.name!r}, but got "tensorrt", whose parser refuses uint8. '
+                        'Train for target "tensorrt" or "portable".'
+                    )
+                if reason := saturates(callback.target, engine):
+                    raise ValueError(
+                        f"Argument `engines` must suit target {callback.target.name!r}, but got {engine!r}: {reason}."
+                    )
+        require("onnxruntime", "cpu", "ModelExport (verification)")
+        require("matplotlib", "report", "ModelExport (the report's plot)")
+        for engine in self._wanted_engines(trainer):
+            if engine == "openvino":
+                require("openvino", "openvino", "Engine `openvino`")
+            if engine == "tensorrt":
+                from lightning_accel.engines.tensorrt_library import load_library
+
+                load_library(None)
+
+    def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export, check and test-build the untrained network: what can be known now must not fail after training."""
+        self._ready = True
+        if not trainer.is_global_zero:
+            return
+        data = held_out(trainer, self.data, self.inputs)
+        forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
+        part = self._part(trainer, pl_module)
+        training = {p: pl_module.get_submodule(p).__dict__.get("forward") for p in forwards}
+        ranges = {p: f.bank.state_dict() for p, f in forwards.items()}
+        try:
+            for path, forward in forwards.items():
+                pl_module.get_submodule(path).__dict__["forward"] = forward
+                if forward.bank.batches == 0:  # ranges come with training; any will do to see whether the path is open
+                    forward.bank.load_state_dict(
+                        {
+                            **ranges[path],
+                            "low": -torch.ones_like(forward.bank.low),
+                            "high": torch.ones_like(forward.bank.high),
+                            "batches": 1,
+                        }
+                    )
+                forward.bank.active = True
+            with tempfile.TemporaryDirectory() as folder, mode(pl_module, False):
+                call = data.first_call(part)
+                export = export_onnx(part, call, Path(folder) / "preflight.onnx")
+                check_integers(export.path, export.trained)
+                samples = data.samples(part, export.input_names, 8)
+                with load_runner(export.path, "onnxruntime", emulate=True) as runner:
+                    verify(
+                        module_network(part, export, call),
+                        runner.run,
+                        samples,
+                        engine="the untrained network's file",
+                        batch_sizes=(1, 8),
+                        tolerance=EMULATED_INT8 if forwards else FLOAT,
+                        check_agreement=False,
+                    ).raise_if_failed()
+                if "tensorrt" in self._wanted_engines(trainer):
+                    build_engine(export.path, Path(folder) / "preflight.engine")
+        finally:
+            for path, forward in forwards.items():
+                forward.bank.load_state_dict(ranges[path])
+                pl_module.get_submodule(path).__dict__.pop("forward", None)
+                if training[path] is not None:
+                    pl_module.get_submodule(path).__dict__["forward"] = training[path]
+
+    def _wanted_engines(self, trainer: L.Trainer) -> list[str]:
+        return self.engines or next(([c.target.engines[0]] for c in _qat(trainer)), ["onnxruntime"])
+
+    def _wanted_precision(self, trainer: L.Trainer) -> str:
+        return self.precision or ("int8" if _qat(trainer) else "fp32")
+
+    def _part(self, trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
+        """What is exported: the LightningModule's ``forward``, or the one submodule that is trained quantization-aware."""
+        if has_forward(pl_module):
+            return pl_module
+        paths = [path for c in _qat(trainer) for path in c.paths]
+        if len(paths) == 1 and paths[0]:
+            return pl_module.get_submodule(paths[0])
+        raise ValueError(
+            f"Argument `model` must have a `forward` to export, but {type(pl_module).__name__} has none. Write one that takes the "
+            'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
+        )
+
+    def _command(self, ckpt: str) -> str:
+        path = self.checkpoint_path if ckpt == "last" else ckpt
+        configs = [
+            f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
+        ]
+        return " ".join(["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt {shlex.quote(path)}"])
+
+
+def _qat(trainer: L.Trainer) -> list[QuantizationAwareTraining]:
+    return [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+
+
+def _compression(trainer: L.Trainer) -> list[CompressionCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+
+
+def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
+    """The teacher of a DistillationModule: the network one would ship without compression."""
+    return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None
+
+
+def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:
+    """What each callback did and when, in optimizer steps, for the report."""
+    lines = []
+    for key, state in states.items():
+        if "steps" in state:
+            start, end = state["steps"]
+            until = f" to {end}" if end > start else " on"
+            lines.append(f"{key.removeprefix('lightning_accel.')}: from step {start}{until}, of {last}")
+    return lines
+
+
+def _measured(trainer: L.Trainer, pl_module: L.LightningModule) -> Mapping[str, Any]:
+    return {
+        f"sparsity ({c.name})": c.sparsity_of(pl_module)
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(c, WeightPruning)
+    }

@@ -1,0 +1,125 @@
+"""Evaluate: the user's own metrics and the accuracy, with the network run by whatever engine."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lightning_accel.export.held_out import HeldOut
+from lightning_accel.export.onnx import OnnxExport, feeds_of
+from lightning_accel.export.verification import Network
+from lightning_accel.inputs import canonical_call, isolated_random, own_signature
+
+
+def module_network(module: nn.Module, export: OnnxExport, description_call: Any) -> Network:
+    """``module`` in eval mode as a function of named arrays, with the names of its ONNX file.
+
+    Args:
+        module: the module; its mode is set to eval.
+        export: what it was exported to.
+        description_call: a call in canonical form; its constants are used, its tensors replaced.
+    """
+    leaves, spec = pytree.tree_flatten(description_call)
+    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    module.eval()
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        filled = list(leaves)
+        for slot, name in zip(slots, export.input_names, strict=True):
+            filled[slot] = torch.from_numpy(np.ascontiguousarray(feeds[name]))
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        with torch.no_grad():
+            result = module(*args, **kwargs)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return {name: tensor.numpy() for name, tensor in zip(export.output_names, outputs, strict=True)}
+
+    return run
+
+
+@contextmanager
+def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> Iterator[list[int]]:
+    """Let ``network`` answer the calls of ``module.forward``; yields a list whose one number counts them."""
+    own = own_signature(module)
+    before = module.__dict__.get("forward")
+    calls = [0]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        outputs = network(feeds_of(canonical_call(own, args, kwargs), export.input_names))
+        return pytree.tree_unflatten(
+            [torch.from_numpy(np.array(outputs[n])) for n in export.output_names], export.out_spec
+        )
+
+    module.__dict__["forward"] = forward
+    try:
+        yield calls
+    finally:
+        module.__dict__.pop("forward", None)
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
+    """What the user's ``validation_step`` logs over the held-out data, on the CPU.
+
+    Args:
+        module: its ``trainer``, mode and random state stay as they are.
+        data: held-out batches.
+
+    Returns:
+        Logged metrics by name; empty if there is no ``validation_step``.
+    """
+    if not is_overridden("validation_step", module):
+        return {}
+    attached = module._trainer
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level, training = log.level, module.training
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), isolated_random():
+            warnings.simplefilter("ignore")  # advice on loaders, given once already during the run
+            trainer = L.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.validate(module, dataloaders=data.loader, verbose=False)
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    finally:
+        module._trainer = attached
+        module.train(training)
+        log.setLevel(level)
+
+
+def count_correct(
+    networks: Mapping[str, Network], export: OnnxExport, module: nn.Module, data: HeldOut
+) -> dict[str, tuple[int, int]]:
+    """Correct top-1 predictions and labelled samples of each network over all held-out data.
+
+    Returns:
+        ``{name: (correct, total)}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for call, labels in data.calls(module):
+        if labels is None:
+            return {}
+        feeds = feeds_of(call, export.input_names)
+        for name, network in networks.items():
+            logits = next(iter(network(feeds).values()))
+            if logits.ndim != 2 or len(logits) != len(labels):
+                return {}
+            correct, total = counts.get(name, (0, 0))
+            hits = int((logits.argmax(1) == labels.numpy()).sum())
+            counts[name] = (correct + hits, total + len(labels))
+    return counts

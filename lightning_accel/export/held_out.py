@@ -1,0 +1,97 @@
+"""Held-out data: what verification and accuracy are measured on. Never training data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lightning_accel.export.onnx import feeds_of
+from lightning_accel.inputs import Call, InputsFunction, call_from_batch, isolated_random, peek, target_from_batch
+
+
+@dataclass
+class HeldOut:
+    """Held-out batches.
+
+    Args:
+        loader: yields the user's batches.
+        source: where they come from, for the report.
+        inputs: maps a batch to the arguments of ``forward``; ``None`` means by its signature.
+    """
+
+    loader: Any
+    source: str
+    inputs: InputsFunction | None = None
+
+    def first_call(self, module: nn.Module) -> Call:
+        """Arguments of ``forward`` for the first batch; the loader's state stays."""
+        return call_from_batch(module, peek(self.loader), self.inputs)
+
+    def calls(self, module: nn.Module) -> Iterator[tuple[Call, torch.Tensor | None]]:
+        """Arguments of ``forward`` and class labels, where there are any, batch by batch."""
+        with isolated_random():
+            for batch in self.loader:
+                yield call_from_batch(module, batch, self.inputs), target_from_batch(batch)
+
+    def samples(self, module: nn.Module, names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
+        """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        parts: list[dict[str, np.ndarray]] = []
+        have = 0
+        for call, _ in self.calls(module):
+            parts.append(feeds_of(call, names))
+            have += batch_of(call)
+            if have >= count:
+                break
+        if not have:
+            raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
+
+
+def batch_of(call: Call) -> int:
+    """Number of samples in a call."""
+    return next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)).shape[0]
+
+
+def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> HeldOut:
+    """Find held-out data: ``data`` if it is a loader, else the trainer's validation or test loader.
+
+    Args:
+        trainer: asked for its loaders.
+        data: a loader, ``"val"`` or ``"test"`` (of the datamodule), or ``None`` for ``"val"``.
+        inputs: as in :class:`HeldOut`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if data is not None and not isinstance(data, str):
+        return HeldOut(data, "loader given as `data`", inputs)
+    if data not in (None, "val", "test"):
+        raise ValueError(f'Argument `data` must be a loader, "val" or "test", but got {data!r}.')
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    datamodule = getattr(trainer, "datamodule", None)
+    with isolated_random():
+        if data == "test":
+            loader = datamodule.test_dataloader() if datamodule is not None else None
+        elif loop._data_source.instance is not None and loop._data_source.is_defined():
+            loader = loop._data_source.dataloader()
+        else:
+            loader = None
+    if isinstance(loader, list | tuple):
+        loader = loader[0] if loader else None
+    if isinstance(loader, dict):
+        loader = next(iter(loader.values()), None)
+    if loader is None:
+        raise ValueError(
+            "Argument `data` must be held-out data, but got None and the Trainer has no "
+            f"{'test' if data == 'test' else 'validation'} loader. Pass ModelExport(data=loader), or give `fit` a validation loader."
+        )
+    return HeldOut(loader, f"{'test' if data == 'test' else 'validation'} loader", inputs)

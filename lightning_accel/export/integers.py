@@ -1,0 +1,125 @@
+"""Law 6, bit for bit: integers, scales and zero points in a file are the trained ones, and Q/DQ nodes equal fake-quant."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from lightning_accel.export.verification import VerificationError
+from lightning_accel.extras import require
+from lightning_accel.quantization.convert import TrainedIntegers
+from lightning_accel.quantization.fake_quant import fake_quantize
+
+
+def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> dict[str, int]:
+    """Hold the stored integers of an ONNX file against the trained ones.
+
+    Args:
+        path: the file.
+        trained: from :func:`~lightning_accel.export.onnx.export_onnx`.
+
+    Returns:
+        How many weights, integers, activations and Q/DQ nodes were compared.
+
+    Raises:
+        VerificationError: one differs; the message names it.
+    """
+    model = onnx.load(path)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    constants |= {
+        node.output[0]: numpy_helper.to_array(node.attribute[0].t)
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    readers = {name: node for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.input[:1]}
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
+    for path_of, part in trained.items():
+        for name, (integers, scale, _axis) in part.weights.items():
+            stored = next((key for key in constants if key == name or key.endswith(f".{name}")), None)
+            if stored is None or stored not in readers:
+                raise VerificationError(
+                    f"The file must store the integers of `{name}`, but there are none (in `{path_of}`)."
+                )
+            _same(f"integers of `{name}`", constants[stored], integers.numpy())
+            _same(f"scales of `{name}`", constants[readers[stored].input[1]].reshape(-1), scale.numpy())
+            if len(readers[stored].input) > 2 and np.any(constants[readers[stored].input[2]]):
+                raise VerificationError(f"Zero points of `{name}` must be 0, but got others in the file.")
+            counts["weights"] += 1
+            counts["integers"] += integers.numel()
+    wanted = Counter((np.float32(s), z) for part in trained.values() for s, z in part.activations.values())
+    found: Counter[tuple[np.float32, int]] = Counter()
+    for node in quantizers:
+        scale, zero_point = constants[node.input[1]], constants[node.input[2]] if len(node.input) > 2 else np.int8(0)
+        pair = (np.float32(scale), int(zero_point))
+        back = readers.get(node.output[0])
+        if back is None or np.float32(constants[back.input[1]]) != pair[0] or int(constants[back.input[2]]) != pair[1]:
+            raise VerificationError(
+                f"QuantizeLinear `{node.name}` must be followed by its own DequantizeLinear, but it isn't."
+            )
+        found[pair] += 1
+        _check_node(*pair, signed=np.asarray(zero_point).dtype == np.int8)
+        counts["nodes"] += 2
+    if found != wanted:
+        missing, extra = wanted - found, found - wanted
+        raise VerificationError(
+            "Scales and zero points of the file's QuantizeLinear nodes must be the trained ones, but "
+            f"{sum(missing.values())} are missing ({list(missing)[:3]}) and {sum(extra.values())} are others ({list(extra)[:3]})."
+        )
+    counts["activations"] = sum(wanted.values())
+    return counts
+
+
+def _same(what: str, stored: np.ndarray, trained: np.ndarray) -> None:
+    if stored.shape != trained.shape or stored.tobytes() != trained.astype(stored.dtype).tobytes():
+        differ = int(np.sum(stored != trained)) if stored.shape == trained.shape else "all"
+        raise VerificationError(
+            f"The {what} must be the trained ones bit for bit, but {differ} of {trained.size} differ."
+        )
+
+
+def _check_node(scale: np.float32, zero_point: int, signed: bool) -> None:
+    """Run QuantizeLinear and DequantizeLinear alone, and fake-quant, on values that lie on, beside and between steps."""
+    low, high = (-128, 127) if signed else (0, 255)
+    steps = np.arange(low - zero_point - 3, high - zero_point + 4, dtype=np.float32)
+    spread = np.random.default_rng(0).uniform(steps[0], steps[-1], 4096).astype(np.float32)
+    edges = (steps + np.float32(0.5)) * scale
+    values = np.concatenate(
+        [
+            steps * scale,
+            edges,
+            np.nextafter(edges, np.float32(np.inf)),
+            np.nextafter(edges, np.float32(-np.inf)),
+            spread * scale,
+        ]
+    )
+    integer = TensorProto.INT8 if signed else TensorProto.UINT8
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero_point"], ["y"]),
+        ],
+        "node",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+        [
+            helper.make_tensor("scale", TensorProto.FLOAT, [], [scale]),
+            helper.make_tensor("zero_point", integer, [], [zero_point]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    ort = require("onnxruntime", "cpu", "Verification")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (got,) = session.run(["y"], {"x": values})
+    want = fake_quantize(torch.from_numpy(values), torch.tensor(scale), zero_point, low, high).numpy()
+    if not np.array_equal(got, want):
+        raise VerificationError(
+            f"QuantizeLinear with scale {scale} and zero point {zero_point} must equal fake-quant on the same input, but "
+            f"{int(np.sum(got != want))} of {len(values)} values differ."
+        )

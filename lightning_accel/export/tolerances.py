@@ -1,0 +1,56 @@
+"""How far an engine may be from PyTorch, in one place, with the reasons.
+
+Errors are shares of the output's range (largest minus smallest reference value over all samples).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits for one way to run a network.
+
+    Args:
+        median: of the errors.
+        p99: of the errors.
+        maximum: of the errors.
+        agreement: least share of samples with the same largest logit.
+        metric: most that the user's metric may differ.
+        why: the reason for these numbers.
+    """
+
+    median: float
+    p99: float
+    maximum: float
+    agreement: float
+    metric: float
+    why: str
+
+
+FLOAT = Tolerance(
+    median=1e-6,
+    p99=1e-5,
+    maximum=1e-4,
+    agreement=0.999,
+    metric=0.001,
+    why="the same float32 operators in another order of summation: a few units in the last place, more in deep nets",
+)
+EMULATED_INT8 = Tolerance(
+    median=1e-6,
+    p99=2e-2,
+    maximum=1e-1,
+    agreement=0.995,
+    metric=0.005,
+    why=(
+        "the same integers and float operators; where a last-place difference falls on the edge between two integers one "
+        "rounding flips by a whole step, and what lies behind it moves: rare, but visible"
+    ),
+)
+KERNEL_INT8 = Tolerance(
+    median=1e-2,
+    p99=5e-2,
+    maximum=2e-1,
+    agreement=0.98,
+    metric=0.01,
+    why="integer kernels also round biases and sums to integers, where the file computes in float",
+)
