@@ -54,11 +54,6 @@ class CompressionCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_supported(trainer, pl_module, type(self).__name__)
-            keys = [c.state_key for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
-            if keys.count(self.state_key) > 1:
-                raise ValueError(
-                    f"Argument `name` must differ between two {type(self).__name__}, but got {self.name!r} twice."
-                )
             for argument, value in (("start", self.start), ("end", self.end)):
                 if isinstance(value, int) and trainer.max_epochs not in (None, -1) and value > trainer.max_epochs:
                     raise ValueError(

@@ -52,6 +52,30 @@ def own_forward(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def named_keywords(module: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """The module's own ``forward`` with ``**kwargs`` spelled out: torch.export can't give those dynamic shapes."""
+    with own_forward(module):
+        own = own_signature(module)
+        open_ended = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
+        extra = [Parameter(k, Parameter.KEYWORD_ONLY) for k in keywords if k not in own.parameters]
+        if not open_ended:
+            yield
+            return
+        forward = module.forward
+
+        def spelled_out(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        fixed = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        spelled_out.__signature__ = own.replace(parameters=[*fixed, *extra])  # type: ignore[attr-defined]
+        module.__dict__["forward"] = spelled_out
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+
+
+@contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
     """All submodules in train or eval mode; each gets its own mode back."""
     before = {m: m.training for m in module.modules()}

@@ -17,7 +17,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_accel import __version__
-from lightning_accel.inputs import Call, canonical_call, isolated_random, mode, own_forward, own_signature
+from lightning_accel.inputs import (
+    Call,
+    canonical_call,
+    isolated_random,
+    mode,
+    named_keywords,
+    own_forward,
+    own_signature,
+)
 from lightning_accel.quantization.capture import CaptureError, batch_shapes, describe_inputs, example_inputs, no_logs
 from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import quantized_forwards
@@ -96,6 +104,8 @@ def export_onnx(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
+        if source is module:
+            stack.enter_context(named_keywords(module, kwargs))
         try:
             program = torch.export.export(source, args, kwargs, dynamic_shapes=batch_shapes(source, args, kwargs))
         except Exception as error:  # torch.export documents no common base

@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from lightning_accel.inputs import canonical_call, mode, own_forward, own_signature
+from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
 
 _TRACED_BATCH = 3  # any number but 0 and 1, which torch.export treats as special
 _TENSOR = "tensor"
@@ -84,13 +84,13 @@ def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return shapes.dynamic_shapes(module, args, kwargs)
 
 
-def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
+def capture(module: nn.Module, description: Mapping[str, Any], training: bool, path: str = "") -> GraphModule:
     """Capture ``module.forward`` in train or eval mode.
 
     Args:
         module: the module; neither its mode, its tensors nor the random generators change.
         description: inputs, from :func:`describe_inputs`.
-        training: mode in which it is captured; ``None``: each submodule in the mode it is in.
+        training: mode in which it is captured.
         path: the module's name, for the error message.
 
     Returns:
@@ -116,20 +116,16 @@ def no_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _export(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> GraphModule:
+def _export(module: nn.Module, description: Mapping[str, Any], training: bool) -> GraphModule:
     tensor = next(iter(module.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     args, kwargs = example_inputs(description, device)
     keep = torch.get_rng_state()
-    flags = {m: m.training for m in module.modules()}
     with (
-        own_forward(module),
-        mode(module, module.training if training is None else training),
+        named_keywords(module, kwargs),
+        mode(module, training),
         warnings.catch_warnings(),
     ):
-        if training is None:
-            for m, flag in flags.items():
-                m.training = flag
         warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
@@ -145,9 +141,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
     return graph_module
 
 
-def _explain(
-    module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str, error: Exception
-) -> str:
+def _explain(module: nn.Module, description: Mapping[str, Any], training: bool, path: str, error: Exception) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
@@ -178,7 +172,7 @@ def _user_line(error: BaseException, module: nn.Module) -> str:
     return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
 
 
-def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> str:
+def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool) -> str:
     """The largest submodule, at most two levels down, that can be captured with the inputs it gets; empty if none."""
     calls: dict[str, dict[str, Any]] = {}
 

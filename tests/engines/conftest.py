@@ -1,0 +1,39 @@
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `models`, the helper beside this file
+
+import models
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A bundle as the exporter writes it; returns its directory and a function that rewrites the manifest."""
+    folder = tmp_path / "bundle"
+    (folder / "engines").mkdir(parents=True)
+    models.linear(folder / "model.onnx")
+    (folder / "engines" / "model.tensorrt_rtx.engine").write_bytes(b"plan")
+    files = {
+        name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(), "bytes": 1}
+        for name in ("model.onnx", "engines/model.tensorrt_rtx.engine")
+    }
+    manifest = {
+        "schema": 1,
+        "files": files,
+        "default": {"engine": "onnxruntime", "file": "model.onnx"},
+        "engines": {
+            "onnxruntime": {"file": "model.onnx"},
+            "tensorrt": {"file": "engines/model.tensorrt_rtx.engine"},
+        },
+    }
+
+    def write(**changes):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+        return folder
+
+    write()
+    return folder, write

@@ -1,0 +1,91 @@
+import hashlib
+import json
+
+import models
+import numpy as np
+import pytest
+
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.manifest import sha256_of
+
+
+def test_sha256_of_a_known_text(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_bundle_loads_its_default_and_the_engine_asked_for(bundle):
+    folder, _ = bundle
+    for engine in (None, "onnxruntime"):
+        with load_runner(folder, engine) as runner:
+            assert runner.path == folder / "model.onnx"
+            assert runner(np.array([[1, 2, 3]], np.float32)).tolist() == [[10.0, 4.0]]
+
+
+def test_changed_file_is_refused(bundle):
+    folder, _ = bundle
+    models.linear(folder / "model.onnx", batch="other")
+    with pytest.raises(ValueError, match=r"`model.onnx` must have the SHA-256 in manifest.json, \w{64}, but got \w{64}"):
+        load_runner(folder)
+
+
+def test_missing_file_is_refused(bundle):
+    folder, _ = bundle
+    (folder / "model.onnx").unlink()
+    with pytest.raises(FileNotFoundError, match="must hold `model.onnx`, but it is missing"):
+        load_runner(folder)
+
+
+def test_what_lies_beside_the_file_is_checked_too(bundle):
+    folder, write = bundle
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / "model.onnx.data").write_bytes(b"weights")
+    write(files={**files, "model.onnx.data": {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7}})
+    load_runner(folder).close()
+    (folder / "model.onnx.data").write_bytes(b"weightz")
+    with pytest.raises(ValueError, match="`model.onnx.data` must have the SHA-256"):
+        load_runner(folder)
+
+
+def test_engine_not_in_the_bundle_names_those_that_are(bundle):
+    with pytest.raises(ValueError, match=r"one of the bundle's engines \['onnxruntime', 'tensorrt'\], but got 'openvino'"):
+        load_runner(bundle[0], "openvino")
+
+
+@pytest.mark.parametrize("name", ["../m.onnx", "/m.onnx", "engines/../../m.onnx", "C:/m.onnx", "..\\m.onnx"])
+def test_paths_that_leave_the_bundle_are_refused(bundle, name):
+    folder, write = bundle
+    digest = sha256_of(models.linear(folder.parent / "m.onnx"))
+    write(files={name: {"sha256": digest, "bytes": 1}}, default={"engine": "onnxruntime", "file": name})
+    with pytest.raises(ValueError, match="must list only files inside the bundle"):
+        load_runner(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, r"schema of at most 1, but got 2.*\n?.*pip install --upgrade lightning-accel"),
+        ({"schema": "1"}, "schema as an integer of at least 1, but got '1'"),
+        ({"schema": True}, "schema as an integer of at least 1, but got True"),
+        ({"files": []}, "must have `files` as an object of objects"),
+        ({"engines": {"onnxruntime": "model.onnx"}}, "must have `engines` as an object of objects"),
+        ({"default": None}, "must name its default engine"),
+        ({"default": {"engine": "onnxruntime", "file": "x.onnx"}}, "list the file of engine `onnxruntime`.*'x.onnx'"),
+        ({"default": {"engine": "magic", "file": "model.onnx"}}, "default engine must be one of .*but it is 'magic'"),
+    ],
+)
+def test_broken_manifests_are_named(bundle, changes, message):
+    folder, write = bundle
+    write(**changes)
+    with pytest.raises(ValueError, match=message):
+        load_runner(folder)
+
+
+def test_directory_without_or_with_unreadable_manifest(bundle):
+    folder, _ = bundle
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON, but it can't be read"):
+        load_runner(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="must be a bundle with a manifest.json"):
+        load_runner(folder)

@@ -1,0 +1,39 @@
+import models
+import numpy as np
+import pytest
+
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.openvino import OpenVinoRunner
+
+pytest.importorskip("openvino", reason="OpenVINO is an optional engine")
+
+
+def test_runs_an_onnx_file_with_several_inputs(tmp_path):
+    with load_runner(models.gather(tmp_path / "g.onnx"), "openvino", threads=1) as runner:
+        assert runner.input_names == ("ids", "mask")
+        assert runner.inputs[0].shape == (None,)
+        outputs = runner(np.array([3, 1]), np.array([True, False]))
+        assert outputs["values"].tolist() == [30.0, 10.0]
+        assert outputs["inverse"].tolist() == [False, True]
+
+
+def test_float32_stays_float32(tmp_path):
+    # 1 + 2**-10 is no bfloat16: OpenVINO's default on CPUs with bf16 instructions would return 1.
+    x = np.full((1, 3), 1 + 2.0**-10, np.float32)
+    with OpenVinoRunner(models.linear(tmp_path / "m.onnx")) as runner:
+        np.testing.assert_array_equal(runner(x), 2 * x[:, :2] * [2, 1])
+
+
+def test_results_are_not_overwritten_by_the_next_call(tmp_path):
+    with OpenVinoRunner(models.linear(tmp_path / "m.onnx")) as runner:
+        first = runner(np.ones((1, 3), np.float32))
+        runner(np.zeros((1, 3), np.float32))
+        assert first.tolist() == [[4.0, 2.0]]
+
+
+def test_damaged_and_missing_files(tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"hello")
+    with pytest.raises(RuntimeError, match="OpenVINO could not load `bad.onnx`"):
+        OpenVinoRunner(tmp_path / "bad.onnx")
+    with pytest.raises(FileNotFoundError, match="Argument `path` must be a model file"):
+        OpenVinoRunner(tmp_path / "none.onnx")

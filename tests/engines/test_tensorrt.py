@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import models
+import numpy as np
+import pytest
+
+from lightning_accel.engines import cuda
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
+from lightning_accel.engines.tensorrt_library import read_info, sidecar_of
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
+no_gpu = pytest.mark.skipif(has_gpu(), reason="tells what happens without a GPU")
+
+
+def build(*args, **options):
+    return build_engine(*args, library="tensorrt_rtx", **options)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    path = models.conv(tmp_path_factory.mktemp("engine") / "model.onnx")
+    return path, build(path, level=1)
+
+
+def test_engine_and_record(built):
+    path, info = built
+    assert info.path == path.with_name("model.tensorrt_rtx.engine")
+    assert (info.library, info.version, info.precision, info.ran) == ("tensorrt_rtx", trt.__version__, "fp32", False)
+    assert info.status == "built here, not run"
+    assert info.profile == {"x": ((1, 3, 8, 8), (8, 3, 8, 8), (64, 3, 8, 8))}
+    assert info.bytes == info.path.stat().st_size > 1000
+    assert (info.onnx_sha256, info.sha256) == (sha256_of(path), sha256_of(info.path))
+    assert info.seconds > 0
+    assert info.gpu == cuda.gpu_name()
+    assert read_info(info.path) == info
+    record = json.loads(sidecar_of(info.path).read_text())
+    assert record["path"] == "model.tensorrt_rtx.engine"  # a bundle can be moved
+    names = {"model.onnx", "model.tensorrt_rtx.engine", "model.tensorrt_rtx.engine.json"}
+    assert {file.name for file in path.parent.iterdir()} == names  # no temporary file is left
+
+
+def test_int8_and_fp16_are_read_from_the_file_and_build(tmp_path):
+    assert build(models.quantized_linear(tmp_path / "q.onnx")).precision == "int8"
+    info = build(models.conv(tmp_path / "half.onnx", np.float16), tmp_path / "sub" / "half.engine")
+    assert (info.precision, info.path) == ("fp16", tmp_path / "sub" / "half.engine")
+    assert info.path.is_file()
+
+
+def test_own_profile_and_fixed_shapes(tmp_path):
+    path = models.conv(tmp_path / "m.onnx", shape=("n", 3, "h", "w"))
+    shapes = [[1, 3, 8, 8], [2, 3, 16, 16], [4, 3, 32, 32]]
+    assert build(path, profile={"x": shapes}).profile == {"x": tuple(map(tuple, shapes))}
+    assert build(models.conv(tmp_path / "fixed.onnx", shape=(2, 3, 8, 8))).profile == {}
+
+
+def test_dynamic_axes_without_a_profile_name_the_input(tmp_path):
+    path = models.conv(tmp_path / "m.onnx", shape=("n", 3, "h", "w"))
+    with pytest.raises(ValueError, match=r"must give the shapes of input `x`, whose axes \[0, 2, 3\] are dynamic"):
+        build(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1, 3, 8, 8), (2, 3, 8, 8)],
+        [(1, 3, 8), (2, 3, 8), (4, 3, 8)],
+        [(4, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)],
+        [(0, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)],
+        [(1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 9, 8)],
+        [(1, 3, 8, 8), (2.0, 3, 8, 8), (4, 3, 8, 8)],
+    ],
+)
+def test_profiles_that_do_not_fit(built, shapes):
+    with pytest.raises(ValueError, match=r"must give input `x` of shape \(-1, 3, 8, 8\) three such shapes"):
+        build(built[0], profile={"x": shapes})
+
+
+def test_profile_of_an_unknown_input(built):
+    with pytest.raises(ValueError, match=r"must name dynamic inputs, of \['x'\], but got \['image'\]"):
+        build(built[0], profile={"image": [(1,), (1,), (1,)]})
+
+
+def test_parser_errors_name_the_node(tmp_path):
+    path = models.quantized_linear(tmp_path / "q.onnx", zero_point=3)
+    with pytest.raises(RuntimeError, match=r"node `x_quantize` \(QuantizeLinear\): .*Non-zero zero point"):
+        build(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_build_errors_carry_the_reason(built, tmp_path):
+    with pytest.raises(RuntimeError, match=r"tensorrt_rtx .* can't build `model.onnx`:\n.*workspace"):
+        build(built[0], tmp_path / "m.engine", workspace_bytes=1024)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_build_keeps_the_old_engine(built, tmp_path):
+    (tmp_path / "m.engine").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="can't build"):
+        build(built[0], tmp_path / "m.engine", workspace_bytes=1024)
+    assert (tmp_path / "m.engine").read_bytes() == b"old"
+
+
+def test_bad_arguments(built, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="Argument `onnx_path` must be a valid ONNX file, but got bad.onnx"):
+        build(tmp_path / "bad.onnx")
+    with pytest.raises(FileNotFoundError, match="Argument `onnx_path` must be an ONNX file"):
+        build(tmp_path / "none.onnx")
+    with pytest.raises(ValueError, match="Argument `level` must be an integer from 0 to 5 or None, but got 9"):
+        build(built[0], level=9)
+    with pytest.raises(ValueError, match="Argument `timing_cache` must be None for `tensorrt_rtx`"):
+        build(built[0], timing_cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"one of \['tensorrt', 'tensorrt_rtx'\] or None, but got 'trt'"):
+        build_engine(built[0], library="trt")
+
+
+def test_without_either_library_the_extra_is_named(built):
+    code = """
+        import sys
+
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name in {"tensorrt", "tensorrt_rtx"}:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Blocked())
+        from lightning_accel.engines.tensorrt import build_engine
+        for library in (None, "tensorrt"):
+            try:
+                build_engine(sys.argv[1], library=library)
+            except ModuleNotFoundError as error:
+                print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(built[0])]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith('pip install "lightning-accel[tensorrt-rtx]"')
+    assert lines[1].endswith('pip install "lightning-accel[gpu]"')
+
+
+@no_gpu
+def test_running_without_a_gpu_says_so(built):
+    assert cuda.gpu_name() is None
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver to run.*built here, not run"):
+        load_runner(built[1].path)
+    with pytest.raises(RuntimeError, match="cuMemAlloc_v2 needs an NVIDIA GPU"):
+        cuda.DeviceArray().reserve(4)
+
+
+def test_runner_checks_the_record(built, tmp_path):
+    engine = tmp_path / "m.engine"
+    with pytest.raises(FileNotFoundError, match="Argument `path` must be an engine file"):
+        TensorRTRunner(engine)
+    engine.write_bytes(built[1].path.read_bytes())
+    with pytest.raises(FileNotFoundError, match="must be an engine with its record `m.engine.json` beside it"):
+        TensorRTRunner(engine)
+    for damaged in ("{", "[]", '{"path": "m.engine", "profile": {}}'):
+        sidecar_of(engine).write_text(damaged)
+        with pytest.raises(ValueError, match="`m.engine.json` must be the record of an engine, but it is damaged"):
+            TensorRTRunner(engine)
+    sidecar_of(engine).write_text(sidecar_of(built[1].path).read_text())
+    engine.write_bytes(b"other")
+    with pytest.raises(ValueError, match="`m.engine` must have the SHA-256 in its record"):
+        TensorRTRunner(engine)
+    with pytest.raises(ValueError, match="Argument `threads` must be None for engine `tensorrt`, but got 2"):
+        TensorRTRunner(engine, threads=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="runs the engine, which needs an NVIDIA GPU")
+def test_engine_runs_like_onnx_runtime(built):
+    path, info = built
+    rng = np.random.default_rng(0)
+    with load_runner(info.path) as runner, load_runner(path, threads=1) as reference:
+        assert (runner.input_names, runner.output_names) == (("x",), ("y",))
+        for batch in (1, 7, 64, 3):
+            x = rng.normal(size=(batch, 3, 8, 8)).astype(np.float32)
+            np.testing.assert_allclose(runner(x), reference(x), rtol=1e-2, atol=1e-2)  # TF32 is on by default
+        with pytest.raises(ValueError, match="within the engine's profile"):
+            runner(np.zeros((65, 3, 8, 8), np.float32))
