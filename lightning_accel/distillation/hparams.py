@@ -1,11 +1,14 @@
 """Hyper-parameters of a student that was built from YAML inside of a :class:`DistillationModule`'s config."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
 import lightning as L
+from torch import nn
+
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 def _import(path: Any) -> Any:
@@ -19,6 +22,17 @@ def _import(path: Any) -> Any:
         return None
 
 
+def _store(student: L.LightningModule, config: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Make a class config the hyper-parameters of a module, the way LightningCLI does for the model it builds."""
+    own = {**config.get("init_args", {}), **config.get("dict_kwargs", {})}
+    if names is not None:
+        own = {name: own[name] for name in names if name in own}
+    own |= {"_class_path": config["class_path"], "_instantiator": _INSTANTIATOR}
+    student.remove_ignored_hparams([name for name in student.hparams if name not in own])
+    student._set_hparams(own)
+    object.__setattr__(student, "_hparams_initial", copy.deepcopy(student.hparams))
+
+
 def keep_own_hparams_(student: L.LightningModule, wrapper: type) -> None:
     """Replace the config of the whole model, which ``LightningCLI`` gives to nested modules too, by the student's part.
 
@@ -28,16 +42,10 @@ def keep_own_hparams_(student: L.LightningModule, wrapper: type) -> None:
         student: module whose ``save_hyperparameters`` ran under ``LightningCLI``; others are left alone.
         wrapper: class at the top of the config.
     """
-    given = dict(student.hparams)
-    top = _import(given.get("_class_path"))
-    nested = given.get("student")
-    if not (isinstance(top, type) and issubclass(top, wrapper) and isinstance(nested, dict) and "class_path" in nested):
-        return
-    own = {"_class_path": nested["class_path"], "_instantiator": given["_instantiator"]}
-    own |= {**nested.get("init_args", {}), **nested.get("dict_kwargs", {})}
-    student._set_hparams(own)
-    student.remove_ignored_hparams([key for key in given if key not in own])
-    object.__setattr__(student, "_hparams_initial", copy.deepcopy(student.hparams))
+    top = _import(student.hparams.get("_class_path"))
+    config = student.hparams.get("student")
+    if isinstance(top, type) and issubclass(top, wrapper) and isinstance(config, dict) and "class_path" in config:
+        _store(student, config)
 
 
 def nested_instantiator(cli: Any, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +68,14 @@ def nested_instantiator(cli: Any, otherwise: Callable[..., Any]) -> Callable[...
         model = cli.config_dump.get("model") or {}
         if "class_path" not in model or _import(model["class_path"]) is class_type:
             return otherwise(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
-        return class_type(*args, **kwargs)
+        module = class_type(*args, **kwargs)
+        config = model.get("init_args", {}).get("student")
+        if isinstance(config, dict) and _import(config.get("class_path")) is class_type:
+            hparams = module.hparams
+            if any(
+                isinstance(value, nn.Module) for value in hparams.values()
+            ):  # the checkpoint is to hold plain values
+                _store(module, config, list(hparams))
+        return module
 
     return instantiate

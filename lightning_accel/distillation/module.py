@@ -21,7 +21,26 @@ from lightning_accel.distillation.teacher import Distillation, freeze_, load_wei
 _TEMPERATURE = 4.0
 
 
-class DistillationModule(L.LightningModule):
+class _SharesStudent(L.LightningModule):
+    """Makes the instance; apart from DistillationModule, whose parameters a command line then reads off ``__init__``."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An instance of the student's class that shares the student's attributes."""
+        student = signature(cls.__init__).bind(None, *args, **kwargs).arguments["student"]
+        if not isinstance(student, nn.Module):
+            raise ValueError(
+                f"Argument `student` must be a LightningModule or an nn.Module, but got a {type(student).__name__}."
+            )
+        if isinstance(student, _SharesStudent):
+            raise ValueError("Argument `student` must not be distilled already, but got a DistillationModule.")
+        student_class: Any = type(student)
+        module = object.__new__(_distilled_class(student_class))
+        object.__setattr__(module, "__dict__", vars(student))
+        object.__setattr__(module, "_student", student)
+        return module  # type: ignore[return-value]
+
+
+class DistillationModule(_SharesStudent):
     """Train a student on its own loss and on a teacher's outputs: ``alpha · distillation + (1 - alpha) · task``.
 
     What comes back *is* the student: an instance of its class, with its attributes, hooks, metrics, optimizers,
@@ -62,32 +81,17 @@ class DistillationModule(L.LightningModule):
     _distillation: Distillation
     _student: nn.Module
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """An instance of the student's class that shares the student's attributes."""
-        student = signature(cls.__init__).bind(None, *args, **kwargs).arguments["student"]
-        if not isinstance(student, nn.Module):
-            raise ValueError(
-                f"Argument `student` must be a LightningModule or an nn.Module, but got a {type(student).__name__}."
-            )
-        if isinstance(student, DistillationModule):
-            raise ValueError("Argument `student` must not be distilled already, but got a DistillationModule.")
-        student_class: Any = type(student)
-        module = object.__new__(_distilled_class(student_class))
-        object.__setattr__(module, "__dict__", vars(student))
-        object.__setattr__(module, "_student", student)
-        return module  # type: ignore[return-value]
-
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module,
-        losses: str | Callable[[Tensor, Tensor], Tensor] = "kd",
+        losses: Callable | str = "kd",
         alpha: float = 0.7,
         temperature: float = _TEMPERATURE,
-        outputs: str | Callable[[Any], Tensor] | None = None,
-        teacher_outputs: Callable[[Any], Tensor] | None = None,
+        outputs: Callable | str | None = None,
+        teacher_outputs: Callable | None = None,
         teacher_checkpoint: str | Path | None = None,
-        task_loss: Callable[[Any, Any], Tensor] | None = None,
+        task_loss: Callable | None = None,
         optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
     ) -> None:
         # no super().__init__(): the student is built already, and this object is the student

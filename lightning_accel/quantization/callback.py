@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
@@ -187,8 +186,9 @@ class QuantizationAwareTraining(CompressionCallback):
 
 
 def builds_layers_late(pl_module: L.LightningModule) -> bool:
-    """Whether the module may build layers or data after the callbacks' ``setup``."""
-    return is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)
+    """Whether the user's class may build layers or data after the callbacks' ``setup``."""
+    users = [c for c in type(pl_module).__mro__ if not c.__module__.startswith(("lightning", "torch"))]
+    return any(hook in vars(c) for c in users for hook in ("setup", "configure_model"))
 
 
 def owner_and_call(
