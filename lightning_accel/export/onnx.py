@@ -114,9 +114,18 @@ def export_onnx(
             ) from error
         names_in = list(input_names or _input_names(module, call))
         out_spec, names_out = _output_names(program, output_names)
-        written = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=names_in, output_names=names_out, verbose=False
-        )
+        try:
+            written = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=names_in, output_names=names_out, verbose=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+            raise CaptureError(
+                f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
+            ) from error
     assert written is not None
     model = written.model_proto
     _clean(model)
@@ -179,18 +188,21 @@ def _output_names(program: ExportedProgram, given: Sequence[str] | None) -> tupl
 
 
 def _names(paths: list[Any], default: str) -> list[str]:
-    """Short names from paths in a nested structure: the last key; with its predecessors where that isn't unique."""
+    """Short names from paths in a nested structure: the last key, with its predecessors where that says too little."""
+    keys = [[str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path] for path in paths]
 
-    def text(path: Any, keep: int) -> str:
-        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path][-keep:]
-        joined = re.sub(r"\W+", "_", "_".join(keys))
+    def text(parts: list[str], keep: int) -> str:
+        joined = re.sub(r"\W+", "_", "_".join(parts[-keep:]))
         return f"{default}_{joined}" if joined.isdigit() else joined or default
 
-    for keep in range(1, 9):
-        names = [text(path, keep) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{default}_{i}" for i in range(len(paths))]
+    depth = [next((n for n in range(1, len(parts) + 1) if not parts[-n].isdigit()), len(parts) or 1) for parts in keys]
+    while True:
+        names = [text(parts, keep) for parts, keep in zip(keys, depth, strict=True)]
+        twice = [i for i, name in enumerate(names) if names.count(name) > 1 and depth[i] < len(keys[i])]
+        if not twice:
+            return names if len(set(names)) == len(names) else [f"{default}_{i}" for i in range(len(paths))]
+        for i in twice:
+            depth[i] += 1
 
 
 def _clean(model: onnx.ModelProto) -> None:

@@ -1,13 +1,9 @@
 import hashlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # `models`, the helper beside this file
-
-import models
+from tests.engines import onnx_models as models
 
 
 @pytest.fixture

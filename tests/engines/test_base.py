@@ -3,11 +3,11 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
-import models
 import numpy as np
 import pytest
 
 from lightning_accel.engines.base import load_runner
+from tests.engines import onnx_models as models
 
 X = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 Y = np.array([[10, 4], [22, 10]], np.float32)
@@ -78,7 +78,7 @@ def test_closed_runner_refuses(tmp_path, engine):
     with load_runner(models.linear(tmp_path / "m.onnx"), engine) as runner:
         pass
     runner.close()
-    with pytest.raises(RuntimeError, match="The runner of `m.onnx` is closed"):
+    with pytest.raises(RuntimeError, match=r"The runner of `m.onnx` is closed"):
         runner(X)
 
 
@@ -99,10 +99,10 @@ def test_load_runner_refuses_what_it_does_not_know(tmp_path):
         load_runner(path, "tflite")
     with pytest.raises(ValueError, match=r"Argument `path` must end in one of .*, but got 'm.bin'"):
         load_runner(path.rename(tmp_path / "m.bin"))
-    with pytest.raises(FileNotFoundError, match="Argument `path` must be a bundle or a model file"):
+    with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a bundle or a model file"):
         load_runner(tmp_path / "nothing.onnx")
     for threads in (0, 1.5, True):
-        with pytest.raises(ValueError, match="Argument `threads` must be None or an integer of at least 1"):
+        with pytest.raises(ValueError, match=r"Argument `threads` must be None or an integer of at least 1"):
             load_runner(tmp_path / "m.bin", threads=threads)
 
 

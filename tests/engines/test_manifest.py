@@ -1,12 +1,12 @@
 import hashlib
 import json
 
-import models
 import numpy as np
 import pytest
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
+from tests.engines import onnx_models as models
 
 
 def test_sha256_of_a_known_text(tmp_path):
@@ -25,14 +25,16 @@ def test_bundle_loads_its_default_and_the_engine_asked_for(bundle):
 def test_changed_file_is_refused(bundle):
     folder, _ = bundle
     models.linear(folder / "model.onnx", batch="other")
-    with pytest.raises(ValueError, match=r"`model.onnx` must have the SHA-256 in manifest.json, \w{64}, but got \w{64}"):
+    with pytest.raises(
+        ValueError, match=r"`model.onnx` must have the SHA-256 in manifest.json, \w{64}, but got \w{64}"
+    ):
         load_runner(folder)
 
 
 def test_missing_file_is_refused(bundle):
     folder, _ = bundle
     (folder / "model.onnx").unlink()
-    with pytest.raises(FileNotFoundError, match="must hold `model.onnx`, but it is missing"):
+    with pytest.raises(FileNotFoundError, match=r"must hold `model.onnx`, but it is missing"):
         load_runner(folder)
 
 
@@ -43,12 +45,14 @@ def test_what_lies_beside_the_file_is_checked_too(bundle):
     write(files={**files, "model.onnx.data": {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 7}})
     load_runner(folder).close()
     (folder / "model.onnx.data").write_bytes(b"weightz")
-    with pytest.raises(ValueError, match="`model.onnx.data` must have the SHA-256"):
+    with pytest.raises(ValueError, match=r"`model.onnx.data` must have the SHA-256"):
         load_runner(folder)
 
 
 def test_engine_not_in_the_bundle_names_those_that_are(bundle):
-    with pytest.raises(ValueError, match=r"one of the bundle's engines \['onnxruntime', 'tensorrt'\], but got 'openvino'"):
+    with pytest.raises(
+        ValueError, match=r"one of the bundle's engines \['onnxruntime', 'tensorrt'\], but got 'openvino'"
+    ):
         load_runner(bundle[0], "openvino")
 
 
@@ -57,7 +61,7 @@ def test_paths_that_leave_the_bundle_are_refused(bundle, name):
     folder, write = bundle
     digest = sha256_of(models.linear(folder.parent / "m.onnx"))
     write(files={name: {"sha256": digest, "bytes": 1}}, default={"engine": "onnxruntime", "file": name})
-    with pytest.raises(ValueError, match="must list only files inside the bundle"):
+    with pytest.raises(ValueError, match=r"must list only files inside the bundle"):
         load_runner(folder)
 
 
@@ -84,8 +88,8 @@ def test_broken_manifests_are_named(bundle, changes, message):
 def test_directory_without_or_with_unreadable_manifest(bundle):
     folder, _ = bundle
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="must be JSON, but it can't be read"):
+    with pytest.raises(ValueError, match=r"must be JSON, but it can't be read"):
         load_runner(folder)
     (folder / "manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match="must be a bundle with a manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"must be a bundle with a manifest.json"):
         load_runner(folder)

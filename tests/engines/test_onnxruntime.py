@@ -1,9 +1,9 @@
-import models
 import numpy as np
 import onnxruntime
 import pytest
 
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from tests.engines import onnx_models as models
 
 X = np.random.default_rng(0).normal(scale=3, size=(5, 64)).astype(np.float32)
 
@@ -38,9 +38,9 @@ def test_provider_with_options(tmp_path):
 
 def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"hello")
-    with pytest.raises(RuntimeError, match="ONNX Runtime could not load `bad.onnx`"):
+    with pytest.raises(RuntimeError, match=r"ONNX Runtime could not load `bad.onnx`"):
         OnnxRuntimeRunner(tmp_path / "bad.onnx")
-    with pytest.raises(FileNotFoundError, match="Argument `path` must be an ONNX file"):
+    with pytest.raises(FileNotFoundError, match=r"Argument `path` must be an ONNX file"):
         OnnxRuntimeRunner(tmp_path / "none.onnx")
 
 

@@ -1,9 +1,9 @@
-import models
 import numpy as np
 import pytest
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.openvino import OpenVinoRunner
+from tests.engines import onnx_models as models
 
 pytest.importorskip("openvino", reason="OpenVINO is an optional engine")
 
@@ -33,7 +33,7 @@ def test_results_are_not_overwritten_by_the_next_call(tmp_path):
 
 def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"hello")
-    with pytest.raises(RuntimeError, match="OpenVINO could not load `bad.onnx`"):
+    with pytest.raises(RuntimeError, match=r"OpenVINO could not load `bad.onnx`"):
         OpenVinoRunner(tmp_path / "bad.onnx")
-    with pytest.raises(FileNotFoundError, match="Argument `path` must be a model file"):
+    with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a model file"):
         OpenVinoRunner(tmp_path / "none.onnx")

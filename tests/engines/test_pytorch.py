@@ -37,7 +37,7 @@ def test_keyword_inputs_and_nested_outputs(program, tmp_path):
     np.testing.assert_array_equal(outputs["double"], 2 * X)
     np.testing.assert_array_equal(outputs["masked"], np.where(MASK, X, 0))
     np.testing.assert_array_equal(outputs["mask_out"], MASK)
-    with pytest.raises(RuntimeError, match="is closed"):
+    with pytest.raises(RuntimeError, match=r"is closed"):
         runner(X, mask=MASK)
 
 
@@ -51,7 +51,7 @@ def test_names_of_the_graph_without_stored_ones(program, tmp_path):
 def test_names_that_do_not_fit(program, tmp_path):
     names = json.dumps({"inputs": ["x"], "outputs": ["y"]})
     torch.export.save(program, tmp_path / "m.pt2", extra_files={"names.json": names})
-    with pytest.raises(RuntimeError, match="`names.json` in `m.pt2` must name"):
+    with pytest.raises(RuntimeError, match=r"`names.json` in `m.pt2` must name"):
         PyTorchRunner(tmp_path / "m.pt2")
 
 
@@ -61,18 +61,18 @@ def test_inputs_and_outputs_that_numpy_does_not_have(tmp_path):
             return x * factor
 
     torch.export.save(torch.export.export(Scale(), (torch.zeros(2, dtype=torch.bfloat16), 2)), tmp_path / "int.pt2")
-    with pytest.raises(RuntimeError, match="inputs and outputs of `int.pt2` must be tensors"):
+    with pytest.raises(RuntimeError, match=r"inputs and outputs of `int.pt2` must be tensors"):
         PyTorchRunner(tmp_path / "int.pt2")
     torch.export.save(
         torch.export.export(Scale(), (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2))), tmp_path / "bf16.pt2"
     )
-    with pytest.raises(RuntimeError, match="Tensor `x` must have a dtype that numpy has, but it is bfloat16"):
+    with pytest.raises(RuntimeError, match=r"Tensor `x` must have a dtype that numpy has, but it is bfloat16"):
         PyTorchRunner(tmp_path / "bf16.pt2")
 
 
 def test_damaged_and_missing_files(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"hello")
-    with pytest.raises(RuntimeError, match="PyTorch could not load `bad.pt2`"):
+    with pytest.raises(RuntimeError, match=r"PyTorch could not load `bad.pt2`"):
         PyTorchRunner(tmp_path / "bad.pt2")
     with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a model.pt2 file"):
         PyTorchRunner(tmp_path / "none.pt2")

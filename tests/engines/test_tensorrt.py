@@ -3,7 +3,6 @@ import subprocess
 import sys
 import textwrap
 
-import models
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
 from lightning_accel.engines.tensorrt_library import read_info, sidecar_of
+from tests.engines import onnx_models as models
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
 no_gpu = pytest.mark.skipif(has_gpu(), reason="tells what happens without a GPU")
@@ -101,20 +101,20 @@ def test_build_errors_carry_the_reason(built, tmp_path):
 
 def test_a_failed_build_keeps_the_old_engine(built, tmp_path):
     (tmp_path / "m.engine").write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="can't build"):
+    with pytest.raises(RuntimeError, match=r"can't build"):
         build(built[0], tmp_path / "m.engine", workspace_bytes=1024)
     assert (tmp_path / "m.engine").read_bytes() == b"old"
 
 
 def test_bad_arguments(built, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="Argument `onnx_path` must be a valid ONNX file, but got bad.onnx"):
+    with pytest.raises(ValueError, match=r"Argument `onnx_path` must be a valid ONNX file, but got bad.onnx"):
         build(tmp_path / "bad.onnx")
-    with pytest.raises(FileNotFoundError, match="Argument `onnx_path` must be an ONNX file"):
+    with pytest.raises(FileNotFoundError, match=r"Argument `onnx_path` must be an ONNX file"):
         build(tmp_path / "none.onnx")
-    with pytest.raises(ValueError, match="Argument `level` must be an integer from 0 to 5 or None, but got 9"):
+    with pytest.raises(ValueError, match=r"Argument `level` must be an integer from 0 to 5 or None, but got 9"):
         build(built[0], level=9)
-    with pytest.raises(ValueError, match="Argument `timing_cache` must be None for `tensorrt_rtx`"):
+    with pytest.raises(ValueError, match=r"Argument `timing_cache` must be None for `tensorrt_rtx`"):
         build(built[0], timing_cache=tmp_path / "cache")
     with pytest.raises(ValueError, match=r"one of \['tensorrt', 'tensorrt_rtx'\] or None, but got 'trt'"):
         build_engine(built[0], library="trt")
@@ -147,28 +147,28 @@ def test_without_either_library_the_extra_is_named(built):
 @no_gpu
 def test_running_without_a_gpu_says_so(built):
     assert cuda.gpu_name() is None
-    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU and its driver to run.*built here, not run"):
+    with pytest.raises(RuntimeError, match=r"needs an NVIDIA GPU and its driver to run.*built here, not run"):
         load_runner(built[1].path)
-    with pytest.raises(RuntimeError, match="cuMemAlloc_v2 needs an NVIDIA GPU"):
+    with pytest.raises(RuntimeError, match=r"cuMemAlloc_v2 needs an NVIDIA GPU"):
         cuda.DeviceArray().reserve(4)
 
 
 def test_runner_checks_the_record(built, tmp_path):
     engine = tmp_path / "m.engine"
-    with pytest.raises(FileNotFoundError, match="Argument `path` must be an engine file"):
+    with pytest.raises(FileNotFoundError, match=r"Argument `path` must be an engine file"):
         TensorRTRunner(engine)
     engine.write_bytes(built[1].path.read_bytes())
-    with pytest.raises(FileNotFoundError, match="must be an engine with its record `m.engine.json` beside it"):
+    with pytest.raises(FileNotFoundError, match=r"must be an engine with its record `m.engine.json` beside it"):
         TensorRTRunner(engine)
     for damaged in ("{", "[]", '{"path": "m.engine", "profile": {}}'):
         sidecar_of(engine).write_text(damaged)
-        with pytest.raises(ValueError, match="`m.engine.json` must be the record of an engine, but it is damaged"):
+        with pytest.raises(ValueError, match=r"`m.engine.json` must be the record of an engine, but it is damaged"):
             TensorRTRunner(engine)
     sidecar_of(engine).write_text(sidecar_of(built[1].path).read_text())
     engine.write_bytes(b"other")
-    with pytest.raises(ValueError, match="`m.engine` must have the SHA-256 in its record"):
+    with pytest.raises(ValueError, match=r"`m.engine` must have the SHA-256 in its record"):
         TensorRTRunner(engine)
-    with pytest.raises(ValueError, match="Argument `threads` must be None for engine `tensorrt`, but got 2"):
+    with pytest.raises(ValueError, match=r"Argument `threads` must be None for engine `tensorrt`, but got 2"):
         TensorRTRunner(engine, threads=2)
 
 
@@ -182,5 +182,5 @@ def test_engine_runs_like_onnx_runtime(built):
         for batch in (1, 7, 64, 3):
             x = rng.normal(size=(batch, 3, 8, 8)).astype(np.float32)
             np.testing.assert_allclose(runner(x), reference(x), rtol=1e-2, atol=1e-2)  # TF32 is on by default
-        with pytest.raises(ValueError, match="within the engine's profile"):
+        with pytest.raises(ValueError, match=r"within the engine's profile"):
             runner(np.zeros((65, 3, 8, 8), np.float32))

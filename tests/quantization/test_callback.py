@@ -81,7 +81,9 @@ def test_a_submodule_that_training_step_calls(trainer):
         def training_step(self, batch, batch_idx):
             return cross_entropy(self.net(batch[0]), batch[1])
 
-    with pytest.raises(ValueError, match=r'which it did not call. It called: net. Use QuantizationAwareTraining\(module="net"\)'):
+    with pytest.raises(
+        ValueError, match=r'which it did not call. It called: net. Use QuantizationAwareTraining\(module="net"\)'
+    ):
         trainer(QuantizationAwareTraining("portable", start=1)).fit(Direct(), loader())
     module = Direct()
     assert "forward" not in vars(module)

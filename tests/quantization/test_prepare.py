@@ -40,9 +40,9 @@ class Everything(nn.Module):
         x = torch.relu(self.norm(self.conv(x)))
         x = x + self.path(torch.relu(x))
         tokens = self.drop(x.flatten(2).transpose(1, 2))
-        q, k, v = self.qkv(tokens).chunk(3, -1)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)  # (N, heads, T, D) each
         y = scaled_dot_product_attention(q, k, v, dropout_p=0.3 if self.training else 0.0)
-        return self.out(y.mean(1))
+        return self.out(y.transpose(1, 2).flatten(2).mean(1))
 
 
 def quantized(module, *args, target=PORTABLE, learn=2, **kwargs):

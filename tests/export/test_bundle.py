@@ -1,0 +1,59 @@
+import json
+import os
+import stat
+
+import pytest
+
+from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.export.bundle import check_destination, staged, write_manifest
+
+
+def test_a_bundle_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "bundle"
+    with pytest.raises(RuntimeError, match="half way"), staged(target) as folder:
+        (folder / "model.onnx").write_bytes(b"half")
+        assert not target.exists()
+        raise RuntimeError("half way")
+    assert list((tmp_path / "deep").iterdir()) == []
+    with staged(target) as folder:
+        (folder / "model.onnx").write_bytes(b"first")
+    with pytest.raises(RuntimeError), staged(target) as folder:
+        raise RuntimeError("an earlier bundle stays")
+    assert (target / "model.onnx").read_bytes() == b"first"
+    with staged(target) as folder:
+        (folder / "model.onnx").write_bytes(b"second")
+    assert (target / "model.onnx").read_bytes() == b"second"
+    assert [p.name for p in target.parent.iterdir()] == ["bundle"]
+
+
+def test_the_manifest_holds_the_checksum_of_each_file(tmp_path):
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "model.onnx").write_bytes(b"abc")
+    (tmp_path / "engines" / "e").write_bytes(b"")
+    write_manifest(tmp_path, {"default": {"engine": "onnxruntime", "file": "model.onnx"}})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["schema"] == 1
+    assert manifest["files"]["model.onnx"] == {
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "bytes": 3,
+    }
+    assert manifest["files"]["engines/e"]["sha256"] == sha256_of(tmp_path / "engines" / "e")
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ValueError, match=r"Argument `dirpath` must be a new folder or an earlier bundle, but got .* holds other files"
+    ):
+        check_destination(tmp_path)
+    with pytest.raises(ValueError, match="must be a folder, but got the file"):
+        check_destination(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "ro").mkdir()
+    os.chmod(tmp_path / "ro", stat.S_IRUSR | stat.S_IXUSR)
+    path = tmp_path / "ro" / "bundle" if os.geteuid() else "/proc/bundle"  # root may write anywhere but here
+    with pytest.raises(PermissionError, match="Argument `dirpath` must lie in a folder that can be written to"):
+        check_destination(path)

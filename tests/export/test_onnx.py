@@ -1,0 +1,176 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lightning_accel import export_onnx, load_runner
+from lightning_accel.export.integers import check_integers
+from lightning_accel.export.onnx import feeds_of
+from lightning_accel.export.verification import VerificationError
+from lightning_accel.inputs import canonical_call, own_signature
+from lightning_accel.quantization.targets import target_of
+from tests.models import Residual
+from tests.quantization.test_prepare import Call, make, quantized
+
+
+def test_names_dynamic_batch_and_equal_outputs(tmp_path):
+    module = Call().eval()
+    ids, x = torch.randint(0, 11, (4,)), torch.randn(4, 6)
+    call = ((ids, {"x": x, "nested": [x * 2]}, x * 3), {"mask": torch.tensor([True, False, True, True]), "bias": x * 4})
+    export = export_onnx(module, call, tmp_path / "call.onnx")
+    assert export.input_names == ("ids", "x", "nested_0", "rest_0", "mask", "bias")
+    assert export.output_names == ("y", "pair_0", "pair_1")
+    feeds = feeds_of(canonical_call(own_signature(module), *call), export.input_names)
+    with load_runner(export.path) as runner:
+        got = runner.run(feeds)
+        assert np.allclose(got["y"], module(*call[0], **call[1])["y"].detach().numpy(), atol=1e-6)
+        assert np.array_equal(got["pair_1"], ids.numpy())
+        assert runner.run({k: v[:1] for k, v in feeds.items()})["y"].shape == (1, 2)
+        assert [spec.shape[0] for spec in runner.inputs] == [None] * 6
+
+
+def test_the_module_is_left_as_it_was(tmp_path):
+    module, x = make("everything")
+    module.train()
+    module.drop.eval()
+    state, random = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
+    export_onnx(module, x, tmp_path / "m.onnx")
+    assert (module.training, module.drop.training) == (True, False)
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime", "portable"])
+@pytest.mark.parametrize("name", ["residual", "everything", "transformer"])
+def test_integers_scales_zero_points_and_nodes_are_the_trained_ones(tmp_path, name, target):
+    module, x = make(name)
+    forward = quantized(module, x, target=target_of(target))
+    export = export_onnx(module, x, tmp_path / "q.onnx")
+    counts = check_integers(export.path, export.trained)
+    assert counts["activations"] == len(forward.bank.keys)
+    assert (
+        counts["weights"]
+        == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules()) - (name == "transformer") * 2
+    )
+    assert counts["nodes"] == 2 * counts["activations"]
+
+
+def test_pruned_zeros_stay_zeros_in_the_file(tmp_path):
+    module, x = make("residual")
+    quantized(module, x)
+    with torch.no_grad():
+        module.conv2.weight[:, ::2] = 0
+    export = export_onnx(module, x, tmp_path / "q.onnx")
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(export.path).graph.initializer}
+    assert (stored["conv2_weight_int8"][:, ::2] == 0).all()
+    assert stored["conv2_weight_int8"].dtype == np.int8
+    assert not any(name.endswith("conv2.weight") for name in stored)  # the float weight doesn't travel
+
+
+def test_a_quantized_submodule_gives_one_file(tmp_path):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Residual()
+
+        def forward(self, x):
+            return self.net(x).softmax(-1)
+
+    module, x = Outer(), torch.randn(4, 3, 8, 8)
+    from lightning_accel.quantization.capture import describe_inputs
+    from lightning_accel.quantization.prepare import QuantizedForward
+
+    forward = QuantizedForward(module.net, describe_inputs((x,), {}), target_of("portable"), path="net")
+    module.net.__dict__["forward"] = forward
+    forward.bank.learning = True
+    module.train()(x)
+    forward.bank.update()
+    forward.bank.active = True
+    export = export_onnx(module, x, tmp_path / "outer.onnx")
+    assert check_integers(export.path, export.trained)["weights"] == 3
+    assert isinstance(module.net, Residual)  # the user's submodule is back in its place
+    kinds = [n.op_type for n in onnx.load(export.path).graph.node]
+    assert "Softmax" in kinds
+    with load_runner(export.path, emulate=True) as runner:
+        assert np.abs(runner(x.numpy()) - module.eval()(x).detach().numpy()).max() < 1e-2
+
+
+def test_no_path_of_this_machine_and_the_same_bytes_in_another_process(tmp_path):
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.models import Residual\n"
+        "from lightning_accel import export_onnx\n"
+        "torch.manual_seed(7); export_onnx(Residual(), torch.randn(2, 3, 8, 8), sys.argv[1])\n"
+    )
+    root = str(Path(__file__).parents[2])
+    files = [tmp_path / "a" / "m.onnx", tmp_path / "b" / "other.onnx"]
+    for file in files:
+        file.parent.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", script, str(file), root], check=True, cwd=file.parent, capture_output=True
+        )
+    first, second = (file.read_bytes() for file in files)
+    assert first == second
+    assert root.encode() not in first
+    assert b"site-packages" not in first
+
+
+def mutate(path, change):
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+
+
+def _initializer(model, end):
+    return next(t for t in model.graph.initializer if t.name.endswith(end))
+
+
+def flip_an_integer(model):
+    tensor = _initializer(model, "conv2_weight_int8")
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[5] += 1
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def change_a_weight_scale(model):
+    name = next(
+        n.input[1]
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0].endswith("head_weight_int8")
+    )
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    array = np.nextafter(onnx.numpy_helper.to_array(tensor), np.float32(9))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def change_an_activation_scale(model):
+    name = next(n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear")
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    array = np.array(np.nextafter(onnx.numpy_helper.to_array(tensor), np.float32(9)))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def drop_a_pair(model):
+    quantize = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    back = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == quantize.output[0])
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == back.output[0]:
+                node.input[i] = quantize.input[0]
+    model.graph.node.remove(quantize)
+    model.graph.node.remove(back)
+
+
+@pytest.mark.parametrize("fault", [flip_an_integer, change_a_weight_scale, change_an_activation_scale, drop_a_pair])
+def test_a_fault_in_the_file_is_found(tmp_path, fault):
+    module, x = make("residual")
+    quantized(module, x)
+    export = export_onnx(module, x, tmp_path / "q.onnx")
+    mutate(export.path, fault)
+    with pytest.raises(VerificationError):
+        check_integers(export.path, export.trained)
