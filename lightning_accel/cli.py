@@ -1,32 +1,59 @@
 """The command ``lightning-accel``: a LightningCLI, and ``export``."""
 
 import os
+import re
 import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 from typing_extensions import override
 
+from lightning_accel import __version__, structure
+from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.export.pipeline import summary
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.quantization.capture import CaptureError
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
+_TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
+
+_HELP = f"""lightning-accel {__version__}: prune, distill and quantize inside Trainer.fit; ship what was proven to be what was trained.
+
+usage: lightning-accel COMMAND -c CONFIG.yaml [-c OVERLAY.yaml ...] [--trainer.max_epochs 3 ...]
+
+  fit        train; with a ModelExport callback the run ends with a verified bundle
+  validate   the validation loop          with --ckpt_path FILE: of a checkpoint, as it was trained
+  test       the test loop
+  predict    the predict loop
+  export     write the bundle again from a checkpoint: --ckpt FILE
+
+A later config goes over the earlier ones; `callbacks+:` in it appends instead of replacing.
+
+  lightning-accel fit -c CONFIG.yaml --print_config   the whole configuration, nothing is run
+  lightning-accel COMMAND --help                      every option of a command
+  lightning-accel --version
+  {_DEBUG}=1 lightning-accel ...       the traceback of an error that is otherwise told in one line
+"""
 
 
 class AccelTrainer(L.Trainer):
     """A Trainer that can also export a checkpoint that it once wrote."""
 
     def export(
-        self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, ckpt: str = "best"
+        self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, ckpt: str | None = None
     ) -> None:
-        """Export a checkpoint with the config's ``ModelExport``: the step at the end of ``fit``, again.
+        """Export a checkpoint with the config's ModelExport: the step at the end of fit, again.
 
         Args:
             model: the LightningModule.
             datamodule: gives the held-out data.
-            ckpt: path of the checkpoint, e.g. ``artifacts.ckpt``.
+            ckpt: path of the checkpoint, or "best"; by default the one that ModelExport left beside its bundle.
         """
         callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]  # type: ignore[attr-defined]
         if len(callbacks) != 1:
@@ -38,17 +65,49 @@ class AccelTrainer(L.Trainer):
             datamodule.prepare_data()
             datamodule.setup("test" if callback.data == "test" else "fit")
             callback.data = datamodule.test_dataloader() if callback.data == "test" else datamodule.val_dataloader()
-        report = callback.export(self, model, ckpt)
+        report = callback.export(self, model, ckpt or callback.checkpoint_path)
         print(summary(report, callback.dirpath))
+
+
+class AccelParser(LightningArgumentParser):
+    """A parser that raises what is wrong, for ``main`` to tell in one line instead of with a page of usage."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ArgumentError(None, message) from ex
 
 
 class AccelCLI(LightningCLI):
     """LightningCLI with ``export``; models and data by class path."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        settings = {
+            "trainer_class": AccelTrainer,
+            "parser_class": AccelParser,
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "save_config_kwargs": {"overwrite": True},
+            "parser_kwargs": {"prog": "lightning-accel"},
+        }
+        super().__init__(**{**settings, **kwargs})
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        if path and Path(path).is_file():
+            structure.read_checkpoint(path)  # a damaged one is told before Lightning opens it
+
+    @override
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        instantiator = nested_instantiator(self, _InstantiatorFn(cli=self, key="model"))
+        self.parser.add_instantiator(instantiator, L.LightningModule, subclasses=True, prepend=True)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -58,31 +117,64 @@ def main(args: list[str] | None = None) -> int:
         args: command line without the program's name; ``None`` takes that of the process.
 
     Returns:
-        Exit code. What is wrong with an argument is told in one line; ``LIGHTNING_ACCEL_DEBUG=1`` shows the traceback.
+        Exit code: 0, or 1 for an error, or 2 for a command line or config that can't be read. What is wrong with an
+        argument is told in one line; ``LIGHTNING_ACCEL_DEBUG=1`` shows the traceback.
     """
+    given = sys.argv[1:] if args is None else args
+    if not given or given[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        print(f"lightning-accel {__version__}")
+        return 0
     sys.path.insert(0, os.getcwd())  # class paths in a config are looked for where the command is run
+    # Lightning and torch.export still use what torch has just deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     try:
-        AccelCLI(
-            trainer_class=AccelTrainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "lightning-accel"},
-            args=args,
-        )
+        AccelCLI(args=args)
     except Exception as error:
-        if os.environ.get(_DEBUG) or not _is_ours(error):
+        line = _one_line(error)
+        if os.environ.get(_DEBUG) or not line:
             raise
-        print(f"lightning-accel: error: {error}", file=sys.stderr)
-        return 1
+        print(f"lightning-accel: error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
     return 0
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the message says all there is to say; a bug in a user's code keeps its traceback."""
-    return isinstance(error, VerificationError | CaptureError) or str(error).startswith(
-        ("Argument `", "The network must")
-    )
+def _one_line(error: BaseException) -> str:
+    """What is wrong, if the message says all there is to say; empty for a bug, which keeps its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:  # a constructor's error comes wrapped in the parser's
+        told = isinstance(cause, VerificationError | CaptureError | MisconfigurationException)
+        if told or (_raised_here(cause) and _TOLD.match(str(cause))):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__
+    return _of_parser(str(error)) if isinstance(error, ArgumentError) else ""
+
+
+def _raised_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning_accel.")
+
+
+def _of_parser(message: str) -> str:
+    """The parser's tree of attempts, reduced to where, what and value."""
+    if ours := re.search(r"Argument `.*", message):
+        return ours[0]
+    path = re.findall(r"Parser key \"(.+?)\"", message)
+    classes = re.findall(r"Problem with given class_path '(.+?)'", message)
+    lines = [line.strip(" -") for line in message.splitlines()]
+    says = [line for line in lines if line and not line.endswith(":") and not line.startswith(_NOISE)]
+    value = re.search(r"Given value: (.*)", message)
+    where = ": ".join([*path[:1], *classes, *path[1:]])
+    what = re.sub(r"^Parser key \".+?\": ", "", says[0] if says else message)
+    got = f" Got value: {value[1][:80]}." if value and not classes and "value:" not in what else ""
+    return " ".join(f"Argument `{where}` is not valid: {what}.{got}".split()) if where else " ".join(message.split())
+
+
+_NOISE = ("Does not validate", "Subtypes:", "Given value", "Not a valid subclass", "a class path", "a dict ")
 
 
 if __name__ == "__main__":

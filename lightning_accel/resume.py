@@ -81,8 +81,8 @@ class ExactResume(L.Callback):
     nothing in a run.
 
     Loaders with a ``state_dict`` of their own are restored by Lightning. For loaders whose order can't be repeated, a
-    warning at the start says from where resuming is exact. Not repeated: what hooks do after the checkpoint callback within
-    the very hook in which it saved.
+    warning at the start says from where resuming is exact. Not repeated: what other hooks do after the checkpoint callback at
+    the very event at which it saved.
 
     Args:
         name: its state sits in the checkpoint under ``lightning_accel.ExactResume.<name>``.

@@ -43,16 +43,17 @@ def first_divergence(path: str | Path, program: ExportedProgram, feeds: Mapping[
         for name in node.output:
             if name not in known or name in feeds:
                 continue
-            got = _run_segment(model, name, known - {name}, producer, constants, values)
-            if got is None:
+            nodes = _segment(model, name, known - {name}, producer, constants)
+            if nodes is None:
                 continue
+            got = _run(model, nodes, name, known - {name}, constants, values)
             error, differs = _differs(values[name], got)
             if differs:
-                weights = [i for i in node.input if i in constants]
-                where = origin.get(name) or (f"reads `{weights[0]}`" if weights else "")
+                path = " -> ".join(f"{n.op_type} `{n.name}`" for n in nodes)
+                weights = [f"`{i}`" for n in nodes for i in n.input if i in constants]
                 return (
-                    f"First diverging node: `{node.name}` ({node.op_type}{', ' + where if where else ''}): fed the reference's "
-                    f"inputs it is off by {error:.2e} of its range."
+                    f"First diverging node: {path}{f' (of {origin[name]})' if origin.get(name) else ''}"
+                    f"{f', which reads {weights[0]}' if weights else ''}: fed the reference's inputs it is off by {error:.2e} of its range."
                 )
     return (
         "No node differs by itself when fed the reference's inputs: what differs lies in how the engine runs the file."
@@ -88,45 +89,50 @@ def _reference_values(
     return values, origin
 
 
-def _run_segment(
+def _segment(
     model: onnx.ModelProto,
     output: str,
     known: set[str],
     producer: Mapping[str, onnx.NodeProto],
     constants: Mapping[str, onnx.TensorProto],
-    values: Mapping[str, np.ndarray],
-) -> np.ndarray | None:
-    """Compute one tensor from the nearest tensors whose reference values are known."""
+) -> list[onnx.NodeProto] | None:
+    """The nodes between a tensor and the nearest ones whose reference values are known; mostly one."""
     nodes: list[onnx.NodeProto] = []
-    inputs: set[str] = set()
-    initializers: set[str] = set()
     open_names, done = [output], set()
     while open_names:
         name = open_names.pop()
-        if not name or name in done:
+        if not name or name in done or name in known or name in constants:
             continue
         done.add(name)
-        if name in known:
-            inputs.add(name)
-        elif name in constants:
-            initializers.add(name)
-        elif name in producer:
-            if not any(producer[name] is node for node in nodes):
-                nodes.append(producer[name])
-                open_names.extend(producer[name].input)
-        else:
+        if name not in producer:
             return None
+        if not any(producer[name] is node for node in nodes):
+            nodes.append(producer[name])
+            open_names.extend(producer[name].input)
     order = {id(node): i for i, node in enumerate(model.graph.node)}
-    nodes = sorted(nodes, key=lambda node: order[id(node)])
+    return sorted(nodes, key=lambda node: order[id(node)])
+
+
+def _run(
+    model: onnx.ModelProto,
+    nodes: list[onnx.NodeProto],
+    output: str,
+    known: set[str],
+    constants: Mapping[str, onnx.TensorProto],
+    values: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Compute one tensor with a few nodes, fed the reference's values."""
+    read = {name for node in nodes for name in node.input}
+    inputs = sorted(read & known)
     graph = helper.make_graph(
         nodes,
         "segment",
         [
             helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(values[n].dtype), values[n].shape)
-            for n in sorted(inputs)
+            for n in inputs
         ],
         [helper.make_tensor_value_info(output, helper.np_dtype_to_tensor_dtype(values[output].dtype), None)],
-        [constants[name] for name in sorted(initializers)],
+        [constants[name] for name in sorted(read & constants.keys())],
     )
     segment = helper.make_model(
         graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions

@@ -40,8 +40,8 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
     counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
     for path_of, part in trained.items():
         for name, (integers, scale, _axis) in part.weights.items():
-            stored = next((key for key in constants if key == name or key.endswith(f".{name}")), None)
-            if stored is None or stored not in readers:
+            stored = _stored(name, integers.numpy(), constants, readers)
+            if stored is None:
                 raise VerificationError(
                     f"The file must store the integers of `{name}`, but there are none (in `{path_of}`)."
                 )
@@ -72,6 +72,19 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
         )
     counts["activations"] = sum(wanted.values())
     return counts
+
+
+def _stored(
+    name: str, integers: np.ndarray, constants: Mapping[str, np.ndarray], readers: Mapping[str, onnx.NodeProto]
+) -> str | None:
+    """Name under which a weight is stored: its own, or that of an equal one, since the exporter stores equal tensors once."""
+    own = [key for key in constants if key in readers and (key == name or key.endswith(f".{name}"))]
+    equal = (
+        key
+        for key in readers
+        if key in constants and constants[key].dtype == np.int8 and np.array_equal(constants[key], integers)
+    )
+    return own[0] if own else next(equal, None)
 
 
 def _same(what: str, stored: np.ndarray, trained: np.ndarray) -> None:
