@@ -185,7 +185,7 @@ class DistillationModule(_SharesStudent):
         super()._apply(fn, recurse)
         if self._distillation.in_charge:
             for module in self._distillation.modules():
-                pass
+                module._apply(fn)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:

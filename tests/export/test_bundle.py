@@ -8,20 +8,23 @@ from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.export.bundle import check_destination, staged, write_manifest
 
 
+def write(target, content, fail=False):
+    with staged(target) as folder:
+        (folder / "model.onnx").write_bytes(content)
+        if fail:
+            raise RuntimeError("half way")
+
+
 def test_a_bundle_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "deep" / "bundle"
-    with pytest.raises(RuntimeError, match="half way"), staged(target) as folder:
-        (folder / "model.onnx").write_bytes(b"half")
-        assert not target.exists()
-        raise RuntimeError("half way")
+    with pytest.raises(RuntimeError, match="half way"):
+        write(target, b"half", fail=True)
     assert list((tmp_path / "deep").iterdir()) == []
-    with staged(target) as folder:
-        (folder / "model.onnx").write_bytes(b"first")
-    with pytest.raises(RuntimeError), staged(target) as folder:
-        raise RuntimeError("an earlier bundle stays")
+    write(target, b"first")
+    with pytest.raises(RuntimeError, match="half way"):
+        write(target, b"half", fail=True)
     assert (target / "model.onnx").read_bytes() == b"first"
-    with staged(target) as folder:
-        (folder / "model.onnx").write_bytes(b"second")
+    write(target, b"second")
     assert (target / "model.onnx").read_bytes() == b"second"
     assert [p.name for p in target.parent.iterdir()] == ["bundle"]
 

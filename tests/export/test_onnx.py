@@ -53,10 +53,7 @@ def test_integers_scales_zero_points_and_nodes_are_the_trained_ones(tmp_path, na
     export = export_onnx(module, x, tmp_path / "q.onnx")
     counts = check_integers(export.path, export.trained)
     assert counts["activations"] == len(forward.bank.keys)
-    assert (
-        counts["weights"]
-        == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in module.modules()) - (name == "transformer") * 2
-    )
+    assert counts["weights"] == {"residual": 3, "everything": 3, "transformer": 9}[name]  # 4 a layer, and the head
     assert counts["nodes"] == 2 * counts["activations"]
 
 

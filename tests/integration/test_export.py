@@ -382,7 +382,7 @@ def test_no_held_out_data_fails_in_setup(trainer, tmp_path):
 
 def test_wandb_offline(trainer, tmp_path, monkeypatch):
     """The real library, writing its log without a network."""
-    for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+    for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "w"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     script = f"""
@@ -391,11 +391,14 @@ import lightning as L, lightning_accel as la
 from lightning.pytorch.loggers import WandbLogger
 from tests.integration.test_export import Classifier, Residual, loader, val
 logger = WandbLogger(project="p", offline=True, save_dir={str(tmp_path)!r})
-t = L.Trainer(max_epochs=2, accelerator="cpu", logger=logger, log_every_n_steps=1, enable_progress_bar=False, enable_checkpointing=False, callbacks=[
-    la.WeightPruning(0.5, end=1), la.QuantizationAwareTraining("portable", start=1), la.ModelExport({str(tmp_path / "b")!r})])
+callbacks = [
+    la.WeightPruning(0.5, end=1), la.QuantizationAwareTraining("portable", start=1), la.ModelExport({str(tmp_path / "b")!r})
+]
+quiet = dict(enable_progress_bar=False, enable_checkpointing=False)
+t = L.Trainer(max_epochs=2, accelerator="cpu", logger=logger, log_every_n_steps=1, callbacks=callbacks, **quiet)
 t.fit(la.DistillationModule(Classifier(), Residual(16)), loader(), val())
 summary = dict(logger.experiment.summary)
-print("KEYS", sorted(summary))
+print("KEYS", sorted(summary), logger.experiment.dir)
 import wandb; wandb.finish()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
