@@ -46,7 +46,12 @@ class AccelTrainer(L.Trainer):
     """A Trainer that can also export a checkpoint that it once wrote."""
 
     def export(
-        self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None, ckpt: str | None = None
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Export a checkpoint with the config's ModelExport: the step at the end of fit, again.
 
@@ -54,6 +59,8 @@ class AccelTrainer(L.Trainer):
             model: the LightningModule.
             datamodule: gives the held-out data.
             ckpt: path of the checkpoint, or "best"; by default the one that ModelExport left beside its bundle.
+            ckpt_path: the same by the other commands' name, so that the config that ``fit`` saves can be used.
+            weights_only: as in that config; checkpoints are never unpickled in any other way.
         """
         callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]  # type: ignore[attr-defined]
         if len(callbacks) != 1:
@@ -65,7 +72,7 @@ class AccelTrainer(L.Trainer):
             datamodule.prepare_data()
             datamodule.setup("test" if callback.data == "test" else "fit")
             callback.data = datamodule.test_dataloader() if callback.data == "test" else datamodule.val_dataloader()
-        report = callback.export(self, model, ckpt or callback.checkpoint_path)
+        report = callback.export(self, model, ckpt or ckpt_path or callback.checkpoint_path)
         print(summary(report, callback.dirpath))
 
 
@@ -100,8 +107,16 @@ class AccelCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
-        if path and Path(path).is_file():
-            structure.read_checkpoint(path)  # a damaged one is told before Lightning opens it
+        if path and not _is_word_or_address(str(path)):
+            structure.read_checkpoint(path)  # a missing or damaged one is told before anything is built
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        model = self.config.get(str(self.config.get("subcommand")), {}).get("model") or {}
+        path = str(model.get("class_path"))
+        if path.startswith("lightning_accel.") and path.endswith(".DistillationModule"):
+            return  # the checkpoint's hyper-parameters are the student's; the config says what the whole model is
+        super()._parse_ckpt_path()
 
     @override
     def _add_instantiators(self) -> None:
@@ -139,6 +154,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"lightning-accel: error: {line}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     return 0
+
+
+def _is_word_or_address(path: str) -> bool:
+    """Whether Lightning finds the checkpoint itself: the run's last or best one, one in a registry or behind an URL."""
+    return path in ("last", "best", "hpc") or path.startswith("registry") or "://" in path or Path(path).is_dir()
 
 
 def _one_line(error: BaseException) -> str:

@@ -61,24 +61,23 @@ class CompressionCallback(L.Callback):
                         "Train longer or start earlier."
                     )
         first = next(c for c in trainer.callbacks if isinstance(c, CompressionCallback))  # type: ignore[attr-defined]
-        if trainer.ckpt_path is not None and first is self:  # the record is the whole module's: once is enough
-            self._replay(trainer, pl_module, stage)
+        if first is self:  # the record is the whole module's: once is enough
+            structure.before_next_restore(pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage))
 
-    def _replay(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        checkpoint = structure.read_checkpoint(trainer.ckpt_path)  # type: ignore[arg-type]
-        if stage == "fit":
-            known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
-            lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]
-            if lost:
-                raise ValueError(
-                    f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint with state "
-                    f"of {', '.join(k.removeprefix(_PREFIX) for k in lost)}, for which the Trainer has no callback. "
-                    "Add it back, with the same `name`."
-                )
-        changes = structure.load_record(checkpoint)
-        if changes != structure.record_of(pl_module):
-            structure.replay(pl_module, changes)
-        structure.restore_states(pl_module, checkpoint)
+    def structure_replayed(self, pl_module: L.LightningModule) -> None:
+        """Called when the module has got the structure of a checkpoint, before its weights are restored."""
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        structure.no_restore(pl_module)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        structure.no_restore(pl_module)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        structure.no_restore(pl_module)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,6 +93,26 @@ class CompressionCallback(L.Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         structure.save_record(pl_module, checkpoint)
+
+
+def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], stage: str) -> None:
+    """Bring the module to the structure of a checkpoint that is about to be restored."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    if stage == "fit":
+        known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+        lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]
+        if lost:
+            raise ValueError(
+                f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint with state "
+                f"of {', '.join(k.removeprefix(_PREFIX) for k in lost)}, for which the Trainer has no callback. "
+                "Add it back, with the same `name`."
+            )
+    changes = structure.load_record(checkpoint)
+    if changes != structure.record_of(pl_module):
+        structure.replay(pl_module, changes)
+    structure.restore_states(pl_module, checkpoint)
+    for callback in callbacks:
+        callback.structure_replayed(pl_module)
 
 
 def timeline_of(trainer: L.Trainer) -> Timeline:

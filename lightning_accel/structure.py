@@ -107,6 +107,28 @@ def load_record(checkpoint: dict[str, Any]) -> list[Change]:
     return [Change(**entry) for entry in checkpoint.get(CHECKPOINT_KEY, {}).get("structure", [])]
 
 
+def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
+    """Call ``action`` with the checkpoint that the Trainer restores next, before its weights are loaded.
+
+    In ``setup`` the Trainer doesn't tell yet which checkpoint it will load. The one thing that it calls between reading
+    the file and loading the weights, in fit as in test, is the module's ``on_load_checkpoint``.
+    """
+    no_restore(module)
+    own = module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        no_restore(module)
+        action(checkpoint)
+        own(checkpoint)
+
+    module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+
+
+def no_restore(module: LightningModule) -> None:
+    """Forget about the next restore: there was none, or it is over."""
+    module.__dict__.pop("on_load_checkpoint", None)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without unpickling foreign code (``weights_only=True``).
 

@@ -146,8 +146,8 @@ def test_defaults_are_plain_values_that_survive_being_printed_and_read(capsys, t
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     assert yaml.safe_load(yaml.safe_dump(defaults)) == defaults
     callback = {"class_path": f"lightning_accel.{name}", "init_args": required}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(tmp_path, callbacks=[callback])))
-    first = printed(capsys, "-c", "config.yaml")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path, callbacks=[callback])))
+    first = printed(capsys, "-c", "run.yaml")
     assert yaml.safe_load(first)["trainer"]["callbacks"][0]["init_args"] == {**defaults, **required}
     (tmp_path / "printed.yaml").write_text(first)
     assert printed(capsys, "-c", "printed.yaml") == first
@@ -196,9 +196,9 @@ def run_config(folder, *, callbacks=None, student=None, data="tests.test_cli.Dat
 def trained(tmp_path_factory):
     """A folder in which ``fit`` has run, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "config.yaml").write_text(yaml.safe_dump(run_config(folder)))
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_config(folder)))
     process = subprocess.run(
-        [sys.executable, "-m", "lightning_accel.cli", "fit", "-c", str(folder / "config.yaml")],
+        [sys.executable, "-m", "lightning_accel.cli", "fit", "-c", str(folder / "run.yaml")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -222,16 +222,22 @@ def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
 def test_export_repeats_the_same_file(trained, capsys):
     folder, _ = trained
     before = (folder / "bundle" / "model.onnx").read_bytes()
-    for ckpt in (["--ckpt", str(folder / "bundle.ckpt")], []):  # without: the one beside the bundle
+    ckpt = ["--ckpt", str(folder / "bundle.ckpt")]
+    saved = folder / "config.yaml"  # what Lightning wrote when the run began
+    for args in (
+        [folder / "run.yaml", *ckpt],
+        [folder / "run.yaml"],
+        [saved, *ckpt],
+    ):  # none: the one beside the bundle
         (folder / "bundle" / "model.onnx").write_bytes(b"")
-        assert cli.main(["export", "-c", str(folder / "config.yaml"), *ckpt]) == 0
+        assert cli.main(["export", "-c", *map(str, args)]) == 0
         assert "| student int8" in capsys.readouterr().out
         assert (folder / "bundle" / "model.onnx").read_bytes() == before
 
 
 def test_validate_test_and_predict_compute_what_was_trained(trained, capsys):
     folder, _ = trained
-    arguments = ["-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "bundle.ckpt")]
+    arguments = ["-c", str(folder / "run.yaml"), "--ckpt_path", str(folder / "bundle.ckpt")]
     report = json.loads((folder / "bundle" / "report.json").read_text())
     trained_accuracy = next(c["metric"]["val_accuracy"][0] for c in report["verification"] if "metric" in c)
     for command in ("validate", "test", "predict"):
@@ -252,8 +258,8 @@ def test_fit_resumes_from_the_overlay_s_checkpoint(tmp_path):
     config = run_config(tmp_path)
     config["trainer"]["callbacks"].pop()
     config["trainer"]["enable_checkpointing"] = True
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    base = ["fit", "-c", "config.yaml", "-c", "resume.yaml"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    base = ["fit", "-c", "run.yaml", "-c", "resume.yaml"]
     assert cli.main(base) == 0
     straight = torch.load("kept/last.ckpt", weights_only=True)
     assert straight["global_step"] == 12
@@ -325,29 +331,30 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capfd
     edit, expected = BAD[case]
     config = run_config(tmp_path)
     edit(config)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["fit", "-c", "config.yaml"]) != 0
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["fit", "-c", "run.yaml"]) != 0
     assert expected in told(capfd)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 @pytest.mark.parametrize(("command", "option"), [("fit", "--ckpt_path"), ("test", "--ckpt_path"), ("export", "--ckpt")])
 @pytest.mark.parametrize("content", [b"", b"half a chec", None], ids=["empty", "damaged", "missing"])
 def test_a_damaged_checkpoint_is_told_in_one_line(trained, tmp_path, capfd, command, option, content):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
-    files = ["config.yaml"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
+    files = ["run.yaml"]
     if content is not None:
         (tmp_path / "damaged.ckpt").write_bytes(content)
         files.append("damaged.ckpt")
-    assert cli.main([command, "-c", "config.yaml", option, "damaged.ckpt"]) != 0
+    assert cli.main([command, "-c", "run.yaml", option, "damaged.ckpt"]) != 0
     assert "damaged.ckpt" in told(capfd)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 def test_a_checkpoint_cut_short(trained, tmp_path, capfd):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
-    (tmp_path / "cut.ckpt").write_bytes((trained[0] / "bundle.ckpt").read_bytes()[:20_000])
-    assert cli.main(["export", "-c", "config.yaml", "--ckpt", "cut.ckpt"]) == 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
+    whole = (trained[0] / "bundle.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert cli.main(["export", "-c", "run.yaml", "--ckpt", "cut.ckpt"]) == 1
     assert "`ckpt_path` must be a readable checkpoint, but got 'cut.ckpt'" in told(capfd)
 
 
@@ -384,18 +391,18 @@ class Buggy(Classifier):
 
 def test_a_bug_in_the_user_s_code_keeps_its_traceback(tmp_path):
     config = run_config(tmp_path, student={"class_path": "tests.test_cli.Buggy"})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(KeyError, match="no such key"):
-        cli.main(["fit", "-c", "config.yaml"])
+        cli.main(["fit", "-c", "run.yaml"])
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHTNING_ACCEL_DEBUG", "1")
     config = run_config(tmp_path)
     config["trainer"]["callbacks"][0]["init_args"]["sparsity"] = 1.5
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="sparsity"):
-        cli.main(["fit", "-c", "config.yaml"])
+        cli.main(["fit", "-c", "run.yaml"])
 
 
 # --- help

@@ -79,7 +79,7 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
+        self.structure_replayed(pl_module)
         if stage == "fit":
             if getattr(trainer.strategy, "_layer_sync", None) is not None:
                 raise ValueError(
@@ -94,7 +94,13 @@ class QuantizationAwareTraining(CompressionCallback):
                 self.prepare(trainer, pl_module)
 
     @override
+    def structure_replayed(self, pl_module: L.LightningModule) -> None:
+        self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
+        self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
+
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self.prepare(trainer, pl_module)
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
@@ -149,6 +155,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         if self._watch is not None:
             self._watch.remove()
             self._watch = None

@@ -406,11 +406,7 @@ import wandb; wandb.finish()
     keys = next(line for line in done.stdout.splitlines() if line.startswith("KEYS"))
     for name in ("comparison", "report", "sparsity", "distillation_loss", "export/student_int8/accuracy"):
         assert f"'{name}'" in keys
-    (run,) = (
-        (tmp_path / "w" / "wandb").glob("offline-run-*")
-        if (tmp_path / "w" / "wandb").exists()
-        else tmp_path.glob("wandb/offline-run-*")
-    )
+    (run,) = (path for path in tmp_path.rglob("offline-run-*") if path.is_dir())
     media = {p.name.split("_")[0] for p in run.rglob("files/media/**/*") if p.is_file()}
     assert {"comparison", "report"} <= media
     log = next(run.glob("*.wandb")).read_bytes()
