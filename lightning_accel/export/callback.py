@@ -124,15 +124,21 @@ class ModelExport(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.save_checkpoint(self.checkpoint_path)  # before anything can go wrong
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        rank_zero_info(f"ModelExport: no bundle was written to {self.dirpath}, since the run did not end by itself.")
+        rank_zero_info(
+            f"ModelExport: no bundle was written to {self.dirpath}, since the run ended with {type(exception).__name__}."
+        )
 
     @override
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
+            return
         self.export(trainer, pl_module, self.ckpt)
         assert self.report is not None
         log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step)

@@ -285,8 +285,19 @@ def _measure_latency(
 
 def _verification_line(check: Verification) -> dict[str, Any]:
     line = check.to_dict()
-    line["tolerance"] = {k: v for k, v in line["tolerance"].items() if k != "why"}
+    del line["tolerance"]["why"]
     return {k: v for k, v in line.items() if v not in ("", [], {})}
+
+
+def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the verification for a table: nested values in words."""
+    words = {
+        "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
+        "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
+        "metric": lambda v: ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in v.items()),
+    }
+    titles = {"batch_sizes": "batch sizes (samples)", "metric": "metric, PyTorch -> engine"}
+    return {titles.get(k, k): words[k](v) if k in words else v for k, v in line.items()}
 
 
 def _kept_float(module: nn.Module) -> dict[str, Any]:
@@ -318,7 +329,8 @@ def _notes(
 def _write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> None:
     plot_comparison(rows, folder / "report.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    (folder / "report.md").write_text(render_markdown(report) + "\n![accuracy and latency](report.png)\n")
+    readable = {**report, "verification": [_readable(line) for line in report["verification"]]}
+    (folder / "report.md").write_text(render_markdown(readable) + "\n![accuracy and latency](report.png)\n")
 
 
 def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:

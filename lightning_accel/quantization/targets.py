@@ -59,8 +59,8 @@ def cpu_has_vnni() -> bool:
     return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
-def _onnxruntime() -> Target:
-    if cpu_has_vnni():
+def _onnxruntime(vnni: bool) -> Target:
+    if vnni:
         return Target(
             "onnxruntime", False, 127, ("onnxruntime",), "uint8 activations, full-range weights: this CPU has VNNI"
         )
@@ -68,8 +68,12 @@ def _onnxruntime() -> Target:
     return Target("onnxruntime", False, 63, ("onnxruntime",), why)
 
 
-def target_of(name: str) -> Target:
-    """The target of that name, on this machine.
+def target_of(name: str, vnni: bool | None = None) -> Target:
+    """The target of that name.
+
+    Args:
+        name: ``"tensorrt"``, ``"onnxruntime"`` or ``"portable"``.
+        vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
 
     Raises:
         ValueError: there is none.
@@ -78,7 +82,7 @@ def target_of(name: str) -> Target:
         "tensorrt": lambda: Target(
             "tensorrt", True, 127, ("tensorrt",), "int8 with zero point 0, the only form TensorRT's parser accepts"
         ),
-        "onnxruntime": _onnxruntime,
+        "onnxruntime": lambda: _onnxruntime(cpu_has_vnni() if vnni is None else vnni),
         "portable": lambda: Target(
             "portable",
             True,
@@ -92,15 +96,21 @@ def target_of(name: str) -> Target:
     return known[name]()
 
 
-def saturates(target: Target, engine: str) -> str:
-    """Why an engine's kernels on this CPU can't reproduce a target's arithmetic; empty if they can.
+def saturates(target: Target, engine: str, vnni: bool | None = None) -> str:
+    """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
+
+    Args:
+        target: what was trained for.
+        engine: what is to run it.
+        vnni: whether its CPU has VNNI; ``None`` means this machine's.
 
     Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
     reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767.
     """
-    if engine == "onnxruntime" and target.weight_max > 64 and not cpu_has_vnni():
+    has_vnni = cpu_has_vnni() if vnni is None else vnni
+    if engine == "onnxruntime" and target.weight_max > 64 and not has_vnni:
         return (
-            f"weights up to {target.weight_max} saturate in the int8 kernels of this CPU, which has no VNNI; "
-            "the targets `onnxruntime` and `portable` keep to 7 bits and are exact here"
+            f"weights up to {target.weight_max} saturate in the int8 kernels of a CPU without VNNI; "
+            "the targets `onnxruntime` and `portable` keep to 7 bits there"
         )
     return ""

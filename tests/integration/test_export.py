@@ -380,6 +380,40 @@ def test_no_held_out_data_fails_in_setup(trainer, tmp_path):
     assert (tmp_path / "b" / "manifest.json").exists()
 
 
+def test_fast_dev_run_tries_the_path_and_writes_nothing(trainer, tmp_path):
+    t = trainer(
+        la.WeightPruning(0.5), la.QuantizationAwareTraining(), la.ModelExport(tmp_path / "b"), fast_dev_run=True
+    )
+    t.fit(Classifier(), loader(), val())
+    assert not list(tmp_path.glob("*b*"))
+
+
+def test_predict_after_fit_computes_what_ships(trainer, tmp_path):
+    module = Classifier()
+    t = trainer(la.QuantizationAwareTraining("portable", start=0), la.ModelExport(tmp_path / "b"))
+    t.fit(module, loader(), val())
+    x = images(8, 3).tensors[0]
+    predicted = torch.cat(t.predict(module, DataLoader(x, 4)))
+    with la.load_runner(tmp_path / "b", emulate=True) as runner:
+        assert np.median(np.abs(runner(x.numpy()) - predicted.numpy())) < 1e-6
+
+
+def test_a_missing_tensorrt_is_told_in_setup(tmp_path):
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None  # what the import system takes for "not installed"
+import lightning as L, lightning_accel as la
+from tests.integration.test_export import Classifier, loader, val
+export = la.ModelExport({str(tmp_path / "b")!r}, engines=["tensorrt"])
+trainer = L.Trainer(max_epochs=1, logger=False, accelerator="cpu", callbacks=[export])
+trainer.fit(Classifier(), loader(), val())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0
+    assert 'pip install "lightning-accel[' in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*b*"))
+
+
 def test_wandb_offline(trainer, tmp_path, monkeypatch):
     """The real library, writing its log without a network."""
     for variable in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):

@@ -100,11 +100,9 @@ def test_a_module_without_forward(trainer):
         def training_step(self, batch, batch_idx):
             return cross_entropy(self.net(batch[0]), batch[1])
 
-        configure_optimizers = Classifier.configure_optimizers
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
 
-        hparams = {"lr": 0.1}
-
-    Bare.hparams = type("H", (dict,), {"lr": 0.1})()
     with pytest.raises(ValueError, match=r"`Bare` has no `forward`. There are: net"):
         trainer(QuantizationAwareTraining("portable", start=0)).fit(Bare(), loader())
     module = Bare()

@@ -240,7 +240,7 @@ def test_a_call_of_another_shape_or_structure_is_refused_in_words():
     quantized(module, x)
     with pytest.raises(ValueError, match=r"must have shape \(N, 3, 8, 8\), as captured, but got \(6, 3, 9, 9\)"):
         module(torch.randn(6, 3, 9, 9))
-    with pytest.raises(ValueError, match="must have dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"must have dtype torch\.float32"):
         module(torch.ones(6, 3, 8, 8, dtype=torch.long))
 
 
