@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ def test_schedules_run_from_zero_to_one_and_never_back(schedule):
     values = [fraction(schedule, t / 100) for t in range(-5, 106)]
     assert values[:5] == [0.0] * 5
     assert values[-6:] == [1.0] * 6
-    assert all(a <= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize(

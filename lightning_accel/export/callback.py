@@ -124,7 +124,7 @@ class ModelExport(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
 
     @override
@@ -136,7 +136,7 @@ class ModelExport(L.Callback):
     @override
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
             return
         self.export(trainer, pl_module, self.ckpt)

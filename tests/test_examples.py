@@ -1,0 +1,27 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_bring_your_own(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lightning_accel", "-m", "examples.bring_your_own", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].startswith("From the bundle: ")
+    bundle = tmp_path / "artifacts" / "bring_your_own"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["inputs"] == ["image", "rows"]
+    rows = {row["name"]: row for row in json.loads((bundle / "report.json").read_text())["rows"]}
+    assert rows["teacher"]["parameters"] > rows["student int8"]["parameters"]
+    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["bring_your_own", "bring_your_own.ckpt"]
