@@ -26,7 +26,14 @@ from lightning_accel.inputs import (
     own_forward,
     own_signature,
 )
-from lightning_accel.quantization.capture import CaptureError, batch_shapes, describe_inputs, example_inputs, no_logs
+from lightning_accel.quantization.capture import (
+    CaptureError,
+    batch_shapes,
+    describe_inputs,
+    example_inputs,
+    no_logs,
+    traced_batch,
+)
 from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import quantized_forwards
 
@@ -106,8 +113,9 @@ def export_onnx(
         stack.enter_context(no_logs())
         if source is module:
             stack.enter_context(named_keywords(module, kwargs))
+        shapes = batch_shapes(source, args, kwargs, traced_batch(description))
         try:
-            program = torch.export.export(source, args, kwargs, dynamic_shapes=batch_shapes(source, args, kwargs))
+            program = torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export documents no common base
             raise CaptureError(
                 f"Argument `module` must be one that torch.export can capture, but got: {error}"

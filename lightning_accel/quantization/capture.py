@@ -10,18 +10,18 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
+from lightning_accel.quantization.quantizer import is_view
 
-_TRACED_BATCH = 3  # any number but 0 and 1, which torch.export treats as special
 _TENSOR = "tensor"
 
 
@@ -56,12 +56,31 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
     return {"args": [plain(value) for value in args], "kwargs": {key: plain(value) for key, value in kwargs.items()}}
 
 
+def traced_batch(description: Mapping[str, Any]) -> int:
+    """Batch to capture with: not 0 or 1, which torch.export treats as special, nor the size of something fixed."""
+    fixed: set[int] = set()
+
+    def look(entry: Any) -> None:
+        if isinstance(entry, Mapping) and _TENSOR in entry:
+            fixed.update(entry[_TENSOR][:1] if not entry["batch"] else [])
+        elif isinstance(entry, Mapping):
+            for item in entry.values():
+                look(item)
+        elif isinstance(entry, list | tuple):
+            for item in entry:
+                look(item)
+
+    look(dict(description))
+    return next(n for n in range(3, 10**6) if n not in fixed)
+
+
 def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of the described shapes and types, all zeros, with a batch of three."""
+    """Inputs of the described shapes and types, all zeros, with a batch of :func:`traced_batch`."""
+    batch = traced_batch(description)
 
     def build(entry: Mapping[str, Any]) -> Any:
         if _TENSOR in entry:
-            shape = [_TRACED_BATCH, *entry[_TENSOR][1:]] if entry["batch"] else entry[_TENSOR]
+            shape = [batch, *entry[_TENSOR][1:]] if entry["batch"] else entry[_TENSOR]
             return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device)
         if "mapping" in entry:
             return {key: build(item) for key, item in entry["mapping"]}
@@ -74,23 +93,23 @@ def example_inputs(description: Mapping[str, Any], device: torch.device) -> tupl
     return args, {key: build(entry) for key, entry in description["kwargs"].items()}
 
 
-def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced size."""
+def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
+    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``."""
     shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == _TRACED_BATCH:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == size:
             shapes[leaf] = {0: batch}
     return shapes.dynamic_shapes(module, args, kwargs)
 
 
-def capture(module: nn.Module, description: Mapping[str, Any], training: bool, path: str = "") -> GraphModule:
+def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
     """Capture ``module.forward`` in train or eval mode.
 
     Args:
         module: the module; neither its mode, its tensors nor the random generators change.
         description: inputs, from :func:`describe_inputs`.
-        training: mode in which it is captured.
+        training: mode in which it is captured; ``None``: each submodule in the mode it is in.
         path: the module's name, for the error message.
 
     Returns:
@@ -116,32 +135,60 @@ def no_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _export(module: nn.Module, description: Mapping[str, Any], training: bool) -> GraphModule:
+def _export(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> GraphModule:
     tensor = next(iter(module.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     args, kwargs = example_inputs(description, device)
     keep = torch.get_rng_state()
     with (
         named_keywords(module, kwargs),
-        mode(module, training),
+        nullcontext() if training is None else mode(module, training),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
-                program = torch.export.export(module, args, kwargs, dynamic_shapes=batch_shapes(module, args, kwargs))
+                shapes = batch_shapes(module, args, kwargs, traced_batch(description))
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
                 graph_module = program.module()
             finally:
                 torch.set_rng_state(keep)
     for node in list(graph_module.graph.nodes):  # we check the inputs ourselves, in microseconds and in words
         if node.op == "call_module" and node.target == "_guards_fn":
             graph_module.graph.erase_node(node)
+    _out_of_place(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
 
 
-def _explain(module: nn.Module, description: Mapping[str, Any], training: bool, path: str, error: Exception) -> str:
+def _out_of_place(graph_module: GraphModule) -> None:
+    """``relu_`` becomes ``relu``: a fake-quant may keep the tensor that an operator in place would overwrite.
+
+    In a captured graph every later reader reads the operator's own node, so values stay. Operators on inputs, parameters,
+    buffers and views write into something that is seen elsewhere; they are left alone.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+            continue
+        name, source = node.target._schema.name.split("::")[1], node.args[0]
+        if (
+            not name.endswith("_")
+            or name.endswith("__")
+            or not isinstance(source, Node)
+            or source.op != "call_function"
+        ):
+            continue
+        if is_view(source) or any(is_view(reader) for reader in source.users):
+            continue
+        twin = getattr(getattr(torch.ops.aten, name[:-1], None), node.target._overloadname, None)
+        if twin is not None:
+            node.target = twin
+
+
+def _explain(
+    module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str, error: Exception
+) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
@@ -172,7 +219,7 @@ def _user_line(error: BaseException, module: nn.Module) -> str:
     return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
 
 
-def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool) -> str:
+def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> str:
     """The largest submodule, at most two levels down, that can be captured with the inputs it gets; empty if none."""
     calls: dict[str, dict[str, Any]] = {}
 
@@ -243,7 +290,7 @@ class InputGuard:
     def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
         self._what = what
         leaves, self._spec = pytree.tree_flatten(example_inputs(inputs, torch.device("meta")))
-        batch = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)).shape[0]
+        batch = traced_batch(inputs)
         self._wanted = [
             (tuple(None if i == 0 and n == batch else n for i, n in enumerate(leaf.shape)), leaf.dtype)
             if isinstance(leaf, torch.Tensor)

@@ -83,7 +83,8 @@ def _quantize_activation(
 def _quantize_operator(
     graph_module: GraphModule, node: Node, part: FoldedOperator, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    state = dict(graph_module.named_parameters()) | dict(graph_module.named_buffers())
+    state: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
+    state |= dict(graph_module.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         tensors = [state[str(a.target)].detach() if isinstance(a, Node) else None for a in node.args[1:]]
         values, scale, bias = part.fold(*tensors)  # type: ignore[arg-type]
@@ -114,7 +115,7 @@ def _quantize_operator(
 def _drop_unused_tensors(graph_module: GraphModule) -> None:
     """Float weights have no reader any more; they must not travel."""
     read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
-    for name, owner in list(graph_module.named_modules()):
+    for name, owner in list(graph_module.named_modules(remove_duplicate=False)):
         for store in (owner._parameters, owner._buffers):
             for key in [k for k in store if (f"{name}.{k}" if name else k) not in read]:
                 del store[key]

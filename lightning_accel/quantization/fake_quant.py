@@ -187,12 +187,13 @@ class RangeBank:
         Raises:
             ValueError: a range isn't finite; the message names the tensor.
         """
-        if not self._seen:
+        if not self._seen and reduce is None:
             return
         low, high = self.low.clone(), self.high.clone()
-        index = torch.tensor(list(self._seen), device=low.device)
-        low[index] = torch.stack([pair[0].float() for pair in self._seen.values()])
-        high[index] = torch.stack([pair[1].float() for pair in self._seen.values()])
+        if self._seen:
+            index = torch.tensor(list(self._seen), device=low.device)
+            low[index] = torch.stack([pair[0].float() for pair in self._seen.values()])
+            high[index] = torch.stack([pair[1].float() for pair in self._seen.values()])
         self._seen.clear()
         if reduce is not None:
             low, high = reduce(low, high)

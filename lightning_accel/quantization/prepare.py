@@ -28,6 +28,8 @@ from lightning_accel.quantization.quantizer import Plan, Point, aten, plan_point
 from lightning_accel.quantization.targets import Target
 from lightning_accel.structure import Change
 
+_Modes = tuple[bool, ...]  # the mode of each submodule
+
 
 class QuantizedForward:
     """Takes over a module's ``forward``: two captured graphs with fake-quant, over the module's own tensors.
@@ -59,7 +61,7 @@ class QuantizedForward:
         self._signature = own_signature(module)
         self._guard = InputGuard(inputs, path or type(module).__name__)
         self.bank: RangeBank
-        self._graphs: dict[bool, GraphModule] = {}
+        self._graphs: dict[_Modes, GraphModule] = {}
         self._build()
 
     def _build(self) -> None:
@@ -72,18 +74,41 @@ class QuantizedForward:
                 self.bank = RangeBank(list(dict.fromkeys(tensors.values())), self.target)
             for training, graph in graphs.items():
                 place_fake_quants(graph, plans[training], tensors, self.bank, training)
-        self.kept_float = plans[False].kept_float
-        self._graphs = graphs
-        self._bindings = {training: Bindings(graph, self.module) for training, graph in graphs.items()}
+        self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
+        self._parts = list(self.module.modules())
+        self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
+        self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}
         self._device = _device_of(self.module)
         self.bank.to(self._device)
+
+    def _build_mixed(self, modes: "_Modes") -> None:
+        """Capture once more where some submodules are held in another mode than the rest: a frozen batch norm, say."""
+        with torch.inference_mode(False):
+            graph = capture(self.module, self.inputs, None, self.path)
+            plan = plan_points(graph, self.include, self.exclude)
+            keys = {p.key for p in self._plan.points}
+            plan.points = [p for p in plan.points if p.key in keys]
+            if {p.key for p in plan.points} != keys or any(
+                plan.counts[g] != self._plan.counts[g] for g in self._plan.groups.values()
+            ):
+                raise ValueError(
+                    f"Submodules of the quantized `{self.path or type(self.module).__name__}` must run the same operators in train and "
+                    "eval mode to be held in either, but some don't. Put the whole module in one mode."
+                )
+            place_fake_quants(graph, plan, self._tensors, self.bank, modes[0])
+        self._graphs[modes], self._bindings[modes] = graph, Bindings(graph, self.module)
 
     def graph(self, training: bool) -> GraphModule:
         """The captured graph of a mode, over the module's present tensors."""
         if not self._graphs or _device_of(self.module) != self._device:
             self._build()  # a graph holds constants of the device it was captured on
-        self._bindings[training].sync()
-        return self._graphs[training]
+        modes = (training,) * len(self._parts)
+        if training == self.module.training:
+            modes = tuple([part.training for part in self._parts])
+            if modes not in self._graphs:
+                self._build_mixed(modes)
+        self._bindings[modes].sync()
+        return self._graphs[modes]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same signature and result as the module's own ``forward``."""
@@ -98,13 +123,13 @@ class QuantizedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which are captured again where they are needed."""
-        return {**self.__dict__, "_graphs": {}, "_bindings": {}}
+        return {**self.__dict__, "_graphs": {}, "_bindings": {}, "_parts": [], "_plan": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedForward":
-        """For the copied module (EMA copies modules): same ranges, graphs captured anew on first use."""
+        """For the copied module (EMA copies modules): ranges are copied, graphs captured anew on first use."""
         copy = object.__new__(type(self))
         memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__(), module=deepcopy(self.module, memo))
+        copy.__dict__.update(self.__getstate__(), module=deepcopy(self.module, memo), bank=deepcopy(self.bank, memo))
         return copy
 
 
@@ -123,6 +148,11 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
     for point in plans[False].points:
         if point.axis is None and point.key not in trained:
             plans[False].kept_float[point.key.split(":")[0]] = "only part of evaluation: training never sees its range"
+    for name, group in plans[False].groups.items():
+        if plans[True].counts[group] != plans[False].counts[group] and name not in plans[False].kept_float:
+            plans[False].kept_float[name] = (
+                f"`{group[0] or 'forward'}` runs {group[1]} a different number of times in training"
+            )
     plans[False].points = [p for p in plans[False].points if p.key.split(":")[0] not in plans[False].kept_float]
     tensors = plans[False].tensors()
     shipped = {p.key for p in plans[False].points}
@@ -145,7 +175,6 @@ def place_fake_quants(
     graph = graph_module.graph
     rows = {key: i for i, key in enumerate(bank.keys)}
     placed: dict[tuple[Node, str], Node] = {}
-    last_input = [node for node in graph.nodes if node.op == "placeholder"][-1]
     for point in plan.points:
         fake: nn.Module
         if point.axis is None:
@@ -157,7 +186,7 @@ def place_fake_quants(
             continue
         if (point.operand, name) not in placed:
             graph_module.add_module(name, fake)
-            with graph.inserting_after(last_input if point.operand.op == "placeholder" else point.operand):
+            with graph.inserting_before(point.node):  # points are in the graph's order: this is the first reader
                 node = graph.call_module(name, (point.operand,))
             node.meta = dict(point.operand.meta)
             placed[point.operand, name] = node
@@ -174,8 +203,13 @@ def place_fake_quants(
 def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
     """Replace an operator, and the batch norm that alone reads it, by a :class:`FoldedOperator`."""
     node, name = point.node, "folded_" + point.key.removesuffix(":weight").replace(".", "_")
+    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
+        name += "_"
     bias = node.args[2] if len(node.args) > 2 else None
     norm = next(iter(node.users)) if len(node.users) == 1 else None
+    value = node.meta.get("val")
+    if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
+        norm = None  # there batch norm's channels are not the linear layer's outputs
     if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
         norm = None
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]

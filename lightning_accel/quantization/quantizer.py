@@ -37,6 +37,13 @@ _NOT_YET = {
     aten.lstm.input: "LSTM",
     aten.gru.input: "GRU",
     aten.embedding.default: "embedding",
+    aten.einsum.default: "einsum",
+    aten.addmm.default: "addmm",
+    aten.mm.default: "mm",
+    aten.baddbmm.default: "baddbmm",
+    aten.bilinear.default: "bilinear",
+    aten.rnn_tanh.input: "RNN",
+    aten.rnn_relu.input: "RNN",
 }
 
 
@@ -50,6 +57,7 @@ class Point:
         index: position of the operand.
         operand: the tensor.
         axis: output channels if it is a weight, else ``None``.
+        version: how often the operand was overwritten in place before.
     """
 
     key: str
@@ -57,6 +65,7 @@ class Point:
     index: int
     operand: Node
     axis: int | None
+    version: int = 0
 
 
 @dataclass
@@ -66,15 +75,19 @@ class Plan:
     Args:
         points: operands to quantize, in the graph's order.
         kept_float: name of an operator -> why it stays float.
+        counts: how often each kind of operator runs in each module.
+        groups: name of an operator -> its key in ``counts``.
     """
 
     points: list[Point] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    groups: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, str]:
         """Key of each operand that is an activation -> key under which its tensor is quantized (its first reader's)."""
-        first: dict[Node, str] = {}
-        return {p.key: first.setdefault(p.operand, p.key) for p in self.points if p.axis is None}
+        first: dict[tuple[Node, int], str] = {}
+        return {p.key: first.setdefault((p.operand, p.version), p.key) for p in self.points if p.axis is None}
 
 
 def module_of(node: Node) -> str:
@@ -94,18 +107,25 @@ def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude:
     Raises:
         ValueError: a glob matches no quantizable operator.
     """
-    parameters = dict(graph_module.named_parameters())
-    plan, named, counts = Plan(), [], Counter[tuple[str, str]]()
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    plan, named, written = Plan(), [], Counter[Node]()
+    versions: dict[Node, list[int]] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
+        versions[node] = [written[_memory(arg)] if isinstance(arg, Node) else 0 for arg in node.args[:2]]
+        if _writes(node):
+            written[_memory(node.args[0])] += 1
         kind = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
         if node.target not in WEIGHTED and node.target not in PAIRED and node.target not in _NOT_YET:
             continue
         path = module_of(node)
-        counts[path, kind] += 1
-        leaf = node.target in WEIGHTED and counts[path, kind] == 1
-        name = path if leaf and path else ".".join(filter(None, (path, f"{kind}{counts[path, kind]}")))
+        plan.counts[path, kind] += 1
+        leaf = node.target in WEIGHTED and plan.counts[path, kind] == 1
+        name = path if leaf and path else ".".join(filter(None, (path, f"{kind}{plan.counts[path, kind]}")))
+        while name in plan.groups:  # a module may have the name that we give an operator
+            name += "_"
+        plan.groups[name] = (path, kind)
         if reason := _why_not(node, parameters):
             if reason != "constant":
                 plan.kept_float[name] = reason
@@ -121,8 +141,29 @@ def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude:
         else:
             operands = [("0", None), ("1", None)]
         for index, (role, axis) in enumerate(operands):
-            plan.points.append(Point(f"{name}:{role}", node, index, node.args[index], axis))
+            version = versions[node][index]
+            plan.points.append(Point(f"{name}:{role}", node, index, node.args[index], axis, version))
     return plan
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operator overwrites its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(node.args) and isinstance(node.args[0], Node) and schema.is_mutable
+
+
+def _memory(node: Any) -> Node:
+    """The node whose memory a chain of views shows."""
+    while is_view(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def is_view(node: Node) -> bool:
+    """Whether the operator's result shares memory with its argument."""
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    returns = schema.returns if schema is not None else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter]) -> str:

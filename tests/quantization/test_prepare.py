@@ -111,6 +111,50 @@ def test_training_trains_what_eager_training_trains(name):
         assert torch.allclose(a, b)
 
 
+class InPlace(nn.Module):
+    """As torchvision writes it: rectified in place, summed in place, read again afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.conv3, self.act = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.norm1(self.conv1(x))
+        self.act(h)
+        y = self.conv2(h)
+        y += h
+        y.mul_(2.0)
+        z = self.conv3(self.act(y))
+        return (z + y).mean((2, 3))
+
+
+def test_operators_in_place():
+    torch.manual_seed(2)
+    module, x = InPlace(), torch.randn(5, 3, 8, 8)
+    twin = copy.deepcopy(module)
+    forward = quantized(module, x, learn=0)
+    forward.bank.active = False
+    module.train(), twin.train()
+    ours, eager = module(x), twin(x)
+    assert torch.allclose(ours, eager, atol=1e-6)
+    ours.square().sum().backward(), eager.square().sum().backward()
+    assert all(
+        torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+        for a, b in zip(module.parameters(), twin.parameters(), strict=True)
+    )
+    forward.bank.learning = True
+    module(x)
+    forward.bank.update()
+    forward.bank.active = True
+    module(x).sum().backward()  # the gradient's saved tensors were not overwritten
+    ranges = dict(zip(forward.bank.keys, forward.bank.low.tolist(), strict=True))
+    assert ranges["conv2:input"] == ranges["conv3:input"] == 0.0  # seen after the rectifier, not before it
+    module.eval()
+    with torch.no_grad():
+        assert torch.equal(convert(forward)[0].forward(x), module(x))
+
+
 def test_the_module_stays_the_users():
     class Net(Residual):
         def __init__(self):
