@@ -55,7 +55,8 @@ class CompressionCallback(L.Callback):
         if stage == "fit":
             check_supported(trainer, pl_module, type(self).__name__)
             for argument, value in (("start", self.start), ("end", self.end)):
-                if isinstance(value, int) and trainer.max_epochs not in (None, -1) and value > trainer.max_epochs:
+                endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
+                if isinstance(value, int) and not endless and value > trainer.max_epochs:
                     raise ValueError(
                         f"Argument `{argument}` must lie within the run's {trainer.max_epochs} epochs, but got {value}. "
                         "Train longer or start earlier."
@@ -81,6 +82,9 @@ class CompressionCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._start_step = self._end_step = 0  # a batch or two: everything is tried at once
+            return
         timeline = timeline_of(trainer)
         self._start_step = timeline.step("start", self.start)
         self._end_step = self._start_step if self.end is None else timeline.step("end", self.end)

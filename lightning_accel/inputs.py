@@ -35,6 +35,12 @@ def own_signature(module: nn.Module) -> Signature:
         return signature(module.forward)
 
 
+def builds_layers_late(pl_module: L.LightningModule) -> bool:
+    """Whether the user's class may build layers or data after the callbacks' ``setup``."""
+    users = [c for c in type(pl_module).__mro__ if not c.__module__.startswith(("lightning", "torch"))]
+    return any(hook in vars(c) for c in users for hook in ("setup", "configure_model"))
+
+
 def has_forward(module: L.LightningModule) -> bool:
     """Whether the user's class has a ``forward`` of its own."""
     return type(module).forward is not L.LightningModule.forward
@@ -143,12 +149,21 @@ def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
     return (batch,), {}
 
 
-def target_from_batch(batch: Any) -> torch.Tensor | None:
-    """Class labels in a batch: integers of shape ``(N,)``, last in a sequence or under a usual name; ``None`` if not found."""
+def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | None:
+    """Class labels in a batch: integers of shape ``(N,)``.
+
+    Args:
+        batch: a dict with a usual name, or a sequence.
+        inputs: elements of a sequence that ``forward`` takes; the one behind them is looked at, the last if ``None``.
+
+    Returns:
+        The labels; ``None`` if there are none.
+    """
     if isinstance(batch, Mapping):
         found = next((batch[k] for k in ("labels", "label", "target", "targets", "y") if k in batch), None)
     else:
-        found = batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+        sequence = isinstance(batch, list | tuple) and len(batch) > 1
+        found = batch[min(inputs, len(batch) - 1) if inputs is not None else -1] if sequence else None
     if isinstance(found, torch.Tensor) and found.ndim == 1 and not found.is_floating_point():
         return found
     return None
@@ -166,7 +181,7 @@ def isolated_random() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def peek(loader: Any) -> Any:
+def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
     """A batch as the loader would make it, without moving its sampler, its generator or the global random state.
 
     For a map-style dataset it is made of the first samples; an iterable one is started anew.
@@ -185,7 +200,7 @@ def peek(loader: Any) -> Any:
                 return loader.collate_fn([loader.dataset[i] for i in range(size)])
         for batch in loader:
             return batch
-    raise ValueError("Argument `train_dataloaders` must yield a batch, but got an empty loader.")
+    raise ValueError(f"Argument `{argument}` must yield a batch, but got an empty loader.")
 
 
 def first_batch(trainer: L.Trainer) -> Any:

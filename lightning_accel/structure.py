@@ -114,19 +114,35 @@ def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any
     the file and loading the weights, in fit as in test, is the module's ``on_load_checkpoint``.
     """
     no_restore(module)
-    own = module.on_load_checkpoint
-
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        no_restore(module)
-        action(checkpoint)
-        own(checkpoint)
-
-    module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+    module.__dict__["on_load_checkpoint"] = _BeforeRestore(module, action)
 
 
 def no_restore(module: LightningModule) -> None:
     """Forget about the next restore: there was none, or it is over."""
-    module.__dict__.pop("on_load_checkpoint", None)
+    present = module.__dict__.get("on_load_checkpoint")
+    if isinstance(present, _BeforeRestore):
+        present.remove()
+
+
+class _BeforeRestore:
+    """Stands before a module's ``on_load_checkpoint`` for one call."""
+
+    def __init__(self, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
+        self._module, self._action = module, action
+        self._taken = module.__dict__.get("on_load_checkpoint")
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.remove()
+        self._action(checkpoint)
+        self._module.on_load_checkpoint(checkpoint)
+
+    def remove(self) -> None:
+        del self._module.__dict__["on_load_checkpoint"]
+        if self._taken is not None:
+            self._module.__dict__["on_load_checkpoint"] = self._taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_BeforeRestore":
+        return self  # a copied module is not the one that is restored
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -179,6 +195,7 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
         key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if takes_any or key in names
     }
     module = cls(**{**hyper_parameters, **init})
+    module.configure_model()
     replay(module, load_record(checkpoint))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

@@ -28,9 +28,9 @@ from lightning_accel.export.pipeline import ENGINES, Order, summary, write_bundl
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
 from lightning_accel.export.verification import verify
 from lightning_accel.extras import require
-from lightning_accel.inputs import InputsFunction, has_forward, mode
+from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
 from lightning_accel.pruning.weights import WeightPruning
-from lightning_accel.quantization.callback import QuantizationAwareTraining, builds_layers_late
+from lightning_accel.quantization.callback import QuantizationAwareTraining
 from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.targets import saturates
 
@@ -123,6 +123,16 @@ class ModelExport(L.Callback):
             self._preflight(trainer, pl_module)
 
     @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        changes = structure.load_record(checkpoint)
+        if changes != structure.record_of(pl_module):
+            owners = ", ".join(change.owner.removeprefix("lightning_accel.") for change in changes)
+            raise ValueError(
+                f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint whose network was "
+                f"changed by {owners or 'nothing'}, and the Trainer's is another one. Add the callbacks back."
+            )
+
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
@@ -159,6 +169,8 @@ class ModelExport(L.Callback):
             RuntimeError: the network hasn't reached its targets.
             VerificationError: what was written isn't what was trained.
         """
+        if ckpt == "best":
+            ckpt = self._best(trainer)
         unfinished, history = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
             raise RuntimeError(
@@ -185,18 +197,21 @@ class ModelExport(L.Callback):
         self.report = write_bundle(order, self.dirpath)
         return self.report
 
+    @staticmethod
+    def _best(trainer: L.Trainer) -> str:
+        """Path of the best checkpoint of the run."""
+        kept = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+        if not any(kept):
+            raise ValueError(
+                'Argument `ckpt` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
+            )
+        return next(path for path in kept if path)
+
     def _load(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> tuple[list[str], list[str]]:
         """Bring the module to a checkpoint's weights; returns why it isn't finished, and what was done to it when."""
         if ckpt == "last":
             states = {c.state_key: c.state_dict() for c in _compression(trainer)}
             return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
-        if ckpt == "best":
-            best = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-            if not any(best):
-                raise ValueError(
-                    'Argument `ckpt` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
-                )
-            ckpt = next(path for path in best if path)
         checkpoint = structure.read_checkpoint(ckpt)
         structure.replay(pl_module, structure.load_record(checkpoint))
         pl_module.on_load_checkpoint(checkpoint)

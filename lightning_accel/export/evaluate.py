@@ -80,6 +80,9 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
     if not is_overridden("validation_step", module):
         return {}
     attached = module._trainer
+    # Layers and data are there; a `setup` that builds them would build them anew, untrained.
+    taken = {hook: module.__dict__.get(hook) for hook in ("setup", "teardown", "prepare_data", "configure_model")}
+    module.__dict__.update(dict.fromkeys(taken, _nothing))
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, training = log.level, module.training
     log.setLevel(logging.ERROR)
@@ -97,9 +100,17 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
             trainer.validate(module, dataloaders=data.loader, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
     finally:
+        for hook, before in taken.items():
+            del module.__dict__[hook]
+            if before is not None:
+                module.__dict__[hook] = before
         module._trainer = attached
         module.train(training)
         log.setLevel(level)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A hook that does nothing."""
 
 
 def count_correct(
@@ -117,7 +128,7 @@ def count_correct(
         feeds = feeds_of(call, export.input_names)
         for name, network in networks.items():
             logits = next(iter(network(feeds).values()))
-            if logits.ndim != 2 or len(logits) != len(labels):
+            if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:
                 return {}
             correct, total = counts.get(name, (0, 0))
             hits = int((logits.argmax(1) == labels.numpy()).sum())

@@ -30,13 +30,14 @@ class HeldOut:
 
     def first_call(self, module: nn.Module) -> Call:
         """Arguments of ``forward`` for the first batch; the loader's state stays."""
-        return call_from_batch(module, peek(self.loader), self.inputs)
+        return call_from_batch(module, peek(self.loader, "data"), self.inputs)
 
     def calls(self, module: nn.Module) -> Iterator[tuple[Call, torch.Tensor | None]]:
         """Arguments of ``forward`` and class labels, where there are any, batch by batch."""
         with isolated_random():
             for batch in self.loader:
-                yield call_from_batch(module, batch, self.inputs), target_from_batch(batch)
+                call = call_from_batch(module, batch, self.inputs)
+                yield call, target_from_batch(batch, len(call[0]) + len(call[1]) if self.inputs is None else None)
 
     def samples(self, module: nn.Module, names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
         """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_accel.compression import CompressionCallback, check_one_optimizer, timeline_of
 from lightning_accel.globs import as_patterns
+from lightning_accel.inputs import builds_layers_late
 from lightning_accel.pruning.criteria import check_criterion
 from lightning_accel.pruning.masks import (
     apply_masks_,
@@ -77,12 +78,17 @@ class WeightPruning(CompressionCallback):
         self.reached = 0.0  # share that the masks in force prune; the target is reached when it equals `sparsity`
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._hook: Any = None
+        self._module: L.LightningModule | None = None
         self._last_step = -1
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if self._module is not pl_module:  # used for another module before, in a cross-validation, say
+                self.masks, self.reached, self._last_step = {}, 0.0, -1
+            self._module = pl_module
+        if stage == "fit" and not builds_layers_late(pl_module):
             self._weights = prunable_parameters(pl_module, self.include, self.exclude)
 
     @override
@@ -90,9 +96,13 @@ class WeightPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         self._weights = prunable_parameters(pl_module, self.include, self.exclude)  # layers may have come since setup
-        if self.end is None and self.schedule != "constant":
+        if self.end is None and self.schedule != "constant" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             last = timeline_of(trainer).step("end", 1.0)
             self._end_step = self._start_step + (last - self._start_step + 1) // 2
+        if self.reached > self.sparsity:
+            raise ValueError(
+                f"Argument `sparsity` must be at least what is pruned already, {self.reached:g}, but got {self.sparsity:g}."
+            )
         if unknown := self.masks.keys() - self._weights.keys():
             raise ValueError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "

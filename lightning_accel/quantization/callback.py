@@ -1,6 +1,7 @@
 """QuantizationAwareTraining: trains the network with the integer arithmetic it will ship with."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from lightning_accel.compression import CompressionCallback, check_one_optimizer
 from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import (
     InputsFunction,
+    builds_layers_late,
     call_from_batch,
     example_call,
     find_submodule,
@@ -79,8 +81,16 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        # A callback may be used for another module, in a cross-validation, say.
+        parts = dict(pl_module.named_modules())
+        self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
         self.structure_replayed(pl_module)
         if stage == "fit":
+            if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
+                raise ValueError(
+                    f"Argument `precision` must keep float32 weights with QuantizationAwareTraining, but got {trainer.precision!r}. "
+                    'Use "32-true", "bf16-mixed" or "16-mixed".'
+                )
             if getattr(trainer.strategy, "_layer_sync", None) is not None:
                 raise ValueError(
                     "Argument `sync_batchnorm` must be False with QuantizationAwareTraining, but got True."
@@ -96,6 +106,18 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
         self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
+        for forward in self._placed.values():
+            wanted = (self.target.name, self.include, self.exclude)
+            if (forward.target.name, forward.include, forward.exclude) != wanted:
+                raise ValueError(
+                    f"Arguments `target`, `include` and `exclude` must be those that the network was quantized with "
+                    f"({forward.target.name!r}, {list(forward.include)}, {list(forward.exclude)}), but got "
+                    f"{self.target.name!r}, {list(self.include)}, {list(self.exclude)}."
+                )
+        record = structure.record_of(pl_module)
+        for i, change in enumerate(record):
+            if change.kind == "quantize" and change.args["module"] in self._placed:
+                record[i] = replace(change, owner=self.state_key)  # who keeps the ranges from now on
         self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
 
     @override
@@ -137,15 +159,15 @@ class QuantizationAwareTraining(CompressionCallback):
         for forward in self._placed.values():
             forward.bank.learning = True
         if not self._checked:
+            self._unwatch()  # a batch that was skipped ended without its hook
             self._watch = _CallWatch(pl_module, self.paths)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._watch is not None:
-            watch, self._watch = self._watch, None
-            watch.remove()
+        watch = self._unwatch()
+        if watch is not None and outputs is not None:  # a step that returned None says nothing
             watch.check()
             self._checked = True
         for forward in self._placed.values():
@@ -156,12 +178,20 @@ class QuantizationAwareTraining(CompressionCallback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        self._unwatch()
         for forward in self._placed.values():
             forward.bank.learning = False
             forward.bank.forget()
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._unwatch()
+
+    def _unwatch(self) -> "_CallWatch | None":
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.remove()
+        return watch
 
     def _place(self, pl_module: L.LightningModule) -> None:
         for path, forward in self._prepared.items():
@@ -188,14 +218,10 @@ class QuantizationAwareTraining(CompressionCallback):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if lost := state_dict["ranges"].keys() - self._placed.keys():
+            raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
         for path, ranges in state_dict["ranges"].items():
             self._placed[path].bank.load_state_dict(ranges)
-
-
-def builds_layers_late(pl_module: L.LightningModule) -> bool:
-    """Whether the user's class may build layers or data after the callbacks' ``setup``."""
-    users = [c for c in type(pl_module).__mro__ if not c.__module__.startswith(("lightning", "torch"))]
-    return any(hook in vars(c) for c in users for hook in ("setup", "configure_model"))
 
 
 def owner_and_call(
