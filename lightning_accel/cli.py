@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from typing_extensions import override
 
 from lightning_accel import __version__, structure
@@ -84,6 +84,18 @@ class AccelParser(LightningArgumentParser):
         raise ArgumentError(None, message) from ex
 
 
+class SaveConfig(SaveConfigCallback):
+    """Keeps the run's config once a training step has succeeded: a run refused before that leaves no file behind."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+
 class AccelCLI(LightningCLI):
     """LightningCLI with ``export``; models and data by class path."""
 
@@ -93,6 +105,7 @@ class AccelCLI(LightningCLI):
             "parser_class": AccelParser,
             "subclass_mode_model": True,
             "subclass_mode_data": True,
+            "save_config_callback": SaveConfig,
             "save_config_kwargs": {"overwrite": True},
             "parser_kwargs": {"prog": "lightning-accel"},
         }

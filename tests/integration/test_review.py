@@ -117,6 +117,7 @@ def test_zero_initialized_residual_norms(tmp_path):
     assert check_integers(export.path, export.trained)["weights"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module")  # Lightning asks whether that is meant: it is
 def test_a_frozen_batch_norm_stays_frozen(trainer):
     class Frozen(Classifier):
         def train(self, mode=True):
