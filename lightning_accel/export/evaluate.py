@@ -81,7 +81,7 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
         return {}
     attached = module._trainer
     # Layers and data are there; a `setup` that builds them would build them anew, untrained.
-    taken = {hook: module.__dict__.get(hook) for hook in ("setup", "teardown", "prepare_data", "configure_model")}
+    taken = {hook: module.__dict__.get(hook) for hook in ("setup", "teardown", "configure_model")}
     module.__dict__.update(dict.fromkeys(taken, _nothing))
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, training = log.level, module.training
