@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks import print_environment, verdict
 from examples.models import ResNet
 from lightning_accel.benchmarking.measure import Ratio, benchmark
-from lightning_accel.quantization.capture import describe_inputs
+from lightning_accel.call_shapes import describe_inputs
 from lightning_accel.quantization.prepare import QuantizedForward
 from lightning_accel.quantization.targets import target_of
 

@@ -68,6 +68,9 @@ class AccelTrainer(L.Trainer):
                 f"Argument `trainer.callbacks` must hold one ModelExport to export with, but got {len(callbacks)}."
             )
         callback = callbacks[0]
+        self.strategy.connect(model)
+        model.trainer = self
+        self._data_connector.attach_datamodule(model, datamodule)  # for the hooks that transfer a batch
         if datamodule is not None and (callback.data is None or isinstance(callback.data, str)):
             datamodule.prepare_data()
             datamodule.setup("test" if callback.data == "test" else "fit")

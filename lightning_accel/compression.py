@@ -137,6 +137,15 @@ def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) 
         raise ValueError(
             f"Argument `automatic_optimization` must be True with {who}, but got False. Manual optimization isn't supported."
         )
+    check_strategy(trainer, who)
+
+
+def check_strategy(trainer: L.Trainer, who: str) -> None:
+    """Refuse strategies under which a process doesn't hold the whole module.
+
+    Raises:
+        ValueError: the Trainer's is one.
+    """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
             f"Argument `strategy` must be a single device or DDP with {who}, but got {type(trainer.strategy).__name__}. "

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 InputsFunction = Callable[[Any], Any]
@@ -190,24 +190,28 @@ def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
         ValueError: the loader is empty.
     """
     with isolated_random():
-        if (
-            isinstance(loader, DataLoader)
-            and not isinstance(loader.dataset, IterableDataset)
-            and loader.collate_fn is not None
-        ):
-            size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, len(loader.dataset))  # type: ignore[arg-type]
-            if size:
-                return loader.collate_fn([loader.dataset[i] for i in range(size)])
+        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+            length = len(loader.dataset)  # type: ignore[arg-type]
+            indices = list(range(min(_batch_size(loader.batch_sampler or loader.sampler), length)))
+            if indices and loader.batch_sampler is not None:
+                return loader.collate_fn([loader.dataset[i] for i in indices])
+            if indices:  # the dataset makes batches itself
+                index = indices if isinstance(loader.sampler, BatchSampler) else 0
+                return loader.collate_fn(loader.dataset[index])
         for batch in loader:
             return batch
     raise ValueError(f"Argument `{argument}` must yield a batch, but got an empty loader.")
 
 
+def _batch_size(sampler: Any) -> int:
+    return int(getattr(sampler, "batch_size", None) or 1)
+
+
 def first_batch(trainer: L.Trainer) -> Any:
-    """A training batch before the fit loop has set its loaders up."""
+    """A training batch on the CPU as ``training_step`` gets it, before the fit loop has set its loaders up."""
     with isolated_random():
         loader = trainer.fit_loop._data_source.dataloader()
-    return peek(loader)
+        return trainer.strategy.batch_to_device(peek(loader), torch.device("cpu"))  # with the user's transfer hooks
 
 
 def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:

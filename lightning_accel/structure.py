@@ -5,6 +5,7 @@ under ``checkpoint["lightning_accel"]["structure"]``, and is replayed on a fresh
 restored. A capability registers how its kind of change is replayed and undone; this file knows no kind by name.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -160,7 +161,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise ValueError(
             f"Argument `ckpt_path` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
             "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."

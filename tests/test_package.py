@@ -80,7 +80,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, module, code, extra
 # --- imports go one way: engines <- benchmarking, and structure <- pruning, distillation, quantization <- export <- cli
 
 ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "export")
-SHARED = {"schedules", "structure", "compression", "inputs", "globs", "extras"}
+SHARED = {"schedules", "structure", "compression", "call_shapes", "inputs", "globs", "extras"}
 MAY_IMPORT = {
     "engines": {"extras"},
     "benchmarking": {"engines", "extras"},

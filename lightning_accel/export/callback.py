@@ -1,5 +1,6 @@
 """ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
 
+import io
 import shlex
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel import structure
-from lightning_accel.compression import CompressionCallback
+from lightning_accel.compression import CompressionCallback, check_strategy
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
@@ -114,6 +115,8 @@ class ModelExport(L.Callback):
         if trainer.is_global_zero:
             check_destination(self.dirpath)
         self._check_plan(trainer)
+        check_strategy(trainer, type(self).__name__)
+        check_readable(trainer, pl_module)
         if not builds_layers_late(pl_module):
             self._preflight(trainer, pl_module)
 
@@ -331,6 +334,27 @@ class ModelExport(L.Callback):
             f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
         ]
         return " ".join(["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt {shlex.quote(path)}"])
+
+
+def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Hyper-parameters must come back from the checkpoint without unpickling foreign code.
+
+    Raises:
+        ValueError: one wouldn't; the message names it.
+    """
+    for where in (pl_module, getattr(trainer, "datamodule", None)):
+        for name, value in dict(getattr(where, "hparams_initial", {})).items():
+            file = io.BytesIO()
+            try:
+                torch.save(value, file)
+                file.seek(0)
+                torch.load(file, weights_only=True)
+            except Exception as error:  # pickle and torch.load raise a dozen unrelated types
+                raise ValueError(
+                    f"Argument `{name}` of {type(where).__name__}, a saved hyper-parameter, must be a plain value, but got a "
+                    f"{type(value).__name__}: checkpoints are read with `weights_only=True`, which refuses it. Pass a plain value, or "
+                    f"`save_hyperparameters(ignore=[{name!r}])`."
+                ) from error
 
 
 def _qat(trainer: L.Trainer) -> list[QuantizationAwareTraining]:

@@ -4,11 +4,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -33,13 +35,14 @@ def module_network(module: nn.Module, export: OnnxExport, description_call: Any)
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         filled = list(leaves)
+        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         for slot, name in zip(slots, export.input_names, strict=True):
-            filled[slot] = torch.from_numpy(np.ascontiguousarray(feeds[name]))
+            filled[slot] = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device)
         args, kwargs = pytree.tree_unflatten(filled, spec)
         with torch.no_grad():
             result = module(*args, **kwargs)
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        return {name: tensor.numpy() for name, tensor in zip(export.output_names, outputs, strict=True)}
+        return {name: tensor.cpu().numpy() for name, tensor in zip(export.output_names, outputs, strict=True)}
 
     return run
 
@@ -54,9 +57,7 @@ def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> I
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         outputs = network(feeds_of(canonical_call(own, args, kwargs), export.input_names))
-        return pytree.tree_unflatten(
-            [torch.from_numpy(np.array(outputs[n])) for n in export.output_names], export.out_spec
-        )
+        return export.result.rebuild(torch.from_numpy(np.array(outputs[n])) for n in export.output_names)
 
     module.__dict__["forward"] = forward
     try:
@@ -80,9 +81,14 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
     if not is_overridden("validation_step", module):
         return {}
     attached = module._trainer
-    # Layers and data are there; a `setup` that builds them would build them anew, untrained.
-    taken = {hook: module.__dict__.get(hook) for hook in ("setup", "teardown", "configure_model")}
-    module.__dict__.update(dict.fromkeys(taken, _nothing))
+    # Layers and data are there; a `setup` that builds them would build them anew, untrained. An overridden `prepare_data`
+    # is a collective under DDP, whose other ranks have gone.
+    hooks = dict.fromkeys(("setup", "teardown", "configure_model"), _nothing)
+    hooks["prepare_data"] = MethodType(L.LightningModule.prepare_data, module)
+    taken = {hook: module.__dict__.get(hook) for hook in hooks}
+    module.__dict__.update(hooks)
+    users = getattr(data.trainer, "datamodule", None)
+    loaders = _Loaders(data.loader if data.loaders is None else data.loaders, users)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, training = log.level, module.training
     log.setLevel(logging.ERROR)
@@ -92,12 +98,14 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
             trainer = L.Trainer(
                 accelerator="cpu",
                 devices=1,
-                logger=False,
+                logger=DummyLogger(),  # a `validation_step` may draw into `self.logger.experiment`
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.validate(module, dataloaders=data.loader, verbose=False)
+            if users is not None:
+                users.trainer = trainer
+            trainer.validate(module, datamodule=loaders, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
     finally:
         for hook, before in taken.items():
@@ -105,8 +113,31 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
             if before is not None:
                 module.__dict__[hook] = before
         module._trainer = attached
+        if users is not None:
+            users.trainer = data.trainer
         module.train(training)
         log.setLevel(level)
+
+
+class _Loaders(L.LightningDataModule):
+    """The held-out loaders, with the transfer hooks and all else of the user's datamodule, whose data is set up already."""
+
+    def __init__(self, loaders: Any, users: L.LightningDataModule | None) -> None:
+        super().__init__()
+        self._loaders, self._users = loaders, users
+        for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            if users is not None and is_overridden(hook, users):
+                setattr(self, hook, getattr(users, hook))
+
+    def val_dataloader(self) -> Any:
+        """The loaders of the validation loop."""
+        return self._loaders
+
+    def __getattr__(self, name: str) -> Any:
+        users = self.__dict__.get("_users")
+        if users is None:
+            raise AttributeError(name)
+        return getattr(users, name)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -19,25 +20,42 @@ class HeldOut:
     """Held-out batches.
 
     Args:
-        loader: yields the user's batches.
+        loader: yields the user's batches; samples come from it.
         source: where they come from, for the report.
         inputs: maps a batch to the arguments of ``forward``; ``None`` means by its signature.
+        trainer: whose transfer hooks make of a loader's batch what ``validation_step`` gets.
+        loaders: all that the user's metrics are measured over, as a validation loop takes them; ``None`` means ``loader``.
     """
 
     loader: Any
     source: str
     inputs: InputsFunction | None = None
+    trainer: L.Trainer | None = None
+    loaders: Any = None
 
     def first_call(self, module: nn.Module) -> Call:
         """Arguments of ``forward`` for the first batch; the loader's state stays."""
-        return call_from_batch(module, peek(self.loader, "data"), self.inputs)
+        with isolated_random():
+            return call_from_batch(module, self._transferred(peek(self.loader, "data")), self.inputs)
 
     def calls(self, module: nn.Module) -> Iterator[tuple[Call, torch.Tensor | None]]:
         """Arguments of ``forward`` and class labels, where there are any, batch by batch."""
         with isolated_random():
-            for batch in self.loader:
+            for loaded in self.loader:
+                batch = self._transferred(loaded)
                 call = call_from_batch(module, batch, self.inputs)
                 yield call, target_from_batch(batch, len(call[0]) + len(call[1]) if self.inputs is None else None)
+
+    def _transferred(self, batch: Any) -> Any:
+        """The batch on the CPU, after the user's ``on_before_batch_transfer`` and ``on_after_batch_transfer``."""
+        if self.trainer is None:
+            return batch
+        stage = self.trainer.state.stage
+        self.trainer.state.stage = RunningStage.VALIDATING  # hooks that augment look at it
+        try:
+            return self.trainer.strategy.batch_to_device(batch, torch.device("cpu"))
+        finally:
+            self.trainer.state.stage = stage
 
     def samples(self, module: nn.Module, names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
         """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.
@@ -66,7 +84,7 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
     """Find held-out data: ``data`` if it is a loader, else the trainer's validation or test loader.
 
     Args:
-        trainer: asked for its loaders.
+        trainer: asked for its loaders and transfer hooks.
         data: a loader, ``"val"`` or ``"test"`` (of the datamodule), or ``None`` for ``"val"``.
         inputs: as in :class:`HeldOut`.
 
@@ -74,7 +92,7 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
         ValueError: there is none.
     """
     if data is not None and not isinstance(data, str):
-        return HeldOut(data, "loader given as `data`", inputs)
+        return HeldOut(data, "loader given as `data`", inputs, trainer)
     if data not in (None, "val", "test"):
         raise ValueError(f'Argument `data` must be a loader, "val" or "test", but got {data!r}.')
     loop = trainer.fit_loop.epoch_loop.val_loop
@@ -86,6 +104,7 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
             loader = loop._data_source.dataloader()
         else:
             loader = None
+    loaders = loader
     if isinstance(loader, list | tuple):
         loader = loader[0] if loader else None
     if isinstance(loader, dict):
@@ -95,4 +114,4 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
             "Argument `data` must be held-out data, but got None and the Trainer has no "
             f"{'test' if data == 'test' else 'validation'} loader. Pass ModelExport(data=loader), or give `fit` a validation loader."
         )
-    return HeldOut(loader, f"{'test' if data == 'test' else 'validation'} loader", inputs)
+    return HeldOut(loader, f"{'test' if data == 'test' else 'validation'} loader", inputs, trainer, loaders)

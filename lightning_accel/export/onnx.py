@@ -6,17 +6,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_accel import __version__
+from lightning_accel.call_shapes import ResultShape, batch_shapes, describe_inputs, example_inputs, traced_batch
 from lightning_accel.inputs import (
     Call,
     canonical_call,
@@ -26,14 +29,7 @@ from lightning_accel.inputs import (
     own_forward,
     own_signature,
 )
-from lightning_accel.quantization.capture import (
-    CaptureError,
-    batch_shapes,
-    describe_inputs,
-    example_inputs,
-    no_logs,
-    traced_batch,
-)
+from lightning_accel.quantization.capture import CaptureError, no_logs
 from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import quantized_forwards
 
@@ -50,7 +46,7 @@ class OnnxExport:
         output_names: names of its outputs, in the order of the tensors in the result.
         program: the captured graph that was written; its node names are the file's tensor names.
         trained: integers of each quantized part, by module path; empty for a float export.
-        out_spec: structure of the result.
+        result: how the result is nested.
     """
 
     path: Path
@@ -58,7 +54,7 @@ class OnnxExport:
     output_names: tuple[str, ...]
     program: ExportedProgram = field(repr=False)
     trained: dict[str, TrainedIntegers] = field(repr=False)
-    out_spec: Any = field(repr=False)
+    result: ResultShape = field(repr=False)
 
 
 def export_onnx(
@@ -114,14 +110,18 @@ def export_onnx(
         if source is module:
             stack.enter_context(named_keywords(module, kwargs))
         shapes = batch_shapes(source, args, kwargs, traced_batch(description))
+        results = stack.enter_context(_tensors_only(source))
         try:
             program = torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export documents no common base
+            if str(error).startswith("Method `forward` must"):
+                raise
             raise CaptureError(
                 f"Argument `module` must be one that torch.export can capture, but got: {error}"
             ) from error
         names_in = list(input_names or _input_names(module, call))
-        out_spec, names_out = _output_names(program, output_names)
+        result = results[-1]
+        names_out = _output_names(result, output_names)
         try:
             written = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=names_in, output_names=names_out, verbose=False
@@ -139,7 +139,7 @@ def export_onnx(
     _clean(model)
     onnx.checker.check_model(model, full_check=True)
     _write(model, Path(path))
-    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), program, trained, out_spec)
+    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), program, trained, result)
 
 
 def _is_call(inputs: Any) -> bool:
@@ -185,14 +185,50 @@ def _input_names(module: nn.Module, call: Call) -> list[str]:
     return _names([path for path, leaf in leaves if isinstance(leaf, torch.Tensor)], "input")
 
 
-def _output_names(program: ExportedProgram, given: Sequence[str] | None) -> tuple[Any, list[str]]:
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    result = pytree.tree_unflatten([torch.empty(0)] * spec.num_leaves, spec)
-    names = _names([path for path, _ in pytree.tree_flatten_with_path(result)[0]], "output")
+@contextmanager
+def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
+    """``module.forward`` returns its tensors alone, as ONNX does; yields the shapes that its results had."""
+    if isinstance(
+        module, GraphModule
+    ):  # made by convert for this export; torch.export doesn't see an instance's forward
+        yield [_graph_tensors_only(module)]
+        return
+    forward, taken = module.forward, module.__dict__.get("forward")
+    shapes: list[ResultShape] = []
+
+    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        shape, found = ResultShape.of(forward(*args, **kwargs))
+        shapes.append(shape)
+        return tuple(found)
+
+    tensors.__signature__ = signature(forward)  # type: ignore[attr-defined]
+    module.__dict__["forward"] = tensors
+    try:
+        yield shapes
+    finally:
+        del module.__dict__["forward"]
+        if taken is not None:
+            module.__dict__["forward"] = taken
+
+
+def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:
+    """The same for a captured graph, whose result is written in its output node."""
+    output, codegen = graph_module.graph.output_node(), cast(Any, graph_module.graph._codegen)
+    leaves, _ = pytree.tree_flatten(output.args[0])
+    values = [leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves]
+    result, _ = ResultShape.of(pytree.tree_unflatten(values, codegen.pytree_info.out_spec))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Node))
+    output.args = (tensors,)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
+    graph_module.recompile()
+    return result
+
+
+def _output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:
+    names = _names(result.paths(), "output")
     if given is not None and len(given) != len(names):
         raise ValueError(f"Argument `output_names` must hold {len(names)} names, but got {len(given)}: {list(given)}.")
-    return spec, list(given or names)
+    return list(given or names)
 
 
 def _names(paths: list[Any], default: str) -> list[str]:

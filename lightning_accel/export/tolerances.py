@@ -14,7 +14,8 @@ class Tolerance:
         median: of the errors.
         p99: of the errors.
         maximum: of the errors.
-        agreement: least share of samples with the same largest logit.
+        agreement: least share with the same largest logit, of the samples that are decided by more than twice the 99th
+            percentile of the error: two rows of errors within it can't turn those.
         metric: most that the user's metric may differ.
         why: the reason for these numbers.
     """

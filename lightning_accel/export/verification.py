@@ -30,6 +30,10 @@ class Verification:
         p99_error: 99th percentile.
         max_error: largest.
         agreement: share of samples with the same largest logit; ``None`` where outputs aren't logits.
+        decided: share of samples whose two largest reference logits are further apart than twice the 99th percentile of
+            the error (of the tolerated one, if that is smaller). Only these are held against the limit: on the rest an
+            error within tolerance can turn the order.
+        agreement_decided: agreement on those.
         tolerance: limits it was held against.
         failures: which limits were broken, in words; empty if it passed.
         metric: the user's metrics, reference and engine, by name.
@@ -45,6 +49,8 @@ class Verification:
     max_error: float
     agreement: float | None
     tolerance: Tolerance
+    decided: float | None = None
+    agreement_decided: float | None = None
     failures: list[str] = field(default_factory=list)
     metric: dict[str, tuple[float, float]] = field(default_factory=dict)
     first_divergence: str = ""
@@ -121,6 +127,7 @@ def verify(
     low: dict[str, float] = {}
     high: dict[str, float] = {}
     agree: list[np.ndarray] = []
+    margins: list[np.ndarray] = []
     used: dict[int, int] = {}
     broken: list[str] = []
     for size in ordered:
@@ -142,10 +149,13 @@ def verify(
                 high[name] = max(high.get(name, -np.inf), float(a.max(initial=-np.inf)))
                 if a.ndim >= 2 and a.shape[1] > 1 and name == next(iter(want)):
                     agree.append((a.argmax(1) == b.argmax(1)).ravel())
+                    best = np.sort(a, axis=1)[:, -2:]
+                    margins.append((best[:, 1] - best[:, 0]).ravel())
     relative = np.concatenate(
         [np.concatenate(parts) / max(high[name] - low[name], 1e-30) for name, parts in errors.items()]
         or [np.array([np.inf])]
     )
+    first = next(iter(errors), "")
     finite = np.where(np.isfinite(relative), relative, np.inf)
     result = Verification(
         engine=engine,
@@ -158,6 +168,11 @@ def verify(
         tolerance=tolerance,
         failures=broken,
     )
+    if agree:
+        same, margin = np.concatenate(agree), np.concatenate(margins) / max(high[first] - low[first], 1e-30)
+        clear = margin > 2 * min(result.p99_error, tolerance.p99)
+        result.decided = float(clear.mean())
+        result.agreement_decided = float(same[clear].mean()) if clear.any() else None
     limits = [
         ("the median error", result.median_error, tolerance.median),
         ("the 99th percentile of the error", result.p99_error, tolerance.p99),
@@ -166,8 +181,10 @@ def verify(
     for what, value, limit in limits:
         if not value <= limit:
             result.failures.append(f"{what} is {value:.2e} of the output range, above {limit:.0e}")
-    if check_agreement and result.agreement is not None and result.agreement < tolerance.agreement:
+    agreement = result.agreement_decided
+    if check_agreement and agreement is not None and agreement < tolerance.agreement:
         result.failures.append(
-            f"predictions agree on {result.agreement:.2%} of samples, below {tolerance.agreement:.2%}"
+            f"predictions agree on {agreement:.2%} of the samples that are decided by more than the error "
+            f"({result.decided:.0%} of all), below {tolerance.agreement:.2%}"
         )
     return result

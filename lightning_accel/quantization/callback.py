@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel import structure
+from lightning_accel.call_shapes import describe_inputs
 from lightning_accel.compression import CompressionCallback, check_one_optimizer, timeline_of
 from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import (
@@ -23,7 +24,6 @@ from lightning_accel.inputs import (
     has_forward,
     submodule_call,
 )
-from lightning_accel.quantization.capture import describe_inputs
 from lightning_accel.quantization.prepare import QuantizedForward, quantize_change, quantized_forwards
 from lightning_accel.quantization.targets import target_of
 
@@ -86,6 +86,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
         self.structure_replayed(pl_module)
         if stage == "fit":
+            _check_apart([c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)])  # type: ignore[attr-defined]
             if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
                 raise ValueError(
                     f"Argument `precision` must keep float32 weights with QuantizationAwareTraining, but got {trainer.precision!r}. "
@@ -158,16 +159,16 @@ class QuantizationAwareTraining(CompressionCallback):
             self._place(pl_module)
         for forward in self._placed.values():
             forward.bank.learning = True
-        if not self._checked:
-            self._unwatch()  # a batch that was skipped ended without its hook
-            self._watch = _CallWatch(pl_module, self.paths)
+        self._unwatch()  # a batch that was skipped ended without its hook
+        if self._prepared or not self._checked:
+            self._watch = _CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         watch = self._unwatch()
-        if watch is not None and outputs is not None:  # a step that returned None says nothing
+        if watch is not None and outputs is not None and not self._checked:  # a step that returned None says nothing
             watch.check()
             self._checked = True
         for forward in self._placed.values():
@@ -248,6 +249,22 @@ def owner_and_call(
     return part, call_from_batch(part, first_batch(trainer), inputs)
 
 
+def _check_apart(callbacks: list[QuantizationAwareTraining]) -> None:
+    """No part of the network is quantized by two callbacks, or twice by one.
+
+    Raises:
+        ValueError: one is.
+    """
+    paths = [path for callback in callbacks for path in callback.paths]
+    for i, path in enumerate(paths):
+        for other in paths[:i]:
+            if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
+                raise ValueError(
+                    f"Argument `module` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
+                    f"and {path or 'the whole forward'!r}. Name each part once."
+                )
+
+
 def _over_ranks(trainer: L.Trainer) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """Ranges over all ranks, so that every rank learns the same ones."""
     if trainer.world_size == 1:
@@ -262,15 +279,20 @@ def _over_ranks(trainer: L.Trainer) -> Callable[..., tuple[torch.Tensor, torch.T
 
 
 class _CallWatch:
-    """Sees, for one training batch, whether the modules to quantize are called at all."""
+    """Sees, for one training batch, whether the modules to quantize are called, and with inputs that were captured.
 
-    def __init__(self, pl_module: L.LightningModule, paths: list[str]) -> None:
-        self._paths = paths
+    A call that doesn't fit the graphs fails in the first steps, not when they are placed half a run later.
+    """
+
+    def __init__(
+        self, pl_module: L.LightningModule, paths: list[str], prepared: Mapping[str, QuantizedForward], find: bool
+    ) -> None:
+        self._paths, self._prepared = paths, prepared
         self._called: set[str] = set()
         self._undo: list[Callable[[], Any]] = []
         for path in paths:
             self._wrap(path, pl_module.get_submodule(path))
-        for name, child in pl_module.named_children():
+        for name, child in pl_module.named_children() if find else ():
             handle = child.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
             self._undo.append(handle.remove)
 
@@ -280,6 +302,8 @@ class _CallWatch:
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             self._called.add(path)
+            if path in self._prepared:
+                self._prepared[path].checked(args, kwargs)
             return forward(*args, **kwargs)
 
         module.__dict__["forward"] = seen

@@ -17,90 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
+from lightning_accel.call_shapes import batch_shapes, describe_inputs, example_inputs, traced_batch
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
 from lightning_accel.quantization.quantizer import is_view
-
-_TENSOR = "tensor"
 
 
 class CaptureError(RuntimeError):
     """A module's ``forward`` can't be captured as a graph."""
-
-
-def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes and types of a call's inputs as plain values that fit into a checkpoint.
-
-    Tensors whose first dimension equals that of the first tensor have a dynamic batch. Anything that isn't a tensor is
-    kept as it is.
-
-    Raises:
-        ValueError: there is no tensor among the inputs.
-    """
-    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-    if not tensors or tensors[0].ndim == 0:
-        raise ValueError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
-    batch = tensors[0].shape[0]
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            dynamic = value.ndim > 0 and value.shape[0] == batch
-            return {_TENSOR: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "batch": dynamic}
-        if isinstance(value, Mapping):
-            return {"mapping": [[key, plain(item)] for key, item in value.items()]}
-        if isinstance(value, list | tuple):
-            return {"sequence": [plain(item) for item in value], "tuple": isinstance(value, tuple)}
-        return {"value": value}
-
-    return {"args": [plain(value) for value in args], "kwargs": {key: plain(value) for key, value in kwargs.items()}}
-
-
-def traced_batch(description: Mapping[str, Any]) -> int:
-    """Batch to capture with: not 0 or 1, which torch.export treats as special, nor the size of something fixed."""
-    fixed: set[int] = set()
-
-    def look(entry: Any) -> None:
-        if isinstance(entry, Mapping) and _TENSOR in entry:
-            fixed.update(entry[_TENSOR][:1] if not entry["batch"] else [])
-        elif isinstance(entry, Mapping):
-            for item in entry.values():
-                look(item)
-        elif isinstance(entry, list | tuple):
-            for item in entry:
-                look(item)
-
-    look(dict(description))
-    return next(n for n in range(3, 10**6) if n not in fixed)
-
-
-def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of the described shapes and types, all zeros, with a batch of :func:`traced_batch`."""
-    batch = traced_batch(description)
-
-    def build(entry: Mapping[str, Any]) -> Any:
-        if _TENSOR in entry:
-            shape = [batch, *entry[_TENSOR][1:]] if entry["batch"] else entry[_TENSOR]
-            return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device)
-        if "mapping" in entry:
-            return {key: build(item) for key, item in entry["mapping"]}
-        if "sequence" in entry:
-            items = [build(item) for item in entry["sequence"]]
-            return tuple(items) if entry["tuple"] else items
-        return entry["value"]
-
-    args = tuple(build(entry) for entry in description["args"])
-    return args, {key: build(entry) for key, entry in description["kwargs"].items()}
-
-
-def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
-    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``."""
-    shapes = torch.export.ShapesCollection()
-    batch = torch.export.Dim("batch")
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == size:
-            shapes[leaf] = {0: batch}
-    return shapes.dynamic_shapes(module, args, kwargs)
 
 
 def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
@@ -282,48 +206,3 @@ class Bindings:
         for theirs, ours, key in self._links:
             if ours[key] is not theirs[key]:
                 ours[key] = theirs[key]
-
-
-class InputGuard:
-    """Holds calls against the inputs a graph was captured with: structure, shapes but for the batch, constants."""
-
-    def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
-        self._what = what
-        leaves, self._spec = pytree.tree_flatten(example_inputs(inputs, torch.device("meta")))
-        batch = traced_batch(inputs)
-        self._wanted = [
-            (tuple(None if i == 0 and n == batch else n for i, n in enumerate(leaf.shape)), leaf.dtype)
-            if isinstance(leaf, torch.Tensor)
-            else leaf
-            for leaf in leaves
-        ]
-
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check a call in canonical form.
-
-        Raises:
-            ValueError: it differs from what was captured.
-        """
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._spec:
-            raise ValueError(
-                f"Inputs of the quantized `{self._what}` must have the structure they were captured with, {self._spec}, "
-                f"but got {spec}. Pass `inputs=` so that it shows this call."
-            )
-        for leaf, want in zip(leaves, self._wanted, strict=True):
-            if not isinstance(leaf, torch.Tensor):
-                if leaf is not want and leaf != want:
-                    raise ValueError(
-                        f"A constant input of the quantized `{self._what}` must be {want!r}, as captured, but got {leaf!r}."
-                    )
-                continue
-            shape, dtype = want
-            if len(shape) != leaf.ndim or any(n is not None and n != m for n, m in zip(shape, leaf.shape, strict=True)):
-                raise ValueError(
-                    f"An input of the quantized `{self._what}` must have shape "
-                    f"({', '.join('N' if n is None else str(n) for n in shape)}), as captured, but got {tuple(leaf.shape)}."
-                )
-            if leaf.dtype is not dtype and leaf.is_floating_point() != dtype.is_floating_point:
-                raise ValueError(
-                    f"An input of the quantized `{self._what}` must have dtype {dtype}, as captured, but got {leaf.dtype}."
-                )

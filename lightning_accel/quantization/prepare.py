@@ -15,13 +15,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lightning_accel import structure
-from lightning_accel.quantization.capture import (
-    Bindings,
-    InputGuard,
-    canonical_call,
-    capture,
-    own_signature,
-)
+from lightning_accel.call_shapes import InputGuard, plain_call
+from lightning_accel.inputs import canonical_call, own_signature
+from lightning_accel.quantization.capture import Bindings, capture
 from lightning_accel.quantization.fake_quant import ActivationFakeQuant, RangeBank, WeightFakeQuant
 from lightning_accel.quantization.folding import FoldedOperator
 from lightning_accel.quantization.quantizer import Plan, Point, aten, plan_points
@@ -36,7 +32,7 @@ class QuantizedForward:
 
     Args:
         module: whose ``forward`` it replaces; stays in the tree with everything else it has.
-        inputs: from :func:`~lightning_accel.quantization.capture.describe_inputs`.
+        inputs: from :func:`~lightning_accel.call_shapes.describe_inputs`.
         target: arithmetic to simulate.
         include: globs of operators.
         exclude: globs of operators; wins.
@@ -112,9 +108,18 @@ class QuantizedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same signature and result as the module's own ``forward``."""
-        args, kwargs = canonical_call(self._signature, args, kwargs)
-        self._guard.check(args, kwargs)
+        args, kwargs = self.checked(args, kwargs)
         return self.graph(self.module.training).forward(*args, **kwargs)
+
+    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call in the form the graphs take.
+
+        Raises:
+            ValueError: it differs from what was captured in more than the batch.
+        """
+        args, kwargs = plain_call(*canonical_call(self._signature, args, kwargs))
+        self._guard.check(args, kwargs)
+        return args, kwargs
 
     @property
     def __code__(self) -> Any:

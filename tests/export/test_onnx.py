@@ -79,7 +79,7 @@ def test_a_quantized_submodule_gives_one_file(tmp_path):
             return self.net(x).softmax(-1)
 
     module, x = Outer(), torch.randn(4, 3, 8, 8)
-    from lightning_accel.quantization.capture import describe_inputs
+    from lightning_accel.call_shapes import describe_inputs
     from lightning_accel.quantization.prepare import QuantizedForward
 
     forward = QuantizedForward(module.net, describe_inputs((x,), {}), target_of("portable"), path="net")

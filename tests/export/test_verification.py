@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +9,7 @@ from onnx import numpy_helper
 from lightning_accel import VerificationError, export_onnx, load_runner, verify
 from lightning_accel.export.divergence import first_divergence
 from lightning_accel.export.evaluate import module_network
-from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT, KERNEL_INT8
 from tests.quantization.test_prepare import make, quantized
 
 SAMPLES = {"x": np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)}
@@ -40,6 +42,19 @@ def test_each_batch_size_is_run():
     result = verify(spy, lambda feeds: {"y": feeds["x"]}, SAMPLES, batch_sizes=(1, 7, 64), few=10)
     assert sizes == [1] * 10 + [7, 3] + [40]
     assert (result.max_error, result.agreement, result.batch_sizes) == (0.0, 1.0, {1: 10, 7: 10, 40: 40})
+
+
+def test_agreement_is_held_against_its_limit_where_the_error_cannot_turn_the_order():
+    near, far = np.array([[0.0, 1e-3], [0.0, 1.0]]).repeat(20, 0), np.array([[2e-3, 0.0], [0.0, 1.0]]).repeat(20, 0)
+    tolerance = replace(KERNEL_INT8, p99=5e-3, maximum=5e-3)
+    ties = verify(lambda f: {"y": near}, lambda f: {"y": far}, SAMPLES, batch_sizes=(40,), tolerance=tolerance)
+    assert (ties.agreement, ties.decided, ties.agreement_decided, ties.failures) == (0.5, 0.5, 1.0, [])
+    # Turned although both were far apart: rare enough for the percentile, and still caught.
+    turned = near.copy()
+    turned[-1] = turned[-1, ::-1]
+    loose = replace(tolerance, maximum=2.0, agreement=0.99)
+    result = verify(lambda f: {"y": near}, lambda f: {"y": turned}, SAMPLES, batch_sizes=(40,), tolerance=loose)
+    assert any("predictions agree on 95.00% of the samples that are decided" in line for line in result.failures)
 
 
 @pytest.mark.parametrize(

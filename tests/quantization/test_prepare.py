@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_accel.call_shapes import describe_inputs
 from lightning_accel.inputs import canonical_call, own_signature
-from lightning_accel.quantization.capture import CaptureError, describe_inputs
+from lightning_accel.quantization.capture import CaptureError
 from lightning_accel.quantization.convert import convert
 from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.targets import target_of

@@ -1,0 +1,222 @@
+"""Call shapes: the inputs of a call described by shapes and types, so that the call can be made up again anywhere."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+_TENSOR = "tensor"
+_HERE = object()  # a tensor's place
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with plain dicts, lists and tuples in place of their subclasses (OrderedDict, BatchEncoding, namedtuples)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple([plain(item) for item in value])
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return plain(args), plain(kwargs)
+
+
+def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes and types of a call's inputs as plain values that fit into a checkpoint.
+
+    Tensors whose first dimension equals that of the first tensor have a dynamic batch. Plain values are constants.
+
+    Raises:
+        ValueError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
+    """
+    args, kwargs = plain_call(args, kwargs)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not tensors or tensors[0].ndim == 0:
+        raise ValueError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
+    batch = tensors[0].shape[0]
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            dynamic = value.ndim > 0 and value.shape[0] == batch
+            return {_TENSOR: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "batch": dynamic}
+        if isinstance(value, Mapping):
+            return {"mapping": [[key, plain(item)] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return {"sequence": [plain(item) for item in value], "tuple": isinstance(value, tuple)}
+        if not isinstance(value, _CONSTANTS):
+            raise ValueError(
+                "Argument `inputs` must hold tensors, plain values (None, bool, int, float, str) and dicts, lists or tuples of "
+                f"them, but got a {type(value).__name__}. Pass `inputs=` a function of the batch that makes it a tensor or leaves it out."
+            )
+        return {"value": value}
+
+    return {"args": [plain(value) for value in args], "kwargs": {key: plain(value) for key, value in kwargs.items()}}
+
+
+def traced_batch(description: Mapping[str, Any]) -> int:
+    """Batch to capture with: not 0 or 1, which torch.export treats as special, nor the size of something fixed."""
+    fixed: set[int] = set()
+
+    def look(entry: Any) -> None:
+        if isinstance(entry, Mapping) and _TENSOR in entry:
+            fixed.update(entry[_TENSOR][:1] if not entry["batch"] else [])
+        elif isinstance(entry, Mapping):
+            for item in entry.values():
+                look(item)
+        elif isinstance(entry, list | tuple):
+            for item in entry:
+                look(item)
+
+    look(dict(description))
+    return next(n for n in range(3, 10**6) if n not in fixed)
+
+
+def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the described shapes and types, all zeros, with a batch of :func:`traced_batch`."""
+    batch = traced_batch(description)
+
+    def build(entry: Mapping[str, Any]) -> Any:
+        if _TENSOR in entry:
+            shape = [batch, *entry[_TENSOR][1:]] if entry["batch"] else entry[_TENSOR]
+            return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device)
+        if "mapping" in entry:
+            return {key: build(item) for key, item in entry["mapping"]}
+        if "sequence" in entry:
+            items = [build(item) for item in entry["sequence"]]
+            return tuple(items) if entry["tuple"] else items
+        return entry["value"]
+
+    args = tuple(build(entry) for entry in description["args"])
+    return args, {key: build(entry) for key, entry in description["kwargs"].items()}
+
+
+def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
+    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``."""
+    shapes = torch.export.ShapesCollection()
+    batch = torch.export.Dim("batch")
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == size:
+            shapes[leaf] = {0: batch}
+    return shapes.dynamic_shapes(module, args, kwargs)
+
+
+@dataclass(frozen=True)
+class ResultShape:
+    """How a result is nested: where its tensors are, and the constants between them (``None`` for a loss, say).
+
+    Args:
+        spec: the nested structure.
+        constants: one entry for each leaf; ``_HERE`` where a tensor is.
+    """
+
+    spec: Any
+    constants: tuple[Any, ...]
+
+    @staticmethod
+    def of(result: Any) -> "tuple[ResultShape, list[torch.Tensor]]":
+        """Take a result apart.
+
+        Returns:
+            Its shape and its tensors, in order.
+
+        Raises:
+            ValueError: it holds no tensor, or something that is neither a tensor nor a plain value.
+        """
+        leaves, spec = pytree.tree_flatten(result)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS:
+                raise ValueError(
+                    f"Method `forward` must return tensors and plain values, but got a {type(leaf).__name__} in {_words(result)}. "
+                    "Return it as a tensor, or not at all."
+                )
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise ValueError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
+        return ResultShape(spec, tuple(_HERE if isinstance(v, torch.Tensor) else v for v in leaves)), tensors
+
+    def rebuild(self, tensors: Iterable[Any]) -> Any:
+        """The result with other tensors in it."""
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if c is _HERE else c for c in self.constants], self.spec)
+
+    def paths(self) -> list[Any]:
+        """Path of each tensor in the nested structure."""
+        found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.constants), self.spec))
+        return [path for path, leaf in found if leaf is _HERE]
+
+
+class InputGuard:
+    """Holds calls against the inputs a graph was captured with: structure, shapes but for the batch, constants.
+
+    Args:
+        inputs: from :func:`describe_inputs`.
+        what: whose inputs they are, for the messages.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
+        self._what = what
+        example = example_inputs(inputs, torch.device("meta"))
+        leaves, self._spec = pytree.tree_flatten(example)
+        batch = traced_batch(inputs)
+        self._words = _words(example)
+        self._wanted = [
+            (tuple(None if i == 0 and n == batch else n for i, n in enumerate(leaf.shape)), leaf.dtype)
+            if isinstance(leaf, torch.Tensor)
+            else leaf
+            for leaf in leaves
+        ]
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check a call in canonical form, as :func:`plain_call` gives it.
+
+        Raises:
+            ValueError: it differs from what was captured.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._spec:
+            raise ValueError(
+                f"Inputs of the quantized `{self._what}` must have the structure they were captured with, {self._words}, "
+                f"but got {_words((args, kwargs))}. Pass `inputs=` so that it shows this call."
+            )
+        for leaf, want in zip(leaves, self._wanted, strict=True):
+            if not isinstance(leaf, torch.Tensor) or not isinstance(want, tuple):
+                if isinstance(leaf, torch.Tensor) or isinstance(want, tuple) or not _same(leaf, want):
+                    was = "a tensor" if isinstance(want, tuple) else _words(want)
+                    raise ValueError(
+                        f"A constant input of the quantized `{self._what}` must be {was}, as captured, but got {_words(leaf)}. "
+                        "Make it a tensor if it changes."
+                    )
+                continue
+            shape, dtype = want
+            if len(shape) != leaf.ndim or any(n is not None and n != m for n, m in zip(shape, leaf.shape, strict=True)):
+                raise ValueError(
+                    f"An input of the quantized `{self._what}` must have shape "
+                    f"({', '.join('N' if n is None else str(n) for n in shape)}), as captured, but got {tuple(leaf.shape)}. "
+                    "Only the batch may vary: pad or resize to one size."
+                )
+            if leaf.dtype is not dtype and leaf.is_floating_point() != dtype.is_floating_point:
+                raise ValueError(
+                    f"An input of the quantized `{self._what}` must have dtype {dtype}, as captured, but got {leaf.dtype}."
+                )
+
+
+def _same(leaf: Any, want: Any) -> bool:
+    """Whether two constants are; 1 and True are not, and what can't be compared isn't."""
+    return leaf is want or (isinstance(leaf, _CONSTANTS) and type(leaf) is type(want) and leaf == want)
+
+
+def _words(value: Any) -> str:
+    """A nested call in short: ``({'image': float32[3, 8, 8]}, True)``."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_words(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(_words(item) for item in value)
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    return repr(value) if isinstance(value, _CONSTANTS) else f"a {type(value).__name__}"
