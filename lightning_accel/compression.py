@@ -4,7 +4,10 @@ import math
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel import structure
@@ -31,6 +34,7 @@ class CompressionCallback(L.Callback):
             raise ValueError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
         self.name, self.start, self.end = name, start, end
         self._start_step, self._end_step = 0, 0
+        self._counting = False  # whether monitors have begun anew, with every target reached
 
     @property
     @override
@@ -39,7 +43,12 @@ class CompressionCallback(L.Callback):
 
     def phase_state(self) -> dict[str, Any]:
         """What every compression callback keeps in a checkpoint: its steps, and what is still missing."""
-        return {"steps": [self._start_step, self._end_step], "unfinished": self.unfinished()}
+        steps = [self._start_step, self._end_step]
+        return {"steps": steps, "unfinished": self.unfinished(), "counting": self._counting}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counting = state_dict.get("counting", False)
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -50,9 +59,14 @@ class CompressionCallback(L.Callback):
         """Why the network isn't yet what this callback was asked for; empty once it is."""
         raise NotImplementedError
 
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        """What will be done to each layer or weight, by name, or why nothing is; known once ``on_train_start`` has run."""
+        return {}
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._counting = False
             check_supported(trainer, pl_module, type(self).__name__)
             for argument, value in (("start", self.start), ("end", self.end)):
                 endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -95,13 +109,61 @@ class CompressionCallback(L.Callback):
             )
 
     @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or self._counting or trainer.state.fn != "fit" or _unfinished(trainer):
+            return
+        for callback in _all_of(trainer):
+            callback._counting = True
+        restart_monitors(trainer)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        stopped = [c.stopped_epoch for c in watching if c.stopped_epoch or c.wait_count >= c.patience]
+        marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if stopped and not marked and (missing := _unfinished(trainer)):
+            raise RuntimeError(
+                f"EarlyStopping must leave the run until the targets are reached, but it stopped in epoch {stopped[0]}, and "
+                f"{'; '.join(missing)}. The checkpoints are safe. Raise its `patience`, or let the phases end earlier."
+            )
+
+    @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         structure.save_record(pl_module, checkpoint)
 
 
+def _all_of(trainer: L.Trainer) -> list[CompressionCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+
+
+def _unfinished(trainer: L.Trainer) -> list[str]:
+    """What the run's compression callbacks have yet to do."""
+    return [reason for c in _all_of(trainer) if (reason := c.unfinished())]
+
+
+def restart_monitors(trainer: L.Trainer) -> None:
+    """Let checkpoints and early stopping count from now on: a score of the dense network is no rival.
+
+    Files that were kept as best so far stay where they are.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models, callback.best_model_score, callback.current_score = {}, None, None
+            callback.best_model_path = callback.kth_best_model_path = ""
+            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
+            rank_zero_info(
+                f"{type(callback).__name__}: every target is reached in epoch {trainer.current_epoch}; the best "
+                f"`{callback.monitor}` is counted from here."
+            )
+
+
 def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], stage: str) -> None:
     """Bring the module to the structure of a checkpoint that is about to be restored."""
-    callbacks = [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    callbacks = _all_of(trainer)
     if stage == "fit":
         known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
         lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]

@@ -6,6 +6,7 @@ Everything here is pure: numbers in, numbers out.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 Schedule = Callable[[float], float]
 
@@ -38,11 +39,11 @@ def exponential(progress: float) -> float:
 SCHEDULES: dict[str, Schedule] = {f.__name__: f for f in (constant, linear, cubic, cosine, exponential)}
 
 
-def fraction(schedule: str, progress: float) -> float:
+def fraction(schedule: str | Schedule, progress: float) -> float:
     """Fraction of the target at a progress.
 
     Args:
-        schedule: a key of ``SCHEDULES``.
+        schedule: a key of ``SCHEDULES``, or a function that :func:`check_schedule` has checked.
         progress: share of the phase that has passed; values outside [0, 1] are clamped.
 
     Returns:
@@ -54,17 +55,29 @@ def fraction(schedule: str, progress: float) -> float:
     """
     if progress < 0.0:
         return 0.0
-    return 1.0 if progress >= 1.0 else SCHEDULES[check_schedule(schedule)](progress)
+    if progress >= 1.0:
+        return 1.0
+    return (schedule if callable(schedule) else SCHEDULES[check_schedule(schedule)])(progress)  # type: ignore[index]
 
 
-def check_schedule(schedule: str) -> str:
-    """Return ``schedule`` if it is known.
+def check_schedule(schedule: str | Schedule) -> str | Schedule:
+    """Return ``schedule`` if it is known, or a function that never falls, from 0 or more at 0 to 1 at 1.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is neither.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"Argument `schedule` must be one of {sorted(SCHEDULES)}, but got {schedule!r}.")
+    if not callable(schedule):
+        if schedule not in SCHEDULES:
+            raise ValueError(
+                f"Argument `schedule` must be one of {sorted(SCHEDULES)} or a function of progress, but got {schedule!r}."
+            )
+        return schedule
+    values = [schedule(i / 100) for i in range(101)]
+    if values[0] < 0 or abs(values[-1] - 1.0) > 1e-9 or any(b < a for a, b in pairwise(values)):
+        raise ValueError(
+            "Argument `schedule` must never fall, from 0 or more at progress 0 to 1 at progress 1, but got a function with "
+            f"{values[0]:g} at 0, {values[50]:g} at 0.5 and {values[-1]:g} at 1."
+        )
     return schedule
 
 

@@ -218,7 +218,8 @@ class QuantizationAwareTraining(CompressionCallback):
         }
 
     @override
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         if lost := state_dict["ranges"].keys() - self._placed.keys():
             raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
         for path, ranges in state_dict["ranges"].items():

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.pruning.masks import measured_sparsity, prunable_parameters
+from lightning_accel.pruning.choice import prunable_parameters
+from lightning_accel.pruning.masks import measured_sparsity
 from lightning_accel.quantization.prepare import quantized_forwards
 from tests.models import Classifier, Residual, images, loader
 from tests.quantization.test_callback import Text, sentences

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_accel as la
 from lightning_accel import structure
-from lightning_accel.pruning.masks import measured_sparsity, prunable_parameters
+from lightning_accel.pruning.choice import prunable_parameters
+from lightning_accel.pruning.masks import measured_sparsity
 from lightning_accel.quantization.prepare import quantized_forwards
 from tests.models import Classifier, Residual, loader
 

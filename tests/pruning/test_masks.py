@@ -3,8 +3,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_accel.pruning.masks import apply_masks_, measured_sparsity, prunable_parameters, prune_masks
-from lightning_accel.pruning.weights import prune_weights_
+from lightning_accel.pruning.choice import prunable_parameters
+from lightning_accel.pruning.functional import prune_weights_
+from lightning_accel.pruning.masks import apply_masks_, measured_sparsity, prune_masks
 from tests.models import Residual
 
 

@@ -1,9 +1,11 @@
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
-from lightning_accel import WeightPruning
-from lightning_accel.pruning.masks import measured_sparsity, prunable_parameters
+from lightning_accel import ExactResume, WeightPruning
+from lightning_accel.pruning.choice import prunable_parameters
+from lightning_accel.pruning.functional import prune_weights_
+from lightning_accel.pruning.masks import measured_sparsity
 from lightning_accel.schedules import fraction
 from tests.models import Classifier, loader
 
@@ -88,6 +90,8 @@ def test_what_is_logged_is_counted(trainer):
     module, t = Classifier(), trainer(WeightPruning(0.5, end=1))
     t.fit(module, loader())
     assert float(t.logged_metrics["sparsity"]) == pytest.approx(zeros(module), abs=1e-7)
+    head = float(t.logged_metrics["sparsity/net.head.weight"])
+    assert head == pytest.approx(measured_sparsity([module.net.head.weight]), abs=1e-7)
 
 
 def test_an_idle_callback_changes_no_bit(trainer):
@@ -151,6 +155,155 @@ def test_two_of_a_kind_under_two_names(trainer):
         "lightning_accel.WeightPruning.body",
         "lightning_accel.WeightPruning.head",
     }
+
+
+def test_two_of_a_kind_on_one_weight(trainer):
+    one, two = WeightPruning(0.6, include="net.conv*"), WeightPruning(0.5, include="net.*", name="two")
+    with pytest.raises(
+        ValueError, match=r"no other WeightPruning does, but got \['net.conv1.weight', 'net.conv2.weight'\] twice"
+    ):
+        trainer(one, two).fit(Classifier(), loader())
+
+
+def test_a_target_below_the_zeros_there_are(trainer):
+    module, watch = Classifier(), Watch()
+    prune_weights_(module, 0.7)
+    with pytest.raises(ValueError, match=r"must be at least the share of zeros there is, 0.7\d*, but got 0.5"):
+        trainer(WeightPruning(0.5), watch).fit(module, loader())
+    assert watch.seen == []
+
+
+def test_two_of_four_holds_while_training(trainer):
+    module = Classifier()
+    pruning = WeightPruning(granularity="2:4", start=0, end=1, every=2)
+    trainer(pruning).fit(module, loader())
+    for weight in (module.net.conv2.weight, module.net.head.weight):
+        groups = (weight != 0).transpose(1, -1).reshape(-1, 4)
+        assert (groups.sum(1) == 2).all()
+    assert (module.net.conv1.weight != 0).all()
+    assert pruning.unfinished() == ""
+    assert pruning.sparsity_of(module)["all"] == 0.5
+
+
+def test_taylor_follows_the_schedule_and_averages_gradients(trainer):
+    module, pruning = Classifier(), WeightPruning(0.5, criterion="taylor", start=1, end=2, every=4)
+    trainer(pruning, max_epochs=3).fit(module, loader())
+    assert zeros(module) == pytest.approx(0.5, abs=0.003)
+    with pytest.raises(ValueError, match="leave a step before the first pruning with criterion 'taylor', but got 0"):
+        trainer(WeightPruning(0.5, criterion="taylor", schedule="constant")).fit(Classifier(), loader())
+
+
+def test_the_taylor_average_is_the_formula(trainer):
+    pruning, seen = WeightPruning(0.5, criterion="taylor", start=1, end=3), []
+
+    class Record(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            weight = pl_module.net.head.weight
+            seen.append((weight * weight.grad).detach().square())
+
+    trainer(Record(), pruning, max_steps=3, max_epochs=-1, limit_train_batches=1).fit(Classifier(), loader())
+    wanted = 0.81 * seen[0] + 0.09 * seen[1] + 0.1 * seen[2]
+    assert torch.allclose(pruning._importance["net.head.weight"], wanted, rtol=1e-5)
+
+
+def test_a_function_as_schedule_and_as_criterion(trainer):
+    watch, module, grads = Watch(), Classifier(), []
+
+    def criterion(name, parameter, grad):
+        grads.append(grad is not None)
+        return parameter.detach().abs()
+
+    steps = lambda progress: 0.0 if progress < 0.5 else 1.0  # noqa: E731
+    trainer(WeightPruning(0.5, criterion, schedule=steps, end=1, every=1), watch).fit(module, loader())
+    assert watch.seen[:3] == [0.0] * 3
+    assert watch.seen[3:] == [pytest.approx(0.5, abs=0.003)] * 13
+    assert grads
+    assert all(grads)
+    with pytest.raises(ValueError, match=r"must never fall.*but got a function with 0 at 0, 0.5 at 0.5 and 0.9 at 1"):
+        WeightPruning(0.5, schedule=lambda progress: min(progress, 0.9))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_rewinding_resets_what_it_says(trainer, epoch):
+    module, kept = Classifier(), {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == epoch:
+                kept.update({n: t.detach().clone() for n, t in pl_module.state_dict().items()})
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step in (16, 24):  # right after the second and the third round's update
+                for name, tensor in pl_module.state_dict().items():
+                    mask = pruning.masks.get(name, torch.ones_like(tensor, dtype=torch.bool))
+                    assert torch.equal(tensor, kept[name] * mask), name
+                assert not trainer.optimizers[0].state
+                rounds.append(zeros(pl_module))
+
+    rounds = []
+    pruning = WeightPruning(0.75, schedule="linear", start=epoch, end=3, every=8, rewind=epoch)
+    trainer(pruning, Look(), max_epochs=4).fit(module, loader())
+    assert len(rounds) == 2
+    assert rounds[0] < rounds[1] == pytest.approx(0.75, abs=0.003)
+    assert zeros(module) == pytest.approx(0.75, abs=0.003)
+
+
+def test_rewinding_needs_rounds():
+    with pytest.raises(ValueError, match="Argument `every` must be the steps of a round with `rewind`, but got None"):
+        WeightPruning(0.5, rewind=0)
+    with pytest.raises(ValueError, match="Argument `rewind` must be an epoch >= 0, but got -1"):
+        WeightPruning(0.5, rewind=-1)
+
+
+def test_rewinding_to_later_than_the_start(trainer):
+    with pytest.raises(ValueError, match=r"Argument `rewind` must be at or before `start` \(0\), but got 1"):
+        trainer(WeightPruning(0.5, rewind=1, every=4)).fit(Classifier(), loader())
+
+
+def test_frozen_weights_stay_dense_and_it_is_said(trainer, caplog):
+    module = Classifier()
+    module.net.conv2.weight.requires_grad = False
+    with caplog.at_level("INFO"):
+        trainer(WeightPruning(0.5, end=1)).fit(module, loader())
+    assert "WeightPruning: `net.conv2.weight` stays dense: it is frozen." in caplog.text
+    assert (module.net.conv2.weight != 0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"criterion": "taylor", "start": 1, "end": 3, "every": 2},
+        {"schedule": "linear", "end": 3, "every": 8, "rewind": 0},
+        {"criterion": "random", "end": 3, "every": 3},
+        {"sparsity": None, "granularity": "2:4", "end": 3, "every": 3},
+        {"sparsity": {"net.conv*": 0.6, "net.head*": 0.2}, "end": 3, "every": 3},
+    ],
+)
+def test_resumed_is_bit_identical(trainer, tmp_path, arguments):
+    def run(ckpt_path=None):
+        pruning, module = WeightPruning(**{"sparsity": 0.6, **arguments}), Classifier()
+        steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        extra = [] if ckpt_path else [steps]
+        fit = trainer(ExactResume(), pruning, *extra, max_epochs=4, enable_checkpointing=not ckpt_path)
+        torch.manual_seed(1 if ckpt_path is None else 2)
+        fit.fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
+        return {n: t.clone() for n, t in module.state_dict().items()}
+
+    torch.manual_seed(0)
+    want = run()
+    for step in (9, 16, 22):
+        got = run(tmp_path / f"step={step}.ckpt")
+        assert all(torch.equal(want[n], got[n]) for n in want), step
+
+
+def test_resumed_with_a_higher_target_goes_on(trainer, tmp_path):
+    module = Classifier()
+    first = trainer(WeightPruning(0.4, end=1))
+    first.fit(module, loader())
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    higher = WeightPruning(0.8, end=3)
+    trainer(higher, max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert zeros(module) == pytest.approx(0.8, abs=0.003)
 
 
 def test_manual_optimization_is_refused(trainer):

@@ -1,0 +1,34 @@
+"""Rewinding: the weights that survive pruning go back to an earlier state (https://arxiv.org/abs/1903.01611)."""
+
+import torch
+from torch import nn
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers of a module, by name, on the CPU; tied ones once."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
+
+
+def rewind_(module: nn.Module, state: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put a snapshot's values back in place, and forget what the optimizer has gathered since (momentum, moments).
+
+    Args:
+        module: parameters and buffers keep their objects.
+        state: from :func:`snapshot` of the same module.
+        optimizer: its learning rate and schedule stay where they are.
+
+    Raises:
+        ValueError: the snapshot has other names or shapes.
+    """
+    named = dict([*module.named_parameters(), *module.named_buffers()])
+    if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in state.items()}:
+        differ = sorted(named.keys() ^ state.keys()) or [n for n in named if named[n].shape != state[n].shape]
+        raise ValueError(
+            f"Argument `state` must be a snapshot of this module, but got other names or shapes: {differ[:4]}."
+        )
+    with torch.no_grad():
+        for name, tensor in named.items():
+            tensor.copy_(state[name])
+    if optimizer is not None:
+        optimizer.state.clear()
