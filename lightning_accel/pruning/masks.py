@@ -6,7 +6,7 @@ import torch
 
 from lightning_accel.pruning.criteria import RANDOM, Criterion, check_criterion, scores_of
 from lightning_accel.pruning.granularity import granularity_of
-from lightning_accel.pruning.selection import keep_highest
+from lightning_accel.pruning.threshold import keep_highest
 
 SCOPES = ("layer", "global")
 

@@ -1,4 +1,4 @@
-"""Selection: the lowest of very many scores, without putting them all into one tensor or sorting them."""
+"""Threshold: the lowest of very many scores, without putting them all into one tensor or sorting them."""
 
 import math
 from collections.abc import Callable, Sequence

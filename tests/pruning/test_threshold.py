@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_accel.pruning import selection
-from lightning_accel.pruning.selection import keep_highest
+from lightning_accel.pruning import threshold
+from lightning_accel.pruning.threshold import keep_highest
 
 
 def reference(parts, drop):
@@ -20,7 +20,7 @@ def select(parts, drop):
 @pytest.mark.parametrize("sample", [1 << 18, 64])
 @pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "one part far below", "infinite"])
 def test_exactly_what_sorting_gives(kind, sample, monkeypatch):
-    monkeypatch.setattr(selection, "_SAMPLE", sample)  # a sample of 64 makes the bracket miss, too
+    monkeypatch.setattr(threshold, "_SAMPLE", sample)  # a sample of 64 makes the bracket miss, too
     parts = [torch.randn(1000), torch.randn(300), torch.randn(7)]
     if kind == "ties":
         parts = [p.round() for p in parts]
