@@ -23,6 +23,7 @@ _PUBLIC = {
     "load_runner": "engines.base",
     "build_engine": "engines.tensorrt",
     "benchmark": "benchmarking.measure",
+    "plan": "planning",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -1,4 +1,4 @@
-"""The command ``lightning-accel``: a LightningCLI, and ``export``."""
+"""The command ``lightning-accel``: a LightningCLI, ``plan`` and ``export``."""
 
 import os
 import re
@@ -18,6 +18,7 @@ from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.export.pipeline import summary
 from lightning_accel.export.verification import VerificationError
+from lightning_accel.planning import plan
 from lightning_accel.quantization.capture import CaptureError
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
@@ -31,6 +32,7 @@ usage: lightning-accel COMMAND -c CONFIG.yaml [-c OVERLAY.yaml ...] [--trainer.m
   validate   the validation loop          with --ckpt_path FILE: of a checkpoint, as it was trained
   test       the test loop
   predict    the predict loop
+  plan       what fit would do to which layer and when, and what stands in the way; nothing is trained
   export     write the bundle again from a checkpoint: --ckpt FILE
 
 A later config goes over the earlier ones; `callbacks+:` in it appends instead of replacing.
@@ -43,7 +45,7 @@ A later config goes over the earlier ones; `callbacks+:` in it appends instead o
 
 
 class AccelTrainer(L.Trainer):
-    """A Trainer that can also export a checkpoint that it once wrote."""
+    """A Trainer that can also plan a run, and export a checkpoint that it once wrote."""
 
     def export(
         self,
@@ -78,6 +80,23 @@ class AccelTrainer(L.Trainer):
         report = callback.export(self, model, ckpt or ckpt_path or callback.checkpoint_path)
         print(summary(report, callback.dirpath))
 
+    def plan(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Say what ``fit`` would do to which layer and when, without training.
+
+        Args:
+            model: the LightningModule.
+            datamodule: gives the loaders.
+            ckpt_path: plan the rest of a run from its checkpoint.
+            weights_only: as in the config that ``fit`` saves; not looked at.
+        """
+        print(plan(self, model, datamodule, ckpt_path=ckpt_path))
+
 
 class AccelParser(LightningArgumentParser):
     """A parser that raises what is wrong, for ``main`` to tell in one line instead of with a page of usage."""
@@ -100,7 +119,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class AccelCLI(LightningCLI):
-    """LightningCLI with ``export``; models and data by class path."""
+    """LightningCLI with ``plan`` and ``export``; models and data by class path."""
 
     def __init__(self, **kwargs: Any) -> None:
         settings = {
@@ -117,7 +136,7 @@ class AccelCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

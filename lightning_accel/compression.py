@@ -59,6 +59,11 @@ class CompressionCallback(L.Callback):
         """Why the network isn't yet what this callback was asked for; empty once it is."""
         raise NotImplementedError
 
+    @property
+    def worth(self) -> str:
+        """What it brings where the network runs, for plan and report."""
+        return ""
+
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         """What will be done to each layer or weight, by name, or why nothing is; known once ``on_train_start`` has run."""
         return {}

@@ -228,17 +228,21 @@ class WeightPruning(CompressionCallback):
         weights = self._of(module) if self._chosen else self.choice.weights(module)
         return {n: measured_sparsity([w]) for n, w in weights.items()} | {"all": measured_sparsity(weights.values())}
 
+    @property
+    @override
+    def worth(self) -> str:
+        return _WORTH["2:4" if self.granularity == "2:4" else "weight"]
+
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         lines = {}
         units = {"weight": "weights", "channel": "output channels", "input_channel": "input channels"}.get(
             self.granularity, f"{self.granularity} units"
         )
-        gain = _WORTH["2:4" if self.granularity == "2:4" else "weight"]
         for share, names in self.choice.groups(self._weights):
             for name in names:
                 where = "" if self.scope == "layer" or len(names) == 1 else f", with {len(names) - 1} others together"
-                lines[name] = f"{share:.0%} of its {units} become zero{where} ({gain})"
+                lines[name] = f"{share:.0%} of its {units} become zero{where}"
         return lines | {name: f"stays dense: {reason}" for name, reason in self.choice.left_dense(pl_module).items()}
 
     @property

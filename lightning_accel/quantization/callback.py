@@ -143,6 +143,15 @@ class QuantizationAwareTraining(CompressionCallback):
         return {**self._prepared, **self._placed}
 
     @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        lines: dict[str, str] = {}
+        for path, forward in {**self._prepared, **self._placed}.items():
+            before = f"{path}." if path else ""
+            lines |= {f"{before}{name}": f"{self.target.name} int8" for name in forward.quantized}
+            lines |= {f"{before}{name}": f"stays float: {reason}" for name, reason in forward.kept_float.items()}
+        return lines
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)

@@ -71,6 +71,7 @@ class QuantizedForward:
             for training, graph in graphs.items():
                 place_fake_quants(graph, plans[training], tensors, self.bank, training)
         self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
+        self.quantized = list(dict.fromkeys(point.key.rpartition(":")[0] for point in plans[False].points))
         self._parts = list(self.module.modules())
         self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
         self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}

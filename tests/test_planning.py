@@ -1,0 +1,101 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+import lightning_accel as la
+from tests.models import Classifier, loader
+
+
+class Scheduled(Classifier):
+    def __init__(self, interval="step"):
+        super().__init__()
+        self.interval = interval
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if self.interval == "step":
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=32)
+        else:
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+
+
+class Rates(Callback):
+    """The learning rate before each step of a real run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def callbacks():
+    return [
+        la.WeightPruning(granularity="2:4", start=1, end=2),
+        la.QuantizationAwareTraining("portable", start=3, exclude="net.head"),
+    ]
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_phases_and_learning_rates_are_those_of_the_run(trainer, interval):
+    made = la.plan(trainer(*callbacks(), max_epochs=4), Scheduled(interval), train_dataloaders=loader())
+    rates = Rates()
+    trainer(rates, max_epochs=4).fit(Scheduled(interval), loader())
+    assert (made.steps_per_epoch, made.total_steps) == (8, 32)
+    pruning, qat = made.phases
+    assert (pruning.steps, pruning.epochs, qat.steps) == ((8, 16), (1.0, 2.0), (24, 24))
+    assert pruning.lr == pytest.approx(rates.seen[8])
+    assert qat.lr == pytest.approx(rates.seen[24])
+    assert pruning.lr_share == pytest.approx(rates.seen[8] / max(rates.seen))
+
+
+def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
+    made = la.plan(trainer(*callbacks(), max_epochs=4), Classifier(), train_dataloaders=loader())
+    pruning, qat = (phase.layers for phase in made.phases)
+    assert pruning["net.conv2.weight"] == "50% of its 2:4 units become zero, with 1 others together"
+    assert pruning["net.conv1.weight"] == "stays dense: its input channels (3) aren't divisible by 4"
+    assert qat["net.conv1"] == "portable int8"
+    assert qat["net.head"] == "stays float: excluded"
+    assert "sparse kernels" in made.phases[0].worth
+    text = str(made)
+    assert "WeightPruning: from epoch 1 (step 8) to epoch 2 (step 16), learning rate 0.05 (100% of the highest)" in text
+    assert "warning: QuantizationAwareTraining starts at 100% of the highest learning rate" in text
+
+
+def test_nothing_is_trained_logged_or_written(trainer, tmp_path):
+    module = Classifier()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
+    export = la.ModelExport(str(tmp_path / "bundle"), engines="onnxruntime")
+    fit = trainer(
+        *callbacks(), keep, export, max_epochs=4, enable_checkpointing=True, logger=CSVLogger(tmp_path / "logs")
+    )
+    la.plan(fit, module, train_dataloaders=loader(), val_dataloaders=loader(32))
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    assert "forward" not in module.__dict__
+    assert not list(tmp_path.rglob("*"))
+    assert isinstance(fit.logger, CSVLogger)
+
+
+def test_what_fit_would_refuse_is_refused(trainer):
+    with pytest.raises(ValueError, match="'neck', which matches none"):
+        la.plan(trainer(la.WeightPruning(0.5, include="neck")), Classifier(), train_dataloaders=loader())
+
+
+def test_a_run_without_steps(trainer):
+    with pytest.raises(RuntimeError, match="must have a first training step to be planned"):
+        la.plan(trainer(max_epochs=0), Classifier(), train_dataloaders=loader())
+
+
+def test_a_rate_that_depends_on_a_metric_is_not_guessed(trainer):
+    class Plateau(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_accuracy"}}
+
+    made = la.plan(trainer(la.WeightPruning(0.5)), Plateau(), train_dataloaders=loader(), val_dataloaders=loader(16))
+    assert (made.phases[0].lr, made.warnings) == (None, [])
