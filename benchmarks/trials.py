@@ -28,7 +28,7 @@ def run_trials(
         rows: a training by name; called with the seed, returns measured values.
         seeds: fixed before the run.
         settings: what all rows have in common (images, epochs, ...).
-        minutes: no training is begun that would probably end later.
+        minutes: after the first, no training is begun that would probably end later.
 
     Returns:
         The lines with these settings, old and new.
@@ -38,7 +38,7 @@ def run_trials(
         for row, trial in rows.items():
             if any(line["row"] == row and line["seed"] == seed for line in lines_of(file, settings)):
                 continue
-            if (time.monotonic() - begun + longest) / 60 > minutes:
+            if longest and (time.monotonic() - begun + longest) / 60 > minutes:
                 print("Time is up; run again to go on.")
                 return lines_of(file, settings)
             started = time.monotonic()

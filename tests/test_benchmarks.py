@@ -1,11 +1,15 @@
 """The scripts run and print what they claim last; no time is asserted, since a busy machine would make it wrong."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scipy.stats
+
+from benchmarks.trials import interval, paired, run_trials
 
 ROOT = Path(__file__).parents[1]
 RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
@@ -16,6 +20,7 @@ RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
     [
         ("idle_overhead", "1.01", "weights after 16 steps with idle callbacks and without: bit-identical"),
         ("qat_step", "1.5", "ResNet-8 w16, float: p50"),
+        ("pruning_step", "1.03", "global mask update of 1 M weights"),
     ],
 )
 def test_benchmark(script, target, says):
@@ -28,3 +33,43 @@ def test_benchmark(script, target, says):
     assert any(line.startswith(says) for line in lines)
     assert re.search(rf"null run .*: {RATIO}", process.stdout)
     assert re.fullmatch(rf".+: {RATIO} \(target: at most {target}, (reached|missed)\)", lines[-1])
+
+
+def test_trainings(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.prune_fashion", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"row"')]
+    assert [row["row"] for row in rows] == ["dense", "WeightPruning", "Lightning ModelPruning", "torch.nn.utils.prune"]
+    assert rows[0]["sparsity"] == 0
+    assert rows[1]["sparsity"] == rows[3]["sparsity"] > 0.79
+    assert process.stdout.splitlines()[-1].startswith("WeightPruning - dense: ")
+
+
+def test_a_stopped_series_of_trainings_goes_on(tmp_path):
+    ran = []
+
+    def trial(seed):
+        ran.append(seed)
+        return {"accuracy": 90.0 + seed}
+
+    file, rows = tmp_path / "x.jsonl", {"a": trial, "b": trial}
+    run_trials(file, rows, (1, 2), {"epochs": 1}, minutes=0)
+    assert ran == [1]
+    lines = run_trials(file, rows, (1, 2), {"epochs": 1})
+    assert ran == [1, 1, 2, 2]
+    assert len(lines) == 4
+    assert run_trials(file, rows, (1,), {"epochs": 2}) != lines  # other settings are another series
+    assert paired(lines, "b", "a", "accuracy") == [0.0, 0.0]
+
+
+def test_the_interval_is_students():
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    low, high = scipy.stats.t.interval(0.95, 2, loc=mean, scale=scipy.stats.sem([1.0, 2.0, 4.0]))
+    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
