@@ -130,6 +130,8 @@ class StandardizedLoss(Loss):
         True
     """
 
+    needs_all_logits = True
+
     def __init__(self, loss: Callable[..., Tensor] | None = None, dim: int = 1) -> None:
         self.loss = SoftTargetLoss(2.0, None if dim == 1 else dim) if loss is None else loss
         self.dim = dim

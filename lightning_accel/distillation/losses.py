@@ -160,6 +160,8 @@ class MultiLabelLoss(Loss):
         tensor(0.1639)
     """
 
+    needs_all_logits = True
+
     def __init__(self, temperature: Number = 1.0) -> None:
         check_positive("temperature", temperature)
         self.temperature = temperature
@@ -211,6 +213,8 @@ class LogitMSELoss(Loss):
         tensor(5.)
     """
 
+    needs_all_logits = True
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of logits of any shape, a scalar."""
         return regression_loss(student_logits, teacher_logits, 0.0, mask)
@@ -229,6 +233,8 @@ class RegressionLoss(Loss):
         >>> RegressionLoss(beta=1.0)(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))
         tensor(1.5000)
     """
+
+    needs_all_logits = True
 
     def __init__(self, beta: float = 0.0) -> None:
         check_positive("beta", beta, zero=True)

@@ -102,9 +102,11 @@ class Loss:
 
     Attributes:
         adapts: whether student features are brought to the teacher's channels before the loss sees them.
+        needs_all_logits: whether it looks at more than the probabilities of a few classes and the mass of the rest.
     """
 
     adapts = True
+    needs_all_logits = False
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

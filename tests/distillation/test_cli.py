@@ -102,7 +102,7 @@ def test_the_student_loads_without_this_library(cli, student, init_args, expecte
     assert isinstance(module, DistillationModule)
     assert type(module.student).__name__ == student
     assert module._distillation.alpha == 0.25
-    assert isinstance(module._distillation.loss, SoftTargetLoss)
+    assert isinstance(module._distillation.terms[0].loss, SoftTargetLoss)
     hparams = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
     assert set(hparams) - {"_class_path", "_instantiator"} == {"width", "lr", "net"}
     code = _LOAD.format(cls=student, path=str(tmp_path / "a.ckpt"))
