@@ -13,9 +13,17 @@ def captured_owner(root: nn.Module, path: str) -> str | None:
     parts = path.split(".")
     for i in range(len(parts)):
         owner = ".".join(parts[:i])
-        if hasattr(vars(root.get_submodule(owner)).get("forward"), "graph"):
+        if captured_forward(root.get_submodule(owner)) is not None:
             return owner
     return None
+
+
+def captured_forward(module: nn.Module) -> Any:
+    """The captured graphs that have taken over a module's ``forward``, also if somebody watches its calls; or None."""
+    forward = vars(module).get("forward")
+    while forward is not None and not hasattr(forward, "graph"):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward
 
 
 def layer_node(graph: GraphModule, path: str) -> Node:
@@ -93,7 +101,7 @@ def _tap_of(graph: GraphModule, path: str) -> _Tap:
 def tapped(root: nn.Module, owner: str, path: str, keep: Callable[[str, Any], None]) -> Iterator[None]:
     """Call ``keep(path, output)`` when the graph that took over ``owner`` has computed a layer's output."""
     module = root.get_submodule(owner)
-    graph = vars(module)["forward"].graph(module.training)
+    graph = captured_forward(module).graph(module.training)
     tap = _tap_of(graph, path.removeprefix(owner).removeprefix("."))
     tap.listener = lambda value: keep(path, value)
     try:
@@ -105,7 +113,7 @@ def tapped(root: nn.Module, owner: str, path: str, keep: Callable[[str, Any], No
 @contextmanager
 def without_graphs(root: nn.Module) -> Iterator[None]:
     """A network as it was before captured graphs took over the ``forward`` of some of its modules."""
-    taken = {m: vars(m).pop("forward") for m in root.modules() if hasattr(vars(m).get("forward"), "graph")}
+    taken = {m: vars(m).pop("forward") for m in root.modules() if captured_forward(m) is not None}
     try:
         yield
     finally:
@@ -116,7 +124,7 @@ def without_graphs(root: nn.Module) -> Iterator[None]:
 def remove_taps(root: nn.Module) -> None:
     """Take all taps out of the graphs that have taken over forwards in a network."""
     for module in root.modules():
-        for graph in getattr(vars(module).get("forward"), "_graphs", {}).values():
+        for graph in getattr(captured_forward(module), "_graphs", {}).values():
             taps = [
                 n for n in graph.graph.nodes if n.op == "call_module" and n.target.startswith("distillation_tap_of_")
             ]
