@@ -118,7 +118,7 @@ def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
     found: _Recorded = {path: [] for path in modules}
 
     def keep(path: str, output: Any) -> None:
-        found[path].append((output, output._version if isinstance(output, Tensor) else 0))
+        found[path].append((output, _version(output)))
 
     with ExitStack() as stack:
         for path in modules:
@@ -145,9 +145,14 @@ def once(found: _Recorded, path: str, argument: str) -> Any:
             "Name the layer around it, or one that has a single call."
         )
     output, version = calls[0]
-    if isinstance(output, Tensor) and output._version != version:
+    if _version(output) != version:
         raise RuntimeError(
             f"Argument `{argument}` must name a layer whose output stays, but that of {path!r} was overwritten in place by a "
             "later layer, ReLU(inplace=True) for instance. Name that layer."
         )
     return output
+
+
+def _version(output: Any) -> int:
+    """How often a tensor was written to; inference mode doesn't count."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0

@@ -148,7 +148,7 @@ class EMATeacher(nn.Module):
 
     Args:
         decay: share of the average that stays at each optimizer step, in [0, 1).
-        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start fades fast.
+        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, counted from 0, so that the untrained start fades fast.
 
     Raises:
         ValueError: ``decay`` is out of its range.
@@ -194,7 +194,7 @@ class EMATeacher(nn.Module):
 
         Args:
             student: as in :meth:`begin_`. One that changed its shapes, since channels left, starts the average anew.
-            step: optimizer steps done.
+            step: optimizer steps before this one.
         """
         ours, theirs = self._state(self.network), self._state(student.get_submodule(self._path))
         if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
