@@ -148,7 +148,7 @@ class EMATeacher(nn.Module):
 
     Args:
         decay: share of the average that stays at each optimizer step, in [0, 1).
-        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, counted from 0, so that the untrained start fades fast.
+        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start fades fast.
 
     Raises:
         ValueError: ``decay`` is out of its range.
