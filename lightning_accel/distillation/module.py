@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_accel.compression import check_strategy
 from lightning_accel.distillation.beginning import as_teacher, begin, find_ema, find_pairs, outputs_path
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.distillation import Distillation
@@ -267,6 +268,7 @@ class DistillationModule(_SharesStudent):
                     "Argument `student` must use automatic optimization, but got `automatic_optimization = False`: with "
                     "manual optimization its training_step makes the loss and the step itself."
                 )
+            check_strategy(self.trainer, "DistillationModule")
             distillation.in_charge = True
             distillation.restored = None
             distillation.teacher.eval()
