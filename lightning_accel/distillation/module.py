@@ -1,7 +1,7 @@
 """A student that trains beside a frozen teacher and stays what it was."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache, wraps
 from inspect import signature
 from pathlib import Path
@@ -9,16 +9,25 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_accel.compression import check_strategy
+from lightning_accel.distillation.beginning import as_teacher, begin, find_ema, find_pairs, outputs_path
+from lightning_accel.distillation.cache import TeacherCache
+from lightning_accel.distillation.distillation import Distillation
+from lightning_accel.distillation.filling import fill
+from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
 from lightning_accel.distillation.hparams import keep_own_hparams_
-from lightning_accel.distillation.losses import SoftTargetLoss
-from lightning_accel.distillation.recording import called_submodules, find_logits, observed, resolve
+from lightning_accel.distillation.indexed import IndexedBatch, index_training_data, stop_indexing
+from lightning_accel.distillation.layers import recorded, split_path
+from lightning_accel.distillation.recording import called_submodules, observed, resolve
+from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
+from lightning_accel.distillation.state import average_gradients_, load_state, save_state
 from lightning_accel.distillation.supervised import adopt_, supervised_class
-from lightning_accel.distillation.teacher import Distillation, freeze_, load_weights_
-
-_TEMPERATURE = 4.0
+from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
+from lightning_accel.distillation.terms import LossTerm, make_terms
 
 
 class _SharesStudent(L.LightningModule):
@@ -48,27 +57,38 @@ class DistillationModule(_SharesStudent):
     (`Hinton et al. 2015 <https://arxiv.org/abs/1503.02531>`_) to what the student's own returned. Checkpoints load with
     ``Student.load_from_checkpoint``, also where this library isn't installed. The teacher is in eval, without gradients,
     follows device and dtype, and is in no ``state_dict``, optimizer or checkpoint. Evaluation doesn't run it.
-    Logged: ``distillation_loss`` and ``task_loss``.
+    Logged: ``distillation_loss`` and ``task_loss``; ``distillation_loss/<name>`` of several losses, and scheduled numbers.
 
     Args:
         student: a LightningModule with a ``training_step``, or a plain ``nn.Module``, which is then trained on batches
             ``(inputs, target)`` and needs ``task_loss`` and ``optimizer``.
-        teacher: any module that takes the arguments of the student's ``forward``; frozen in place.
-        losses: ``"kd"`` for :class:`SoftTargetLoss`, or a callable ``(student_logits, teacher_logits) -> scalar``.
-        alpha: weight of the distillation loss, in [0, 1].
-        temperature: of the soft targets, above 0; only with ``losses="kd"``.
+        teacher: any module that takes the arguments of the student's ``forward``, frozen in place; the path of an ONNX file,
+            engine or bundle; ``"ema"`` for the student's own average. See also :class:`Teacher`, :class:`TeacherEnsemble`.
+        losses: a name (``"kd"``, ``"dkd"``, ...), a callable ``(student_logits, teacher_logits) -> scalar`` or a
+            :class:`LossTerm`; a list of these; or a mapping from names to weights: ``{"kd": 0.7, "hint": 0.3}``.
+        alpha: weight of the distillation loss, in [0, 1]; may be :class:`Scheduled`.
+        temperature: of the named losses that have one, above 0; may be :class:`Scheduled`. ``None``: each loss's own.
         outputs: where the student's logits, ``(N, C)``, are to be seen: ``None`` for what ``forward`` returns (a Tensor, or
             something with ``logits``); the dotted path of a submodule or method (``"net"``, ``"net.encode"``) when
-            ``training_step`` calls that instead; a callable from what ``forward`` returns to the logits.
-        teacher_outputs: a callable from what the teacher returns to its logits.
+            ``training_step`` calls that instead, with a selection in brackets (``"net[0]"``, ``"[probabilities]"``) for a tuple
+            or dict; a callable from what ``forward`` returns to the logits.
+        teacher_outputs: a callable from what the teacher returns to its logits, or a selection: ``"[logits]"``, ``"[0]"``.
         teacher_checkpoint: a Lightning checkpoint or state-dict file with the teacher's weights.
+        student_layer: path(s) of layers, for the named losses that compare features; see :class:`LossTerm`.
+        teacher_layer: the same in the teacher; ``None``: as in the student.
+        target: where losses find the target in a batch: a callable, key or index; ``None``: a usual name in a dict, the last
+            element of a sequence.
+        mask: where losses of tokens find the padding mask; ``None``: ``attention_mask`` of a dict.
+        cache: a :class:`TeacherCache`, so that the teacher runs once for each sample, not once an epoch.
+        inputs: from a batch to the arguments of ``forward``, where layers or a cache need it and the signature doesn't tell.
+        evaluate: whether ``validation_step`` and ``test_step`` run the teacher, too, and log ``val_distillation_loss``.
         task_loss: ``(logits, target) -> scalar``, for an ``nn.Module`` student.
         optimizer: from parameters to an Optimizer, or to what ``configure_optimizers`` may return; for an ``nn.Module``
             student.
 
     Raises:
         ValueError: an argument breaks a rule above; logits of student and teacher differ in shape.
-        RuntimeError: in a training step, logits weren't seen exactly once.
+        RuntimeError: in a training step, logits or a layer weren't seen exactly once.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -77,38 +97,56 @@ class DistillationModule(_SharesStudent):
         ['weight', 'bias']
     """
 
-    __slots__ = ("_distillation", "_student")  # beside the student's `__dict__`, which is shared and stays as it was
+    __slots__ = ("_distillation", "_inputs", "_student")  # beside the student's `__dict__`, which is shared and stays
     _distillation: Distillation
+    _inputs: Callable | None
     _student: nn.Module
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
-        losses: Callable | str = "kd",
-        alpha: float = 0.7,
-        temperature: float = _TEMPERATURE,
+        teacher: nn.Module | str | Path,
+        losses: Callable
+        | str
+        | LossTerm
+        | list[Callable | str | LossTerm]
+        | dict[str, float | Scheduled | LossTerm] = "kd",
+        alpha: float | Scheduled = 0.7,
+        temperature: float | Scheduled | None = None,
         outputs: Callable | str | None = None,
-        teacher_outputs: Callable | None = None,
+        teacher_outputs: Callable | str | None = None,
         teacher_checkpoint: str | Path | None = None,
+        student_layer: str | list[str] | None = None,
+        teacher_layer: str | list[str] | None = None,
+        target: Callable | str | int | None = None,
+        mask: Callable | str | int | None = None,
+        cache: TeacherCache | None = None,
+        inputs: Callable | None = None,
+        evaluate: bool = False,
         task_loss: Callable | None = None,
         optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
     ) -> None:
         # no super().__init__(): the student is built already, and this object is the student
-        if not isinstance(teacher, nn.Module):
-            raise ValueError(f"Argument `teacher` must be an nn.Module, but got a {type(teacher).__name__}.")
-        if not 0 <= alpha <= 1:
+        network = as_teacher(teacher)
+        low, high = bounds(alpha)
+        if not 0 <= low <= high <= 1:
             raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha}.")
-        loss = _make_loss(losses, temperature)
+        terms = make_terms(losses, temperature, student_layer, teacher_layer)
+        if isinstance(teacher_outputs, str):
+            split_path(teacher_outputs, "teacher_outputs")
         _check_student(student, task_loss, optimizer)
         if teacher_checkpoint is not None:
-            load_weights_(teacher, teacher_checkpoint)
-        freeze_(teacher, student)
+            load_weights_(network_of(network), teacher_checkpoint)
+        freeze_(network, student)
         if isinstance(student, L.LightningModule):
             keep_own_hparams_(student, DistillationModule)
         else:
             adopt_(student)
-        self._distillation = Distillation(teacher, teacher_outputs, loss, alpha, outputs, task_loss, optimizer)
+        if cache is not None:
+            cache.check_terms(network, terms)
+        settings = (outputs, teacher_outputs, target, mask, cache, task_loss, optimizer, evaluate)
+        self._distillation = Distillation(network, terms, alpha, *settings)
+        self._inputs = inputs
 
     @property
     def student(self) -> nn.Module:
@@ -120,66 +158,171 @@ class DistillationModule(_SharesStudent):
         """The frozen teacher."""
         return self._distillation.teacher
 
+    @property
+    def adapters(self) -> dict[str, nn.Module]:
+        """The trained layers between student and teacher features, by loss and layers. They never ship."""
+        return dict(self._distillation.adapters)
+
+    def structure_changed(self, layer: str, channels: list[int]) -> None:
+        """Tell that a layer of the student lost channels, so that its adapters keep what they learned about the others.
+
+        Without being told, adapters of a layer with another number of channels are made anew.
+
+        Args:
+            layer: path of the layer, as in ``student_layer``.
+            channels: indices of the channels that it kept, in their order.
+        """
+        self._distillation.keep_channels(layer, channels, self._trainer)
+
     def _distill(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the student's training step, see its logits on the way, and add what they should have been to its loss."""
         distillation = self._distillation
-        path = distillation.outputs if isinstance(distillation.outputs, str) else None
-        seen: list[tuple[Any, Tensor]] = []
+        scheduled = distillation.scheduled()
+        if scheduled and self._trainer is not None:
+            move_all(scheduled.values(), self.trainer)
+        result, task_loss, signals = self._observe(step, args, kwargs)
+        if task_loss is None:
+            return result  # the student skips this batch; a dict without "loss" is Lightning's to refuse
+        student, teacher = signals
+        for path, value in student.items():
+            if torch.is_grad_enabled() and not value.requires_grad:
+                argument = "student_layer" if path else "outputs"
+                raise RuntimeError(
+                    f"Argument `{argument}` must name a call made with gradients, but {path or distillation.outputs or 'forward'!r} "
+                    "was called without. Name the submodule or method that computes it in training_step."
+                )
+        for key in distillation.follow(student, teacher, self._trainer):
+            rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is made anew.")
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        loss, parts = distillation.losses(student, teacher, batch)
+        self.log("distillation_loss", loss.detach())
+        self.log("task_loss", task_loss.detach())
+        for name, part in parts.items() if len(parts) > 1 else ():
+            self.log(f"distillation_loss/{name}", part.detach())
+        for name, number in scheduled.items():
+            self.log(name, float(number))
+        alpha = float(distillation.alpha)
+        loss = alpha * loss + (1 - alpha) * task_loss
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _observe(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """Run a step: what it returned, its loss, and what student and teacher said; None if it skipped the batch."""
+        distillation = self._distillation
+        path = outputs_path(distillation.outputs)
+        if not distillation.pairs:
+            distillation.pairs = find_pairs(self, distillation)
+        seen: list[tuple[Any, dict[str, Tensor]]] = []
 
         def observe(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            target = distillation.teach(args, kwargs)  # first: its activations are gone before the student's pile up
+            target = self._teach(args, kwargs)  # first: its activations are gone before the student's pile up
             output = call(*args, **kwargs)
             seen.append((output, target))
             return output
 
+        layers = [module for name in distillation.student_layers() if (module := split_path(name, "student_layer")[0])]
         with ExitStack() as stack:
             called = [] if distillation.verified else stack.enter_context(called_submodules(self))
+            found = stack.enter_context(recorded(self, list(dict.fromkeys(layers))))
             stack.enter_context(observed(*resolve(self, path), observe))
             result = step(*args, **kwargs)
 
         task_loss = result.get("loss") if isinstance(result, Mapping) else result
-        if task_loss is None:
-            return result  # the student skips this batch; a dict without "loss" is Lightning's to refuse
+        if task_loss is None and self.training:
+            return result, None, None
         if len(seen) != 1:
             raise RuntimeError(_not_once(path, len(seen), called))
         distillation.verified = True
         output, target = seen[0]
-        student_logits = find_logits(
-            distillation.outputs(output) if callable(distillation.outputs) else output, "outputs"
+        return result, task_loss, (distillation.student_signals(found, output), target)
+
+    def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """What the teacher says about the present batch: from the cache, if there is one for it."""
+        distillation = self._distillation
+        if distillation.cache is None or distillation.index is None:
+            return distillation.teach(args, kwargs)
+        epoch = self.trainer.current_epoch
+        return distillation.cache.lookup(
+            distillation.index, self.device, epoch, lambda: distillation.teach(args, kwargs)
         )
-        if torch.is_grad_enabled() and not student_logits.requires_grad:
-            raise RuntimeError(
-                f"Argument `outputs` must name a call made with gradients, but {path or 'forward'!r} was called without. "
-                "Name the submodule or method that computes the logits in training_step."
-            )
-        if student_logits.shape != target.shape:
-            raise ValueError(
-                f"Logits of student and teacher must have the same shape, but got {tuple(student_logits.shape)} and "
-                f"{tuple(target.shape)}. Select them with `outputs` and `teacher_outputs`."
-            )
-        distillation_loss = distillation.loss(student_logits, target)
-        self.log("distillation_loss", distillation_loss.detach())
-        self.log("task_loss", task_loss.detach())
-        loss = distillation.alpha * distillation_loss + (1 - distillation.alpha) * task_loss
-        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _evaluate(self, step: Callable[..., Any], stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a validation or test step; if asked for, measure on the way how far the student is from the teacher."""
+        if not self._distillation.evaluate:
+            return step(*args, **kwargs)
+        self._distillation.index = None  # the cache is of the training data
+        with without_graphs(self) if self._distillation.student_layers() else nullcontext():
+            result, _, (student, teacher) = self._observe(step, args, kwargs)
+        self._distillation.build_adapters(student, teacher)
+        loss, _ = self._distillation.losses(student, teacher, args[0] if args else next(iter(kwargs.values())))
+        self.log(f"{stage}_distillation_loss", loss)
+        return result
 
     def setup(self, stage: str) -> None:
         """The student's ``setup``; then refuse what can't be distilled."""
         super().setup(stage)
+        distillation = self._distillation
+        distillation.index = None
         if stage == "fit":
             if not self.automatic_optimization:
                 raise ValueError(
                     "Argument `student` must use automatic optimization, but got `automatic_optimization = False`: with "
                     "manual optimization its training_step makes the loss and the step itself."
                 )
-            self._distillation.in_charge = True
-            self._distillation.teacher.eval()
+            check_strategy(self.trainer, "DistillationModule")
+            distillation.in_charge = True
+            distillation.restored = None
+            distillation.teacher.eval()
+            if distillation.cache is not None:
+                index_training_data(self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        """The student's ``teardown``; loaders are the user's own again."""
+        if stage == "fit" and self._distillation.cache is not None:
+            stop_indexing(self.trainer)
+        super().teardown(stage)
+
+    def on_train_start(self) -> None:
+        """The student's ``on_train_start``, once the cache is complete."""
+        fill(self, self._distillation, self._inputs)
+        super().on_train_start()
 
     def on_fit_start(self) -> None:
-        """The student's ``on_fit_start``, once ``outputs`` is known to lead somewhere."""
-        if isinstance(self._distillation.outputs, str):
-            resolve(self, self._distillation.outputs)
+        """The student's ``on_fit_start``, once ``outputs``, layers and shapes are known to fit."""
+        begin(self, self._distillation, self._inputs)
         super().on_fit_start()
+
+    def on_fit_end(self) -> None:
+        """The student's ``on_fit_end``; nothing of the distillation stays in its graphs."""
+        remove_taps(self)
+        super().on_fit_end()
+
+    def on_after_backward(self) -> None:
+        """The student's ``on_after_backward``; adapters' gradients are averaged over ranks, as DDP does for the student's."""
+        average_gradients_(self._distillation.adapters, self.trainer.world_size)
+        super().on_after_backward()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The student's ``optimizer_step``; an averaged teacher follows."""
+        super().optimizer_step(*args, **kwargs)
+        teacher = find_ema(self._distillation.teacher)
+        if teacher is not None:
+            teacher.update_(self._student, self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The student's ``on_save_checkpoint``; adapters and an averaged teacher go into an entry of their own."""
+        super().on_save_checkpoint(checkpoint)
+        accumulating = self._trainer is not None and self._trainer.accumulate_grad_batches > 1
+        save_state(self._distillation, checkpoint, gradients=accumulating)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The student's ``on_load_checkpoint``; the rest waits for ``on_fit_start``, where adapters are made."""
+        super().on_load_checkpoint(checkpoint)
+        self._distillation.restored = load_state(checkpoint)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, IndexedBatch):
+            self._distillation.index, batch = batch.index, batch.batch
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -190,11 +333,12 @@ class DistillationModule(_SharesStudent):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy as a student class, its attributes and the teacher: the combined class has no import path."""
-        return _blank, (type(self._student),), {"attributes": self.__getstate__(), "distillation": self._distillation}
+        state = {"attributes": self.__getstate__(), "distillation": self._distillation, "inputs": self._inputs}
+        return _blank, (type(self._student),), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Undo :meth:`__reduce_ex__`; the student object is a new one."""
-        self._distillation = state["distillation"]
+        self._distillation, self._inputs = state["distillation"], state["inputs"]
         super().__setstate__(state["attributes"])
 
     @classmethod
@@ -211,7 +355,19 @@ def _distilled_class(student: Any) -> type[L.LightningModule]:
     def training_step(self: DistillationModule, *args: Any, **kwargs: Any) -> Any:
         return self._distill(super(DistillationModule, self).training_step, args, kwargs)
 
-    return type(f"Distilled{student.__name__}", (DistillationModule, base), {"training_step": training_step})
+    methods: dict[str, Any] = {"training_step": training_step}
+    for name, stage in (("validation_step", "val"), ("test_step", "test")):
+        if getattr(base, name) is not getattr(L.LightningModule, name):
+            methods[name] = _evaluating(getattr(base, name), name, stage)
+    return type(f"Distilled{student.__name__}", (DistillationModule, base), methods)
+
+
+def _evaluating(own: Callable[..., Any], name: str, stage: str) -> Callable[..., Any]:
+    @wraps(own)
+    def step(self: DistillationModule, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate(getattr(super(DistillationModule, self), name), stage, args, kwargs)
+
+    return step
 
 
 def _blank(student_class: Any) -> nn.Module:
@@ -221,27 +377,6 @@ def _blank(student_class: Any) -> nn.Module:
     object.__setattr__(student, "__dict__", vars(module))
     object.__setattr__(module, "_student", student)
     return module
-
-
-def _make_loss(
-    losses: str | Callable[[Tensor, Tensor], Tensor], temperature: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    if losses == "kd":
-        return SoftTargetLoss(temperature)
-    if not callable(losses):
-        raise ValueError(
-            f'Argument `losses` must be "kd" or a callable (student_logits, teacher_logits) -> loss, but got {losses!r}.'
-        )
-    if temperature != _TEMPERATURE:
-        raise ValueError(
-            f'Argument `temperature` must be left out unless `losses="kd"`, but got {temperature}. Give it to the loss.'
-        )
-    if isinstance(losses, nn.Module) and any(p.requires_grad for p in losses.parameters()):
-        raise ValueError(
-            f"Argument `losses` must hold no parameters to train, but got a {type(losses).__name__} with some: no "
-            "optimizer would see them."
-        )
-    return losses
 
 
 def _check_student(student: nn.Module, task_loss: Any, optimizer: Any) -> None:

@@ -92,5 +92,21 @@ def find_logits(output: Any, argument: str) -> Tensor:
         return found
     raise ValueError(
         f"Argument `{argument}` must say where the logits are when forward returns neither a Tensor nor something with "
-        f"`logits`, but got a {type(output).__name__}. Give a callable: `{argument}=lambda output: output[0]`."
+        f"`logits`, but got a {type(output).__name__}{_fields(output)}. Give a callable or select one: "
+        f"`{argument}='[{_first(output)}]'`."
     )
+
+
+def _keys(output: Any) -> list[Any]:
+    if isinstance(output, dict):
+        return list(output)
+    return list(range(len(output))) if isinstance(output, list | tuple) else []
+
+
+def _fields(output: Any) -> str:
+    keys = _keys(output)
+    return f" with {', '.join(f'[{key}]' for key in keys)}" if keys else ""
+
+
+def _first(output: Any) -> Any:
+    return next(iter(_keys(output)), 0)

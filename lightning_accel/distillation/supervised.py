@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_accel.distillation.recording import find_logits
+from lightning_accel.distillation.distillation import logits_in, selection_of
 
 _SHARED = {
     "device",
@@ -42,8 +42,8 @@ class Supervised(L.LightningModule):
         else:
             output = self(inputs)
         outputs = self._distillation.outputs
-        logits = outputs(output) if callable(outputs) else output
-        loss = self._distillation.task_loss(find_logits(logits, "outputs"), target)
+        logits = logits_in(output, outputs if callable(outputs) else selection_of(outputs), "outputs")
+        loss = self._distillation.task_loss(logits, target)
         self.log(f"{stage}_loss", loss, batch_size=len(target), prog_bar=True)
         return loss
 

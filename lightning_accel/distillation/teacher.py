@@ -1,60 +1,107 @@
-"""A teacher: frozen, in eval, and registered nowhere."""
+"""A teacher: frozen, in eval, where and how it likes to compute."""
 
-from collections.abc import Callable, Iterator
-from copy import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from lightning_accel.distillation.recording import find_logits
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass
-class Distillation:
-    """All that a :class:`DistillationModule` has beside its student. No Module, so that nothing in it gets registered.
+class Teacher(nn.Module):
+    """A teacher with a device, a precision and a memory format of its own.
+
+    Inputs are brought there and outputs back. Layers are named as in ``network``.
 
     Args:
-        teacher: frozen network.
-        teacher_outputs: from what the teacher returns to logits.
-        loss: ``(student_logits, teacher_logits) -> scalar``.
-        alpha: weight of the distillation loss.
-        outputs: where the student's logits are; path, callable or None.
-        task_loss: for a plain ``nn.Module`` student, ``(logits, target) -> scalar``.
-        optimizer: for a plain ``nn.Module`` student, ``parameters -> Optimizer``.
+        network: the teacher.
+        device: where it computes, e.g. ``"cuda:1"``; ``None``: where the student does.
+        precision: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of its weights and of what it computes, whatever the
+            Trainer's; ``None``: as the student.
+        channels_last: whether images go through it in ``torch.channels_last``, which is faster on most GPUs and CPUs.
+
+    Raises:
+        ValueError: an argument breaks a rule above.
+
+    Example:
+        >>> teacher = Teacher(nn.Conv2d(3, 4, 1), precision="bfloat16", channels_last=True)
+        >>> teacher(torch.zeros(1, 3, 8, 8)).dtype
+        torch.float32
     """
 
-    teacher: nn.Module
-    teacher_outputs: Callable[[Any], Tensor] | None
-    loss: Callable[[Tensor, Tensor], Tensor]
-    alpha: float
-    outputs: str | Callable[[Any], Tensor] | None
-    task_loss: Callable[[Any, Any], Tensor] | None
-    optimizer: Callable[..., Any] | None
-    in_charge: bool = field(default=True, kw_only=True)  # of the teacher's device: copies of the student (EMA) are not
-    verified: bool = field(default=False, kw_only=True)  # logits were seen exactly once in a step
+    layers_in = "network"
 
-    def modules(self) -> Iterator[nn.Module]:
-        """What has to follow the student from device to device."""
-        return (m for m in (self.teacher, self.loss, self.task_loss) if isinstance(m, nn.Module))
-
-    @torch.no_grad()
-    def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The teacher's logits. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
+    def __init__(
+        self,
+        network: nn.Module,
+        device: str | None = None,
+        precision: str | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"Argument `network` must be an nn.Module, but got a {type(network).__name__}.")
+        if precision is not None and precision not in _DTYPES:
+            raise ValueError(f"Argument `precision` must be one of {sorted(_DTYPES)}, but got {precision!r}.")
         try:
-            output = self.teacher(*args, **kwargs)
-        except Exception as error:
-            error.add_note("Raised by the teacher, which is called with the arguments of the student's recorded call.")
-            raise
-        logits = output if self.teacher_outputs is None else self.teacher_outputs(output)
-        return find_logits(logits, "teacher_outputs")
+            self.home = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"Argument `device` must be a torch device, but got {device!r}.") from None
+        self.network = network
+        self.precision, self.channels_last = precision, channels_last
+        self._place()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
-        other = copy(self)  # averaged models copy the student: one teacher is enough
-        other.in_charge = False
-        return other
+    def _place(self) -> None:
+        dtype = None if self.precision is None else _DTYPES[self.precision]
+        self.network.to(device=self.home, dtype=dtype)
+        if self.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        """Follow the student, but for what is the teacher's own."""
+        super()._apply(fn, recurse)
+        self._place()
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network returns; floats in float32 if it has a precision of its own."""
+        tensor = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        args, kwargs = pytree.tree_map(self._into, (args, kwargs))
+        if self.precision is None:
+            output = self.network(*args, **kwargs)
+        else:
+            with torch.autocast(self.home.type if self.home else _device_type(tensor), enabled=False):
+                output = self.network(*args, **kwargs)
+        back = None if tensor is None else tensor.device
+        return pytree.tree_map(lambda value: self._out_of(value, back), output)
+
+    def _into(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        floats = self.precision is not None and value.is_floating_point()
+        value = value.to(device=self.home, dtype=_DTYPES[str(self.precision)] if floats else None)
+        images = self.channels_last and value.ndim == 4
+        return value.contiguous(memory_format=torch.channels_last) if images else value
+
+    def _out_of(self, value: Any, device: torch.device | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        floats = self.precision is not None and value.is_floating_point()
+        return value.to(device=device if self.home else None, dtype=torch.float32 if floats else None)
+
+
+def _device_type(tensor: Tensor | None) -> str:
+    return "cpu" if tensor is None else tensor.device.type
+
+
+def network_of(teacher: nn.Module) -> nn.Module:
+    """The network that layer paths of a teacher start from: the one inside of a wrapper of this library."""
+    inside = getattr(type(teacher), "layers_in", None)
+    network = getattr(teacher, inside) if isinstance(inside, str) else None
+    return network_of(network) if isinstance(network, nn.Module) else teacher
 
 
 def freeze_(teacher: nn.Module, student: nn.Module) -> nn.Module:

@@ -316,6 +316,7 @@ class _CallWatch:
                 self._prepared[path].checked(args, kwargs)
             return forward(*args, **kwargs)
 
+        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # for whoever looks for a captured graph
         module.__dict__["forward"] = seen
 
         def restore() -> None:

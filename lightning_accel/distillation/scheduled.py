@@ -1,0 +1,91 @@
+"""A number that changes in the course of a run: alpha, a temperature, the weight of a loss."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+
+from lightning_accel.compression import timeline_of
+from lightning_accel.schedules import Timeline, check_position, check_schedule, fraction
+
+
+class Scheduled:
+    """A number that goes from ``first`` to ``last`` along a schedule, for ``alpha``, a temperature or a loss's weight.
+
+    A function of the optimizer step alone, so a resumed run goes on with the same values.
+
+    Args:
+        first: value before ``start``.
+        last: value from ``end`` on.
+        schedule: ``"constant"``, ``"linear"``, ``"cubic"``, ``"cosine"`` or ``"exponential"``.
+        start: epoch (int) or share of the run (float) at which it begins to change.
+        end: epoch or share at which ``last`` is reached.
+
+    Raises:
+        ValueError: an argument breaks a rule above.
+
+    Example:
+        >>> alpha = Scheduled(0.9, 0.1, "linear")
+        >>> alpha.move(step=50, timeline=Timeline(steps_per_epoch=10, total_steps=100))
+        >>> round(float(alpha), 3)
+        0.5
+    """
+
+    def __init__(
+        self, first: float, last: float, schedule: str = "linear", start: int | float = 0, end: int | float = 1.0
+    ) -> None:
+        check_schedule(schedule)
+        check_position("start", start)
+        check_position("end", end)
+        if type(start) is type(end) and end < start:
+            raise ValueError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
+        self.first, self.last, self.schedule, self.start, self.end = first, last, schedule, start, end
+        self._value = float(first)
+
+    def __float__(self) -> float:
+        """The value at the present step; ``first`` outside of a run."""
+        return self._value
+
+    def move(self, step: int, timeline: Timeline) -> None:
+        """Take the value of an optimizer step.
+
+        Raises:
+            ValueError: ``start`` or ``end`` lies outside of the run, or after the other.
+        """
+        start, end = timeline.step("start", self.start), timeline.step("end", self.end)
+        if end < start:
+            raise ValueError(f"Argument `end` must be at or after `start` ({self.start}), but got {self.end}.")
+        passed = fraction(self.schedule, Timeline.progress(step, start, end))
+        self._value = self.first + (self.last - self.first) * passed
+
+    def __repr__(self) -> str:
+        return f"Scheduled({self.first}, {self.last}, {self.schedule!r}, start={self.start}, end={self.end})"
+
+
+Number = float | Scheduled
+
+
+def bounds(number: Number) -> tuple[float, float]:
+    """Smallest and largest value that a number takes."""
+    if isinstance(number, Scheduled):
+        return min(number.first, number.last), max(number.first, number.last)
+    return number, number
+
+
+def move_all(numbers: Iterable[Scheduled], trainer: L.Trainer) -> None:
+    """Take the values of the trainer's present optimizer step; a run of a batch or two is all beginning."""
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        for number in numbers:
+            number.move(trainer.global_step, timeline_of(trainer))
+
+
+def find_scheduled(*owners: Any) -> dict[str, Scheduled]:
+    """The :class:`Scheduled` among attributes of objects, by attribute name; also of the ``loss`` that one wraps."""
+    found: dict[str, Scheduled] = {}
+    for owner in owners:
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, Scheduled):
+                found[name] = value
+            elif name == "loss":
+                found |= find_scheduled(value)
+    return found

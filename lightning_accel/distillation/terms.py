@@ -1,0 +1,239 @@
+"""Which losses, how much of each, and between which layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_accel.distillation.layers import expand, split_path
+from lightning_accel.distillation.rows import check_positive
+from lightning_accel.distillation.scheduled import Number, Scheduled
+
+Layer = str | list[str] | None
+
+NAMED = {
+    "kd": "losses.SoftTargetLoss",
+    "hard": "losses.HardLabelLoss",
+    "mse": "losses.LogitMSELoss",
+    "multilabel": "losses.MultiLabelLoss",
+    "regression": "losses.RegressionLoss",
+    "dkd": "decoupled.DKDLoss",
+    "dist": "correlation.DISTLoss",
+    "standardized_kd": "correlation.StandardizedLoss",
+    "hint": "features.HintLoss",
+    "attention_transfer": "features.AttentionTransferLoss",
+    "similarity": "relations.SimilarityLoss",
+    "rkd": "relations.RKDLoss",
+    "hidden": "tokens.HiddenStateLoss",
+    "cosine": "tokens.CosineLoss",
+    "attention": "tokens.AttentionLoss",
+    "minilm": "tokens.MiniLMLoss",
+}
+_NEED_LAYERS = ("hint", "attention_transfer", "hidden", "attention", "minilm")
+_MAY_HAVE_LAYERS = (*_NEED_LAYERS, "similarity", "rkd", "cosine")
+
+
+class LossTerm:
+    """One loss of several: its weight, and the layers it compares.
+
+    Args:
+        loss: a name (``"kd"``, ``"hint"``, ...) or a callable ``(student, teacher) -> scalar``, which may have further
+            parameters named ``target``, ``mask`` and ``batch``.
+        weight: at least 0; may be :class:`Scheduled`.
+        student_layer: path(s) of layers of the student, with ``*`` for parts of names; ``None`` compares the logits. A tuple or
+            dict is selected from in brackets: ``"encoder[0]"``, ``"[hidden_states][-1]"`` (of what ``forward`` returns).
+        teacher_layer: as many layers of the teacher; ``None``: of the same paths.
+        name: in logs and in the checkpoint; ``None``: of the loss.
+        adapter: whether a trained layer brings student features to the teacher's channels where they differ; ``None``: as
+            the loss needs it.
+
+    Raises:
+        ValueError: an argument breaks a rule above.
+
+    Example:
+        >>> LossTerm("hint", weight=0.3, student_layer="layer2", teacher_layer="layer3")
+        LossTerm(HintLoss(), weight=0.3, student_layer='layer2', teacher_layer='layer3')
+    """
+
+    def __init__(
+        self,
+        loss: Callable | str,
+        weight: Number = 1.0,
+        student_layer: Layer = None,
+        teacher_layer: Layer = None,
+        name: str | None = None,
+        adapter: bool | None = None,
+    ) -> None:
+        check_positive("weight", weight, zero=True)
+        if teacher_layer is not None and student_layer is None:
+            raise ValueError(
+                f"Argument `student_layer` must be given with `teacher_layer`, but got None with {teacher_layer!r}."
+            )
+        self.name = name or (loss if isinstance(loss, str) else _name_of(loss))
+        self.loss: Callable[..., Tensor] = named_loss(loss) if isinstance(loss, str) else loss
+        if not callable(self.loss):
+            raise ValueError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
+        if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
+            raise ValueError(
+                f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: no "
+                "optimizer would see them."
+            )
+        if isinstance(loss, str) and loss in _NEED_LAYERS and student_layer is None:
+            raise ValueError(
+                f"Argument `student_layer` must name a layer for the loss {loss!r}, but got None. "
+                f'Give it: `LossTerm("{loss}", student_layer="layer3", teacher_layer="layer3")`.'
+            )
+        self.weight = weight
+        self.student_layer = student_layer
+        self.teacher_layer = student_layer if teacher_layer is None else teacher_layer
+        self.adapter = bool(getattr(self.loss, "adapts", True)) if adapter is None else adapter
+
+    def __repr__(self) -> str:
+        layers = f", student_layer={self.student_layer!r}, teacher_layer={self.teacher_layer!r}"
+        return f"LossTerm({self.loss!r}, weight={self.weight!r}{layers if self.student_layer else ''})"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers that a term compares, without globs; ``None`` stands for the logits."""
+
+    student: str | None
+    teacher: str | None
+    key: str  # of its adapter in the checkpoint
+
+
+def pairs_of(term: LossTerm, student: nn.Module, teacher: nn.Module) -> list[Pair]:
+    """The layers of a term, found in the networks.
+
+    Raises:
+        ValueError: a path leads nowhere, or numbers of layers differ.
+    """
+    if term.student_layer is None or term.teacher_layer is None:
+        return [Pair(None, None, term.name)]
+    ours = expand(student, term.student_layer, "student_layer")
+    theirs = expand(teacher, term.teacher_layer, "teacher_layer")
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"Argument `teacher_layer` must lead to as many layers as `student_layer`, but got {len(theirs)} "
+            f"({', '.join(theirs)}) for {len(ours)} ({', '.join(ours)}). List the layers one by one."
+        )
+    return [Pair(a, b, f"{term.name}:{a}:{b}") for a, b in zip(ours, theirs, strict=True)]
+
+
+def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Tensor]:
+    """The loss with a name, with its own settings but for the temperature.
+
+    Raises:
+        ValueError: there is no such name, or the loss has no temperature.
+    """
+    if name not in NAMED:
+        near = get_close_matches(name, NAMED, n=3, cutoff=0.4)
+        raise ValueError(
+            f"Argument `losses` must name one of {', '.join(NAMED)}, or be a callable, but got {name!r}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    module, _, cls = NAMED[name].partition(".")
+    make = getattr(import_module(f"lightning_accel.distillation.{module}"), cls)
+    if temperature is None:
+        return make()
+    if name == "standardized_kd":
+        return make(named_loss("kd", temperature))
+    if not has_temperature(name):
+        raise ValueError(f"Argument `temperature` must be left out for the loss {name!r}, which has none.")
+    return make(temperature=temperature)
+
+
+def has_temperature(name: str) -> bool:
+    """Whether the loss with a name has a temperature."""
+    module, _, cls = NAMED[name].partition(".")
+    make = getattr(import_module(f"lightning_accel.distillation.{module}"), cls)
+    return name == "standardized_kd" or "temperature" in signature(make).parameters
+
+
+def make_terms(
+    losses: Any, temperature: Number | None = None, student_layer: Layer = None, teacher_layer: Layer = None
+) -> list[LossTerm]:
+    """The terms of a distillation loss.
+
+    Args:
+        losses: a name, a callable or a :class:`LossTerm`; a list of them; or a mapping from names to weights or terms.
+        temperature: of all named losses that have one.
+        student_layer: for named losses that compare layers and don't name their own.
+        teacher_layer: goes with it.
+
+    Raises:
+        ValueError: an unknown name, a wrong weight, a temperature or layer that nothing uses, or nothing at all.
+    """
+    terms: list[LossTerm] = []
+    used = {"temperature": temperature is None, "student_layer": student_layer is None}
+
+    def add(loss: Any, weight: Any = 1.0, name: str | None = None) -> None:
+        if isinstance(loss, LossTerm):
+            terms.append(loss)
+            return
+        layers: tuple[Layer, Layer] = (None, None)
+        if isinstance(loss, str) and loss in NAMED:
+            name = name or loss
+            if loss in _MAY_HAVE_LAYERS and student_layer is not None:
+                layers, used["student_layer"] = (student_layer, teacher_layer), True
+            if loss in _NEED_LAYERS and layers[0] is None:
+                LossTerm(loss)  # raises, and says what to write
+            if temperature is not None and has_temperature(loss):
+                loss, used["temperature"] = named_loss(loss, temperature), True
+        terms.append(LossTerm(loss, weight, *layers, name=name))
+
+    if isinstance(losses, Mapping):
+        for name, value in losses.items():
+            if isinstance(value, LossTerm):
+                value.name = name
+                add(value)
+            elif isinstance(value, Scheduled | int | float) and not isinstance(value, bool):
+                add(name, value)
+            else:
+                raise ValueError(
+                    f"Argument `losses` must give a weight or a LossTerm for {name!r}, but got {value!r}. "
+                    "Write `LossTerm(loss, weight=...)`."
+                )
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
+        for loss in losses:
+            add(loss)
+    else:
+        add(losses)
+    _check_terms(terms, used, temperature, student_layer, teacher_layer)
+    return terms
+
+
+def _check_terms(terms: list[LossTerm], used: dict[str, bool], *settings: Any) -> None:
+    temperature, student_layer, teacher_layer = settings
+    if not terms:
+        raise ValueError("Argument `losses` must hold a loss, but got none.")
+    if not used["temperature"]:
+        raise ValueError(
+            f"Argument `temperature` must be left out unless `losses` names a loss that has one, but got {temperature}. Give "
+            "it to the loss."
+        )
+    if not used["student_layer"] or (student_layer is None and teacher_layer is not None):
+        raise ValueError(
+            f"Argument `student_layer` must go with a named loss of features, but got {student_layer!r} (`teacher_layer`: "
+            f"{teacher_layer!r}). Give layers to the loss: `LossTerm(loss, student_layer=..., teacher_layer=...)`."
+        )
+    for term in terms:
+        for argument, paths in (("student_layer", term.student_layer), ("teacher_layer", term.teacher_layer)):
+            for path in [paths] if isinstance(paths, str) else paths or []:
+                split_path(path, argument)
+    names = [term.name for term in terms]
+    taken: dict[str, int] = {}
+    for term in terms:  # two of a kind get a number each
+        if names.count(term.name) > 1:
+            taken[term.name] = taken.get(term.name, 0) + 1
+            term.name = f"{term.name}_{taken[term.name]}"
+
+
+def _name_of(loss: Any) -> str:
+    known = {path.partition(".")[2]: name for name, path in NAMED.items()}
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return known.get(name, "loss" if name == "<lambda>" else name)
