@@ -45,9 +45,16 @@ def test_trainings(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"row"')]
-    assert [row["row"] for row in rows] == ["dense", "WeightPruning", "Lightning ModelPruning", "torch.nn.utils.prune"]
-    assert rows[0]["sparsity"] == 0
-    assert rows[1]["sparsity"] == rows[3]["sparsity"] > 0.79
+    sparsity = {row["row"]: row["sparsity"] for row in rows}
+    assert list(sparsity) == [
+        "dense",
+        "WeightPruning",
+        "WeightPruning to epoch 4",
+        "Lightning ModelPruning",
+        "torch.nn.utils.prune",
+    ]
+    assert sparsity["dense"] == 0
+    assert sparsity["WeightPruning"] == sparsity["torch.nn.utils.prune"] > 0.79
     assert process.stdout.splitlines()[-1].startswith("WeightPruning - dense: ")
 
 
