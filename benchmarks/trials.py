@@ -85,6 +85,8 @@ def table(lines: Sequence[Mapping[str, Any]], base: str, value: str, extra: Sequ
         mean, half = interval(differences) if differences else (float("nan"), float("nan"))
         cells = [row, str(len(mine)), f"{statistics.fmean(line[value] for line in mine):.2f}"]
         cells.append("" if row == base else f"{mean:+.2f} ± {half:.2f}")
-        cells += [f"{statistics.fmean(line[e] for line in mine if e in line):.4g}" for e in extra]
+        for column in extra:
+            values = [line[column] for line in mine if column in line]
+            cells.append(f"{statistics.fmean(values):.4g}" if values else "")
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
