@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "DistillationModule": "distillation.module",
     "SoftTargetLoss": "distillation.losses",
+    "ChannelPruning": "pruning.channels",
     "WeightPruning": "pruning.weights",
     "QuantizationAwareTraining": "quantization.callback",
     "ModelExport": "export.callback",

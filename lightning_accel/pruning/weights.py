@@ -19,8 +19,9 @@ from lightning_accel.pruning.masks import (
     prunable_parameters,
     prune_masks,
 )
+from lightning_accel.rebinding import kept_slice
 from lightning_accel.schedules import Timeline, check_schedule, fraction
-from lightning_accel.structure import average_models
+from lightning_accel.structure import Change, average_models, resized
 
 _UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
 
@@ -164,6 +165,14 @@ class WeightPruning(CompressionCallback):
         """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
         weights = prunable_parameters(module, self.include, self.exclude)
         return {n: measured_sparsity([w]) for n, w in weights.items()} | {"all": measured_sparsity(weights.values())}
+
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
+        cuts = resized(change)
+        self.masks = {name: kept_slice(mask, cuts.get(name, ())) for name, mask in self.masks.items()}
+        if self.masks:  # what left may have been sparser than what stayed: the next update makes up for it
+            pruned = sum(int((~mask).sum()) for mask in self.masks.values())
+            self.reached = min(self.reached, pruned / sum(mask.numel() for mask in self.masks.values()))
 
     @property
     def _log_name(self) -> str:
