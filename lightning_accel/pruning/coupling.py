@@ -99,7 +99,7 @@ def _layer(module: nn.Module, name: str) -> nn.Module | None:
 def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor]]) -> Any:
     import torch_pruning
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore")  # about operations that it can't follow: the proof tells what that means
         graph = torch_pruning.DependencyGraph()
         outputs = lambda *_: [t for t in forward() if t.grad_fn is not None]  # noqa: E731
