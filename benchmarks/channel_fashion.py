@@ -24,7 +24,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning_accel.pruning.copies import count_macs
 
 import lightning_accel as la
 from benchmarks import print_environment
@@ -34,6 +33,7 @@ from benchmarks.trials import interval, lines_of, run_trials, table
 from examples.data import FASHION, Images
 from examples.models import ImageClassifier
 from lightning_accel.benchmarking.measure import Ratio
+from lightning_accel.pruning.copies import count_macs
 
 RESULTS = Path(__file__).parent / "results" / "channel_fashion.jsonl"
 CACHE = Path(".cache") / "benchmarks"

@@ -34,6 +34,7 @@ _PUBLIC = {
     "CosineLoss": "distillation.tokens",
     "AttentionLoss": "distillation.tokens",
     "MiniLMLoss": "distillation.tokens",
+    "ChannelPruning": "pruning.channels",
     "WeightPruning": "pruning.weights",
     "QuantizationAwareTraining": "quantization.callback",
     "ModelExport": "export.callback",

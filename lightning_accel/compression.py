@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_accel import structure
+from lightning_accel import rebinding, structure
 from lightning_accel.schedules import Timeline, check_position
 
 _PREFIX = "lightning_accel."
@@ -35,6 +35,9 @@ class CompressionCallback(L.Callback):
         self.name, self.start, self.end = name, start, end
         self._start_step, self._end_step = 0, 0
         self._counting = False  # whether monitors have begun anew, with every target reached
+
+    resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
+    captures = False  # whether the callback records the network's shapes at its start: they must be final by then
 
     @property
     @override
@@ -86,6 +89,9 @@ class CompressionCallback(L.Callback):
 
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
         """Called when the module has got the structure of a checkpoint, before its weights are restored."""
+
+    def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
+        """Called when parameters of the module have just been resized, whoever did it; in a resume too."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,11 +185,41 @@ def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[s
                 "Add it back, with the same `name`."
             )
     changes = structure.load_record(checkpoint)
-    if changes != structure.record_of(pl_module):
-        structure.replay(pl_module, changes)
+    made = structure.replay(pl_module, changes)
+    resizing = [change for change in changes if structure.resized(change)]
+    for average in structure.average_models(trainer):
+        structure.replay(average, resizing)
     structure.restore_states(pl_module, checkpoint)
     for callback in callbacks:
+        for change in made:
+            if change in resizing:
+                callback.structure_changed(pl_module, change)
         callback.structure_replayed(pl_module)
+
+
+def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: structure.Change) -> None:
+    """Make a change between two epochs of a run; whatever keeps tensors beside the module's follows.
+
+    Optimizers keep their parameters and the surviving entries of their state; averaged copies (EMA, SWA) change alike; the
+    DDP wrapper is made anew; the other callbacks are told.
+
+    Args:
+        trainer: the running Trainer; on every rank at the same boundary.
+        pl_module: its module.
+        change: the same on every rank.
+
+    Raises:
+        RuntimeError: an optimizer keeps state that can't follow.
+    """
+    follow = rebinding.optimizer_state_follows(trainer.optimizers, pl_module, structure.resized(change))
+    structure.apply(pl_module, change)
+    follow()
+    for average in structure.average_models(trainer):
+        structure.apply(average, change)
+    rebinding.rewrap(trainer)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CompressionCallback):
+            callback.structure_changed(pl_module, change)
 
 
 def timeline_of(trainer: L.Trainer) -> Timeline:

@@ -262,3 +262,27 @@ def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
             f"Argument `module` must name a submodule that `forward` calls once, but got {path!r}, which it called {len(seen)} times."
         )
     return canonical_call(own_signature(part), *seen[0])
+
+
+def owner_and_call(
+    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
+) -> tuple[nn.Module, Call]:
+    """The module to look into, the LightningModule or a submodule of it, and how it is called.
+
+    Raises:
+        ValueError: the module has no ``forward``, or the path leads nowhere.
+    """
+    forward_exists = has_forward(pl_module)
+    if not path:
+        if not forward_exists:
+            raise ValueError(
+                f"Argument `module` must name the submodule that `training_step` calls, but got None, and "
+                f"`{type(pl_module).__name__}` has no `forward`. There are: {', '.join(n for n, _ in pl_module.named_children())}."
+            )
+        return pl_module, example_call(pl_module, trainer, inputs)
+    if forward_exists:
+        return find_submodule(pl_module, path), submodule_call(
+            pl_module, path, example_call(pl_module, trainer, inputs)
+        )
+    part = find_submodule(pl_module, path)
+    return part, call_from_batch(part, first_batch(trainer), inputs)

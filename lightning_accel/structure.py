@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 CHECKPOINT_KEY = "lightning_accel"
 _RECORD = "_lightning_accel_record"
-_ROOMS = {"quantize": "lightning_accel.quantization.prepare"}  # where each kind registers itself
+_ROOMS = {  # where each kind registers itself
+    "quantize": "lightning_accel.quantization.prepare",
+    "remove_channels": "lightning_accel.pruning.slices",
+}
+Resized = dict[str, list[list[Any]]]  # by parameter name: [dimension, size before, kept indices]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Change:
     Args:
         kind: registered name of the kind of change.
         owner: ``state_key`` of the callback that made it.
-        args: what is needed to make it again; plain Python values and tensors only.
+        args: what is needed to make it again; plain Python values only, so that records can be compared.
     """
 
     kind: str
@@ -44,13 +48,15 @@ class Kind:
 
     Args:
         replay: makes the change on a module that does not have it.
-        undo: takes it back.
+        undo: takes it back; raises ``ValueError`` if it can't be taken back.
         restore: gives a replayed change the state that its owner saved in the checkpoint (ranges, for instance).
+        resized: what became of each parameter's shape. Changes that resize are made on averaged copies too.
     """
 
     replay: Callable[[nn.Module, Change], None]
     undo: Callable[[nn.Module, Change], None]
     restore: Callable[[nn.Module, Change, dict[str, Any]], None]
+    resized: Callable[[Change], Resized] = lambda change: {}
 
 
 _KINDS: dict[str, Kind] = {}
@@ -89,12 +95,28 @@ def undo(module: nn.Module, change: Change) -> None:
     record_of(module).remove(change)
 
 
-def replay(module: nn.Module, changes: list[Change]) -> None:
-    """Bring a module to exactly the structure described by ``changes``, whatever it has now."""
-    for change in reversed(record_of(module).copy()):
+def resized(change: Change) -> Resized:
+    """What a change did to the shapes of parameters: ``{name: [[dimension, size before, kept indices], ...]}``."""
+    return _kind(change).resized(change)
+
+
+def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
+    """Bring a module to exactly the structure described by ``changes``, whatever it has now.
+
+    Returns:
+        The changes that were made now: those that the module did not have yet.
+
+    Raises:
+        ValueError: the module has a change that can't be taken back, such as other channels removed.
+    """
+    have = record_of(module)
+    common = next((i for i, pair in enumerate(zip(have, changes, strict=False)) if pair[0] != pair[1]), None)
+    common = min(len(have), len(changes)) if common is None else common
+    for change in reversed(have[common:]):
         undo(module, change)
-    for change in changes:
+    for change in changes[common:]:
         apply(module, change)
+    return changes[common:]
 
 
 def save_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -218,3 +240,5 @@ def average_models(trainer: Trainer) -> Iterator[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             yield callback._average_model.module
+        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            yield callback._average_model

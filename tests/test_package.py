@@ -11,7 +11,18 @@ import pytest
 import lightning_accel as la
 
 PACKAGE = Path(la.__file__).parent
-HEAVY = ("torch", "lightning", "onnx", "onnxruntime", "openvino", "wandb", "tensorrt", "tensorrt_rtx", "matplotlib")
+HEAVY = (
+    "torch",
+    "torch_pruning",
+    "lightning",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "wandb",
+    "tensorrt",
+    "tensorrt_rtx",
+    "matplotlib",
+)
 
 
 def run(code: str) -> str:
@@ -80,7 +91,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, module, code, extra
 # --- imports go one way: engines <- benchmarking, and structure <- pruning, distillation, quantization <- export <- cli
 
 ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "export")
-SHARED = {"schedules", "structure", "compression", "call_shapes", "inputs", "globs", "extras"}
+SHARED = {"schedules", "rebinding", "structure", "compression", "call_shapes", "inputs", "globs", "extras"}
 MAY_IMPORT = {
     "engines": {"extras"},
     "benchmarking": {"engines", "extras"},

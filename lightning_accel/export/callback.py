@@ -216,10 +216,6 @@ class ModelExport(L.Callback):
             states = {c.state_key: c.state_dict() for c in _compression(trainer)}
             return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
         checkpoint = structure.read_checkpoint(ckpt)
-        structure.replay(pl_module, structure.load_record(checkpoint))
-        pl_module.on_load_checkpoint(checkpoint)
-        pl_module.load_state_dict(checkpoint["state_dict"])
-        structure.restore_states(pl_module, checkpoint)
         states = checkpoint.get("callbacks", {})
         reasons = []
         for callback in _compression(trainer):
@@ -227,6 +223,11 @@ class ModelExport(L.Callback):
                 reasons.append(f"{ckpt} holds no state of {type(callback).__name__}({callback.name!r})")
             elif reason := states[callback.state_key].get("unfinished"):
                 reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
+        if not reasons or self.incomplete == "mark":
+            structure.replay(pl_module, structure.load_record(checkpoint))
+            pl_module.on_load_checkpoint(checkpoint)
+            pl_module.load_state_dict(checkpoint["state_dict"])
+            structure.restore_states(pl_module, checkpoint)
         return reasons, _history(states, checkpoint.get("global_step", 0))
 
     def _check_plan(self, trainer: L.Trainer) -> None:

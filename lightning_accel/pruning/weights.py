@@ -21,8 +21,9 @@ from lightning_accel.pruning.masks import (
     prune_masks,
 )
 from lightning_accel.pruning.rewind import rewind_, snapshot
+from lightning_accel.rebinding import kept_slice
 from lightning_accel.schedules import Timeline, check_schedule, fraction
-from lightning_accel.structure import average_models
+from lightning_accel.structure import Change, average_models, resized
 
 _UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
 _MEMORY = 0.9  # share of the earlier steps in the average of Taylor scores
@@ -228,6 +229,17 @@ class WeightPruning(CompressionCallback):
         weights = self._of(module) if self._chosen else self.choice.weights(module)
         return {n: measured_sparsity([w]) for n, w in weights.items()} | {"all": measured_sparsity(weights.values())}
 
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
+        cuts = resized(change)
+        self._importance = {name: kept_slice(score, cuts.get(name, ())) for name, score in self._importance.items()}
+        if self.granularity != "weight":  # units shift where channels leave: they are chosen anew at the next update
+            self.masks, self.reached = {}, 0.0
+            return
+        self.masks = {name: kept_slice(mask, cuts.get(name, ())) for name, mask in self.masks.items()}
+        if self.masks:  # what left may have been sparser than what stayed: the next update makes up for it
+            self.reached = min([self.reached, *self._pruned_shares().values()])
+
     @property
     @override
     def worth(self) -> str:
@@ -277,18 +289,23 @@ class WeightPruning(CompressionCallback):
 
     def _check_zeros(self) -> None:
         """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
-        reached = []
         for share, names in self.choice.groups(self._weights):
             held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in names]
             zeros = measured_sparsity(held)
-            reached.append(zeros / share if share else 1.0)
             if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
                 raise ValueError(
                     f"Argument `sparsity` must be at least the share of zeros there is, {zeros:.4g}, but got {share:g}. Exclude "
                     "weights that begin at zero, or raise it."
                 )
         if self.masks and self._loaded_targets != self.choice.targets:
-            self.reached = min(1.0, *reached)  # resumed with other targets: from where the masks are
+            self.reached = min(
+                [1.0, *self._pruned_shares().values()]
+            )  # resumed with other targets: from where the masks are
+
+    def _pruned_shares(self) -> dict[float, float]:
+        """What the masks in force prune, as a fraction of each target."""
+        groups = [(share, names) for share, names in self.choice.groups(self.masks) if share]
+        return {share: measured_sparsity(self.masks[name] for name in names) / share for share, names in groups}
 
     @property
     def _coarse(self) -> bool:

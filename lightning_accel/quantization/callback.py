@@ -17,12 +17,7 @@ from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import (
     InputsFunction,
     builds_layers_late,
-    call_from_batch,
-    example_call,
-    find_submodule,
-    first_batch,
-    has_forward,
-    submodule_call,
+    owner_and_call,
 )
 from lightning_accel.quantization.prepare import QuantizedForward, quantize_change, quantized_forwards
 from lightning_accel.quantization.targets import target_of
@@ -54,6 +49,8 @@ class QuantizationAwareTraining(CompressionCallback):
         >>> QuantizationAwareTraining(target="portable", start=0.5).target.weight_max
         63
     """
+
+    captures = True
 
     def __init__(
         self,
@@ -103,6 +100,10 @@ class QuantizationAwareTraining(CompressionCallback):
             self._checked = False
             if not builds_layers_late(pl_module):
                 self.prepare(trainer, pl_module)
+
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
+        self._prepared = {}  # captured with the shapes of before: captured again where it is needed
 
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
@@ -165,6 +166,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._placed and trainer.global_step >= self._start_step:
+            self.prepare(trainer, pl_module)
             self._place(pl_module)
         for forward in self._placed.values():
             forward.bank.learning = True
@@ -233,30 +235,6 @@ class QuantizationAwareTraining(CompressionCallback):
             raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
         for path, ranges in state_dict["ranges"].items():
             self._placed[path].bank.load_state_dict(ranges)
-
-
-def owner_and_call(
-    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
-) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The module to capture and how it is called.
-
-    Raises:
-        ValueError: the module has no ``forward``, or the path leads nowhere.
-    """
-    forward_exists = has_forward(pl_module)
-    if not path:
-        if not forward_exists:
-            raise ValueError(
-                f"Argument `module` must name the submodule that `training_step` calls, but got None, and "
-                f"`{type(pl_module).__name__}` has no `forward`. There are: {', '.join(n for n, _ in pl_module.named_children())}."
-            )
-        return pl_module, example_call(pl_module, trainer, inputs)
-    if forward_exists:
-        return find_submodule(pl_module, path), submodule_call(
-            pl_module, path, example_call(pl_module, trainer, inputs)
-        )
-    part = find_submodule(pl_module, path)
-    return part, call_from_batch(part, first_batch(trainer), inputs)
 
 
 def _check_apart(callbacks: list[QuantizationAwareTraining]) -> None:

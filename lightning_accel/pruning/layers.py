@@ -1,0 +1,114 @@
+"""Layers: what each kind of layer loses with a channel, in its tensors and in the numbers that describe it."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What leaves with each channel of a layer, on one of its sides.
+
+    Args:
+        channels: how many there are.
+        tensors: name, dimension, and the period after which its entries repeat (grouped convolutions).
+        attributes: module path, name, position (0 for a number), and the channels with which it falls by one.
+        scale: name of the scale of batch norm, if it is one.
+        normalises: whether channels are normalised together.
+    """
+
+    channels: int
+    tensors: tuple[tuple[str, int, int], ...]
+    attributes: tuple[tuple[str, str, int, int], ...] = ()
+    scale: str = ""
+    normalises: bool = False
+
+
+def losses_of(root: nn.Module, name: str, role: str) -> Losses:
+    """What a layer loses.
+
+    Args:
+        root: holds it.
+        name: of a layer, or of a parameter used by itself (then ``"<name>@<dimension>"``).
+        role: ``"out"`` for the channels that it makes, ``"in"`` for those that it reads.
+
+    Raises:
+        ValueError: it isn't known how the layer could lose channels; the message is the reason.
+    """
+    if "@" in name:
+        parameter, dim = name.split("@")
+        size = root.get_parameter(parameter).shape[int(dim)]
+        return Losses(size, ((parameter, int(dim), size),))
+    layer = root.get_submodule(name)
+    losses = _losses(layer, role)
+    if losses is None:
+        raise ValueError(f"it isn't known how a {type(layer).__name__} (`{name}`) loses channels")
+    here = f"{name}." if name else ""
+    present = {key for key, t in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]}
+    return Losses(
+        losses.channels,
+        tuple((here + key, dim, period) for key, dim, period in losses.tensors if key in present),
+        tuple((name, key, where, divisor) for _, key, where, divisor in losses.attributes),
+        here + losses.scale if losses.scale in present else "",
+        losses.normalises,
+    )
+
+
+def _numbers(*names: str) -> tuple[tuple[str, str, int, int], ...]:
+    return tuple(("", name, 0, 1) for name in names)
+
+
+def _losses(layer: nn.Module, role: str) -> Losses | None:
+    if isinstance(layer, _ConvNd):
+        return _convolution(layer, role)
+    if isinstance(layer, nn.Linear):
+        if role == "out":
+            size = layer.out_features
+            return Losses(size, (("weight", 0, size), ("bias", 0, size)), _numbers("out_features"))
+        return Losses(layer.in_features, (("weight", 1, layer.in_features),), _numbers("in_features"))
+    if isinstance(layer, _BatchNorm | _InstanceNorm):
+        size = layer.num_features
+        tensors = tuple((name, 0, size) for name in ("weight", "bias", "running_mean", "running_var"))
+        scale = "weight" if isinstance(layer, _BatchNorm) else ""
+        return Losses(size, tensors, _numbers("num_features"), scale)
+    if isinstance(layer, nn.GroupNorm):
+        size = layer.num_channels
+        numbers = (*_numbers("num_channels"), ("", "num_groups", 0, size // layer.num_groups))
+        return Losses(size, (("weight", 0, size), ("bias", 0, size)), numbers, normalises=True)
+    if isinstance(layer, nn.LayerNorm):
+        size, last = layer.normalized_shape[-1], len(layer.normalized_shape) - 1
+        shape = (("", "normalized_shape", last, 1),)
+        return Losses(size, (("weight", last, size), ("bias", last, size)), shape, normalises=True)
+    if isinstance(layer, nn.PReLU):
+        size = layer.num_parameters
+        return Losses(size, (("weight", 0, size),), _numbers("num_parameters")) if size > 1 else Losses(2**62, ())
+    if isinstance(layer, nn.Embedding):
+        return Losses(layer.embedding_dim, (("weight", 1, layer.embedding_dim),), _numbers("embedding_dim"))
+    return None
+
+
+def _convolution(layer: _ConvNd, role: str) -> Losses:
+    """A weight is (out, in / groups, ...), transposed (in, out / groups, ...)."""
+    out_dim, in_dim = (1, 0) if isinstance(layer, _ConvTransposeNd) else (0, 1)
+    outs, ins = layer.out_channels, layer.in_channels
+    if depthwise(layer):
+        attributes = _numbers("out_channels", "in_channels", "groups")
+        return Losses(outs, (("weight", 0, outs), ("bias", 0, outs)), attributes)
+    if role == "out":
+        return Losses(
+            outs, (("weight", out_dim, layer.weight.shape[out_dim]), ("bias", 0, outs)), _numbers("out_channels")
+        )
+    return Losses(ins, (("weight", in_dim, layer.weight.shape[in_dim]),), _numbers("in_channels"))
+
+
+def depthwise(layer: nn.Module) -> bool:
+    """Whether each channel has a convolution of its own."""
+    return isinstance(layer, _ConvNd) and layer.groups == layer.out_channels == layer.in_channels > 1
+
+
+def makes_channels(root: nn.Module, name: str) -> bool:
+    """Whether a layer is a convolution or linear; norms and the like only pass channels on."""
+    return "@" not in name and isinstance(root.get_submodule(name), _ConvNd | nn.Linear)

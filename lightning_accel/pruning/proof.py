@@ -1,0 +1,163 @@
+"""Proof: channels leave only where leaving is shown to compute what zeroing computed.
+
+On a copy with random weights in float64: everything that would leave is set to zero, then it is removed. The outputs must
+be the same. What fails is kept and the reason told, whatever went wrong: an operation that normalises over channels, a
+forward that fixes their number, a dependency that was misread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+
+import torch
+from torch import nn
+
+from lightning_accel.globs import select
+from lightning_accel.inputs import Call
+from lightning_accel.pruning.copies import converted, copy_of, few_samples, outputs_of
+from lightning_accel.pruning.groups import Candidate, Group, candidate_groups
+from lightning_accel.pruning.slices import Chosen, removal_of, removed
+
+_EXACT, _ROUNDED = 1e-9, 1e-4  # of the output's range: float64, and float32 where a forward insists on it
+
+
+class _Reference:
+    """A module with random weights, and how to tell whether groups may leave it."""
+
+    def __init__(self, module: nn.Module, path: str, call: Call) -> None:
+        call = few_samples(call)
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+        def cpu(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.detach().to("cpu", copy=True)
+            return tensor.double() if tensor.is_floating_point() else tensor
+
+        self._call = converted(call, lambda t: noise(t) if t.is_floating_point() else cpu(t))
+        self.module = copy_of(module, cpu)
+        self._part = self.module.get_submodule(path)
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():  # fresh weights may be all zero or all one: those prove nothing
+                spread = float(parameter.data.std()) if parameter.numel() > 1 else 0.0
+                parameter.data += noise(parameter.data) * max(spread if isfinite(spread) else 0.0, 0.05)
+        for part in self.module.modules():
+            if isinstance(getattr(part, "running_mean", None), torch.Tensor):
+                part.running_mean.add_(0.1 * noise(part.running_mean))  # type: ignore[operator, arg-type]
+                part.running_var.add_(noise(part.running_var).abs())  # type: ignore[operator, arg-type]
+        self._tolerance = _EXACT
+        try:
+            self.outputs()
+        except RuntimeError:  # a forward that casts to float32 itself
+            self._tolerance = _ROUNDED
+            self.module.float()
+            self._call = converted(self._call, lambda t: t.float() if t.is_floating_point() else t)
+            self.outputs()
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What the forward computes now."""
+        return outputs_of(self._part, self._call)
+
+    def failure(self, groups: Sequence[Group], share: float) -> str:
+        """Why a share of the units of all groups can't leave at once; empty if it can."""
+        chosen: Chosen = {i: _spread(g.units, share, i) for i, g in enumerate(groups)}
+        removal = removal_of(self.module, groups, chosen)
+        with removed(self.module, removal, physically=False):
+            expected = [t.detach() for t in self.outputs()]
+        try:
+            with removed(self.module, removal):
+                outputs = [t.detach() for t in self.outputs()]
+        except Exception as error:  # any error of a forward without these channels is the reason to keep them
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"forward needs all of its channels: {said}"
+        if [t.shape for t in outputs] != [t.shape for t in expected]:
+            return "it reaches the output"
+        for output, wanted in zip(outputs, expected, strict=True):
+            span = float(wanted.max() - wanted.min()) if wanted.numel() else 0.0
+            if not bool((output - wanted).abs().max() <= self._tolerance * span):
+                return "without some of its channels the others compute something else"
+        return ""
+
+
+def _spread(units: int, share: float, seed: int) -> list[int]:
+    """A share of the units, at least one and never all, in no regular pattern."""
+    count = min(units - 1, max(1, round(share * units)))
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed + 1))
+    return sorted(order[:count].tolist())
+
+
+def find_groups(
+    module: nn.Module, call: Call, path: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Group]:
+    """The groups of channels of a module, each proven to be removable or kept with the reason.
+
+    Args:
+        module: any module; not changed.
+        call: how a ``forward`` is called; the values don't matter, integers and masks apart.
+        path: of the submodule whose ``forward`` that is; empty for the module's own.
+        include: globs of layers whose channels may leave; empty means all.
+        exclude: globs of layers whose channels stay; wins.
+
+    Returns:
+        In the order of the layers.
+
+    Raises:
+        ValueError: a glob matches nothing; the forward can't be run in eval mode.
+    """
+    reference = _Reference(module, path, call)
+    candidates = candidate_groups(reference.module, reference.outputs)
+    layers = list(dict.fromkeys(layer for c in candidates for layer in c.group.layers))
+    allowed = set(select(layers, include, exclude, "layer with channels"))
+    groups, open_ = [c.group for c in candidates], []
+    for i, candidate in enumerate(candidates):
+        if not set(candidate.group.layers) <= allowed:
+            groups[i] = replace(groups[i], kept="it is excluded")
+        elif not groups[i].kept:
+            open_.append(i)
+    proven = _prove(reference, candidates, groups, open_)
+    for i in open_:
+        if i not in proven:
+            groups[i] = replace(groups[i], kept=groups[i].kept or "it can't leave together with the others")
+    return groups
+
+
+def _prove(
+    reference: _Reference, candidates: Sequence[Candidate], groups: list[Group], wanted: Sequence[int]
+) -> list[int]:
+    """Positions of groups that can leave together; all at once where that works, else halves, then joined again."""
+    if not wanted:
+        return []
+    if len(wanted) == 1:
+        return _prove_one(reference, candidates[wanted[0]], groups, wanted[0])
+    if all(len(candidates[i].variants) == 1 for i in wanted) and _together(reference, groups, wanted):
+        return list(wanted)
+    half = len(wanted) // 2
+    proven = _prove(reference, candidates, groups, wanted[:half]) + _prove(reference, candidates, groups, wanted[half:])
+    if len(proven) < 2 or _together(reference, groups, proven):
+        return proven
+    accepted: list[int] = []
+    for i in proven:
+        if _together(reference, groups, [*accepted, i]):
+            accepted.append(i)
+    return accepted
+
+
+def _together(reference: _Reference, groups: Sequence[Group], which: Sequence[int]) -> bool:
+    return not any(reference.failure([groups[i] for i in which], share) for share in (0.5, 0.0))
+
+
+def _prove_one(reference: _Reference, candidate: Candidate, groups: list[Group], i: int) -> list[int]:
+    reason = ""
+    for attributes in candidate.variants:
+        group = replace(groups[i], attributes=attributes)
+        reasons = [reference.failure([group], share) for share in (0.0, 0.5)]
+        if not any(reasons):
+            groups[i] = group
+            return [i]
+        reason = reason or next(r for r in reasons if r)
+    if "something else" in reason and candidate.norms:
+        kind = type(reference.module.get_submodule(candidate.norms[0])).__name__
+        reason = f"{kind} `{candidate.norms[0]}` normalises over its channels: without some the others change"
+    groups[i] = replace(groups[i], kept=reason)
+    return []

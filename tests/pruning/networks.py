@@ -1,0 +1,195 @@
+"""Networks with every way in which channels of several layers depend on each other."""
+
+import torch
+from torch import nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+IMAGES, TOKENS = (4, 3, 8, 8), (4, 5)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.inner, self.norm2 = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.outer, self.head = nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.outer(torch.relu(self.norm2(self.inner(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class Concatenated(nn.Module):
+    """Two layers side by side, or with the input between them, whose channels torch-pruning doesn't count."""
+
+    def __init__(self, with_input: bool = False):
+        super().__init__()
+        self.with_input = with_input
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(13 if with_input else 10, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        a, b = torch.sigmoid(self.a(x)), torch.tanh(self.b(x))
+        x = torch.cat([a, x, b] if self.with_input else [a, b], 1)
+        return self.head(self.c(x).relu().amax((2, 3)))
+
+
+class Grouped(nn.Module):
+    """A grouped convolution between two others, then a depthwise one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.grouped = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 12, 3, groups=4)
+        self.depthwise, self.b = nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(12, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.depthwise(torch.relu(self.grouped(torch.relu(self.a(x)))))
+        return self.head(torch.relu(self.b(x)).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.ConvTranspose2d(3, 6, 2), nn.InstanceNorm2d(6, affine=True)
+        self.linear, self.act, self.head = nn.Linear(6 * 81, 10), nn.PReLU(10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.act(self.linear(self.norm(self.conv(x)).flatten(1))))
+
+
+class GroupNormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.conv2 = nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.Conv2d(12, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.conv2(self.norm(self.conv(x)).relu()).relu().mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """Two halves of one layer, multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        value, gate = self.up(x).chunk(2, 1)
+        return self.head(self.down(value * torch.sigmoid(gate)).relu().mean((2, 3)))
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.squeeze, self.excite = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(4, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        scale = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
+        return self.head((x * scale[:, :, None, None]).mean((2, 3)))
+
+
+class FusedAttention(nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.num_heads, self.head_dim = how, 4, 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        n, t, c = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0) if self.how == "unbind" else (qkv[0], qkv[1], qkv[2])
+        x = ((q @ k.transpose(-2, -1)) * self.head_dim**-0.5).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(n, t, c if self.how == "fixed" else -1))
+
+
+class SeparateAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n_heads, self.head_size = 2, 8
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """A vision transformer of one block."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.patches, self.position = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 4, 16))
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(16), attention, nn.LayerNorm(16)
+        self.fc1, self.fc2, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        x = x + self.attention(self.norm1(x))
+        x = x + self.fc2(gelu(self.fc1(self.norm2(x))))
+        return {"logits": self.head(x.mean(1))}
+
+
+class Encoder(nn.Module):
+    """The layers of torch itself, on tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, 0.3, batch_first=True), 2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embed(tokens)).mean(1))
+
+
+class Tied(nn.Module):
+    """A decoder that is the encoder's transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(48, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+        self.other = nn.Linear(10, 10)
+        self.other.weight = self.middle.weight
+
+    def forward(self, x):
+        return self.last(torch.relu(self.middle(torch.relu(self.first(x[:, :, :4, :4].flatten(1))))))
+
+
+class Fixed(nn.Module):
+    """A reshape with the number of channels written into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.free, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.free(self.conv(x).reshape(-1, 8, 36, 1)).relu().mean((2, 3)))
+
+
+class Softmaxed(nn.Module):
+    """A softmax over channels: what leaves takes its share of the sum with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(48, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(self.a(x[:, :, :4, :4].flatten(1)).softmax(1))))
+
+
+class Single(nn.Module):
+    """Insists on float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x.float()).relu().mean((2, 3)))
