@@ -71,6 +71,10 @@ class CompressionCallback(L.Callback):
         """What will be done to each layer or weight, by name, or why nothing is; known once ``on_train_start`` has run."""
         return {}
 
+    def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
+        """Parameters and MACs of the network once the phase is over, if it changes them."""
+        return {}
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":

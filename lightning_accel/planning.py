@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_accel.compression import CompressionCallback, timeline_of
+from lightning_accel.inputs import has_forward, owner_and_call
+from lightning_accel.pruning.copies import count_macs, parameter_count, skeleton
 from lightning_accel.schedules import Timeline
 
 _HIGH = 0.1  # share of the peak learning rate above which the start of a phase is worth a warning
@@ -135,7 +138,8 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     timeline = timeline_of(trainer)
     callbacks = [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
     rates = _learning_rates(trainer, timeline)
-    sizes = {"today": {"parameters": sum(p.numel() for p in pl_module.parameters())}}
+    sizes = {"today": {"parameters": parameter_count(pl_module), **_macs(trainer, pl_module, callbacks)}}
+    sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}
     made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes)
     for callback in sorted(callbacks, key=lambda c: c.steps[0]):
         first, last = callback.steps
@@ -152,6 +156,21 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
                 f"{who} starts at {share:.0%} of the highest learning rate; what it changes is learned best below {_HIGH:.0%}."
             )
     return made
+
+
+def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:
+    """MACs of one sample of the forward that the callbacks look into; empty if there is none."""
+    looking = [
+        (getattr(c, "module", None) or getattr(c, "paths", [""])[0], c.inputs)
+        for c in callbacks
+        if hasattr(c, "inputs")
+    ]
+    path, inputs = looking[0] if looking else ("", None)
+    if not path and not has_forward(pl_module):
+        return {}
+    _, call = owner_and_call(pl_module, path, trainer, inputs)
+    empty, shapes = skeleton(pl_module, path, call)
+    return {"MACs a sample": count_macs(empty.get_submodule(path), shapes)}
 
 
 def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:

@@ -65,6 +65,26 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
     assert "warning: QuantizationAwareTraining starts at 100% of the highest learning rate" in text
 
 
+def test_channels_that_leave_and_what_is_left(trainer):
+    module = Classifier()
+    pruning = la.ChannelPruning(macs_reduction=2.0, start=0, end=1, round_to=2)
+    made = la.plan(trainer(pruning, max_epochs=3), module, train_dataloaders=loader())
+    layers = made.phases[0].layers
+    assert layers["net.head"] == "channels kept: it reaches the output"
+    assert layers["net.conv1"].startswith("8 channels -> about ")
+    assert module.net.conv1.out_channels == 8
+    assert made.sizes["today"]["MACs a sample"] == 8 * 64 * 27 + 8 * 64 * 72 + 8 * 4
+    ratio = made.sizes["today"]["MACs a sample"] / made.sizes["after ChannelPruning"]["MACs a sample"]
+    trainer(pruning, max_epochs=3).fit(module, loader())
+    conv1, conv2 = module.net.conv1, module.net.conv2
+    left = (
+        conv1.out_channels * 64 * 27 + conv2.out_channels * 64 * 9 * conv2.in_channels + module.net.head.in_features * 4
+    )
+    assert ratio == pytest.approx(made.sizes["today"]["MACs a sample"] / left, rel=0.35)
+    assert ratio >= 2
+    assert made.sizes["after ChannelPruning"]["parameters"] < made.sizes["today"]["parameters"]
+
+
 def test_nothing_is_trained_logged_or_written(trainer, tmp_path):
     module = Classifier()
     before = {n: t.clone() for n, t in module.state_dict().items()}

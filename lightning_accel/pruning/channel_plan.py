@@ -162,6 +162,23 @@ class ChannelPlan:
             )
         return units_of(chosen)
 
+    def foresee(self, module: nn.Module) -> tuple[dict[int, list[int]], dict[str, int]]:
+        """What would leave if all of it left now, and the parameters and MACs of what would stay; nothing is changed.
+
+        With importance ``"taylor"``, which depends on gradients to come, units are those of ``"group_norm"``.
+        """
+        target = self.target
+        if target.importance == "taylor":
+            self.target = replace(target, importance="group_norm")
+        try:
+            chosen = self.choose(module)
+        finally:
+            self.target = target
+        copy, call = skeleton(module, self._path, self._call)
+        with removed(copy, removal_of(copy, self.groups, chosen)):
+            macs = count_macs(copy.get_submodule(self._path), call)
+            return chosen, {"parameters": parameter_count(copy), "MACs a sample": macs}
+
     def change(self, module: nn.Module, chosen: Mapping[int, Sequence[int]], owner: str) -> Change:
         """The record of a removal."""
         return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})
