@@ -16,8 +16,10 @@ from lightning_accel.globs import select
 from lightning_accel.inputs import Call
 from lightning_accel.pruning.copies import converted, copy_of, few_samples, outputs_of
 from lightning_accel.pruning.groups import Candidate, Group, candidate_groups
+from lightning_accel.pruning.layers import makes_channels
 from lightning_accel.pruning.slices import Chosen, removal_of, removed
 
+NOT_RUN = "forward doesn't run it"
 _EXACT, _ROUNDED = 1e-9, 1e-4  # of the output's range: float64, and float32 where a forward insists on it
 
 
@@ -107,6 +109,7 @@ def find_groups(
     """
     reference = _Reference(module, path, call)
     candidates = candidate_groups(reference.module, reference.outputs)
+    candidates += [Candidate(group, (), ()) for group in _unseen(reference, candidates, path)]
     layers = list(dict.fromkeys(layer for c in candidates for layer in c.group.layers))
     allowed = set(select(layers, include, exclude, "layer with channels"))
     groups, open_ = [c.group for c in candidates], []
@@ -119,6 +122,26 @@ def find_groups(
     for i in open_:
         if i not in proven:
             groups[i] = replace(groups[i], kept=groups[i].kept or "it can't leave together with the others")
+    return groups
+
+
+def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -> list[Group]:
+    """Layers that are in no group, each as one that is kept."""
+    seen = {layer for candidate in candidates for layer in candidate.group.layers}
+    layers = {
+        name: layer.weight
+        for name, layer in reference.module.named_modules()
+        if name not in seen
+        and makes_channels(reference.module, name)
+        and f"{name}.".startswith(f"{path}." if path else "")
+    }
+    total = sum(t.sum() for t in reference.outputs() if t.requires_grad)
+    used = torch.autograd.grad(total, list(layers.values()), allow_unused=True) if layers else ()  # type: ignore[arg-type]
+    groups = []
+    for (name, weight), gradient in zip(layers.items(), used, strict=True):
+        reason = NOT_RUN if gradient is None else "the operations around it can't be followed"
+        units = weight.shape[0]
+        groups.append(Group(name, (name,), units, units, 1, {}, frozenset(), frozenset(), {}, reason))
     return groups
 
 
