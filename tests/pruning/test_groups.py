@@ -63,7 +63,7 @@ CASES = [
         {"fc1": (24, 1)},
         {
             "attention.qkv": "forward needs all of its channels: shape '[2, 4, 16]' is invalid",
-            "patches": "forward needs all of its channels",
+            "patches": "LayerNorm `norm1` normalises over its channels",
             "head": "output",
         },
     ),
