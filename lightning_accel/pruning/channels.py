@@ -16,6 +16,7 @@ from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import InputsFunction, builds_layers_late, call_from_batch, owner_and_call
 from lightning_accel.pruning.channel_plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.copies import parameter_count
+from lightning_accel.pruning.proof import NOT_RUN
 from lightning_accel.schedules import check_schedule, fraction
 from lightning_accel.structure import Change
 
@@ -238,6 +239,16 @@ class ChannelPruning(CompressionCallback):
         suffix = "" if self.name == "channels" else f"/{self.name}"
         pl_module.log(f"macs{suffix}", float(self._macs), rank_zero_only=True)
         pl_module.log(f"parameters{suffix}", float(parameter_count(pl_module)), rank_zero_only=True)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        unseen = [g.name for g in self._plan.groups if g.kept == NOT_RUN] if self._plan is not None else []
+        if unseen and self.reached > 0 and isinstance(exception, RuntimeError):
+            exception.add_note(
+                f"ChannelPruning removed channels, and `forward` doesn't run {_and(unseen)}. If a training step feeds them what left, "
+                "exclude the layers that make it."
+            )
 
     @override
     def unfinished(self) -> str:

@@ -132,6 +132,11 @@ def _candidate(module: nn.Module, units: Sequence[Coupled], position: Mapping[st
             count = torch.bincount(unit_of, minlength=len(units)) // divisor
             place = (path, attribute, where)
             attributes[place] = attributes.get(place, torch.zeros_like(count)) + count
+    normalised = next((layer for layer in norms if isinstance(module.get_submodule(layer), nn.LayerNorm)), None)
+    if normalised is not None:
+        kept = kept or f"LayerNorm `{normalised}` normalises over its channels: without some the others change"
+    if not any(role == "in" for _, role in members):
+        kept = kept or "it reaches the output"  # no layer reads it
     if len(units) == 1:
         kept = kept or "its channels all depend on each other"
     slices = {key: _merged(parts) for key, parts in pieces.items()}

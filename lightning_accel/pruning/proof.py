@@ -16,8 +16,11 @@ from lightning_accel.globs import select
 from lightning_accel.inputs import Call
 from lightning_accel.pruning.copies import converted, copy_of, few_samples, outputs_of
 from lightning_accel.pruning.groups import Candidate, Group, candidate_groups
+from lightning_accel.pruning.layers import makes_channels
 from lightning_accel.pruning.slices import Chosen, removal_of, removed
 
+NOT_RUN = "forward doesn't run it"
+_OTHERWISE = "without some of its channels the others compute something else"
 _EXACT, _ROUNDED = 1e-9, 1e-4  # of the output's range: float64, and float32 where a forward insists on it
 
 
@@ -76,7 +79,7 @@ class _Reference:
         for output, wanted in zip(outputs, expected, strict=True):
             span = float(wanted.max() - wanted.min()) if wanted.numel() else 0.0
             if not bool((output - wanted).abs().max() <= self._tolerance * span):
-                return "without some of its channels the others compute something else"
+                return _OTHERWISE
         return ""
 
 
@@ -107,6 +110,7 @@ def find_groups(
     """
     reference = _Reference(module, path, call)
     candidates = candidate_groups(reference.module, reference.outputs)
+    candidates += [Candidate(group, (), ()) for group in _unseen(reference, candidates, path)]
     layers = list(dict.fromkeys(layer for c in candidates for layer in c.group.layers))
     allowed = set(select(layers, include, exclude, "layer with channels"))
     groups, open_ = [c.group for c in candidates], []
@@ -122,6 +126,28 @@ def find_groups(
     return groups
 
 
+def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -> list[Group]:
+    """Layers that are in no group, each as one that is kept."""
+    seen = {layer for candidate in candidates for layer in candidate.group.layers}
+    layers = {
+        name: layer.weight
+        for name, layer in reference.module.named_modules()
+        if name not in seen
+        and makes_channels(reference.module, name)
+        and f"{name}.".startswith(f"{path}." if path else "")
+    }
+    if not layers:
+        return []
+    total = torch.stack([t.sum() for t in reference.outputs() if t.requires_grad]).sum()
+    used = torch.autograd.grad(total, list(layers.values()), allow_unused=True)
+    groups = []
+    for (name, weight), gradient in zip(layers.items(), used, strict=True):
+        reason = NOT_RUN if gradient is None else "the operations around it can't be followed"
+        units = weight.shape[0]
+        groups.append(Group(name, (name,), units, units, 1, {}, frozenset(), frozenset(), {}, reason))
+    return groups
+
+
 def _prove(
     reference: _Reference, candidates: Sequence[Candidate], groups: list[Group], wanted: Sequence[int]
 ) -> list[int]:
@@ -130,21 +156,19 @@ def _prove(
         return []
     if len(wanted) == 1:
         return _prove_one(reference, candidates[wanted[0]], groups, wanted[0])
-    if all(len(candidates[i].variants) == 1 for i in wanted) and _together(reference, groups, wanted):
+    for i in wanted:
+        groups[i] = replace(groups[i], attributes=candidates[i].variants[0])
+    if not reference.failure([groups[i] for i in wanted], 0.5):
         return list(wanted)
     half = len(wanted) // 2
     proven = _prove(reference, candidates, groups, wanted[:half]) + _prove(reference, candidates, groups, wanted[half:])
-    if len(proven) < 2 or _together(reference, groups, proven):
+    if len(proven) < 2 or not reference.failure([groups[i] for i in proven], 0.5):
         return proven
     accepted: list[int] = []
     for i in proven:
-        if _together(reference, groups, [*accepted, i]):
+        if not reference.failure([groups[j] for j in (*accepted, i)], 0.5):
             accepted.append(i)
     return accepted
-
-
-def _together(reference: _Reference, groups: Sequence[Group], which: Sequence[int]) -> bool:
-    return not any(reference.failure([groups[i] for i in which], share) for share in (0.5, 0.0))
 
 
 def _prove_one(reference: _Reference, candidate: Candidate, groups: list[Group], i: int) -> list[int]:
@@ -156,8 +180,7 @@ def _prove_one(reference: _Reference, candidate: Candidate, groups: list[Group],
             groups[i] = group
             return [i]
         reason = reason or next(r for r in reasons if r)
-    if "something else" in reason and candidate.norms:
-        kind = type(reference.module.get_submodule(candidate.norms[0])).__name__
-        reason = f"{kind} `{candidate.norms[0]}` normalises over its channels: without some the others change"
+    if reason == _OTHERWISE and candidate.norms:
+        reason = f"`{candidate.norms[0]}` normalises over its channels: without some the others change"
     groups[i] = replace(groups[i], kept=reason)
     return []

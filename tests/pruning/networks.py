@@ -193,3 +193,19 @@ class Single(nn.Module):
 
     def forward(self, x):
         return self.head(self.conv(x.float()).relu().mean((2, 3)))
+
+
+class Reused(nn.Module):
+    """One layer that runs twice, and one that forward doesn't run."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.twice, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.head, self.auxiliary = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def features(self, x):
+        x = torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.conv(x))))))
+        return torch.relu(self.last(x)).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x))

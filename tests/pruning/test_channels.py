@@ -123,7 +123,7 @@ class Follow(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         optimizer = trainer.optimizers[0]
-        self.names = {name: p for name, p in pl_module.named_parameters()}
+        self.names = dict(pl_module.named_parameters())
         self.weights = {name: p.detach().clone() for name, p in self.names.items()}
         self.state = {
             name: {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, torch.Tensor)}
@@ -235,11 +235,8 @@ def test_channels_last_stays(trainer):
 
 def test_what_is_logged_is_counted(trainer, tmp_path):
     module, logger = Net(), CSVLogger(tmp_path)
-    t = trainer(
-        la.ChannelPruning(macs_reduction=2.0, end=1),
-        la.ChannelPruning(0.1, include="net.inner", name="more", start=1, end=1),
-        logger=logger,
-    )
+    more = la.ChannelPruning(0.1, include="net.inner", name="more", start=1, end=1)
+    t = trainer(la.ChannelPruning(macs_reduction=2.0, end=1), more, logger=logger)
     t.fit(module, loader())
     assert float(t.logged_metrics["macs"]) == macs(module)
     assert float(t.logged_metrics["macs/more"]) == macs(module)
@@ -303,6 +300,21 @@ def test_a_submodule_that_training_calls(trainer):
         trainer(la.ChannelPruning(0.5, end=1)).fit(module, loader())
     trainer(la.ChannelPruning(0.5, end=1, module="net")).fit(module, loader())
     assert sum(channels(module)) == 10
+
+
+def test_a_layer_that_only_training_runs_is_named_when_it_breaks(trainer):
+    class Auxiliary(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nets.Reused()
+
+        def training_step(self, batch, batch_idx):
+            return self.net.auxiliary(self.net.features(batch[0])).square().mean()
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as error:
+        trainer(la.ChannelPruning(0.5, end=1)).fit(Auxiliary(), loader())
+    assert "`forward` doesn't run `net.auxiliary`" in error.value.__notes__[0]
+    trainer(la.ChannelPruning(0.5, end=1, exclude="net.last")).fit(Auxiliary(), loader())
 
 
 def test_layers_built_late_are_found(trainer):
@@ -426,16 +438,17 @@ def test_bn_scale_needs_batch_norm_everywhere(trainer):
     trainer(la.ChannelPruning(0.5, importance="bn_scale", end=1)).fit(module, loader())
     assert sum(channels(module)) == 10
     module.net = nets.Squeezed()
-    with pytest.raises(ValueError, match='got "bn_scale" for `net.conv`, which has no batch norm'):
+    with pytest.raises(ValueError, match=r'got "bn_scale" for `net\.conv`, which has no batch norm'):
         trainer(la.ChannelPruning(0.5, importance="bn_scale", end=1)).fit(module, loader())
 
 
 def test_a_compiled_module_is_refused(trainer):
     module = Net()
     module._compiler_ctx = {}
-    with pytest.raises(ValueError, match="Argument `model` must not be a `torch.compile`d module"):
-        pruning = la.ChannelPruning(0.5)
-        pruning.setup(trainer(pruning), module, "fit")
+    pruning = la.ChannelPruning(0.5)
+    t = trainer(pruning)
+    with pytest.raises(ValueError, match=r"Argument `model` must not be a `torch\.compile`d module"):
+        pruning.setup(t, module, "fit")
 
 
 # --- without a Trainer

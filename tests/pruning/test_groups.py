@@ -63,7 +63,7 @@ CASES = [
         {"fc1": (24, 1)},
         {
             "attention.qkv": "forward needs all of its channels: shape '[2, 4, 16]' is invalid",
-            "patches": "forward needs all of its channels",
+            "patches": "LayerNorm `norm1` normalises over its channels",
             "head": "output",
         },
     ),
@@ -77,7 +77,11 @@ CASES = [
         nets.Encoder,
         TOKENS,
         {"encoder.layers.0.linear1": (24, 1), "encoder.layers.1.linear1": (24, 1)},
-        {"encoder.layers.0.linear2": "it isn't known how a MultiheadAttention", "head": "output"},
+        {
+            "encoder.layers.0.linear2": "it isn't known how a MultiheadAttention",
+            **{f"encoder.layers.{i}.self_attn.out_proj": "the operations around it can't be followed" for i in (0, 1)},
+            "head": "output",
+        },
     ),
     (
         bert,
@@ -93,7 +97,12 @@ CASES = [
         nets.Tied,
         X,
         {},
-        {"first": "it shares `middle.weight` with `other`", "middle": "it shares `middle.weight`", "last": "output"},
+        {
+            "first": "it shares `middle.weight` with `other`",
+            "middle": "it shares `middle.weight`",
+            "last": "output",
+            "other": "the operations around it can't be followed",
+        },
     ),
     (
         nets.Fixed,
@@ -106,6 +115,12 @@ CASES = [
         X,
         {"b": (6, 1)},
         {"a": "without some of its channels the others compute something else", "head": "output"},
+    ),
+    (
+        nets.Reused,
+        X,
+        {"conv": (8, 1), "last": (6, 1)},
+        {"head": "output", "auxiliary": "forward doesn't run it"},
     ),
     (nets.Single, X, {"conv": (8, 1)}, {"head": "output"}),
 ]
@@ -122,7 +137,7 @@ NAMES = [
         "qkv unbind",
         "qkv index",
     ),
-    *("fixed reshape", "q, k, v", "torch encoder", "bert", "tied", "fixed channels", "softmax", "float32"),
+    *("fixed reshape", "q, k, v", "torch encoder", "bert", "tied", "fixed channels", "softmax", "reused", "float32"),
 ]
 
 
