@@ -21,6 +21,7 @@ RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
         ("idle_overhead", "1.01", "weights after 16 steps with idle callbacks and without: bit-identical"),
         ("qat_step", "1.5", "ResNet-8 w16, float: p50"),
         ("pruning_step", "1.03", "global mask update of 1 M weights"),
+        ("distill_step", "1.02", "online step / (cross-entropy step + the teacher's forward)"),
     ],
 )
 def test_benchmark(script, target, says):
