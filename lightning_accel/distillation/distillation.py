@@ -23,8 +23,8 @@ from lightning_accel.distillation.recording import find_logits
 from lightning_accel.distillation.rows import check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
 from lightning_accel.distillation.teacher import network_of
+from lightning_accel.distillation.teachers import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
-from lightning_accel.distillation.wants import required, wants
 
 LOGITS = ""
 Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
@@ -64,7 +64,11 @@ class Distillation:
     pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> layers, once networks are known
     adapters: dict[str, nn.Module] = field(default_factory=dict, kw_only=True)
     restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
+    ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
     index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
+
+    def __post_init__(self) -> None:
+        self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
 
     def modules(self) -> Iterator[nn.Module]:
         """What has to follow the student from device to device."""
@@ -125,7 +129,7 @@ class Distillation:
         masked = False
         parts: dict[str, Tensor] = {}
         for term in self.terms:
-            asked, values = wants(term.loss), []
+            asked, values = term.wants, []
             for pair in self.pairs[term.name]:
                 ours, theirs = student[pair.student or LOGITS], teacher[pair.teacher or LOGITS]
                 if pair.key in self.adapters:
@@ -136,7 +140,7 @@ class Distillation:
                 if mask is not None and fits(mask, ours):
                     others["mask"] = mask
                     masked = masked or "mask" in asked
-                if target is None and "target" in required(term.loss):
+                if target is None and "target" in term.requires:
                     raise ValueError(
                         f"Argument `target` must say where the target is in a batch for the loss {term.name!r}, but got None, "
                         f'and a {type(batch).__name__} has none under a usual name. Give `target="labels"`, an index or a callable.'

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_accel.compression import check_strategy
-from lightning_accel.distillation.beginning import as_teacher, begin, find_ema, find_pairs, outputs_path
+from lightning_accel.distillation.beginning import as_teacher, begin, find_pairs, outputs_path
 from lightning_accel.distillation.cache import TeacherCache
 from lightning_accel.distillation.distillation import Distillation
 from lightning_accel.distillation.filling import fill
@@ -304,9 +304,8 @@ class DistillationModule(_SharesStudent):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The student's ``optimizer_step``; an averaged teacher follows."""
         super().optimizer_step(*args, **kwargs)
-        teacher = find_ema(self._distillation.teacher)
-        if teacher is not None:
-            teacher.update_(self._student, self.trainer.global_step)
+        if self._distillation.ema is not None:
+            self._distillation.ema.update_(self._student, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The student's ``on_save_checkpoint``; adapters and an averaged teacher go into an entry of their own."""
