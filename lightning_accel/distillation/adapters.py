@@ -15,7 +15,7 @@ def channels_of(feature: Tensor) -> int:
     return feature.shape[1 if feature.ndim in _CONVOLUTIONS else -1]
 
 
-def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
+def make_adapter(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A linear map from student channels to teacher channels, position by position.
 
     The global random generators go on as if nothing had been drawn, so that adapters change nothing else in a run.
@@ -23,9 +23,10 @@ def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
     Args:
         student: a feature ``(N, C, H, W)``, ``(N, T, D)`` or ``(N, D)``; gives device and number of channels.
         teacher: a feature with as many dimensions.
+        dtype: of the student's parameters; under autocast features have another.
 
     Returns:
-        ``nn.Conv2d`` with 1x1 kernels or ``nn.Linear``, in float32.
+        ``nn.Conv2d`` with 1x1 kernels or ``nn.Linear``.
 
     Raises:
         ValueError: numbers of dimensions differ.
@@ -39,7 +40,7 @@ def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
     with isolated_random(), torch.inference_mode(False):
         convolution = _CONVOLUTIONS.get(student.ndim)
         adapter = nn.Linear(*channels) if convolution is None else convolution(*channels, 1)
-    return adapter.to(student.device)
+    return adapter.to(student.device, dtype)
 
 
 def takes(adapter: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.distillation import Distillation, Signals, share_
+from lightning_accel.distillation.distillation import Distillation, Signals, dtype_of, share_
 from lightning_accel.distillation.graph_layers import layer_node, without_graphs
 from lightning_accel.distillation.layers import recorded, split_path
 from lightning_accel.distillation.recording import resolve
@@ -79,10 +79,11 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     _check_graphs(module, distillation)
     if distillation.student_layers():
         with isolated_random():
-            batch = module._on_before_batch_transfer(_few(first_batch(module.trainer)))
+            batch = module.trainer.precision_plugin.convert_input(_few(first_batch(module.trainer)))
+            batch = module._on_before_batch_transfer(batch)
             batch = module.trainer.strategy.batch_to_device(batch)
         student_signals, teacher_signals = probe(module, distillation, call_of(module, path, batch, inputs))
-        distillation.build_adapters(student_signals, teacher_signals)
+        distillation.build_adapters(student_signals, teacher_signals, dtype_of(module))
         with torch.no_grad():  # a loss that can't take these shapes says so now
             distillation.losses(student_signals, teacher_signals, batch)
         share_(distillation.adapters, module.trainer)
@@ -130,12 +131,6 @@ def probe(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Si
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
         return distillation.student_signals(found, output), distillation.teach(*call)
-
-
-def student_call(module: nn.Module, distillation: Distillation, batch: Any, inputs: Callable | None) -> Call:
-    """How the teacher is called for a batch: as the student is where its logits are seen."""
-    path = outputs_path(distillation.outputs)
-    return call_of(module, path, batch, inputs)
 
 
 def _few(batch: Any) -> Any:

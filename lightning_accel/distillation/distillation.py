@@ -159,7 +159,7 @@ class Distillation:
         total = sum((float(term.weight) * parts[term.name] for term in self.terms), start=torch.zeros(()))
         return total, parts
 
-    def build_adapters(self, student: Signals, teacher: Signals) -> None:
+    def build_adapters(self, student: Signals, teacher: Signals, dtype: torch.dtype) -> None:
         """Make the adapters that are missing; those that fit stay."""
         for term in self.terms:
             for pair in self.pairs[term.name]:
@@ -170,9 +170,9 @@ class Distillation:
                 if present is not None and takes(present) == channels_of(ours):
                     continue
                 if ours.ndim != theirs.ndim or channels_of(ours) != channels_of(theirs):
-                    self.adapters[pair.key] = make_adapter(ours, theirs)
+                    self.adapters[pair.key] = make_adapter(ours, theirs, dtype)
 
-    def follow(self, student: Signals, teacher: Signals, trainer: L.Trainer | None) -> list[str]:
+    def follow(self, student: Signals, teacher: Signals, dtype: torch.dtype, trainer: L.Trainer | None) -> list[str]:
         """Make the adapters of layers anew that have changed their number of channels; their names."""
         stale = {
             pair.key: self.adapters.pop(pair.key)
@@ -182,7 +182,7 @@ class Distillation:
             and takes(self.adapters[pair.key]) != channels_of(student[pair.student or LOGITS])
         }
         grown = len(self.adapters)
-        self.build_adapters(student, teacher)
+        self.build_adapters(student, teacher, dtype)
         if (stale or len(self.adapters) > grown) and trainer is not None:
             new = [p for key in self.adapters for p in self.adapters[key].parameters()]
             replace_parameters_(trainer.optimizers[0], [p for a in stale.values() for p in a.parameters()], new)
@@ -204,6 +204,11 @@ class Distillation:
         other = copy(self)  # averaged models copy the student: one teacher is enough
         other.in_charge = False
         return other
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of a network's parameters."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
