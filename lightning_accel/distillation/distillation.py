@@ -1,6 +1,6 @@
 """All that a DistillationModule has beside its student. No Module, so that nothing in it gets registered."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_accel import structure
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
+    kept_channels,
     make_adapter,
     replace_parameters_,
     takes,
@@ -189,16 +191,24 @@ class Distillation:
             share_(self.adapters, trainer)
         return list(stale)
 
-    def keep_channels(self, layer: str, channels: list[int], trainer: L.Trainer | None = None) -> None:
-        """Follow a student whose layer lost channels: slice its adapters, so that what they learned stays."""
-        for pairs in self.pairs.values():
-            for pair in pairs:
-                if pair.student == layer and pair.key in self.adapters:
-                    adapter = self.adapters[pair.key]
-                    old = list(adapter.parameters())
-                    keep_channels_(adapter, channels)
-                    if trainer is not None:
-                        replace_parameters_(trainer.optimizers[0], old[:1], list(adapter.parameters()))
+    def change(self, change: structure.Change, order: Sequence[str], trainer: L.Trainer | None) -> None:
+        """Follow a student whose parameters were resized: adapters and an average lose what the student lost.
+
+        Args:
+            change: what was made.
+            order: names of the student's parameters, in its order.
+            trainer: whose optimizers keep state of the adapters.
+        """
+        resized = structure.resized(change)
+        resized = {name: resized[name] for name in order if name in resized}
+        for pair in (pair for pairs in self.pairs.values() for pair in pairs if pair.key in self.adapters):
+            adapter = self.adapters[pair.key]
+            layer, _ = split_path(pair.student or "", "student_layer")
+            kept = kept_channels(layer, takes(adapter), resized) if layer else None
+            if kept is not None:
+                keep_channels_(adapter, kept, trainer.optimizers if trainer is not None else ())
+        if self.ema is not None and resized:
+            self.ema.change_(change)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         other = copy(self)  # averaged models copy the student: one teacher is enough

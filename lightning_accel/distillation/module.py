@@ -28,6 +28,7 @@ from lightning_accel.distillation.state import average_gradients_, load_state, s
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
 from lightning_accel.distillation.terms import LossTerm, make_terms
+from lightning_accel.structure import Change
 
 
 class _SharesStudent(L.LightningModule):
@@ -163,16 +164,13 @@ class DistillationModule(_SharesStudent):
         """The trained layers between student and teacher features, by loss and layers. They never ship."""
         return dict(self._distillation.adapters)
 
-    def structure_changed(self, layer: str, channels: list[int]) -> None:
-        """Tell that a layer of the student lost channels, so that its adapters keep what they learned about the others.
-
-        Without being told, adapters of a layer with another number of channels are made anew.
+    def structure_changed(self, change: Change) -> None:
+        """Called when channels have left the student: adapters and an averaged teacher keep what they know of the others.
 
         Args:
-            layer: path of the layer, as in ``student_layer``.
-            channels: indices of the channels that it kept, in their order.
+            change: what was made; see :func:`lightning_accel.structure.resized`.
         """
-        self._distillation.keep_channels(layer, channels, self._trainer)
+        self._distillation.change(change, [name for name, _ in self.named_parameters()], self._trainer)
 
     def _distill(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the student's training step, see its logits on the way, and add what they should have been to its loss."""
