@@ -224,6 +224,9 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, CompressionCallback):
             callback.structure_changed(pl_module, change)
+    told = getattr(pl_module, "structure_changed", None)
+    if callable(told):  # a DistillationModule, whose adapters follow the student's channels
+        told(change)
 
 
 def timeline_of(trainer: L.Trainer) -> Timeline:

@@ -21,6 +21,7 @@ RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
         ("idle_overhead", "1.01", "weights after 16 steps with idle callbacks and without: bit-identical"),
         ("qat_step", "1.5", "ResNet-8 w16, float: p50"),
         ("pruning_step", "1.03", "global mask update of 1 M weights"),
+        ("distill_step", "1.02", "online step / (cross-entropy step + the teacher's forward)"),
     ],
 )
 def test_benchmark(script, target, says):
@@ -80,3 +81,21 @@ def test_the_interval_is_students():
     assert mean == pytest.approx(7 / 3)
     low, high = scipy.stats.t.interval(0.95, 2, loc=mean, scale=scipy.stats.sem([1.0, 2.0, 4.0]))
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_distill_fashion():
+    """Each loss is trained once; the last line says whether the best beats cross-entropy."""
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.distill_fashion", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    for row in ("KD", "DKD", "DIST", "KD, standardized", "hint", "attention"):
+        assert any(line.startswith(f"| {row} | 1 |") for line in lines), row
+    assert re.fullmatch(
+        r".+ - cross-entropy: .+ points \(target: above 0 beyond the interval, (reached|missed)\)", lines[-1]
+    )

@@ -1,8 +1,11 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,3 +28,23 @@ def test_bring_your_own(tmp_path):
     rows = {row["name"]: row for row in json.loads((bundle / "report.json").read_text())["rows"]}
     assert rows["teacher"]["parameters"] > rows["student int8"]["parameters"]
     assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["bring_your_own", "bring_your_own.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("distill_features", r"distilled: \d+\.\d% of 256 held-out images, 5,142 parameters"),
+        ("distill_itself", r"its average: \d+\.\d% of 256 held-out images"),
+    ],
+)
+def test_distillation(name, says, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lightning_accel", "-m", f"examples.{name}", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(says, process.stdout)

@@ -1,11 +1,13 @@
 """Where student and teacher features differ in channels: a trained 1x1 layer between them, which never ships."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.inputs import isolated_random
+from lightning_accel.rebinding import kept_slice, resize_
 
 _CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -15,7 +17,7 @@ def channels_of(feature: Tensor) -> int:
     return feature.shape[1 if feature.ndim in _CONVOLUTIONS else -1]
 
 
-def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
+def make_adapter(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A linear map from student channels to teacher channels, position by position.
 
     The global random generators go on as if nothing had been drawn, so that adapters change nothing else in a run.
@@ -23,9 +25,10 @@ def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
     Args:
         student: a feature ``(N, C, H, W)``, ``(N, T, D)`` or ``(N, D)``; gives device and number of channels.
         teacher: a feature with as many dimensions.
+        dtype: of the student's parameters; under autocast features have another.
 
     Returns:
-        ``nn.Conv2d`` with 1x1 kernels or ``nn.Linear``, in float32.
+        ``nn.Conv2d`` with 1x1 kernels or ``nn.Linear``.
 
     Raises:
         ValueError: numbers of dimensions differ.
@@ -39,7 +42,7 @@ def make_adapter(student: Tensor, teacher: Tensor) -> nn.Module:
     with isolated_random(), torch.inference_mode(False):
         convolution = _CONVOLUTIONS.get(student.ndim)
         adapter = nn.Linear(*channels) if convolution is None else convolution(*channels, 1)
-    return adapter.to(student.device)
+    return adapter.to(student.device, dtype)
 
 
 def takes(adapter: nn.Module) -> int:
@@ -47,24 +50,53 @@ def takes(adapter: nn.Module) -> int:
     return adapter.weight.shape[1]  # type: ignore[return-value, index]
 
 
-def keep_channels_(adapter: nn.Module, channels: Iterable[int]) -> None:
-    """Follow a student that lost channels: what the adapter has learned about the remaining ones stays.
+def keep_channels_(
+    adapter: nn.Module, channels: Sequence[int], optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> None:
+    """Follow a student that lost channels: what the adapter and its optimizer have learned about the others stays.
 
     Args:
-        adapter: made by :func:`make_adapter`; changed in place. Its weight becomes a new parameter.
+        adapter: made by :func:`make_adapter`; changed in place, its weight stays the same parameter.
         channels: indices of the channels that the student kept, in their order.
+        optimizers: whose state for the weight is cut alike.
 
     Raises:
         ValueError: an index that the adapter doesn't have.
     """
-    index = torch.as_tensor(list(channels), dtype=torch.long)
-    if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= takes(adapter):
-        raise ValueError(f"Argument `channels` must lie in [0, {takes(adapter)}), but got {index.tolist()}.")
-    weight: Tensor = adapter.weight  # type: ignore[assignment]
-    adapter.weight = nn.Parameter(weight.detach()[:, index.to(weight.device)].clone())
+    weight: nn.Parameter = adapter.weight  # type: ignore[assignment]
+    kept = list(channels)
+    if not kept or min(kept) < 0 or max(kept) >= takes(adapter):
+        raise ValueError(f"Argument `channels` must lie in [0, {takes(adapter)}), but got {kept}.")
+    cuts = [(1, takes(adapter), kept)]
+    for optimizer in optimizers:
+        state = optimizer.state.get(weight, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[key] = kept_slice(value, cuts)
+    resize_(weight, kept_slice(weight.data, cuts))
     for name in ("in_channels", "in_features"):
         if hasattr(adapter, name):
-            setattr(adapter, name, len(index))
+            setattr(adapter, name, len(kept))
+
+
+def kept_channels(layer: str, channels: int, resized: Mapping[str, Sequence[Sequence[Any]]]) -> list[int] | None:
+    """Which output channels of a layer stayed when parameters were resized.
+
+    Args:
+        layer: path of the layer; its own parameters tell, or those of the last layer inside of it that has as many channels.
+        channels: that it had.
+        resized: by parameter name, ``[dimension, size before, kept indices]``; see :func:`lightning_accel.structure.resized`.
+
+    Returns:
+        Indices; ``None`` if there is no telling.
+
+    Example:
+        >>> kept_channels("body.0", 3, {"body.0.conv.weight": [[0, 3, [0, 2]]], "head.weight": [[1, 3, [0, 2]]]})
+        [0, 2]
+    """
+    inside = [cuts for name, cuts in resized.items() if name.startswith(f"{layer}.")]
+    found = [list(kept) for cuts in inside for dim, size, kept in cuts if dim == 0 and size == channels]
+    return found[-1] if found else None
 
 
 def replace_parameters_(

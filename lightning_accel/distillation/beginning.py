@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.distillation import Distillation, Signals, selection_of, share_
+from lightning_accel.distillation.distillation import Distillation, Signals, dtype_of, share_
 from lightning_accel.distillation.graph_layers import layer_node, without_graphs
 from lightning_accel.distillation.layers import recorded, split_path
 from lightning_accel.distillation.recording import resolve
@@ -48,11 +48,6 @@ def as_teacher(teacher: Any) -> nn.Module:
     )
 
 
-def find_ema(teacher: nn.Module) -> EMATeacher | None:
-    """The student's average in a teacher, if it is one."""
-    return next((m for m in teacher.modules() if isinstance(m, EMATeacher)), None)
-
-
 def outputs_path(outputs: Any) -> str | None:
     """The path of the module or method in ``outputs``; ``None`` for the student itself."""
     return (split_path(outputs, "outputs")[0] or None) if isinstance(outputs, str) else None
@@ -76,7 +71,7 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     """
     path = outputs_path(distillation.outputs)
     owner, method = resolve(module, path)
-    ema = find_ema(distillation.teacher)
+    ema = distillation.ema
     if ema is not None:
         name = next((n for n, m in module.named_modules() if m is owner), "")
         ema.begin_(cast(nn.Module, module.student), name, method)
@@ -84,10 +79,11 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     _check_graphs(module, distillation)
     if distillation.student_layers():
         with isolated_random():
-            batch = module._on_before_batch_transfer(_few(first_batch(module.trainer)))
+            batch = module.trainer.precision_plugin.convert_input(_few(first_batch(module.trainer)))
+            batch = module._on_before_batch_transfer(batch)
             batch = module.trainer.strategy.batch_to_device(batch)
         student_signals, teacher_signals = probe(module, distillation, call_of(module, path, batch, inputs))
-        distillation.build_adapters(student_signals, teacher_signals)
+        distillation.build_adapters(student_signals, teacher_signals, dtype_of(module))
         with torch.no_grad():  # a loss that can't take these shapes says so now
             distillation.losses(student_signals, teacher_signals, batch)
         share_(distillation.adapters, module.trainer)
@@ -137,12 +133,6 @@ def probe(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Si
         return distillation.student_signals(found, output), distillation.teach(*call)
 
 
-def student_call(module: nn.Module, distillation: Distillation, batch: Any, inputs: Callable | None) -> Call:
-    """How the teacher is called for a batch: as the student is where its logits are seen."""
-    path = outputs_path(distillation.outputs)
-    return call_of(module, path, batch, inputs)
-
-
 def _few(batch: Any) -> Any:
     """Three samples of a batch: shapes don't ask for more."""
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
@@ -190,6 +180,3 @@ def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:
         if "ema" not in state:
             raise ValueError("Argument `ckpt_path` must hold the average of an EMATeacher, but got one without.")
         ema.network.load_state_dict(state["ema"])
-
-
-__all__ = ["as_teacher", "begin", "find_ema", "find_pairs", "outputs_path", "probe", "selection_of", "student_call"]

@@ -1,6 +1,6 @@
 """All that a DistillationModule has beside its student. No Module, so that nothing in it gets registered."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +9,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_accel import structure
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
+    kept_channels,
     make_adapter,
     replace_parameters_,
     takes,
@@ -23,8 +25,8 @@ from lightning_accel.distillation.recording import find_logits
 from lightning_accel.distillation.rows import check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
 from lightning_accel.distillation.teacher import network_of
+from lightning_accel.distillation.teachers import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
-from lightning_accel.distillation.wants import required, wants
 
 LOGITS = ""
 Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
@@ -64,7 +66,11 @@ class Distillation:
     pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> layers, once networks are known
     adapters: dict[str, nn.Module] = field(default_factory=dict, kw_only=True)
     restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
+    ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
     index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
+
+    def __post_init__(self) -> None:
+        self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
 
     def modules(self) -> Iterator[nn.Module]:
         """What has to follow the student from device to device."""
@@ -125,7 +131,7 @@ class Distillation:
         masked = False
         parts: dict[str, Tensor] = {}
         for term in self.terms:
-            asked, values = wants(term.loss), []
+            asked, values = term.wants, []
             for pair in self.pairs[term.name]:
                 ours, theirs = student[pair.student or LOGITS], teacher[pair.teacher or LOGITS]
                 if pair.key in self.adapters:
@@ -136,7 +142,7 @@ class Distillation:
                 if mask is not None and fits(mask, ours):
                     others["mask"] = mask
                     masked = masked or "mask" in asked
-                if target is None and "target" in required(term.loss):
+                if target is None and "target" in term.requires:
                     raise ValueError(
                         f"Argument `target` must say where the target is in a batch for the loss {term.name!r}, but got None, "
                         f'and a {type(batch).__name__} has none under a usual name. Give `target="labels"`, an index or a callable.'
@@ -155,7 +161,7 @@ class Distillation:
         total = sum((float(term.weight) * parts[term.name] for term in self.terms), start=torch.zeros(()))
         return total, parts
 
-    def build_adapters(self, student: Signals, teacher: Signals) -> None:
+    def build_adapters(self, student: Signals, teacher: Signals, dtype: torch.dtype) -> None:
         """Make the adapters that are missing; those that fit stay."""
         for term in self.terms:
             for pair in self.pairs[term.name]:
@@ -166,9 +172,9 @@ class Distillation:
                 if present is not None and takes(present) == channels_of(ours):
                     continue
                 if ours.ndim != theirs.ndim or channels_of(ours) != channels_of(theirs):
-                    self.adapters[pair.key] = make_adapter(ours, theirs)
+                    self.adapters[pair.key] = make_adapter(ours, theirs, dtype)
 
-    def follow(self, student: Signals, teacher: Signals, trainer: L.Trainer | None) -> list[str]:
+    def follow(self, student: Signals, teacher: Signals, dtype: torch.dtype, trainer: L.Trainer | None) -> list[str]:
         """Make the adapters of layers anew that have changed their number of channels; their names."""
         stale = {
             pair.key: self.adapters.pop(pair.key)
@@ -178,28 +184,41 @@ class Distillation:
             and takes(self.adapters[pair.key]) != channels_of(student[pair.student or LOGITS])
         }
         grown = len(self.adapters)
-        self.build_adapters(student, teacher)
+        self.build_adapters(student, teacher, dtype)
         if (stale or len(self.adapters) > grown) and trainer is not None:
             new = [p for key in self.adapters for p in self.adapters[key].parameters()]
             replace_parameters_(trainer.optimizers[0], [p for a in stale.values() for p in a.parameters()], new)
             share_(self.adapters, trainer)
         return list(stale)
 
-    def keep_channels(self, layer: str, channels: list[int], trainer: L.Trainer | None = None) -> None:
-        """Follow a student whose layer lost channels: slice its adapters, so that what they learned stays."""
-        for pairs in self.pairs.values():
-            for pair in pairs:
-                if pair.student == layer and pair.key in self.adapters:
-                    adapter = self.adapters[pair.key]
-                    old = list(adapter.parameters())
-                    keep_channels_(adapter, channels)
-                    if trainer is not None:
-                        replace_parameters_(trainer.optimizers[0], old[:1], list(adapter.parameters()))
+    def change(self, change: structure.Change, order: Sequence[str], trainer: L.Trainer | None) -> None:
+        """Follow a student whose parameters were resized: adapters and an average lose what the student lost.
+
+        Args:
+            change: what was made.
+            order: names of the student's parameters, in its order.
+            trainer: whose optimizers keep state of the adapters.
+        """
+        resized = structure.resized(change)
+        resized = {name: resized[name] for name in order if name in resized}
+        for pair in (pair for pairs in self.pairs.values() for pair in pairs if pair.key in self.adapters):
+            adapter = self.adapters[pair.key]
+            layer, _ = split_path(pair.student or "", "student_layer")
+            kept = kept_channels(layer, takes(adapter), resized) if layer else None
+            if kept is not None:
+                keep_channels_(adapter, kept, trainer.optimizers if trainer is not None else ())
+        if self.ema is not None and resized:
+            self.ema.change_(change)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         other = copy(self)  # averaged models copy the student: one teacher is enough
         other.in_charge = False
         return other
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of a network's parameters."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:

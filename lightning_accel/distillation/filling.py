@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_accel.distillation.beginning import student_call
+from lightning_accel.distillation.beginning import call_of, outputs_path
 from lightning_accel.distillation.cache import Signals
 from lightning_accel.distillation.distillation import Distillation
 from lightning_accel.distillation.indexed import IndexedBatch, IndexedDataset, in_order
@@ -73,4 +73,4 @@ def _ask(
     batch = module._on_before_batch_transfer(batch)
     batch = trainer.strategy.batch_to_device(batch)
     with trainer.precision_plugin.forward_context():
-        return distillation.teach(*student_call(module, distillation, batch, inputs))
+        return distillation.teach(*call_of(module, outputs_path(distillation.outputs), batch, inputs))

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_accel.compression import check_strategy
-from lightning_accel.distillation.beginning import as_teacher, begin, find_ema, find_pairs, outputs_path
+from lightning_accel.distillation.beginning import as_teacher, begin, find_pairs, outputs_path
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.distillation import Distillation
+from lightning_accel.distillation.distillation import Distillation, dtype_of
 from lightning_accel.distillation.filling import fill
 from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
 from lightning_accel.distillation.hparams import keep_own_hparams_
@@ -28,6 +28,7 @@ from lightning_accel.distillation.state import average_gradients_, load_state, s
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
 from lightning_accel.distillation.terms import LossTerm, make_terms
+from lightning_accel.structure import Change
 
 
 class _SharesStudent(L.LightningModule):
@@ -163,16 +164,13 @@ class DistillationModule(_SharesStudent):
         """The trained layers between student and teacher features, by loss and layers. They never ship."""
         return dict(self._distillation.adapters)
 
-    def structure_changed(self, layer: str, channels: list[int]) -> None:
-        """Tell that a layer of the student lost channels, so that its adapters keep what they learned about the others.
-
-        Without being told, adapters of a layer with another number of channels are made anew.
+    def structure_changed(self, change: Change) -> None:
+        """Called when channels have left the student: adapters and an averaged teacher keep what they know of the others.
 
         Args:
-            layer: path of the layer, as in ``student_layer``.
-            channels: indices of the channels that it kept, in their order.
+            change: what was made; see :func:`lightning_accel.structure.resized`.
         """
-        self._distillation.keep_channels(layer, channels, self._trainer)
+        self._distillation.change(change, [name for name, _ in self.named_parameters()], self._trainer)
 
     def _distill(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the student's training step, see its logits on the way, and add what they should have been to its loss."""
@@ -191,7 +189,7 @@ class DistillationModule(_SharesStudent):
                     f"Argument `{argument}` must name a call made with gradients, but {path or distillation.outputs or 'forward'!r} "
                     "was called without. Name the submodule or method that computes it in training_step."
                 )
-        for key in distillation.follow(student, teacher, self._trainer):
+        for key in distillation.follow(student, teacher, dtype_of(self), self._trainer):
             rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is made anew.")
         batch = args[0] if args else next(iter(kwargs.values()), None)
         loss, parts = distillation.losses(student, teacher, batch)
@@ -252,7 +250,7 @@ class DistillationModule(_SharesStudent):
         self._distillation.index = None  # the cache is of the training data
         with without_graphs(self) if self._distillation.student_layers() else nullcontext():
             result, _, (student, teacher) = self._observe(step, args, kwargs)
-        self._distillation.build_adapters(student, teacher)
+        self._distillation.build_adapters(student, teacher, dtype_of(self))
         loss, _ = self._distillation.losses(student, teacher, args[0] if args else next(iter(kwargs.values())))
         self.log(f"{stage}_distillation_loss", loss)
         return result
@@ -304,9 +302,8 @@ class DistillationModule(_SharesStudent):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The student's ``optimizer_step``; an averaged teacher follows."""
         super().optimizer_step(*args, **kwargs)
-        teacher = find_ema(self._distillation.teacher)
-        if teacher is not None:
-            teacher.update_(self._student, self.trainer.global_step)
+        if self._distillation.ema is not None:
+            self._distillation.ema.update_(self._student, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The student's ``on_save_checkpoint``; adapters and an averaged teacher go into an entry of their own."""

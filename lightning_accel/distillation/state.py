@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.distillation.beginning import find_ema
 from lightning_accel.distillation.distillation import Distillation
 from lightning_accel.structure import CHECKPOINT_KEY
 
@@ -28,7 +27,7 @@ def save_state(distillation: Distillation, checkpoint: dict[str, Any], *, gradie
         state["gradients"] = {
             key: [p.grad for p in adapter.parameters()] for key, adapter in distillation.adapters.items()
         }
-    ema = find_ema(distillation.teacher)
+    ema = distillation.ema
     if ema is not None and ema.network is not None:
         state["ema"] = ema.network.state_dict()
     if state:

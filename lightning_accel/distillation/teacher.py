@@ -17,7 +17,7 @@ class Teacher(nn.Module):
     Inputs are brought there and outputs back. Layers are named as in ``network``.
 
     Args:
-        network: the teacher.
+        network: the teacher; converted in place.
         device: where it computes, e.g. ``"cuda:1"``; ``None``: where the student does.
         precision: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of its weights and of what it computes, whatever the
             Trainer's; ``None``: as the student.

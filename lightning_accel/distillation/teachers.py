@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel import structure
 from lightning_accel.distillation.graph_layers import without_graphs
 from lightning_accel.distillation.layers import select, split_path
 from lightning_accel.engines.base import Runner, load_runner
@@ -187,6 +188,11 @@ class EMATeacher(nn.Module):
         if self.network is None:
             raise RuntimeError("An EMATeacher exists only in `fit`: it is made of the student when training begins.")
         return getattr(self.network, self._method)(*args, **kwargs)
+
+    def change_(self, change: structure.Change) -> None:
+        """Lose the channels that the student has lost; an average of a part of it starts anew at the next step."""
+        if self.network is not None and not self._path:
+            structure.apply(self.network, change)
 
     @torch.no_grad()
     def update_(self, student: nn.Module, step: int) -> None:

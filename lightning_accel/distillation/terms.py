@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_accel.distillation.layers import expand, split_path
 from lightning_accel.distillation.rows import check_positive
 from lightning_accel.distillation.scheduled import Number, Scheduled
+from lightning_accel.distillation.wants import required, wants
 
 Layer = str | list[str] | None
 
@@ -87,6 +88,7 @@ class LossTerm:
                 f"Argument `student_layer` must name a layer for the loss {loss!r}, but got None. "
                 f'Give it: `LossTerm("{loss}", student_layer="layer3", teacher_layer="layer3")`.'
             )
+        self.wants, self.requires = wants(self.loss), required(self.loss)
         self.weight = weight
         self.student_layer = student_layer
         self.teacher_layer = student_layer if teacher_layer is None else teacher_layer

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import DistillationModule, ExactResume, HintLoss, LossTerm, QuantizationAwareTraining
+from lightning_accel import (
+    ChannelPruning,
+    DistillationModule,
+    EMATeacher,
+    ExactResume,
+    HintLoss,
+    LossTerm,
+    QuantizationAwareTraining,
+)
 from lightning_accel.distillation.adapters import keep_channels_, make_adapter, replace_parameters_
 from lightning_accel.distillation.layers import expand, select, split_path
 from tests.models import Classifier, Residual, loader
@@ -337,11 +345,20 @@ def test_an_adapter_follows_lost_channels():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6, 4, 4), torch.randn(2, 5, 4, 4)
     adapter = make_adapter(student, teacher)
-    kept = [0, 2, 3, 5]
+    optimizer = torch.optim.SGD(adapter.parameters(), 0.1, momentum=0.9)
+    adapter(student).sum().backward()
+    optimizer.step()
+    momentum = optimizer.state[adapter.weight]["momentum_buffer"]
+    kept, weight = [0, 2, 3, 5], adapter.weight
     student[:, [1, 4]] = 0
     before = adapter(student)
-    keep_channels_(adapter, kept)
+    keep_channels_(adapter, kept, [optimizer])
     torch.testing.assert_close(adapter(student[:, kept]), before)
+    assert adapter.weight is weight
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum[:, kept])
+    adapter(student[:, kept]).sum().backward()
+    optimizer.step()
+
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
     old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     replace_parameters_(optimizer, [], [old])
@@ -351,49 +368,58 @@ def test_an_adapter_follows_lost_channels():
     assert not optimizer.state
 
 
-def narrow_(network, kept):
-    """Remove channels between conv1 and the head of a Residual, as channel pruning does."""
-    for conv in (network.conv1, network.conv2):
-        conv.weight = nn.Parameter(conv.weight.detach()[kept])
-        conv.out_channels = len(kept)
-    network.conv2.weight = nn.Parameter(network.conv2.weight.detach()[:, kept])
-    network.conv2.bias = nn.Parameter(network.conv2.bias.detach()[kept])
-    for norm in (network.norm1, network.norm2):
-        norm.weight, norm.bias = (nn.Parameter(t.detach()[kept]) for t in (norm.weight, norm.bias))
-        norm.running_mean, norm.running_var = norm.running_mean[kept], norm.running_var[kept]
-    network.head.weight = nn.Parameter(network.head.weight.detach()[:, kept])
-
-
 @pytest.mark.parametrize("told", [True, False])
 def test_a_student_that_loses_channels_is_distilled_all_the_while(told, trainer):
-    kept = [0, 1, 3, 4, 6, 7]
-    shapes, optimized = [], []
+    """``ChannelPruning`` removes them; where the module isn't told which, its adapter is made anew."""
+    shapes, optimized, before, after = [], [], [], []
 
-    class Prune(L.Callback):
+    class Watch(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 1:
-                old = [id(p) for p in pl_module.parameters()]
-                narrow_(pl_module.net, kept)
-                group = trainer.optimizers[0].param_groups[0]
-                adapters = [p for p in group["params"] if id(p) not in old]
-                group["params"] = [*pl_module.parameters(), *adapters]
-                trainer.optimizers[0].state.clear()
-                if told:
-                    self.before = next(iter(pl_module.adapters.values())).weight.detach()[:, kept]
-                    pl_module.structure_changed("net.norm1", kept)
-                    assert torch.equal(next(iter(pl_module.adapters.values())).weight, self.before)
+            (adapter,) = pl_module.adapters.values()
+            (before if self.first else after).append(
+                (adapter.weight.detach().clone(), pl_module.net.conv1.weight.detach().clone())
+            )
+
+        def __init__(self, first):
+            self.first = first
 
     def note(trainer, pl_module, batch):
         (adapter,) = pl_module.adapters.values()
-        shapes.append(tuple(adapter.weight.shape))
+        shapes.append(tuple(adapter.weight.shape[:2]))
         optimized.append(sum(p is adapter.weight for p in trainer.optimizers[0].param_groups[0]["params"]))
-        assert adapter.weight.grad is not None
         assert adapter.weight.grad.abs().sum() > 0
 
     module = distilled()
-    trainer(Prune(), Each(note), max_epochs=2).fit(module, loader())
-    assert shapes == [(12, 8, 1, 1)] * 8 + [(12, 6, 1, 1)] * 8
+    if not told:
+        module.structure_changed = lambda change: None
+    pruning = ChannelPruning(pruning_ratio=0.25, start=1, end=1)
+    callbacks = [Watch(True), pruning, Watch(False), Each(note)]
+    trainer(*callbacks, max_epochs=2).fit(module, loader())
+    kept = module.net.conv1.out_channels
+    assert kept < 8
+    assert shapes == [(12, 8)] * 8 + [(12, kept)] * 8
     assert set(optimized) == {1}
+    (weight, conv), (sliced, remaining) = before[1], after[1]
+    index = [next(i for i, row in enumerate(conv) if torch.equal(row, other)) for other in remaining]
+    if told:
+        assert torch.equal(sliced, weight[:, index])
+    else:
+        assert torch.equal(sliced, weight)  # until the next step
+
+
+def test_an_average_of_the_student_loses_its_channels(trainer):
+    averages = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            averages.append(pl_module.teacher.network.net.conv1.weight.detach().clone())
+
+    module = DistillationModule(Classifier(), EMATeacher(0.9, warmup=False))
+    trainer(ChannelPruning(pruning_ratio=0.25, start=1, end=1), Watch(), max_epochs=2).fit(module, loader())
+    assert module.net.conv1.out_channels < 8
+    assert averages[8].shape == module.net.conv1.weight.shape
+    assert not torch.equal(averages[8], module.net.conv1.weight)
+    assert module.teacher.network.net.conv1.weight.shape == module.net.conv1.weight.shape
 
 
 @pytest.mark.parametrize("layer", ["net.norm1", "net.conv2", "net.head"])

@@ -1,0 +1,41 @@
+"""Self-distillation: the teacher is the student's own average over steps, so there is no other network to train.
+
+python -m examples.distill_itself [--quick]
+"""
+
+import argparse
+import warnings
+
+import lightning as L
+
+import lightning_accel as la
+from examples.data import Images
+from examples.models import ImageClassifier
+
+
+def main() -> None:
+    """Train one network on labels and on its own average; both can be used afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs, not what it reaches")
+    quick = parser.parse_args().quick
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
+    L.seed_everything(1, verbose=False)
+    images = Images("mnist", train=320 if quick else 4000, held_out=256 if quick else 1000)
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+
+    module = la.DistillationModule(
+        ImageClassifier(depth=8, width=8),
+        la.EMATeacher(decay=0.99),
+        losses=la.StandardizedLoss(),
+        alpha=la.Scheduled(0.0, 0.7, start=0.1, end=0.5),  # an average of next to nothing teaches nothing
+    )
+    trainer = L.Trainer(max_epochs=1 if quick else 6, **settings)
+    trainer.fit(module, images)
+    for name, network in (("student", module.student), ("its average", module.teacher.network)):
+        found = L.Trainer(**settings, enable_progress_bar=False).test(network, images, verbose=False)[0]
+        print(f"{name}: {found['test_accuracy']:.1%} of {len(images.parts[1])} held-out images")
+
+
+if __name__ == "__main__":
+    main()
