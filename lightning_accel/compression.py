@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel import rebinding, structure
+from lightning_accel.layer_plot import log_layers
 from lightning_accel.schedules import Timeline, check_position
 
 _PREFIX = "lightning_accel."
@@ -74,6 +75,14 @@ class CompressionCallback(L.Callback):
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
         """Parameters and MACs of the network once the phase is over, if it changes them."""
         return {}
+
+    def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
+        """What was done, counted on the tensors, for the report: tables by title, values by layer."""
+        return {}
+
+    def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+        """A title and the share of each layer that left, for the loggers' picture; empty if there is nothing to show."""
+        return "", {}
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -141,6 +150,9 @@ class CompressionCallback(L.Callback):
                 f"EarlyStopping must leave the run until the targets are reached, but it stopped in epoch {stopped[0]}, and "
                 f"{'; '.join(missing)}. The checkpoints are safe. Raise its `patience`, or let the phases end earlier."
             )
+        if trainer.is_global_zero:
+            title, shares = self.layer_shares(pl_module)
+            log_layers(trainer.loggers, f"layers/{self.name}", shares, title, trainer.global_step)
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -30,7 +30,6 @@ from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
 from lightning_accel.export.verification import verify
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
-from lightning_accel.pruning.weights import WeightPruning
 from lightning_accel.quantization.callback import QuantizationAwareTraining
 from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.targets import saturates
@@ -383,8 +382,9 @@ def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:
 
 
 def _measured(trainer: L.Trainer, pl_module: L.LightningModule) -> Mapping[str, Any]:
-    return {
-        f"sparsity ({c.name})": c.sparsity_of(pl_module)
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(c, WeightPruning)
-    }
+    tables: dict[str, Any] = {}
+    for callback in _compression(trainer):
+        tables |= callback.measured(pl_module)
+        if callback.worth:
+            tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.worth
+    return tables

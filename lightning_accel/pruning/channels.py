@@ -138,6 +138,24 @@ class ChannelPruning(CompressionCallback):
         return lines
 
     @override
+    def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
+        if self._plan is None:  # a bundle made from a checkpoint, without a run
+            return {}
+        original = self._plan.original
+        sizes = {"parameters": parameter_count(pl_module), "MACs a sample": self._plan.macs(pl_module)}
+        before = {"parameters": original["parameters"], "MACs a sample": original["macs"]}
+        rows = {"all": ", ".join(f"{before[what]:,} -> {size:,} {what}" for what, size in sizes.items())}
+        for group in self._plan.groups:
+            text = f"{group.original * group.width} -> {group.units * group.width}"
+            rows |= dict.fromkeys(group.layers, f"kept: {group.kept}" if group.kept else text)
+        return {f"channels ({self.name})": rows}
+
+    @override
+    def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+        groups = self._plan.groups if self._plan is not None else []
+        return "share of channels that left", {n: 1 - g.units / g.original for g in groups for n in g.layers}
+
+    @override
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
         return self._plan.foresee(pl_module)[1] if self._plan is not None else {}
 

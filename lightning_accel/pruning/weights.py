@@ -230,6 +230,14 @@ class WeightPruning(CompressionCallback):
         return {n: measured_sparsity([w]) for n, w in weights.items()} | {"all": measured_sparsity(weights.values())}
 
     @override
+    def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
+        return {f"sparsity ({self.name})": self.sparsity_of(pl_module)}
+
+    @override
+    def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+        return "share of zeros", self.sparsity_of(pl_module)
+
+    @override
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
         cuts = resized(change)
         self._importance = {name: kept_slice(score, cuts.get(name, ())) for name, score in self._importance.items()}

@@ -1,0 +1,70 @@
+"""A share for each layer as a picture, in every logger that shows pictures."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+_BAR, _REST = "#0072b2", "#dddddd"
+
+
+def draw_layers(shares: Mapping[str, float], title: str) -> Any:
+    """Draw a bar for each layer.
+
+    Args:
+        shares: share in [0, 1] by layer; the first is at the top.
+        title: what the shares are of.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
+    Raises:
+        ModuleNotFoundError: matplotlib isn't installed.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(shares)
+    figure = Figure(figsize=(7, 1 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(names, [1.0] * len(names), color=_REST)
+    axes.barh(names, list(shares.values()), color=_BAR)
+    for row, share in enumerate(shares.values()):
+        axes.text(min(share, 0.9) + 0.01, row, f"{share:.0%}", va="center", fontsize=8)
+    axes.set(xlim=(0, 1), title=title)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float], title: str, step: int) -> None:
+    """Show the shares in W&B and TensorBoard; other loggers have the scalars alone.
+
+    Args:
+        loggers: of the trainer, not finalized yet.
+        key: name of the picture.
+        shares: share in [0, 1] by layer.
+        title: what the shares are of.
+        step: optimizer step.
+    """
+    showing = [logger for logger in loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
+    if not showing or not shares:
+        return
+    try:
+        figure = draw_layers(shares, title)
+    except ModuleNotFoundError:
+        rank_zero_info(
+            f'No picture of `{key}` is logged: matplotlib isn\'t installed (pip install "lightning-accel[report]").'
+        )
+        return
+    for logger in showing:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(key, figure, step)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "layers.png"
+                figure.savefig(file)
+                logger.log_image(key, [str(file)])
