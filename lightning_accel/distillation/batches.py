@@ -8,7 +8,7 @@ from torch import Tensor
 Where = Callable[[Any], Tensor] | str | int | None
 
 _TARGETS = ("labels", "label", "target", "targets", "y")
-_MASKS = ("attention_mask", "mask")
+_MASKS = ("attention_mask",)  # a plain "mask" may be what a segmentation is to find
 
 
 def find(batch: Any, where: Where, argument: str) -> Tensor | None:

@@ -31,9 +31,12 @@ class IndexedDataset:
         return int(index), self.dataset[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("dataset", "__getitems__") or name.startswith("__"):  # while unpickled; fetched one by one
+        if name == "dataset" or (name.startswith("__") and name != "__getitems__"):  # while being unpickled
             raise AttributeError(name)
-        return getattr(self.dataset, name)
+        found = getattr(self.dataset, name)
+        if name != "__getitems__":
+            return found
+        return lambda indices: list(zip(map(int, indices), found(indices), strict=True))  # a batch in one go
 
 
 class _Collate:

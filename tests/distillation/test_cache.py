@@ -408,6 +408,24 @@ def test_an_indexed_loader_is_the_loader(tmp_path):
         _ = dataset.nothing
 
 
+class AtOnce(TensorDataset):
+    """Fetches the samples of a batch in one go, as data sets of Hugging Face do."""
+
+    fetched = 0
+
+    def __getitems__(self, indices):
+        self.fetched += 1
+        return [self[i] for i in indices]
+
+
+def test_a_data_set_that_fetches_batches_still_does():
+    dataset = AtOnce(*images().tensors)
+    batches = list(index_loader(DataLoader(dataset, 8)))
+    assert dataset.fetched == 8
+    assert torch.equal(torch.cat([index for _, index in batches]), torch.arange(64))
+    assert torch.equal(torch.cat([x for (x, _), _ in batches]), dataset.tensors[0])
+
+
 # --- two processes
 
 DDP = """

@@ -159,6 +159,7 @@ def test_where_targets_and_masks_are_found():
     assert find(batch, None, "target") is batch["labels"]
     assert find(batch, None, "mask") is batch["attention_mask"]
     assert find((batch["labels"],), None, "target") is None
+    assert find({"mask": batch["labels"]}, None, "mask") is None  # may be a segmentation's target
     assert find((1, torch.zeros(2)), None, "target") is None
     assert find(batch, "labels", "target") is batch["labels"]
     mask = torch.ones(2, 5)
