@@ -139,7 +139,13 @@ def test_overlays_compose_with_each_other_and_with_the_command_line(capsys, monk
 
 @pytest.mark.parametrize(
     ("name", "required"),
-    [("WeightPruning", {"sparsity": 0.5}), ("ChannelPruning", {"pruning_ratio": 0.5}), ("QuantizationAwareTraining", {}), ("ModelExport", {}), ("ExactResume", {})],
+    [
+        ("WeightPruning", {"sparsity": 0.5}),
+        ("ChannelPruning", {"pruning_ratio": 0.5}),
+        ("QuantizationAwareTraining", {}),
+        ("ModelExport", {}),
+        ("ExactResume", {}),
+    ],
 )
 def test_defaults_are_plain_values_that_survive_being_printed_and_read(capsys, tmp_path, name, required):
     parameters = inspect.signature(getattr(la, name)).parameters.values()

@@ -91,7 +91,17 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, module, code, extra
 # --- imports go one way: engines <- benchmarking, and structure <- pruning, distillation, quantization <- export <- cli
 
 ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "export")
-SHARED = {"schedules", "rebinding", "structure", "compression", "call_shapes", "inputs", "globs", "extras"}
+SHARED = {
+    "schedules",
+    "layer_plot",
+    "rebinding",
+    "structure",
+    "compression",
+    "call_shapes",
+    "inputs",
+    "globs",
+    "extras",
+}
 MAY_IMPORT = {
     "engines": {"extras"},
     "benchmarking": {"engines", "extras"},

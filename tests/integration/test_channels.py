@@ -155,11 +155,12 @@ def test_best_from_before_the_removal_is_refused(trainer, tmp_path):
             self.log("score", float(self.current_epoch == 0))
 
     best = ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
-    calls = [la.ChannelPruning(0.5, start=1, end=1), la.ModelExport(tmp_path / "b", ckpt="best"), best]
+    calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt="best"), best]
     with pytest.raises(
         RuntimeError, match=r"must have reached its targets .*has gone 0% of the way to pruning ratio 0.5"
     ):
-        trainer(*calls, max_epochs=3, enable_checkpointing=True).fit(First(), *data())
+        # The only validation comes before the removal.
+        trainer(*calls, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=2).fit(First(), *data())
 
 
 DDP = """

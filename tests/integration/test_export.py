@@ -102,27 +102,28 @@ def test_best_checkpoint_only_if_it_was_compressed(trainer, tmp_path):
         def on_validation_epoch_end(self, trainer, pl_module):
             pl_module.log("score", float(trainer.current_epoch == self.best))
 
-    def run(best, folder):
+    def run(best, folder, start=1, **kwargs):
         checkpoint = ModelCheckpoint(tmp_path / folder, monitor="score", mode="max")
         export = la.ModelExport(tmp_path / folder / "bundle", ckpt="best")
         callbacks = [
             la.WeightPruning(0.5, end=1),
-            la.QuantizationAwareTraining("portable", start=1),
+            la.QuantizationAwareTraining("portable", start=start),
             export,
             checkpoint,
             Score(best),
         ]
         module = Classifier()
-        trainer(*callbacks, max_epochs=4, enable_checkpointing=True).fit(module, loader(), val())
+        trainer(*callbacks, enable_checkpointing=True, **{"max_epochs": 4, **kwargs}).fit(module, loader(), val())
         return module, checkpoint.best_model_path
 
     with pytest.raises(
         RuntimeError,
-        match=r"must have reached its targets .* \(epoch 0\) .*hasn't trained with fake-quant",
+        match=r"must have reached its targets .* \(epoch 1\) .*hasn't trained with fake-quant",
     ):
-        run(0, "dense")
+        run(1, "dense", start=2, max_epochs=3, check_val_every_n_epoch=2)  # no validation after the targets are reached
     assert not (tmp_path / "dense" / "bundle").exists()
-    module, best = run(2, "late")
+    module, best = run(0, "late")  # the dense epoch 0 scores best, and is no rival
+    assert "epoch=0" not in best
     saved = torch.load(best, weights_only=True)["state_dict"]
     assert all(torch.equal(v, saved[k]) for k, v in module.state_dict().items())
     assert (tmp_path / "late" / "bundle" / "manifest.json").exists()
