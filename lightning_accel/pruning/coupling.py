@@ -103,7 +103,13 @@ def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor
         warnings.simplefilter("ignore")  # about operations that it can't follow: the proof tells what that means
         graph = torch_pruning.DependencyGraph()
         outputs = lambda *_: [t for t in forward() if t.grad_fn is not None]  # noqa: E731
-        return graph.build_dependency(module, example_inputs=(), forward_fn=outputs, verbose=False)
+        try:
+            return graph.build_dependency(module, example_inputs=(), forward_fn=outputs, verbose=False)
+        except Exception as error:  # whatever it raises on an operation that it doesn't know
+            raise ValueError(
+                f"Method `forward` must be one that torch-pruning can follow, but got {type(error).__name__}: {error}. Name the "
+                "part that can be with `module`."
+            ) from error
 
 
 def _follow(graph: Any, module: nn.Module, hidden: set[Side]) -> tuple[dict[Side, int], _Sets]:
@@ -116,6 +122,7 @@ def _follow(graph: Any, module: nn.Module, hidden: set[Side]) -> tuple[dict[Side
     seen: dict[int, set[int]] = {}
     work: list[tuple[Any, Any, int, list[int]]] = []
     sets = _Sets()
+    most = max((size for p in module.parameters() for size in p.shape), default=0)  # no layer has more channels
 
     def key_of(node: Any, handler: Any) -> int:
         pruner = graph.get_pruner_of_module(node.module)
@@ -156,11 +163,14 @@ def _follow(graph: Any, module: nn.Module, hidden: set[Side]) -> tuple[dict[Side
             if target in shut:
                 continue
             mapped = [_HybridIndex(idx=channel, root_idx=channel) for channel in channels]
-            for mapping in edge.index_mapping:
-                mapped = mapped if mapping is None else mapping(mapped)
+            try:
+                for mapping in edge.index_mapping:
+                    mapped = mapped if mapping is None else mapping(mapped)
+            except Exception:  # torch-pruning misread the operation; the proof shows whether that matters
+                continue
             new = []
             for item in mapped:
-                if item.root_idx is not None:
+                if item.root_idx is not None and 0 <= item.idx < most:
                     sets.join(sets.number(key, item.root_idx), sets.number(target, item.idx))
                     if item.idx not in seen[target]:
                         seen[target].add(item.idx)

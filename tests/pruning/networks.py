@@ -209,3 +209,15 @@ class Reused(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linear ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.recurrent = nn.Linear(8, 12), nn.LSTM(12, 10, batch_first=True)
+        self.linear, self.head = nn.Linear(10, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.linear(self.recurrent(self.embed(x.flatten(1, 2)))[0][:, -1])))

@@ -122,6 +122,7 @@ CASES = [
         {"conv": (8, 1), "last": (6, 1)},
         {"head": "output", "auxiliary": "forward doesn't run it"},
     ),
+    (nets.Recurrent, X, {"linear": (7, 1)}, {"embed": "the channels of `embed` can't be followed", "head": "output"}),
     (nets.Single, X, {"conv": (8, 1)}, {"head": "output"}),
 ]
 NAMES = [
@@ -137,7 +138,18 @@ NAMES = [
         "qkv unbind",
         "qkv index",
     ),
-    *("fixed reshape", "q, k, v", "torch encoder", "bert", "tied", "fixed channels", "softmax", "reused", "float32"),
+    *(
+        "fixed reshape",
+        "q, k, v",
+        "torch encoder",
+        "bert",
+        "tied",
+        "fixed channels",
+        "softmax",
+        "reused",
+        "recurrent",
+        "float32",
+    ),
 ]
 
 
