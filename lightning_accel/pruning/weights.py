@@ -14,6 +14,7 @@ from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import builds_layers_late
 from lightning_accel.pruning.choice import Choice
 from lightning_accel.pruning.criteria import check_criterion, taylor
+from lightning_accel.pruning.granularity import granularity_of
 from lightning_accel.pruning.masks import (
     apply_masks_,
     check_scope,
@@ -284,6 +285,7 @@ class WeightPruning(CompressionCallback):
             )
         else:
             self._weights = self._of(pl_module)
+        self._check_resizing(trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
                 isinstance(other, WeightPruning)
@@ -294,6 +296,23 @@ class WeightPruning(CompressionCallback):
                     f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
                     "Use globs that don't overlap, or one callback with a dict of targets."
                 )
+
+    def _check_resizing(self, trainer: L.Trainer) -> None:
+        """Units must still fit once another callback has made the tensors smaller."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, CompressionCallback) or not other.resizes:
+                continue
+            who = type(other).__name__
+            if self.rewind is not None:
+                raise ValueError(
+                    f"Argument `rewind` must be None beside {who}, but got {self.rewind}: weights of then have other shapes."
+                )
+            for size in granularity_of(self.granularity).block or ():
+                if other.resizes % size:
+                    raise ValueError(
+                        f"Argument `round_to` of {who} must be a multiple of {size} beside granularity {self.granularity!r}, but got "
+                        f"{other.resizes}: what stays has to divide into units."
+                    )
 
     def _check_zeros(self) -> None:
         """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
@@ -306,9 +325,8 @@ class WeightPruning(CompressionCallback):
                     "weights that begin at zero, or raise it."
                 )
         if self.masks and self._loaded_targets != self.choice.targets:
-            self.reached = min(
-                [1.0, *self._pruned_shares().values()]
-            )  # resumed with other targets: from where the masks are
+            # Resumed with other targets: from where the masks are.
+            self.reached = min([1.0, *self._pruned_shares().values()])
 
     def _pruned_shares(self) -> dict[float, float]:
         """What the masks in force prune, as a fraction of each target."""
@@ -318,7 +336,7 @@ class WeightPruning(CompressionCallback):
     @property
     def _coarse(self) -> bool:
         """Whether masks of whole units may overshoot a target by a part of a unit."""
-        return bool(self.masks) and self.granularity not in ("weight",) and ":" not in self.granularity
+        return bool(self.masks) and self.granularity != "weight" and ":" not in self.granularity
 
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the weights of the start of epoch ``rewind``."""

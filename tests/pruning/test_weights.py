@@ -2,7 +2,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
-from lightning_accel import ExactResume, WeightPruning
+from lightning_accel import ChannelPruning, ExactResume, WeightPruning
 from lightning_accel.pruning.choice import prunable_parameters
 from lightning_accel.pruning.functional import prune_weights_
 from lightning_accel.pruning.masks import measured_sparsity
@@ -258,6 +258,23 @@ def test_rewinding_needs_rounds():
 def test_rewinding_to_later_than_the_start(trainer):
     with pytest.raises(ValueError, match=r"Argument `rewind` must be at or before `start` \(0\), but got 1"):
         trainer(WeightPruning(0.5, rewind=1, every=4)).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize(
+    ("pruning", "says"),
+    [
+        (
+            {"granularity": "2:4"},
+            "`round_to` of ChannelPruning must be a multiple of 4 beside granularity '2:4', but got 2",
+        ),
+        ({"sparsity": 0.5, "rewind": 0, "every": 4}, "`rewind` must be None beside ChannelPruning, but got 0"),
+    ],
+)
+def test_what_would_not_fit_once_channels_have_left(trainer, pruning, says):
+    watch = Watch()
+    with pytest.raises(ValueError, match=says):
+        trainer(ChannelPruning(0.25, end=1, round_to=2), WeightPruning(**pruning), watch).fit(Classifier(), loader())
+    assert watch.seen == []
 
 
 def test_frozen_weights_stay_dense_and_it_is_said(trainer, caplog):
