@@ -28,7 +28,7 @@ import torch
 import lightning_accel as la
 from benchmarks import print_environment
 from benchmarks.prune_fashion import RESULTS as DENSE
-from benchmarks.prune_fashion import SEEDS
+from benchmarks.prune_fashion import SEEDS, fit
 from benchmarks.trials import interval, lines_of, run_trials, table
 from examples.data import FASHION, Images
 from examples.models import ImageClassifier
@@ -44,24 +44,6 @@ def images(settings: Mapping[str, int]) -> Images:
     """The images of all rows."""
     kind = "fashion" if FASHION.is_dir() else "mnist"
     return Images(kind, batch_size=128, train=settings["images"], held_out=settings["test"])
-
-
-def fit(module: L.LightningModule, data: Images, epochs: int, *callbacks: L.Callback) -> float:
-    """Train; accuracy in percent on the test images."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=list(callbacks),
-            default_root_dir=folder,
-        )
-        trainer.fit(module, data)
-        return round(100 * trainer.test(module, data, verbose=False)[0]["test_accuracy"], 3)
 
 
 def teacher(settings: Mapping[str, int]) -> ImageClassifier:

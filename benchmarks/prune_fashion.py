@@ -69,6 +69,24 @@ class OneShot(L.Callback):
             prune.remove(module, name)
 
 
+def fit(module: L.LightningModule, data: Images, epochs: int, *callbacks: L.Callback) -> float:
+    """Train; accuracy in percent on the test images."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=list(callbacks),
+            default_root_dir=folder,
+        )
+        trainer.fit(module, data)
+        return round(100 * trainer.test(module, data, verbose=False)[0]["test_accuracy"], 3)
+
+
 def train(seed: int, how: str, epochs: int, images: int, test: int) -> Mapping[str, float]:
     """One training; accuracy in percent on the test images, and the measured share of zeros."""
     L.seed_everything(seed, verbose=False)
@@ -82,22 +100,9 @@ def train(seed: int, how: str, epochs: int, images: int, test: int) -> Mapping[s
         "Lightning ModelPruning": lambda: [model_pruning(module)],
         "torch.nn.utils.prune": lambda: [OneShot()],
     }[how]()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=callbacks,
-            default_root_dir=folder,
-        )
-        trainer.fit(module, data)
-        accuracy = trainer.test(module, data, verbose=False)[0]["test_accuracy"]
+    accuracy = fit(module, data, epochs, *callbacks)
     zeros = measured_sparsity(p for p in module.parameters() if p.ndim >= 2)
-    return {"accuracy": round(100 * accuracy, 3), "sparsity": round(zeros, 5)}
+    return {"accuracy": accuracy, "sparsity": round(zeros, 5)}
 
 
 def main() -> None:

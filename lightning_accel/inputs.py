@@ -243,13 +243,7 @@ def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
     Raises:
         ValueError: there is no such submodule, or it isn't called exactly once.
     """
-    try:
-        part = module.get_submodule(path)
-    except AttributeError:
-        names = ", ".join(name for name, _ in module.named_children())
-        raise ValueError(
-            f"Argument `module` must be the path of a submodule, but got {path!r}. There are: {names}."
-        ) from None
+    part = find_submodule(module, path)
     seen: list[Call] = []
     handle = part.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     try:
