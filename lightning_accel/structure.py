@@ -168,6 +168,33 @@ class _BeforeRestore:
         return self  # a copied module is not the one that is restored
 
 
+def read_plain(path: str | Path, argument: str) -> Any:
+    """Read what ``torch.save`` wrote, on the CPU and without unpickling foreign code.
+
+    Args:
+        path: the file.
+        argument: whose value the path is, for the messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds more than plain values and tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Argument `{argument}` must be a checkpoint file, but got {str(path)!r}, which does not exist."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise ValueError(
+            f"Argument `{argument}` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
+            "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
+        ) from error
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without unpickling foreign code (``weights_only=True``).
 
@@ -175,20 +202,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or no Lightning checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Argument `ckpt_path` must be a checkpoint file, but got {str(path)!r}, which does not exist."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise ValueError(
-            f"Argument `ckpt_path` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
-            "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
-        ) from error
+    checkpoint = read_plain(path, "ckpt_path")
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
             f"Argument `ckpt_path` must be a Lightning checkpoint with a `state_dict`, but got {str(path)!r} without one."

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_accel.structure import read_plain
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -127,19 +129,7 @@ def load_weights_(teacher: nn.Module, path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds the weights of something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Argument `teacher_checkpoint` must be a checkpoint file, but got {str(path)!r}, which does not exist."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"Argument `teacher_checkpoint` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is "
-            "damaged, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
-        ) from error
+    checkpoint = read_plain(path, "teacher_checkpoint")
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
     expected = {key: value.shape for key, value in teacher.state_dict().items() if isinstance(value, Tensor)}
     wrong = [
