@@ -136,7 +136,7 @@ class CompressionCallback(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or self._counting or trainer.state.fn != "fit" or _unfinished(trainer):
             return
-        for callback in _all_of(trainer):
+        for callback in compression_callbacks(trainer):
             callback._counting = True
         restart_monitors(trainer)
 
@@ -159,13 +159,14 @@ class CompressionCallback(L.Callback):
         structure.save_record(pl_module, checkpoint)
 
 
-def _all_of(trainer: L.Trainer) -> list[CompressionCallback]:
+def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
+    """The run's callbacks that change the network, in the Trainer's order."""
     return [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
 
 
 def _unfinished(trainer: L.Trainer) -> list[str]:
     """What the run's compression callbacks have yet to do."""
-    return [reason for c in _all_of(trainer) if (reason := c.unfinished())]
+    return [reason for c in compression_callbacks(trainer) if (reason := c.unfinished())]
 
 
 def restart_monitors(trainer: L.Trainer) -> None:
@@ -190,7 +191,7 @@ def restart_monitors(trainer: L.Trainer) -> None:
 
 def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], stage: str) -> None:
     """Bring the module to the structure of a checkpoint that is about to be restored."""
-    callbacks = _all_of(trainer)
+    callbacks = compression_callbacks(trainer)
     if stage == "fit":
         known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
         lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]

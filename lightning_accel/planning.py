@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
-from lightning_accel.compression import CompressionCallback, timeline_of
+from lightning_accel.compression import CompressionCallback, compression_callbacks, timeline_of
 from lightning_accel.inputs import has_forward, owner_and_call
 from lightning_accel.pruning.copies import count_macs, parameter_count, skeleton
 from lightning_accel.schedules import Timeline
@@ -136,7 +136,7 @@ class _BeforeTheFirstStep(Callback):
 
 def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     timeline = timeline_of(trainer)
-    callbacks = [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    callbacks = compression_callbacks(trainer)
     rates = _learning_rates(trainer, timeline)
     sizes = {"today": {"parameters": parameter_count(pl_module), **_macs(trainer, pl_module, callbacks)}}
     sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}

@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel import structure
-from lightning_accel.compression import CompressionCallback, check_strategy
+from lightning_accel.compression import check_strategy, compression_callbacks
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
@@ -212,12 +212,12 @@ class ModelExport(L.Callback):
     def _load(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> tuple[list[str], list[str]]:
         """Bring the module to a checkpoint's weights; returns why it isn't finished, and what was done to it when."""
         if ckpt == "last":
-            states = {c.state_key: c.state_dict() for c in _compression(trainer)}
+            states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
             return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
         checkpoint = structure.read_checkpoint(ckpt)
         states = checkpoint.get("callbacks", {})
         reasons = []
-        for callback in _compression(trainer):
+        for callback in compression_callbacks(trainer):
             if callback.state_key not in states:
                 reasons.append(f"{ckpt} holds no state of {type(callback).__name__}({callback.name!r})")
             elif reason := states[callback.state_key].get("unfinished"):
@@ -361,10 +361,6 @@ def _qat(trainer: L.Trainer) -> list[QuantizationAwareTraining]:
     return [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
 
 
-def _compression(trainer: L.Trainer) -> list[CompressionCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
-
-
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
     """The teacher of a DistillationModule: the network one would ship without compression."""
     return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None
@@ -383,7 +379,7 @@ def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:
 
 def _measured(trainer: L.Trainer, pl_module: L.LightningModule) -> Mapping[str, Any]:
     tables: dict[str, Any] = {}
-    for callback in _compression(trainer):
+    for callback in compression_callbacks(trainer):
         tables |= callback.measured(pl_module)
         if callback.worth:
             tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.worth
