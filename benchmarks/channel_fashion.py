@@ -3,7 +3,8 @@
 ResNet-8 w16 on Fashion-MNIST, 20,000 training images and all 10,000 test images. Both rows are distilled by one ResNet-8 w16, trained
 for 8 epochs with a seed of its own and kept in a cache folder under a fingerprint of how it was made:
 
-    ChannelPruning 4x   begins with the teacher's weights; channels leave at the beginnings of epochs 0 to 4 of 8
+    ChannelPruning 4x   begins with the teacher's weights; channels leave at the beginnings of epochs 0 to 4 of 8, down to
+                        multiples of 8: ONNX Runtime computes in blocks of 8 (AVX2) or 16 (AVX-512) channels
     dense small net     ResNet-8 w8, which has a quarter of the MACs by design, from scratch for 16 epochs: the same budget
 
 The change in accuracy is against the `dense` row of `benchmarks.prune_fashion`, trained with the same seeds and images. Latency:
@@ -37,7 +38,7 @@ from lightning_accel.pruning.copies import count_macs
 
 RESULTS = Path(__file__).parent / "results" / "channel_fashion.jsonl"
 CACHE = Path(".cache") / "benchmarks"
-REDUCTION, TEACHER_SEED = 4.0, 10
+REDUCTION, ROUND_TO, TEACHER_SEED = 4.0, 8, 10
 
 
 def images(settings: Mapping[str, int]) -> Images:
@@ -85,9 +86,10 @@ def trial(seed: int, how: str, settings: Mapping[str, int]) -> dict[str, Any]:
     if how == "ChannelPruning 4x":
         student = ImageClassifier(depth=8, width=16, lr=0.05)
         student.load_state_dict(large.state_dict())
-        callbacks = [la.ChannelPruning(macs_reduction=REDUCTION, start=0, end=min(4, epochs - 1))]
+        callbacks = [la.ChannelPruning(macs_reduction=REDUCTION, start=0, end=min(4, epochs - 1), round_to=ROUND_TO)]
     else:
         student, callbacks, epochs = ImageClassifier(depth=8, width=8, lr=0.1), [], 2 * epochs
+    student.to(memory_format=torch.channels_last)  # a quarter less time for the same numbers
     module = la.DistillationModule(student, teacher(settings), alpha=0.7)
     accuracy = fit(module, data, epochs, *callbacks)
     call = ((torch.zeros(1, 1, 28, 28),), {})
