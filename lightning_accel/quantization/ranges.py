@@ -50,6 +50,7 @@ class RangeBank:
         self.keys, self.target, self.method, self.momentum = keys, target, method, momentum
         self.active = False  # fake-quant happens
         self.learning = False  # training forwards are watched
+        self.calibrating = False  # forwards in eval mode are watched too
         self.frozen = False  # ranges are final
         self.norms_frozen = False  # batch norms keep their statistics in training
         self.off: frozenset[str] = frozenset()  # operators that compute in float for now
@@ -111,7 +112,7 @@ class RangeBank:
             training: whether it belongs to a training forward.
             clip: values to clip ``x`` to first, with zero gradient outside: an activation that was taken over.
         """
-        if training and self.learning and self.watches:
+        if (training or self.calibrating) and self.learning and self.watches:
             self._note(index, x.detach(), clip)
         if not self.active:
             return x if clip == _NO_CLIP else x.clamp(*(None if abs(v) == torch.inf else v for v in clip))
