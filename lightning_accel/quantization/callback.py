@@ -119,15 +119,16 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     def _scale_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the rate for the length of a step: schedulers, and whoever logs it, go on with their own."""
-        own: list[float] = []
+        own: list[list[float]] = []  # a subclass whose `step` calls that of its base runs the hooks of both
 
         def before(*_: Any) -> None:
-            own[:] = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * (self.lr_scale if self._placed else 1.0)
+            own.append([group["lr"] for group in optimizer.param_groups])
+            if len(own) == 1 and self._placed:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * self.lr_scale
 
         def after(*_: Any) -> None:
-            for group, lr in zip(optimizer.param_groups, own, strict=True):
+            for group, lr in zip(optimizer.param_groups, own.pop(), strict=True):
                 group["lr"] = lr
 
         if self.lr_scale != 1.0:

@@ -97,7 +97,9 @@ def test_rectifiers_are_part_of_the_fake_quant_in_training_and_the_gradients_are
     learn(module, forward, x)
     graph = forward.graph(True)
     left = [n for n in graph.graph.nodes if n.target is torch.ops.aten.relu.default]
-    assert [n.users.keys() & fakes(graph).keys() for n in left] == [set()]  # dropout reads the last one before it is rounded
+    assert [n.users.keys() & fakes(graph).keys() for n in left] == [
+        set()
+    ]  # dropout reads the last one before it is rounded
     clips = [m.clip for m in fakes(graph).values() if isinstance(m, ActivationFakeQuant)]
     assert clips.count((0.0, torch.inf)) == 2
 

@@ -116,7 +116,7 @@ def test_learned_steps_find_the_range_by_themselves():
     data = torch.randn(4096)
     bank = learned("lsq", 8 * data)  # eight times too wide
     bank.activate()
-    for lr in [0.02] * 200 + [0.002] * 200:
+    for lr in [0.02] * 1000 + [0.002] * 300:
         (bank.quantize(0, data, training=True) - data).square().mean().backward()
         bank.learn_steps(lr)
     mse = learned("mse", data)
