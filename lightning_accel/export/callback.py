@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from lightning_accel import structure
 from lightning_accel.compression import check_strategy, compression_callbacks
-from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
 from lightning_accel.export.evaluate import module_network
@@ -26,8 +25,8 @@ from lightning_accel.export.integers import check_integers
 from lightning_accel.export.logging import log_bundle
 from lightning_accel.export.onnx import export_onnx
 from lightning_accel.export.pipeline import ENGINES, Order, summary, write_bundle
+from lightning_accel.export.proof import prove_file
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
-from lightning_accel.export.verification import verify
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
 from lightning_accel.quantization.callback import QuantizationAwareTraining
@@ -290,17 +289,15 @@ class ModelExport(L.Callback):
                 call = data.first_call(part)
                 export = export_onnx(part, call, Path(folder) / "preflight.onnx")
                 check_integers(export.path, export.trained)
-                samples = data.samples(part, export.input_names, 8)
-                with load_runner(export.path, "onnxruntime", emulate=True) as runner:
-                    verify(
-                        module_network(part, export, call),
-                        runner.run,
-                        samples,
-                        engine="the untrained network's file",
-                        batch_sizes=(1, 8),
-                        tolerance=EMULATED_INT8 if forwards else FLOAT,
-                        check_agreement=False,
-                    ).raise_if_failed()
+                prove_file(
+                    export,
+                    module_network(part, export, call),
+                    data.samples(part, export.input_names, 8),
+                    tolerance=EMULATED_INT8 if forwards else FLOAT,
+                    what="the untrained network's file",
+                    batch_sizes=(1, 8),
+                    check_agreement=False,
+                )
                 if "tensorrt" in self._wanted_engines(trainer):
                     build_engine(export.path, Path(folder) / "preflight.engine")
         finally:
