@@ -104,7 +104,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
                     plain,
                     samples,
                     tolerance=FLOAT,
-                    what="fp32 reference",
+                    what="fp32 reference (as written)",
                     batch_sizes=sizes,
                     repeat=order.command,
                 )

@@ -24,7 +24,7 @@ def prove_file(
     samples: Feeds,
     *,
     tolerance: Tolerance,
-    what: str = "file",
+    what: str = "file (as written)",
     batch_sizes: Sequence[int] = (1, 7, 32),
     repeat: str = "",
     check_agreement: bool = True,
@@ -47,7 +47,7 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    check = _end_to_end(export, network, samples, tolerance, f"{what} (as written)", batch_sizes, check_agreement)
+    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes, check_agreement)
     nodes = check_nodes(export.path, export.program, {name: array[:_FEW] for name, array in samples.items()})
     if nodes.diverging and check.passed:
         check.failures.append("a node computes something else")
