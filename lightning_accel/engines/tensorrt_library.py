@@ -3,9 +3,9 @@
 import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ class EngineInfo:
         bytes: size of the engine file.
         precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"``, ``"bf16"`` or ``"fp32"``, read from the ONNX file.
         gpu: name of the GPU of the machine that built it; ``None`` without one.
+        options: what else the build was asked for: workspace, level, timing cache, sparse weights, compatibility.
+        sparse_layers: names of the nodes whose weights are 2:4 sparse.
+        warnings: what TensorRT warned of, each once.
         ran: whether the engine has been run here. Building does not run it.
     """
 
@@ -46,6 +49,9 @@ class EngineInfo:
     bytes: int
     precision: str
     gpu: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    sparse_layers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     ran: bool = False
 
     @property
@@ -82,7 +88,7 @@ def read_info(path: str | Path) -> EngineInfo:
         record["profile"] = {
             name: tuple(tuple(shape) for shape in shapes) for name, shapes in record["profile"].items()
         }
-        return EngineInfo(**{field.name: record[field.name] for field in fields(EngineInfo)})
+        return EngineInfo(**{entry.name: record[entry.name] for entry in fields(EngineInfo)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}.") from error
 
@@ -108,15 +114,15 @@ def load_library(library: str | None) -> Any:
 
 
 @contextmanager
-def collected_messages(trt: Any) -> Iterator[tuple[Any, list[str]]]:
-    """Give TensorRT's logger and the list that its errors go to while this block runs.
+def collected_messages(trt: Any, warnings: list[str] | None = None) -> Iterator[tuple[Any, list[str]]]:
+    """Give TensorRT's logger and the list that its errors go to while this block runs; warnings go to the list given.
 
     TensorRT returns ``None`` where it fails; the reason reaches only the logger.
     """
     with _LOCK:
         logger = _logger(trt)
         errors: list[str] = []
-        logger.errors = errors
+        logger.errors, logger.warnings = errors, [] if warnings is None else warnings
         yield logger, errors
 
 
@@ -133,9 +139,45 @@ def _logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
 
     return Logger()
+
+
+def progress_monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
+    """TensorRT's monitor of a build that tells ``progress`` the phase and the share of it that is done.
+
+    An exception in ``progress``, a KeyboardInterrupt included, stops the build and is kept in ``stopped_by``.
+    """
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.stopped_by: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = max(steps, 1)
+            self._tell(phase, 0.0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self._tell(phase, min((step + 1) / self.steps.get(phase, 1), 1.0))
+            return self.stopped_by is None
+
+        def phase_finish(self, phase: str) -> None:
+            self._tell(phase, 1.0)
+
+        def _tell(self, phase: str, share: float) -> None:
+            if self.stopped_by is None:
+                try:
+                    progress(phase, share)
+                except BaseException as error:  # it can't pass through TensorRT's own code
+                    self.stopped_by = error
+
+    return Monitor()

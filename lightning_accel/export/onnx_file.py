@@ -1,5 +1,6 @@
 """ONNX files: cleaned of this machine's paths, written whole or not at all, with weights beside them where they are large."""
 
+import ast
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference r
 
 
 def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
-    """Drop stack traces and other notes with paths of this machine; name the dynamic axes; say who wrote the file.
+    """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
 
     Args:
         model: changed in place.
@@ -30,6 +31,8 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         holder.doc_string = ""
     for graph in graphs:
         for node in graph.node:
+            if scope := _scope_of(node):  # engines name their layers after nodes
+                node.name = f"{scope}/{node.name}"
             node.ClearField("metadata_props")
             node.doc_string = ""
     for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
@@ -50,6 +53,15 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
     for key in sorted(metadata):
         value = metadata[key]
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+
+
+def _scope_of(node: onnx.NodeProto) -> str:
+    """Dotted path of the module that a node comes from, as torch's exporter noted it; empty for the network itself."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value)
+            return str(scopes[-2]) if len(scopes) > 1 else ""
+    return ""
 
 
 def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:

@@ -2,14 +2,19 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from lightning_accel.engines import cuda
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.engines.sparsity import sparse_2_to_4
 from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
+from lightning_accel.engines.tensorrt_command import equivalent_command
 from lightning_accel.engines.tensorrt_library import read_info, sidecar_of
 from tests.engines import onnx_models as models
 
@@ -184,3 +189,78 @@ def test_engine_runs_like_onnx_runtime(built):
             np.testing.assert_allclose(runner(x), reference(x), rtol=1e-2, atol=1e-2)  # TF32 is on by default
         with pytest.raises(ValueError, match=r"within the engine's profile"):
             runner(np.zeros((65, 3, 8, 8), np.float32))
+
+
+def sparse_file(path, zeros=2):
+    weight = np.random.default_rng(0).normal(size=(4, 8, 3, 3)).astype(np.float32)
+    weight[:, :zeros] = weight[:, 4 : 4 + zeros] = 0
+    return models.save(
+        path,
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="body.conv/conv0")],
+        [("x", TensorProto.FLOAT, ["n", 8, 8, 8])],
+        [("y", TensorProto.FLOAT, ["n", 4, None, None])],
+        [("w", weight)],
+    )
+
+
+def test_sparse_weights_are_found_and_asked_for(tmp_path):
+    info = build(sparse_file(tmp_path / "s.onnx"))
+    assert (info.sparse_layers, info.options["sparse"]) == (["body.conv/conv0"], True)
+    assert not build(tmp_path / "s.onnx", sparse=False).options["sparse"]
+    dense = sparse_file(tmp_path / "d.onnx", zeros=1)
+    assert not build(dense).options["sparse"]
+    with pytest.raises(
+        ValueError, match=r"Argument `sparse` must be False or None for `d.onnx`, none of whose weights"
+    ):
+        build(dense, sparse=True)
+
+
+def test_2_to_4_goes_along_the_input_channels(tmp_path):
+    rng, x = np.random.default_rng(0), [("x", TensorProto.FLOAT, ["n", 8])]
+    weight = rng.integers(1, 9, size=(8, 8)).astype(np.int8)
+    weight[::2] = 0  # 2 of 4 along the first axis only
+    integers = [("w", weight), ("s", np.float32(1))]
+    for transposed in (0, 1):
+        nodes = [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["d"]),
+            helper.make_node("Gemm", ["x", "d"], ["y"], transB=transposed, name="gemm"),
+        ]
+        path = models.save(tmp_path / "g.onnx", nodes, x, [("y", TensorProto.FLOAT, ["n", 8])], integers)
+        assert sparse_2_to_4(onnx.load(path)) == (([], ["gemm"]) if transposed else (["gemm"], []))
+
+
+def test_progress_is_told_and_stops_the_build(built, tmp_path):
+    told = []
+    build(built[0], tmp_path / "m.engine", progress=lambda phase, share: told.append((phase, share)))
+    assert told
+    assert all(0 <= share <= 1 for _, share in told)
+    assert told[-1][1] == 1.0
+
+    def stop(phase, share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(built[0], tmp_path / "other.engine", progress=stop)
+    assert not (tmp_path / "other.engine").exists()
+
+
+def test_the_same_build_as_a_command(built):
+    path, info = built
+    command = equivalent_command(info, path)
+    assert command.split()[0] == "tensorrt_rtx"
+    assert f"--onnx={path}" in command
+    assert "--minShapes=x:1x3x8x8 --optShapes=x:8x3x8x8 --maxShapes=x:64x3x8x8" in command
+    assert "--builderOptimizationLevel=1" in command
+    options = {"workspace_bytes": 1 << 20, "timing_cache": "t.cache", "sparse": True, "compatibility": "ampere_plus"}
+    standard = replace(info, library="tensorrt", version="10.13.2", options=options)
+    assert equivalent_command(standard, "a b.onnx").startswith("trtexec '--onnx=a b.onnx'")
+    for word in ("--stronglyTyped", "workspace:1048576B", "--timingCacheFile=t.cache", "--sparsity=enable", "=ampere+"):
+        assert word in equivalent_command(standard, path)
+    assert "--stronglyTyped" not in equivalent_command(replace(standard, version="11.0"), path)
+
+
+def test_compatibility_is_checked(built):
+    with pytest.raises(ValueError, match=r"Argument `compatibility` must be None for `tensorrt_rtx`"):
+        build(built[0], compatibility="ampere_plus")
+    with pytest.raises(ValueError, match=r"Argument `compatibility` must be one of \['ampere_plus'"):
+        build(built[0], compatibility="turing")

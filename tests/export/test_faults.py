@@ -1,5 +1,7 @@
 """Whatever goes wrong between a trained network and its file is found, and named."""
 
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -90,17 +92,20 @@ def test_a_fault_in_an_integer_file_is_found_twice(int8_case, fault):
         check_integers(int8_case.export.path, int8_case.export.trained)
 
 
-@pytest.fixture
-def shipped(float_case, tmp_path):
+@pytest.fixture(scope="module")
+def beside(float_case, tmp_path_factory):
     """A bundle of the right file, its weights beside it."""
-    export = export_onnx(float_case.module, inputs(4), tmp_path / "bundle.onnx", largest=1000)
-    folder = tmp_path / "bundle"
+    folder = tmp_path_factory.mktemp("shipped") / "bundle"
     folder.mkdir()
-    for name in ("bundle.onnx", "bundle.onnx.data"):
-        (export.path.parent / name).rename(folder / name)
+    export_onnx(float_case.module, inputs(4), folder / "bundle.onnx", largest=1000)
     onnxruntime = {"engine": "onnxruntime", "file": "bundle.onnx"}
     write_manifest(folder, {"default": onnxruntime, "engines": {"onnxruntime": onnxruntime}})
     return folder
+
+
+@pytest.fixture
+def shipped(beside, tmp_path):
+    return shutil.copytree(beside, tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("how", ["truncated", "missing", "one bit", "empty"])
