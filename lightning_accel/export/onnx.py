@@ -49,6 +49,7 @@ class OnnxExport:
         trained: integers of each quantized part, by module path; empty for a float export.
         result: how the result is nested.
         axes: dynamic axes beyond the batch, ``{input: {axis: name}}``.
+        captured: the graph before the exporter took its operators apart; PyTorch runs it.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class OnnxExport:
     trained: dict[str, TrainedIntegers] = field(repr=False)
     result: ResultShape = field(repr=False)
     axes: Axes = field(default_factory=dict)
+    captured: ExportedProgram | None = field(default=None, repr=False)
 
 
 def export_onnx(
@@ -142,8 +144,8 @@ def export_onnx(
     model = written.model_proto
     onnx_file.clean(model, axes, metadata or {})
     onnx_file.write(model, Path(path), largest)
-    program = written.exported_program or program  # decomposed by the exporter: its names are the file's
-    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), program, trained, results[-1], axes)
+    apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
+    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), apart, trained, results[-1], axes, program)
 
 
 def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
