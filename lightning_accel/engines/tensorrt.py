@@ -148,6 +148,7 @@ def build_engine(
         path=engine_path,
         library=library,
         version=str(trt.__version__),
+        onnx=Path(os.path.relpath(onnx_path, engine_path.parent)).as_posix(),
         onnx_sha256=sha256_of(onnx_path),
         sha256=sha256_of(engine_path),
         profile=shapes,

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.extras import require
 
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
@@ -26,7 +27,8 @@ class EngineInfo:
         path: the engine file. Its record holds only the name, so a bundle can be moved.
         library: ``"tensorrt"`` or ``"tensorrt_rtx"``.
         version: version of the library. An engine runs on exactly that version.
-        onnx_sha256: SHA-256 of the ONNX file it was built from.
+        onnx: the ONNX file it was built from, as seen from the engine.
+        onnx_sha256: SHA-256 of that file.
         sha256: SHA-256 of the engine file.
         profile: smallest, optimal and largest shape of each dynamic input.
         seconds: how long parsing and building took.
@@ -42,6 +44,7 @@ class EngineInfo:
     path: Path
     library: str
     version: str
+    onnx: str
     onnx_sha256: str
     sha256: str
     profile: Profile
@@ -91,6 +94,45 @@ def read_info(path: str | Path) -> EngineInfo:
         return EngineInfo(**{entry.name: record[entry.name] for entry in fields(EngineInfo)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}.") from error
+
+
+def check_source(info: EngineInfo) -> None:
+    """Refuse an engine that is no longer the one of its ONNX file, as far as the file is still where it was.
+
+    Raises:
+        ValueError: it is another file now.
+    """
+    source = info.path.parent / info.onnx
+    if source.is_file() and (found := sha256_of(source)) != info.onnx_sha256:
+        raise ValueError(
+            f"`{info.path.name}` must be built from `{info.onnx}` as it is, but it was built from another version of it (SHA-256 "
+            f"{info.onnx_sha256}, now {found}): build it again with `lightning-accel build`."
+        )
+
+
+def check_machine(info: EngineInfo, version: str, gpu: str | None) -> None:
+    """Refuse an engine that was built for another library or GPU than those at hand.
+
+    Args:
+        info: its record.
+        version: of the library that is installed here.
+        gpu: name of the GPU here.
+
+    Raises:
+        RuntimeError: it can't run here; the message says why.
+    """
+    again = "build it again from the ONNX file with `lightning-accel build`"
+    if version != info.version:
+        raise RuntimeError(
+            f"`{info.path.name}` needs {info.library} {info.version}, but {version} is installed. An engine runs on the "
+            f"version that built it: {again}."
+        )
+    # Engines of TensorRT for RTX fit every RTX GPU; standard ones fit the one that they were built on, unless asked otherwise.
+    fixed = info.library == "tensorrt" and not info.options.get("compatibility")
+    if fixed and info.gpu is not None and gpu != info.gpu:
+        raise RuntimeError(
+            f"`{info.path.name}` needs the GPU that it was built on, {info.gpu}, but this is {gpu}: {again}."
+        )
 
 
 def load_library(library: str | None) -> Any:

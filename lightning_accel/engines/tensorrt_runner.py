@@ -6,9 +6,16 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, TensorSpec
-from lightning_accel.engines.cuda import DeviceArray, Stream, has_gpu, make_current
+from lightning_accel.engines.cuda import DeviceArray, Stream, gpu_name, has_gpu, make_current
 from lightning_accel.engines.manifest import sha256_of
-from lightning_accel.engines.tensorrt_library import collected_messages, explain, load_library, read_info
+from lightning_accel.engines.tensorrt_library import (
+    check_machine,
+    check_source,
+    collected_messages,
+    explain,
+    load_library,
+    read_info,
+)
 
 
 class TensorRTRunner(Runner):
@@ -39,17 +46,14 @@ class TensorRTRunner(Runner):
         self.info = info = read_info(path)
         if (found := sha256_of(path)) != info.sha256:
             raise ValueError(f"`{path.name}` must have the SHA-256 in its record, {info.sha256}, but got {found}.")
+        check_source(info)
         if not has_gpu():
             raise RuntimeError(
                 f"`{path.name}` needs an NVIDIA GPU and its driver to run, and this machine has none: "
                 "built here, not run."
             )
         trt = load_library(info.library)
-        if str(trt.__version__) != info.version:
-            raise RuntimeError(
-                f"`{path.name}` needs {info.library} {info.version}, but {trt.__version__} is installed. An engine "
-                "runs on the version that built it: build it again from the ONNX file with `build_engine`."
-            )
+        check_machine(info, str(trt.__version__), gpu_name())
         make_current()
         with collected_messages(trt) as (logger, errors):
             self._runtime = trt.Runtime(logger)

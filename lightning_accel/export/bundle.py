@@ -8,13 +8,16 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_accel import __version__
-from lightning_accel.engines.manifest import MANIFEST, SCHEMA, seal_of, sha256_of
+from lightning_accel.engines.cuda import has_gpu
+from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, read_manifest, seal_of, sha256_of
+from lightning_accel.engines.tensorrt_library import EngineInfo, sidecar_of
 
 _OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose process numbers are their own
 
@@ -116,3 +119,49 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         os.replace(temporary, folder / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
+    """Add what was verified on this machine to a bundle's manifest, under ``verified_on``.
+
+    Raises:
+        ValueError: the bundle changed after it was written.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    kept = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    write_manifest(Path(folder), {**kept, "verified_on": [*kept.get("verified_on", []), dict(result)]})
+
+
+def replace_engine(folder: str | Path, build: Callable[[Path, Path], EngineInfo]) -> tuple[EngineInfo, Path]:
+    """Put a newly built TensorRT engine in the place of a bundle's, and into its manifest.
+
+    Args:
+        folder: the bundle.
+        build: given the ONNX file and a place for the engine, builds it there.
+
+    Returns:
+        What is known about the engine, in its place, and the ONNX file.
+
+    Raises:
+        ValueError: the bundle has no TensorRT engine, or changed after it was written.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    line = manifest["engines"].get("tensorrt")
+    if line is None:
+        raise ValueError(
+            f"Argument `model` must be a bundle with an engine of tensorrt, but {folder} has {list(manifest['engines'])}."
+        )
+    source = folder / line["built_from"]
+    place = folder / line["file"]
+    with tempfile.TemporaryDirectory(prefix=".engine.", dir=folder) as scratch:
+        built = build(source, Path(scratch) / place.name)
+        os.replace(built.path, place)  # a crash from here on leaves files that the manifest refuses
+    info = replace(built, path=place, onnx=Path(os.path.relpath(source, place.parent)).as_posix())
+    sidecar_of(place).write_text(json.dumps(info.to_dict(), indent=2) + "\n")
+    line = {**line, "library": info.library, "version": info.version, "status": info.status, "runs_here": has_gpu()}
+    kept = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    write_manifest(folder, {**kept, "engines": {**manifest["engines"], "tensorrt": line}})
+    return info, source

@@ -15,7 +15,7 @@ from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.engines.sparsity import sparse_2_to_4
 from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
 from lightning_accel.engines.tensorrt_command import equivalent_command
-from lightning_accel.engines.tensorrt_library import read_info, sidecar_of
+from lightning_accel.engines.tensorrt_library import check_machine, check_source, read_info, sidecar_of
 from tests.engines import onnx_models as models
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
@@ -264,3 +264,30 @@ def test_compatibility_is_checked(built):
         build(built[0], compatibility="ampere_plus")
     with pytest.raises(ValueError, match=r"Argument `compatibility` must be one of \['ampere_plus'"):
         build(built[0], compatibility="turing")
+
+
+def test_a_stale_engine_is_refused(built, tmp_path):
+    path = models.conv(tmp_path / "m.onnx")
+    info = build(path, tmp_path / "engines" / "m.engine", level=0)
+    assert info.onnx == "../m.onnx"
+    check_source(info)
+    models.conv(path, shape=(2, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"`m.engine` must be built from `../m.onnx` as it is, .*lightning-accel build"
+    ):
+        TensorRTRunner(info.path)
+    path.unlink()  # an engine that was copied without its file is judged by its own record
+    check_source(info)
+
+
+def test_a_foreign_engine_is_refused(built):
+    here = replace(built[1], library="tensorrt", gpu="NVIDIA L4", options={"compatibility": None})
+    check_machine(here, here.version, "NVIDIA L4")
+    with pytest.raises(RuntimeError, match=r"needs tensorrt .*, but 9.9 is installed"):
+        check_machine(here, "9.9", "NVIDIA L4")
+    with pytest.raises(
+        RuntimeError, match=r"needs the GPU that it was built on, NVIDIA L4, but this is NVIDIA T4: build it again"
+    ):
+        check_machine(here, here.version, "NVIDIA T4")
+    check_machine(replace(here, options={"compatibility": "ampere_plus"}), here.version, "NVIDIA T4")
+    check_machine(replace(here, library="tensorrt_rtx"), here.version, "NVIDIA T4")
