@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.engines.sparsity import sparse_2_to_4
 from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
 from lightning_accel.engines.tensorrt_command import equivalent_command
+from lightning_accel.engines.tensorrt_layers import describe_layers
 from lightning_accel.engines.tensorrt_library import check_machine, check_source, read_info, sidecar_of
 from tests.engines import onnx_models as models
 
@@ -179,16 +181,42 @@ def test_runner_checks_the_record(built, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="runs the engine, which needs an NVIDIA GPU")
-def test_engine_runs_like_onnx_runtime(built):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_engine_runs_like_onnx_runtime(built, cuda_graph):
     path, info = built
     rng = np.random.default_rng(0)
-    with load_runner(info.path) as runner, load_runner(path, threads=1) as reference:
+    with load_runner(info.path, cuda_graph=cuda_graph) as runner, load_runner(path, threads=1) as reference:
         assert (runner.input_names, runner.output_names) == (("x",), ("y",))
-        for batch in (1, 7, 64, 3):
+        for batch in (1, 7, 64, 3, 7, 65, 200):  # beyond 64 in parts
             x = rng.normal(size=(batch, 3, 8, 8)).astype(np.float32)
             np.testing.assert_allclose(runner(x), reference(x), rtol=1e-2, atol=1e-2)  # TF32 is on by default
-        with pytest.raises(ValueError, match=r"within the engine's profile"):
-            runner(np.zeros((65, 3, 8, 8), np.float32))
+        assert runner.layers()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="runs the engine, which needs an NVIDIA GPU")
+def test_threads_share_a_running_engine(built):
+    with load_runner(built[1].path) as runner, ThreadPoolExecutor(4) as pool:
+        batches = [np.full((1 + k % 5, 3, 8, 8), k, np.float32) for k in range(40)]
+        alone = [runner(x) for x in batches]
+        for want, got in zip(alone, pool.map(runner, batches), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_layers_are_mapped_to_modules():
+    """The inspector's JSON in the forms that TensorRT writes; read from its documentation, not from a run."""
+    detailed = {
+        "Name": "body.0.conv/node_Conv_12 + body.0.act/node_relu",
+        "Outputs": [{"Name": "relu", "Format/Datatype": "Int8"}],
+        "TacticName": "sm80_xmma_fprop_sparse_conv_i8i8",
+    }
+    plain = "Reformatting CopyNode for Input Tensor 0 to head/node_linear_1"
+    first, second = describe_layers(json.dumps({"Layers": [detailed, plain]}), ["body.0.conv/node_Conv_12"])
+    assert first["modules"] == ["body.0.conv", "body.0.act"]
+    assert (first["precision"], first["sparse"]) == ("Int8", True)
+    assert (second["modules"], second["sparse"], second["kernel"]) == (["head"], None, "")
+    dense = {**detailed, "TacticName": "sm80_xmma_fprop_implicit_gemm_i8i8"}
+    assert describe_layers(json.dumps({"Layers": [dense]}), ["body.0.conv/node_Conv_12"])[0]["sparse"] is False
 
 
 def sparse_file(path, zeros=2):
