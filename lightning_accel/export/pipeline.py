@@ -27,12 +27,14 @@ from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, wr
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.revision import git_revision
+from lightning_accel.export.rival import build_rival, decide, verify_rival
 from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import Tolerance
 from lightning_accel.export.verification import Verification, VerificationError, verify
 from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import quantized_forwards
 
+RIVAL = "network fp16, tensorrt"
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
@@ -83,6 +85,10 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
                 shipped_rows[label] = line["precision"]
             else:
                 rows[label].note = line["status"]
+        int8 = next((label for label, precision in shipped_rows.items() if precision == "int8+fp16"), None)
+        if int8 is not None:  # a GPU is here: int8 has to prove that it is worth it
+            rival = build_rival(folder, REFERENCE, samples)
+            paths[RIVAL], rows[RIVAL] = folder / rival["file"], Row(RIVAL, "tensorrt", parameters=parameters)
         try:
             for label, file in paths.items():
                 engine = rows[label].engine
@@ -92,6 +98,10 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
                 _verify_engine(order, files, runners[label], tolerances.ENGINES[precision])
                 for label, precision in shipped_rows.items()
             ]
+            if int8 is not None:
+                check = verify_rival(runners[RIVAL], folder / REFERENCE, samples, (1, 7, order.batch_size))
+                check.raise_if_failed(order.command)
+                files.checks.append(check)
             networks = {label: runner.run for label, runner in runners.items()}
             counts = count_correct(networks, shipped, whole, order.data)
             rows |= {label: replace(rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
@@ -100,6 +110,12 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             for runner in runners.values():
                 runner.close()
 
+        if int8 is not None:
+            decision = decide(measured[RIVAL].samples, measured[int8].samples)
+            rows[RIVAL].note = decision.why
+            line = next(line for line in engines if line["engine"] == "tensorrt")
+            others = {key: line[key] for key in rival} if not decision.int8 else rival
+            line |= {**({} if decision.int8 else rival), "decision": decision.why, "alternative": others}
         null = [measured.null.low, measured.null.high]
         measurement = {"null_ratio": null, "rounds": measured.rounds, "noisy": measured.noisy}
         report: dict[str, Any] = {
