@@ -1,6 +1,6 @@
 """Call shapes: the inputs of a call described by shapes and types, so that the call can be made up again anywhere."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,13 +95,30 @@ def example_inputs(description: Mapping[str, Any], device: torch.device) -> tupl
     return args, {key: build(entry) for key, entry in description["kwargs"].items()}
 
 
-def batch_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
-    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``."""
+def batch_shapes(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: int,
+    axes: Sequence[Mapping[int, str]] | None = None,
+) -> Any:
+    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``.
+
+    Args:
+        module: what is captured.
+        args: positional arguments of the example.
+        kwargs: keyword arguments.
+        size: batch of the example.
+        axes: further dynamic axes of each tensor, in order; axes of one name have one size.
+    """
     shapes = torch.export.ShapesCollection()
-    batch = torch.export.Dim("batch")
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == size:
-            shapes[leaf] = {0: batch}
+    dims = {"batch": torch.export.Dim("batch")}
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    for leaf, further in zip(tensors, axes or [{}] * len(tensors), strict=True):
+        found = {0: "batch"} if leaf.ndim and leaf.shape[0] == size else {}
+        found |= dict(further)
+        if found:
+            shapes[leaf] = {axis: dims.setdefault(name, torch.export.Dim(name)) for axis, name in found.items()}
     return shapes.dynamic_shapes(module, args, kwargs)
 
 

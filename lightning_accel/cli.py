@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from typing_extensions import override
 
 from lightning_accel import __version__, structure
+from lightning_accel.commands import COMMANDS, run
 from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.export.pipeline import summary
@@ -34,6 +35,7 @@ usage: lightning-accel COMMAND -c CONFIG.yaml [-c OVERLAY.yaml ...] [--trainer.m
   predict    the predict loop
   plan       what fit would do to which layer and when, and what stands in the way; nothing is trained
   export     write the bundle again from a checkpoint: --ckpt FILE
+{chr(10).join(f"  {name:9s}  {what}" for name, what in COMMANDS.items())}
 
 A later config goes over the earlier ones; `callbacks+:` in it appends instead of replacing.
 
@@ -174,6 +176,8 @@ def main(args: list[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0 if given else 2
+    if given[0] in COMMANDS:
+        return run(given)
     if given[0] == "--version":
         print(f"lightning-accel {__version__}")
         return 0

@@ -90,7 +90,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, module, code, extra
 
 # --- imports go one way: engines <- benchmarking, and structure <- pruning, distillation, quantization <- export <- cli
 
-ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "export")
+ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "export", "commands")
 SHARED = {
     "schedules",
     "layer_plot",
@@ -109,6 +109,7 @@ MAY_IMPORT = {
     "distillation": SHARED | {"engines"},
     "quantization": SHARED,
     "export": SHARED | {"engines", "benchmarking", "pruning", "distillation", "quantization"},
+    "commands": {"engines", "benchmarking", "export", "extras"},
 }
 
 

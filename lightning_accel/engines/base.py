@@ -128,6 +128,25 @@ class Runner(ABC):
         outputs = self.run({**feeds, **named})
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
+    def warm_up(self, feeds: Mapping[str, np.ndarray] | None = None, *, calls: int = 3) -> None:
+        """Run a few times, so that the first real call isn't the one in which an engine chooses kernels and memory.
+
+        Args:
+            feeds: inputs as in :meth:`run`; default: zeros of one sample, for inputs whose other dimensions are fixed.
+            calls: how often.
+
+        Raises:
+            ValueError: no feeds for inputs with open dimensions, or a number below 1.
+        """
+        if calls < 1:
+            raise ValueError(f"Argument `calls` must be at least 1, but got {calls}.")
+        if feeds is None:
+            if unclear := [spec.name for spec in self.inputs if None in spec.shape[1:]]:
+                raise ValueError(f"Argument `feeds` must be given for the inputs {unclear}, whose shapes are open.")
+            feeds = {s.name: np.zeros([1 if n is None else n for n in s.shape], s.dtype) for s in self.inputs}
+        for _ in range(calls):
+            self.run(feeds)
+
     def close(self) -> None:
         """Free the engine's memory. Calls that are running finish first; closing twice is fine."""
         with self._lock:

@@ -7,6 +7,7 @@ searched for. TensorRT uses the device's primary context, and so does this file.
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (ctypes.POINTER(_HANDLE), ctypes.c_uint),
     "cuStreamSynchronize": (_HANDLE,),
     "cuStreamDestroy_v2": (_HANDLE,),
+    "cuStreamBeginCapture_v2": (_HANDLE, ctypes.c_int),
+    "cuStreamEndCapture": (_HANDLE, ctypes.POINTER(_HANDLE)),
+    "cuGraphInstantiateWithFlags": (ctypes.POINTER(_HANDLE), _HANDLE, ctypes.c_ulonglong),
+    "cuGraphLaunch": (_HANDLE, _HANDLE),
+    "cuGraphExecDestroy": (_HANDLE,),
+    "cuGraphDestroy": (_HANDLE,),
     "cuGetErrorString": (ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)),
 }
 
@@ -117,6 +124,34 @@ class Stream:
     def destroy(self) -> None:
         """Free the stream."""
         _call("cuStreamDestroy_v2", self.handle)
+
+
+class Graph:
+    """Work recorded once from a stream and launched as a whole: one call instead of one for each kernel.
+
+    Args:
+        stream: the stream that the work goes to.
+        work: enqueues it there; must neither wait nor allocate. Whatever it returns is looked at by the caller.
+    """
+
+    def __init__(self, stream: Stream, work: Callable[[], None]) -> None:
+        recorded, executable = _HANDLE(), _HANDLE()
+        _call("cuStreamBeginCapture_v2", stream.handle, 1)  # 1: calls of other threads don't disturb
+        try:
+            work()
+        finally:  # a capture that is left open would swallow the stream's next work
+            _call("cuStreamEndCapture", stream.handle, ctypes.byref(recorded))
+        _call("cuGraphInstantiateWithFlags", ctypes.byref(executable), recorded, 0)
+        _call("cuGraphDestroy", recorded)
+        self._handle = executable.value or 0
+
+    def launch(self, stream: Stream) -> None:
+        """Enqueue the work."""
+        _call("cuGraphLaunch", self._handle, stream.handle)
+
+    def destroy(self) -> None:
+        """Free the graph."""
+        _call("cuGraphExecDestroy", self._handle)
 
 
 def _device() -> int:

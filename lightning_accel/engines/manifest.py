@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -15,6 +16,15 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its own field ``sha256``, written as sorted JSON without blanks.
+
+    It finds damage, as all checksums here do; against someone who means to deceive only a signature helps.
+    """
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check ``manifest.json`` of a bundle.
 
@@ -23,7 +33,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the directory has no manifest.
-        ValueError: not JSON, fields missing or of the wrong type, or written by a newer version of this library.
+        ValueError: not JSON, fields missing or of the wrong type, changed since it was written, or written by a newer
+            version of this library.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -40,6 +51,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} must have a schema of at most {SCHEMA}, but got {schema}. "
             "It was written by a newer version of this library: pip install --upgrade lightning-accel"
         )
+    if manifest.get("sha256") != seal_of(manifest):
+        raise ValueError(
+            f"{path} must have the SHA-256 of its own content, {seal_of(manifest)}, but got {manifest.get('sha256')!r}. "
+            "It changed after it was written: copy or export the bundle again."
+        )
     for field in ("files", "engines"):
         entries = manifest.get(field)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
@@ -48,7 +64,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
-    """Find the file of an engine in a bundle and check it, and what lies beside it, against the manifest.
+    """Find the file of an engine in a bundle, and check the whole bundle against its manifest.
 
     Args:
         folder: the bundle's directory.
@@ -82,10 +98,23 @@ def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
     name = entry.get("file")
     if not isinstance(name, str) or name not in manifest["files"]:
         raise ValueError(f"{folder / MANIFEST} must list the file of engine `{engine}`, but its file is {name!r}.")
-    # Weights kept outside a large ONNX file, and the sidecar of an engine, carry the file's name as their beginning.
-    for listed in [name, *(other for other in manifest["files"] if other.startswith(f"{name}."))]:
-        _check_file(folder, listed, manifest["files"][listed].get("sha256"))
+    check_files(folder, manifest)
     return engine, folder / name
+
+
+def check_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Check each file that a manifest lists: it is there, inside the bundle, and the one that was written.
+
+    Args:
+        folder: the bundle's directory.
+        manifest: from :func:`read_manifest`.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: a path leaves the bundle, or a file changed.
+    """
+    for name, entry in manifest["files"].items():
+        _check_file(Path(folder), name, entry.get("sha256"))
 
 
 def _check_file(folder: Path, name: str, expected: str | None) -> None:

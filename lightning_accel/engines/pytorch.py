@@ -1,6 +1,7 @@
 """PyTorch: runs a ``torch.export`` program; the one engine that imports torch."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class PyTorchRunner(Runner):
         torch = require("torch", "cpu", "Engine `pytorch`")
         if not Path(path).is_file():
             raise FileNotFoundError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
+        import_module("torch.ao.quantization.fx._decomposed")  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:
             program = torch.export.load(str(path), extra_files=extra)

@@ -3,18 +3,20 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_accel.engines.cuda import gpu_name, has_gpu
 from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.engines.sparsity import sparse_2_to_4
 from lightning_accel.engines.tensorrt_library import (
     EngineInfo,
     Profile,
     collected_messages,
     explain,
     load_library,
+    progress_monitor,
     sidecar_of,
 )
 from lightning_accel.engines.tensorrt_runner import TensorRTRunner
@@ -23,6 +25,7 @@ from lightning_accel.extras import require
 __all__ = ["EngineInfo", "TensorRTRunner", "build_engine", "has_gpu"]
 
 DEFAULT_BATCH = (1, 8, 64)
+COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 
 
 def build_engine(
@@ -34,6 +37,9 @@ def build_engine(
     workspace_bytes: int | None = None,
     level: int | None = None,
     timing_cache: str | Path | None = None,
+    sparse: bool | None = None,
+    compatibility: str | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> EngineInfo:
     """Build a TensorRT engine from an ONNX file.
 
@@ -51,11 +57,15 @@ def build_engine(
         level: optimization level, 0 (builds fast) to 5 (runs fast). Default: TensorRT's, 3.
         timing_cache: file that keeps the timings of layers from one build to the next; made if missing.
             TensorRT for RTX has none.
+        sparse: let TensorRT use kernels that skip zeros where weights are 2:4 sparse. Default: if any are.
+        compatibility: GPUs that can run the engine beside the one at hand: ``"ampere_plus"`` or
+            ``"same_compute_capability"``. Default: none. TensorRT for RTX's engines need no such choice.
+        progress: called with the phase of the build and the share of it that is done; what it raises stops the build.
 
     Raises:
         ModuleNotFoundError: neither library is installed; the message names the extra.
         FileNotFoundError: no ONNX file.
-        ValueError: not a valid ONNX file, or a profile that doesn't fit its inputs.
+        ValueError: not a valid ONNX file, a profile that doesn't fit its inputs, or an option that doesn't fit the library.
         RuntimeError: TensorRT can't parse or build it; the message holds its errors with the names of the nodes.
 
     Example:
@@ -67,12 +77,25 @@ def build_engine(
     library = str(trt.__name__)
     if timing_cache is not None and library == "tensorrt_rtx":
         raise ValueError("Argument `timing_cache` must be None for `tensorrt_rtx`, which keeps no timings.")
+    if compatibility not in (None, *COMPATIBILITY):
+        raise ValueError(
+            f"Argument `compatibility` must be one of {list(COMPATIBILITY)} or None, but got {compatibility!r}."
+        )
+    if compatibility is not None and library == "tensorrt_rtx":
+        raise ValueError("Argument `compatibility` must be None for `tensorrt_rtx`, whose engines fit every RTX GPU.")
     onnx_path = Path(onnx_path)
-    precision = _checked_precision(onnx_path)
+    model = _checked_model(onnx_path)
+    precision, sparse_layers = _precision_of(model), sparse_2_to_4(model)[0]
+    if sparse and not sparse_layers:
+        raise ValueError(
+            f"Argument `sparse` must be False or None for `{onnx_path.name}`, none of whose weights are 2:4 sparse, but got True."
+        )
+    sparse = bool(sparse_layers) if sparse is None else sparse
     engine_path = Path(engine_path) if engine_path is not None else onnx_path.with_suffix(f".{library}.engine")
 
     started = time.perf_counter()
-    with collected_messages(trt) as (logger, errors):
+    warnings: list[str] = []
+    with collected_messages(trt, warnings) as (logger, errors):
         try:
             builder = trt.Builder(logger)
         except (TypeError, RuntimeError) as error:  # raised where there is no GPU but the library wants one
@@ -97,10 +120,22 @@ def build_engine(
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         if level is not None:
             config.builder_optimization_level = level
+        if sparse:
+            config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        if compatibility is not None:
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, compatibility.upper())
+        config.profiling_verbosity = (
+            trt.ProfilingVerbosity.DETAILED
+        )  # so that the inspector can name layers and kernels
+        monitor = None if progress is None else progress_monitor(trt, progress)
+        if monitor is not None:
+            config.progress_monitor = monitor
         if timing_cache is not None:
             known = Path(timing_cache).read_bytes() if Path(timing_cache).exists() else b""
             config.set_timing_cache(config.create_timing_cache(known), False)
         plan = builder.build_serialized_network(network, config)
+        if monitor is not None and monitor.stopped_by is not None:
+            raise monitor.stopped_by
         if plan is None:
             raise RuntimeError(f"{library} {trt.__version__} can't build `{onnx_path.name}`:\n{explain(errors)}")
         if timing_cache is not None:
@@ -113,6 +148,7 @@ def build_engine(
         path=engine_path,
         library=library,
         version=str(trt.__version__),
+        onnx=Path(os.path.relpath(onnx_path, engine_path.parent)).as_posix(),
         onnx_sha256=sha256_of(onnx_path),
         sha256=sha256_of(engine_path),
         profile=shapes,
@@ -120,24 +156,38 @@ def build_engine(
         bytes=engine_path.stat().st_size,
         precision=precision,
         gpu=gpu_name(),
+        options={
+            "workspace_bytes": workspace_bytes,
+            "level": level,
+            "timing_cache": None if timing_cache is None else Path(timing_cache).name,
+            "sparse": sparse,
+            "compatibility": compatibility,
+        },
+        sparse_layers=sparse_layers,
+        warnings=list(dict.fromkeys(line.strip() for line in warnings)),
     )
     _write(sidecar_of(engine_path), (json.dumps(info.to_dict(), indent=2) + "\n").encode())
     return info
 
 
-def _checked_precision(path: Path) -> str:
-    """Check an ONNX file and return the precision that is written in it."""
+def _checked_model(path: Path) -> Any:
+    """Read and check an ONNX file, with the weights beside it."""
     onnx = require("onnx", "cpu", "`build_engine`")
     if not path.is_file():
         raise FileNotFoundError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
     try:
         # TensorRT's parser takes some files that are no ONNX at all without a word.
         onnx.checker.check_model(str(path))
-        graph = onnx.load(str(path), load_external_data=False).graph
+        return onnx.load(str(path))
     except Exception as error:  # a damaged file raises protobuf's and the checker's own errors
         raise ValueError(f"Argument `onnx_path` must be a valid ONNX file, but got {path.name}: {error}") from error
+
+
+def _precision_of(model: Any) -> str:
+    """The precision that is written in a model: that of its integers, else of its weights."""
+    types, graph = require("onnx", "cpu", "`build_engine`").TensorProto.DataType, model.graph
     constants = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
-    kinds = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in (*graph.initializer, *constants)}
+    kinds = {types.Name(tensor.data_type) for tensor in (*graph.initializer, *constants)}
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
         return next((name for kind, name in (("FLOAT8E4M3FN", "fp8"), ("INT4", "int4")) if kind in kinds), "int8")
     return next((name for kind, name in (("FLOAT16", "fp16"), ("BFLOAT16", "bf16")) if kind in kinds), "fp32")

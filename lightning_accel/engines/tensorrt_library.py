@@ -3,13 +3,14 @@
 import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.extras import require
 
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
@@ -26,19 +27,24 @@ class EngineInfo:
         path: the engine file. Its record holds only the name, so a bundle can be moved.
         library: ``"tensorrt"`` or ``"tensorrt_rtx"``.
         version: version of the library. An engine runs on exactly that version.
-        onnx_sha256: SHA-256 of the ONNX file it was built from.
+        onnx: the ONNX file it was built from, as seen from the engine.
+        onnx_sha256: SHA-256 of that file.
         sha256: SHA-256 of the engine file.
         profile: smallest, optimal and largest shape of each dynamic input.
         seconds: how long parsing and building took.
         bytes: size of the engine file.
         precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"``, ``"bf16"`` or ``"fp32"``, read from the ONNX file.
         gpu: name of the GPU of the machine that built it; ``None`` without one.
+        options: what else the build was asked for: workspace, level, timing cache, sparse weights, compatibility.
+        sparse_layers: names of the nodes whose weights are 2:4 sparse.
+        warnings: what TensorRT warned of, each once.
         ran: whether the engine has been run here. Building does not run it.
     """
 
     path: Path
     library: str
     version: str
+    onnx: str
     onnx_sha256: str
     sha256: str
     profile: Profile
@@ -46,6 +52,9 @@ class EngineInfo:
     bytes: int
     precision: str
     gpu: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    sparse_layers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     ran: bool = False
 
     @property
@@ -82,9 +91,48 @@ def read_info(path: str | Path) -> EngineInfo:
         record["profile"] = {
             name: tuple(tuple(shape) for shape in shapes) for name, shapes in record["profile"].items()
         }
-        return EngineInfo(**{field.name: record[field.name] for field in fields(EngineInfo)})
+        return EngineInfo(**{entry.name: record[entry.name] for entry in fields(EngineInfo)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}.") from error
+
+
+def check_source(info: EngineInfo) -> None:
+    """Refuse an engine that is no longer the one of its ONNX file, as far as the file is still where it was.
+
+    Raises:
+        ValueError: it is another file now.
+    """
+    source = info.path.parent / info.onnx
+    if source.is_file() and (found := sha256_of(source)) != info.onnx_sha256:
+        raise ValueError(
+            f"`{info.path.name}` must be built from `{info.onnx}` as it is, but it was built from another version of it (SHA-256 "
+            f"{info.onnx_sha256}, now {found}): build it again with `lightning-accel build`."
+        )
+
+
+def check_machine(info: EngineInfo, version: str, gpu: str | None) -> None:
+    """Refuse an engine that was built for another library or GPU than those at hand.
+
+    Args:
+        info: its record.
+        version: of the library that is installed here.
+        gpu: name of the GPU here.
+
+    Raises:
+        RuntimeError: it can't run here; the message says why.
+    """
+    again = "build it again from the ONNX file with `lightning-accel build`"
+    if version != info.version:
+        raise RuntimeError(
+            f"`{info.path.name}` needs {info.library} {info.version}, but {version} is installed. An engine runs on the "
+            f"version that built it: {again}."
+        )
+    # Engines of TensorRT for RTX fit every RTX GPU; standard ones fit the one that they were built on, unless asked otherwise.
+    fixed = info.library == "tensorrt" and not info.options.get("compatibility")
+    if fixed and info.gpu is not None and gpu != info.gpu:
+        raise RuntimeError(
+            f"`{info.path.name}` needs the GPU that it was built on, {info.gpu}, but this is {gpu}: {again}."
+        )
 
 
 def load_library(library: str | None) -> Any:
@@ -108,15 +156,15 @@ def load_library(library: str | None) -> Any:
 
 
 @contextmanager
-def collected_messages(trt: Any) -> Iterator[tuple[Any, list[str]]]:
-    """Give TensorRT's logger and the list that its errors go to while this block runs.
+def collected_messages(trt: Any, warnings: list[str] | None = None) -> Iterator[tuple[Any, list[str]]]:
+    """Give TensorRT's logger and the list that its errors go to while this block runs; warnings go to the list given.
 
     TensorRT returns ``None`` where it fails; the reason reaches only the logger.
     """
     with _LOCK:
         logger = _logger(trt)
         errors: list[str] = []
-        logger.errors = errors
+        logger.errors, logger.warnings = errors, [] if warnings is None else warnings
         yield logger, errors
 
 
@@ -133,9 +181,45 @@ def _logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
 
     return Logger()
+
+
+def progress_monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
+    """TensorRT's monitor of a build that tells ``progress`` the phase and the share of it that is done.
+
+    An exception in ``progress``, a KeyboardInterrupt included, stops the build and is kept in ``stopped_by``.
+    """
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.stopped_by: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = max(steps, 1)
+            self._tell(phase, 0.0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self._tell(phase, min((step + 1) / self.steps.get(phase, 1), 1.0))
+            return self.stopped_by is None
+
+        def phase_finish(self, phase: str) -> None:
+            self._tell(phase, 1.0)
+
+        def _tell(self, phase: str, share: float) -> None:
+            if self.stopped_by is None:
+                try:
+                    progress(phase, share)
+                except BaseException as error:  # it can't pass through TensorRT's own code
+                    self.stopped_by = error
+
+    return Monitor()

@@ -6,9 +6,18 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, TensorSpec
-from lightning_accel.engines.cuda import DeviceArray, Stream, has_gpu, make_current
+from lightning_accel.engines.batches import run_split, split_sizes
+from lightning_accel.engines.cuda import DeviceArray, Graph, Stream, gpu_name, has_gpu, make_current
 from lightning_accel.engines.manifest import sha256_of
-from lightning_accel.engines.tensorrt_library import collected_messages, explain, load_library, read_info
+from lightning_accel.engines.tensorrt_layers import describe_layers
+from lightning_accel.engines.tensorrt_library import (
+    check_machine,
+    check_source,
+    collected_messages,
+    explain,
+    load_library,
+    read_info,
+)
 
 
 class TensorRTRunner(Runner):
@@ -20,6 +29,7 @@ class TensorRTRunner(Runner):
     Args:
         path: the engine file, with its record ``<engine>.json`` beside it.
         threads: must be ``None``; the GPU does the work.
+        cuda_graph: record the kernels of each shape once and launch them as a whole; helps where kernels are short.
 
     Raises:
         FileNotFoundError: the engine or its record is missing.
@@ -30,7 +40,7 @@ class TensorRTRunner(Runner):
 
     engine = "tensorrt"
 
-    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, threads: int | None = None, cuda_graph: bool = False) -> None:
         if threads is not None:
             raise ValueError(f"Argument `threads` must be None for engine `tensorrt`, but got {threads!r}.")
         path = Path(path)
@@ -39,17 +49,14 @@ class TensorRTRunner(Runner):
         self.info = info = read_info(path)
         if (found := sha256_of(path)) != info.sha256:
             raise ValueError(f"`{path.name}` must have the SHA-256 in its record, {info.sha256}, but got {found}.")
+        check_source(info)
         if not has_gpu():
             raise RuntimeError(
                 f"`{path.name}` needs an NVIDIA GPU and its driver to run, and this machine has none: "
                 "built here, not run."
             )
         trt = load_library(info.library)
-        if str(trt.__version__) != info.version:
-            raise RuntimeError(
-                f"`{path.name}` needs {info.library} {info.version}, but {trt.__version__} is installed. An engine "
-                "runs on the version that built it: build it again from the ONNX file with `build_engine`."
-            )
+        check_machine(info, str(trt.__version__), gpu_name())
         make_current()
         with collected_messages(trt) as (logger, errors):
             self._runtime = trt.Runtime(logger)
@@ -64,6 +71,8 @@ class TensorRTRunner(Runner):
         inputs = [name for name in specs if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self._buffers = {name: DeviceArray() for name in specs}
         self._stream = Stream()
+        self._with_graphs = cuda_graph
+        self._graphs: dict[tuple[Any, ...], Graph] = {}
         super().__init__(path, [specs[n] for n in inputs], [specs[n] for n in specs if n not in inputs])
 
     def _spec(self, trt: Any, name: str) -> TensorSpec:
@@ -76,26 +85,66 @@ class TensorRTRunner(Runner):
         with self._lock:  # a context runs one call at a time
             self._check_open()
             make_current()  # the context is current for a thread, and each call may come from another
-            for name, array in feeds.items():
-                if not self._context.set_input_shape(name, array.shape):
-                    raise ValueError(
-                        f"Argument `feeds` must keep input `{name}` within the engine's profile "
-                        f"{self.info.profile.get(name)}, but got shape {array.shape}."
-                    )
-                self._context.set_tensor_address(name, self._buffers[name].upload(array))
-            shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
-            for spec in self.outputs:
-                if min(shapes[spec.name], default=0) < 0:
-                    raise RuntimeError(f"Output `{spec.name}` has a shape that depends on data: not supported.")
-                size = int(np.prod(shapes[spec.name], dtype=np.int64)) * spec.dtype.itemsize
-                self._context.set_tensor_address(spec.name, self._buffers[spec.name].reserve(max(size, 1)))
-            if not self._context.execute_async_v3(self._stream.handle):
-                raise RuntimeError(f"TensorRT could not run `{self.path.name}` on inputs of {shapes}.")
-            self._stream.synchronize()
-            return [self._buffers[spec.name].download(shapes[spec.name], spec.dtype) for spec in self.outputs]
+            batches = {n: (p[0][0], p[2][0]) for n, p in self.info.profile.items() if n in feeds and p[0][0] != p[2][0]}
+            totals = {len(feeds[name]) for name in batches}
+            smallest = max((low for low, _ in batches.values()), default=0)
+            largest = min((high for _, high in batches.values()), default=0)
+            if len(totals) != 1 or max(totals) <= largest:
+                return self._call(feeds)
+            return run_split(self._call, feeds, split_sizes(totals.pop(), smallest, largest), list(batches))
+
+    def _call(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """One call within the profile."""
+        for name, array in feeds.items():
+            if not self._context.set_input_shape(name, array.shape):
+                raise ValueError(
+                    f"Argument `feeds` must keep input `{name}` within the engine's profile "
+                    f"{self.info.profile.get(name)}, but got shape {array.shape}."
+                )
+            self._context.set_tensor_address(name, self._buffers[name].upload(array))
+        shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
+        for spec in self.outputs:
+            if min(shapes[spec.name], default=0) < 0:
+                raise RuntimeError(f"Output `{spec.name}` has a shape that depends on data: not supported.")
+            size = int(np.prod(shapes[spec.name], dtype=np.int64)) * spec.dtype.itemsize
+            self._context.set_tensor_address(spec.name, self._buffers[spec.name].reserve(max(size, 1)))
+        self._launch(tuple(array.shape for array in feeds.values()))
+        self._stream.synchronize()
+        return [self._buffers[spec.name].download(shapes[spec.name], spec.dtype) for spec in self.outputs]
+
+    def _launch(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Enqueue the kernels, one by one or, from the second call of a shape on, as a recorded graph."""
+        if not self._with_graphs:
+            self._enqueue()
+            return
+        addresses = tuple(buffer.reserve(1) for buffer in self._buffers.values())  # a graph holds them
+        key = (shapes, addresses)
+        if key in self._graphs:
+            self._graphs[key].launch(self._stream)
+            return
+        self._enqueue()  # TensorRT sets up for new shapes in the first call, which can't be recorded
+        self._graphs[key] = Graph(self._stream, self._enqueue)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise RuntimeError(f"TensorRT could not run `{self.path.name}`.")
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The engine's layers as TensorRT's inspector tells them: name, precision, kernel, and the module each is of.
+
+        Nodes carry the path of their module in their names, and TensorRT names layers after the nodes it fused.
+        """
+        with self._lock:
+            self._check_open()
+            trt = load_library(self.info.library)
+            inspector = self._engine.create_engine_inspector()
+            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return describe_layers(text, self.info.sparse_layers)
 
     def _release(self) -> None:
         make_current()
+        for graph in self._graphs.values():
+            graph.destroy()
         for buffer in self._buffers.values():
             buffer.free()
         self._stream.destroy()

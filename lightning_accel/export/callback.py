@@ -17,22 +17,26 @@ from typing_extensions import override
 
 from lightning_accel import structure
 from lightning_accel.compression import check_strategy, compression_callbacks
-from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
 from lightning_accel.export.evaluate import module_network
-from lightning_accel.export.held_out import held_out
+from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.onnx import export_onnx
-from lightning_accel.export.pipeline import ENGINES, Order, summary, write_bundle
+from lightning_accel.export.onnx import OPSET, export_onnx
+from lightning_accel.export.order import Order
+from lightning_accel.export.pipeline import ENGINES, summary, write_bundle
+from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
+from lightning_accel.export.proof import prove_file
+from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
-from lightning_accel.export.verification import verify
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
 from lightning_accel.quantization.callback import QuantizationAwareTraining
 from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.targets import saturates
+
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 class ModelExport(L.Callback):
@@ -45,13 +49,21 @@ class ModelExport(L.Callback):
 
     Args:
         dirpath: the bundle's folder. An earlier bundle there is replaced when the new one is complete.
-        engines: ``"onnxruntime"``, ``"tensorrt"``, ``"openvino"``; ``None`` means the target's natural engine.
-        precision: ``"int8"`` or ``"fp32"``; ``None`` means int8 if the network is trained quantization-aware.
+        engines: ``"onnxruntime"``, ``"tensorrt"``, ``"openvino"``, ``"pytorch"``; ``None`` means the target's natural engine.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` (TensorRT only) or ``"int8"``; ``None`` means int8 if the network is
+            trained quantization-aware. TensorRT's int8 engine computes the rest in fp16.
         ckpt: ``"last"`` weights of the run, ``"best"`` by the run's ``ModelCheckpoint``, or a checkpoint's path.
         data: held-out data: a loader, ``"test"`` or ``"val"`` (the default: the validation loader).
         inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
         incomplete: ``"refuse"`` or ``"mark"`` a network that hasn't reached its targets.
         samples: held-out samples to verify on, or all if there are fewer.
+        preprocess: module that makes the network's arguments of what is shipped as input, e.g. of uint8 pixels; it goes
+            into the file, in float, and ``data`` must hold its inputs.
+        postprocess: module that makes what is shipped as output of the network's result, e.g. probabilities.
+        metadata: notes that travel in file and manifest, e.g. ``{"class_names": ["cat", "dog"]}``.
+        dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
+        keep_samples: how many held-out samples are shipped with the trained network's outputs, so that
+            ``lightning-accel verify`` needs no data on another machine. They are part of your data.
         name: the callback's name.
 
     Raises:
@@ -73,6 +85,11 @@ class ModelExport(L.Callback):
         inputs: InputsFunction | None = None,
         incomplete: str = "refuse",
         samples: int = 512,
+        preprocess: nn.Module | None = None,
+        postprocess: nn.Module | None = None,
+        metadata: dict[str, Any] | None = None,
+        dynamic: dict[str, dict[int, str]] | None = None,
+        keep_samples: int = 0,
         name: str = "export",
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
@@ -81,14 +98,20 @@ class ModelExport(L.Callback):
                 raise ValueError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
         if chosen is not None and not chosen:
             raise ValueError("Argument `engines` must name at least one engine, but got an empty list.")
-        if precision not in (None, "fp32", "int8"):
-            raise ValueError(f'Argument `precision` must be "fp32", "int8" or None, but got {precision!r}.')
+        if precision not in (None, *_PRECISIONS):
+            raise ValueError(f"Argument `precision` must be one of {list(_PRECISIONS)} or None, but got {precision!r}.")
         if incomplete not in ("refuse", "mark"):
             raise ValueError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
         if samples < 1:
             raise ValueError(f"Argument `samples` must be at least 1, but got {samples}.")
+        if keep_samples not in range(samples + 1):
+            raise ValueError(
+                f"Argument `keep_samples` must be from 0 to `samples` ({samples}), but got {keep_samples!r}."
+            )
         self.dirpath, self.engines, self.precision, self.ckpt = str(dirpath), chosen, precision, str(ckpt)
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
+        self.preprocess, self.postprocess = preprocess, postprocess
+        self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.report: dict[str, Any] | None = None
         self._ready = False
 
@@ -195,9 +218,15 @@ class ModelExport(L.Callback):
             compression=_measured(trainer, pl_module),
             command=self._command(ckpt),
             marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
+            **self._settings(trainer),
         )
         self.report = write_bundle(order, self.dirpath)
         return self.report
+
+    def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What the order takes over from the arguments as it is."""
+        names = ("preprocess", "postprocess", "metadata", "dynamic", "keep_samples")
+        return {"precision": self._wanted_precision(trainer), **{name: getattr(self, name) for name in names}}
 
     @staticmethod
     def _best(trainer: L.Trainer) -> str:
@@ -238,9 +267,22 @@ class ModelExport(L.Callback):
             raise ValueError(
                 'Argument `precision` must be "fp32" or None without QuantizationAwareTraining, but got "int8".'
             )
-        if self.precision == "fp32" and qat:
+        if self.precision not in (None, "int8") and qat:
             raise ValueError(
-                'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "fp32".'
+                f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
+            )
+        if self.dynamic and qat:
+            raise ValueError(
+                "Argument `dynamic` must be empty with QuantizationAwareTraining, whose other axes are captured fixed, "
+                f"but got {self.dynamic}."
+            )
+        if self.precision == "bf16" and (others := [e for e in self._wanted_engines(trainer) if e != "tensorrt"]):
+            raise ValueError(
+                f'Argument `engines` must be ["tensorrt"] for precision "bf16", but got {others}, which have no bf16 kernels.'
+            )
+        if self.precision in ("fp16", "bf16") and "pytorch" in self._wanted_engines(trainer):
+            raise ValueError(
+                f'Argument `engines` must not hold "pytorch" for precision "{self.precision}": `model.pt2` is what was trained.'
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
@@ -287,28 +329,45 @@ class ModelExport(L.Callback):
                     )
                 forward.bank.active = True
             with tempfile.TemporaryDirectory() as folder, mode(pl_module, False):
-                call = data.first_call(part)
-                export = export_onnx(part, call, Path(folder) / "preflight.onnx")
-                check_integers(export.path, export.trained)
-                samples = data.samples(part, export.input_names, 8)
-                with load_runner(export.path, "onnxruntime", emulate=True) as runner:
-                    verify(
-                        module_network(part, export, call),
-                        runner.run,
-                        samples,
-                        engine="the untrained network's file",
-                        batch_sizes=(1, 8),
-                        tolerance=EMULATED_INT8 if forwards else FLOAT,
-                        check_agreement=False,
-                    ).raise_if_failed()
-                if "tensorrt" in self._wanted_engines(trainer):
-                    build_engine(export.path, Path(folder) / "preflight.engine")
+                self._try_files(trainer, part, data, Path(folder))
         finally:
             for path, forward in forwards.items():
                 forward.bank.load_state_dict(ranges[path])
                 pl_module.get_submodule(path).__dict__.pop("forward", None)
                 if training[path] is not None:
                     pl_module.get_submodule(path).__dict__["forward"] = training[path]
+
+    def _try_files(self, trainer: L.Trainer, part: nn.Module, data: HeldOut, folder: Path) -> None:
+        """Write, prove and build what will be shipped, from the untrained network."""
+        settings = self._settings(trainer)
+        whole = surrounded(part, self.preprocess, self.postprocess)
+        call = data.first_call(whole)
+        export = export_onnx(
+            whole,
+            call,
+            folder / "preflight.onnx",
+            dynamic=self.dynamic,
+            metadata=self.metadata,
+            opset=BF16_OPSET if settings["precision"] == "bf16" else OPSET,
+        )
+        check_integers(export.path, export.trained)
+        samples = data.samples(whole, export.input_names, 8)
+        prove_file(
+            export,
+            module_network(whole, export, call),
+            samples,
+            tolerance=EMULATED_INT8 if export.trained else FLOAT,
+            what="the untrained network's file",
+            batch_sizes=(1, 8),
+            check_agreement=False,
+        )
+        tensorrt = "tensorrt" in self._wanted_engines(trainer)
+        half = "fp16" if export.trained and tensorrt else settings["precision"]
+        if half in HALVES:
+            lower_precision(export.path, folder / "half.onnx", half, samples=samples)
+            check_lowered(export.path, folder / "half.onnx", half)
+        if tensorrt:
+            build_engine(folder / "half.onnx" if half in HALVES else export.path, folder / "preflight.engine")
 
     def _wanted_engines(self, trainer: L.Trainer) -> list[str]:
         return self.engines or next(([c.target.engines[0]] for c in _qat(trainer)), ["onnxruntime"])

@@ -42,7 +42,7 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
     for path_of, part in trained.items():
-        for name, (integers, scale, _axis) in part.weights.items():
+        for name, (integers, scale, axis) in part.weights.items():
             stored = _stored(name, integers.numpy(), constants, readers)
             if stored is None:
                 raise VerificationError(
@@ -54,15 +54,21 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
                 _same(f"scales of `{name}`", scales[0], scale.numpy())
             if any(len(node.input) > 2 and np.any(constants[node.input[2]]) for node in readers[stored]):
                 raise VerificationError(f"Zero points of `{name}` must be 0, but got others in the file.")
+            if any(_axis_of(node) % integers.ndim != axis % integers.ndim for node in readers[stored]):
+                raise VerificationError(
+                    f"The scales of `{name}` must go along axis {axis}, but another one is in the file."
+                )
             counts["weights"] += 1
             counts["integers"] += integers.numel()
     wanted = Counter((np.float32(s), z) for part in trained.values() for s, z in part.activations.values())
     found: Counter[tuple[np.float32, int]] = Counter()
     for node in quantizers:
         scale, zero_point = constants[node.input[1]], constants[node.input[2]] if len(node.input) > 2 else np.int8(0)
-        pair = (np.float32(scale), int(zero_point))
+        if np.size(scale) != 1 or np.size(zero_point) != 1:
+            raise VerificationError(f"QuantizeLinear `{node.name}` must have one scale, but it has {np.size(scale)}.")
+        pair = (np.float32(np.ravel(scale)[0]), int(np.ravel(zero_point)[0]))
         (back,) = readers.get(node.output[0], [None])[:1]
-        if back is None or np.float32(constants[back.input[1]]) != pair[0] or int(constants[back.input[2]]) != pair[1]:
+        if back is None or not _reads(back, constants, pair):
             raise VerificationError(
                 f"QuantizeLinear `{node.name}` must be followed by its own DequantizeLinear, but it isn't."
             )
@@ -90,6 +96,18 @@ def _stored(
         if key in constants and constants[key].dtype == np.int8 and np.array_equal(constants[key], integers)
     )
     return own[0] if own else next(equal, None)
+
+
+def _axis_of(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+
+
+def _reads(node: onnx.NodeProto, constants: Mapping[str, np.ndarray], pair: tuple[np.float32, int]) -> bool:
+    """Whether a DequantizeLinear has this scale and zero point."""
+    zero_point = constants[node.input[2]] if len(node.input) > 2 else np.zeros(())
+    return np.array_equal(np.ravel(constants[node.input[1]]), [pair[0]]) and np.array_equal(
+        np.ravel(zero_point), [pair[1]]
+    )
 
 
 def _equal(stored: np.ndarray, trained: np.ndarray) -> bool:

@@ -1,9 +1,7 @@
 """ONNX: a module's ``forward`` in eval mode as one file, with the Q/DQ nodes that were trained."""
 
-import os
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -11,15 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from lightning_accel import __version__
 from lightning_accel.call_shapes import ResultShape, batch_shapes, describe_inputs, example_inputs, traced_batch
+from lightning_accel.export import names, onnx_file
+from lightning_accel.export.surrounded import surrounded
 from lightning_accel.inputs import (
     Call,
     canonical_call,
@@ -34,6 +32,9 @@ from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import quantized_forwards
 
 OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
+NEWEST = 23  # the newest that it writes
+
+Axes = Mapping[str, Mapping[int, str]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class OnnxExport:
         program: the captured graph that was written; its node names are the file's tensor names.
         trained: integers of each quantized part, by module path; empty for a float export.
         result: how the result is nested.
+        axes: dynamic axes beyond the batch, ``{input: {axis: name}}``.
+        captured: the graph before the exporter took its operators apart; PyTorch runs it.
     """
 
     path: Path
@@ -55,6 +58,8 @@ class OnnxExport:
     program: ExportedProgram = field(repr=False)
     trained: dict[str, TrainedIntegers] = field(repr=False)
     result: ResultShape = field(repr=False)
+    axes: Axes = field(default_factory=dict)
+    captured: ExportedProgram | None = field(default=None, repr=False)
 
 
 def export_onnx(
@@ -65,38 +70,56 @@ def export_onnx(
     quantized: bool = True,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    dynamic: Axes | None = None,
+    preprocess: nn.Module | None = None,
+    postprocess: nn.Module | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    opset: int = OPSET,
+    largest: int = onnx_file.LARGEST,
 ) -> OnnxExport:
     """Write ``module.forward`` in eval mode as ONNX, with a dynamic batch.
 
     A module that was trained quantization-aware is written with its integers and Q/DQ nodes. The file holds no paths of
-    this machine: the same weights give the same bytes in any folder.
+    this machine: the same weights and metadata give the same bytes in any folder.
 
     Args:
         module: any module; mode, weights and random generators stay as they are.
         inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes and types
-            matter; the first dimension is the batch.
+            matter; the first dimension is the batch. With ``preprocess`` it is a call of that module.
         path: file to write.
         quantized: ``False`` writes the float network under the fake-quants.
         input_names: default: the parameter names of ``forward`` and keys of dicts.
         output_names: default: ``"output"``, or the keys of the result.
+        dynamic: further axes that may change, ``{input name: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``. Axes of
+            the same name always have the same size.
+        preprocess: module that makes the network's arguments of the file's inputs (of uint8 pixels, say); stays in float.
+        postprocess: module that makes the file's outputs of the network's result (softmax, top-k); stays in float.
+        metadata: notes that travel in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
+        opset: 18 to 23. The lowest carries every target: newer ones are for readers that ask for them.
+        largest: bytes above which weights go to ``<path>.data`` beside the file; protobuf ends at 2 GB.
 
     Returns:
         The file's names and the program behind it.
 
     Raises:
         CaptureError: the module can't be captured.
-        ValueError: a number of names that doesn't fit.
+        ValueError: names, axes or an opset that don't fit.
+        TypeError: ``preprocess`` or ``postprocess`` is no module.
 
     Example:
         >>> export = export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), tmp_path / "linear.onnx")  # doctest: +SKIP
         >>> export.input_names  # doctest: +SKIP
         ('input',)
     """
+    if opset not in range(OPSET, NEWEST + 1):
+        raise ValueError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
+    module = surrounded(module, preprocess, postprocess)
     given: Call = inputs if _is_call(inputs) else _as_call(inputs)
     call = canonical_call(own_signature(module), *given)
     description = describe_inputs(*call)
-    tensor = next(module.parameters(), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
+    names_in = names.input_names(module, call, input_names)
+    axes = _checked_axes(dynamic or {}, names_in, call)
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     args, kwargs = example_inputs(description, device)
     trained: dict[str, TrainedIntegers] = {}
     with ExitStack() as stack:
@@ -104,42 +127,82 @@ def export_onnx(
         stack.enter_context(isolated_random())
         stack.enter_context(torch.no_grad())
         source = stack.enter_context(_shipped(module, quantized, trained))
+        if trained and axes:
+            raise ValueError(
+                f"Argument `dynamic` must be empty for a quantized network, whose other axes are captured fixed, but got {dict(axes)}."
+            )
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
         if source is module:
             stack.enter_context(named_keywords(module, kwargs))
-        shapes = batch_shapes(source, args, kwargs, traced_batch(description))
+        shapes = batch_shapes(source, args, kwargs, traced_batch(description), [axes.get(n, {}) for n in names_in])
         results = stack.enter_context(_tensors_only(source))
-        try:
-            program = torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
-        except Exception as error:  # torch.export documents no common base
-            if str(error).startswith("Method `forward` must"):
-                raise
-            raise CaptureError(
-                f"Argument `module` must be one that torch.export can capture, but got: {error}"
-            ) from error
-        names_in = list(input_names or _input_names(module, call))
-        result = results[-1]
-        names_out = _output_names(result, output_names)
-        try:
-            written = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=names_in, output_names=names_out, verbose=False
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            raise CaptureError(
-                f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
-            ) from error
-    assert written is not None
+        program = _captured(source, args, kwargs, shapes)
+        names_out = names.output_names(results[-1], output_names)
+        written = _written(program, module, opset, names_in, names_out)
     model = written.model_proto
-    _clean(model)
-    onnx.checker.check_model(model, full_check=True)
-    _write(model, Path(path))
-    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), program, trained, result)
+    onnx_file.clean(model, axes, metadata or {})
+    onnx_file.write(model, Path(path), largest)
+    apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
+    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), apart, trained, results[-1], axes, program)
+
+
+def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export documents no common base
+        if str(error).startswith("Method `forward` must"):
+            raise
+        raise CaptureError(f"Argument `module` must be one that torch.export can capture, but got: {error}") from error
+
+
+def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:
+    try:
+        written = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, input_names=names_in, output_names=names_out, verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise CaptureError(
+            f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
+        ) from error
+    assert written is not None
+    return written
+
+
+def _checked_axes(dynamic: Axes, names_in: list[str], call: Call) -> dict[str, dict[int, str]]:
+    """``dynamic`` with axes counted from the front.
+
+    Raises:
+        ValueError: an unknown input, an axis that isn't there or is the batch, or a name that isn't one.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    shapes = {name: tuple(tensor.shape) for name, tensor in zip(names_in, tensors, strict=True)}
+    axes: dict[str, dict[int, str]] = {}
+    for name, of_input in dynamic.items():
+        if name not in shapes:
+            raise ValueError(f"Argument `dynamic` must name inputs, of {names_in}, but got {name!r}.")
+        for axis, symbol in of_input.items():
+            counted = axis + len(shapes[name]) if axis < 0 else axis
+            if not 0 < counted < len(shapes[name]):
+                raise ValueError(
+                    f"Argument `dynamic` must give axes 1 to {len(shapes[name]) - 1} of input `{name}` of shape {shapes[name]} "
+                    f"(0, the batch, is dynamic anyway), but got {axis}."
+                )
+            if not isinstance(symbol, str) or not symbol.isidentifier() or symbol == "batch":
+                raise ValueError(
+                    f'Argument `dynamic` must name axis {axis} of input `{name}` by an identifier other than "batch", but got {symbol!r}.'
+                )
+            if shapes[name][counted] < 2:
+                raise ValueError(
+                    f"Argument `inputs` must give input `{name}` at least 2 along its dynamic axis {axis}, but got shape {shapes[name]}."
+                )
+            axes.setdefault(name, {})[counted] = symbol
+    return axes
 
 
 def _is_call(inputs: Any) -> bool:
@@ -179,12 +242,6 @@ def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedInteg
         yield module
 
 
-def _input_names(module: nn.Module, call: Call) -> list[str]:
-    bound = own_signature(module).bind(*call[0], **call[1])
-    leaves = pytree.tree_flatten_with_path(dict(bound.arguments))[0]
-    return _names([path for path, leaf in leaves if isinstance(leaf, torch.Tensor)], "input")
-
-
 @contextmanager
 def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
     """``module.forward`` returns its tensors alone, as ONNX does; yields the shapes that its results had."""
@@ -222,65 +279,6 @@ def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
     graph_module.recompile()
     return result
-
-
-def _output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:
-    names = _names(result.paths(), "output")
-    if given is not None and len(given) != len(names):
-        raise ValueError(f"Argument `output_names` must hold {len(names)} names, but got {len(given)}: {list(given)}.")
-    return list(given or names)
-
-
-def _names(paths: list[Any], default: str) -> list[str]:
-    """Short names from paths in a nested structure: the last key, with its predecessors where that says too little."""
-    keys = [[str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path] for path in paths]
-
-    def text(parts: list[str], keep: int) -> str:
-        joined = re.sub(r"\W+", "_", "_".join(parts[-keep:]))
-        return f"{default}_{joined}" if joined.isdigit() else joined or default
-
-    depth = [next((n for n in range(1, len(parts) + 1) if not parts[-n].isdigit()), len(parts) or 1) for parts in keys]
-    while True:
-        names = [text(parts, keep) for parts, keep in zip(keys, depth, strict=True)]
-        twice = [i for i, name in enumerate(names) if names.count(name) > 1 and depth[i] < len(keys[i])]
-        if not twice:
-            return names if len(set(names)) == len(names) else [f"{default}_{i}" for i in range(len(paths))]
-        for i in twice:
-            depth[i] += 1
-
-
-def _clean(model: onnx.ModelProto) -> None:
-    """Drop stack traces and other notes with paths of this machine; say who wrote the file."""
-    graphs = [model.graph, *model.functions]
-    for holder in [model, *graphs]:
-        holder.ClearField("metadata_props")
-        holder.doc_string = ""
-    for graph in graphs:
-        for node in graph.node:
-            node.ClearField("metadata_props")
-            node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
-        value.ClearField("metadata_props")
-        value.doc_string = ""
-    symbol = next((d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim[:1] if d.dim_param), "")
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == symbol:
-                dim.dim_param = "batch"
-    model.graph.name = "network"
-    model.producer_name, model.producer_version = "lightning-accel", __version__
-
-
-def _write(model: onnx.ModelProto, path: Path) -> None:
-    """All or nothing: a crash leaves no half file."""
-    if model.ByteSize() >= 2**31:
-        raise ValueError("Argument `module` must give an ONNX file below 2 GB, but got a larger one.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def feeds_of(call: Call, names: Sequence[str]) -> dict[str, np.ndarray]:

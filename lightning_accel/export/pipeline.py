@@ -6,14 +6,12 @@ What :class:`~lightning_accel.export.callback.ModelExport` schedules, as a plain
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 from torch import nn
 
@@ -22,51 +20,22 @@ from lightning_accel.benchmarking.measure import benchmark
 from lightning_accel.benchmarking.plots import plot_comparison
 from lightning_accel.benchmarking.report import Row, comparison_table, render_markdown
 from lightning_accel.engines.base import Runner, load_runner
-from lightning_accel.engines.tensorrt import build_engine, has_gpu
+from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import staged, write_manifest
-from lightning_accel.export.divergence import first_divergence
-from lightning_accel.export.evaluate import count_correct, module_network, through_engine, user_metrics
-from lightning_accel.export.held_out import HeldOut
-from lightning_accel.export.integers import check_integers
+from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
+from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, write_files
 from lightning_accel.export.onnx import OnnxExport, export_onnx
-from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT, KERNEL_INT8, Tolerance
-from lightning_accel.export.verification import Network, Verification, VerificationError, verify
-from lightning_accel.inputs import mode, own_forward
+from lightning_accel.export.order import Order
+from lightning_accel.export.revision import git_revision
+from lightning_accel.export.rival import build_rival, decide, verify_rival
+from lightning_accel.export.surrounded import surrounded
+from lightning_accel.export.tolerances import Tolerance
+from lightning_accel.export.verification import Verification, VerificationError, verify
+from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import quantized_forwards
 
-MODEL, REFERENCE = "model.onnx", "reference.onnx"
-ENGINES = ("onnxruntime", "openvino", "tensorrt")
-
-
-@dataclass
-class Order:
-    """What is to be shipped, and how it is to be checked.
-
-    Args:
-        module: the LightningModule.
-        part: the submodule whose ``forward`` is exported; ``module`` itself, usually.
-        data: held-out batches.
-        engines: engines to ship to.
-        samples: held-out samples to verify on, or all if there are fewer.
-        batch_size: samples in a call of the benchmark.
-        teacher: network to compare with, called as ``part`` is; ``None`` for none.
-        history: lines for the report: what was done to the network and when.
-        compression: measured values for the report.
-        command: command that repeats the export.
-        marks: reasons why the network isn't what was asked for; they go into manifest and report.
-    """
-
-    module: L.LightningModule
-    part: nn.Module
-    data: HeldOut
-    engines: Sequence[str]
-    samples: int = 512
-    batch_size: int = 32
-    teacher: nn.Module | None = None
-    history: Sequence[str] = ()
-    compression: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
-    marks: Sequence[str] = ()
+RIVAL = "network fp16, tensorrt"
+ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
 def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
@@ -84,83 +53,85 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
         ModuleNotFoundError: an engine isn't installed.
     """
     with staged(dirpath) as folder, mode(order.module, False), tempfile.TemporaryDirectory() as scratch:
-        call = order.data.first_call(order.part)
-        quantized = bool(quantized_forwards(order.module))
-        shipped = export_onnx(order.part, call, folder / MODEL)
-        proofs = {"integers": check_integers(shipped.path, shipped.trained)} if quantized else {}
-        samples = order.data.samples(order.part, shipped.input_names, order.samples)
-        trained = module_network(order.part, shipped, call)
-        checks = _verify_file(order, shipped, trained, samples, EMULATED_INT8 if quantized else FLOAT, "file")
-        if quantized:
-            with _float(order.module):
-                floating = export_onnx(order.part, call, folder / REFERENCE, quantized=False)
-                plain = module_network(order.part, floating, call)
-                checks += _verify_file(order, floating, plain, samples, FLOAT, "fp32 reference")
-
+        whole = order.whole
+        call = order.data.first_call(whole)
+        files = write_files(order, whole, call, folder)
+        shipped, samples = files.shipped, files.samples
         runners: dict[str, Runner] = {}
-        files: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         rows: dict[str, Row] = {}
         parameters = sum(p.numel() for p in order.part.parameters())
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if order.teacher is not None:
-            teacher = export_onnx(order.teacher, call, Path(scratch) / "teacher.onnx", input_names=shipped.input_names)
-            files["teacher"] = teacher.path
+            teacher = surrounded(order.teacher, order.preprocess, order.postprocess)
+            path = Path(scratch) / "teacher.onnx"
+            paths["teacher"] = export_onnx(teacher, call, path, input_names=shipped.input_names).path
             rows["teacher"] = Row(
                 "teacher", "onnxruntime", parameters=sum(p.numel() for p in order.teacher.parameters())
             )
         name = "student" if order.teacher is not None else "network"
-        if quantized:
-            files[f"{name} fp32"] = folder / REFERENCE
+        if (folder / REFERENCE).is_file():
+            paths[f"{name} fp32"] = folder / REFERENCE
             rows[f"{name} fp32"] = Row(f"{name} fp32", "onnxruntime", parameters=parameters)
-        kind = "int8" if quantized else "fp32"
-        engines = [_build(engine, shipped.path, folder) for engine in order.engines]
-        shipped_rows = []
+        engines = [build_line(engine, files, folder) for engine in order.engines]
+        shipped_rows = {}
         for line in engines:
-            label = f"{name} {kind}" if f"{name} {kind}" not in rows else f"{name} {kind}, {line['engine']}"
+            label = f"{name} {order.precision}"
+            label = label if label not in rows else f"{label}, {line['engine']}"
             file = folder / line["file"]
             rows[label] = Row(label, line["engine"], parameters=parameters, file_bytes=file.stat().st_size)
             if line["runs_here"]:
-                files[label] = file
-                shipped_rows.append(label)
+                paths[label] = file
+                shipped_rows[label] = line["precision"]
             else:
                 rows[label].note = line["status"]
+        int8 = next((label for label, precision in shipped_rows.items() if precision == "int8+fp16"), None)
+        if int8 is not None:  # a GPU is here: int8 has to prove that it is worth it
+            rival = build_rival(folder, REFERENCE, samples)
+            paths[RIVAL], rows[RIVAL] = folder / rival["file"], Row(RIVAL, "tensorrt", parameters=parameters)
         try:
-            for label, file in files.items():
-                runners[label] = load_runner(file, rows[label].engine, threads=threads)
+            for label, file in paths.items():
+                engine = rows[label].engine
+                runners[label] = load_runner(file, engine, threads=None if engine == "tensorrt" else threads)
                 rows[label].file_bytes = file.stat().st_size
-            for label in shipped_rows:
-                checks.append(
-                    _verify_engine(
-                        order, shipped, trained, runners[label], samples, KERNEL_INT8 if quantized else FLOAT
-                    )
-                )
-            counts = count_correct(
-                {label: runner.run for label, runner in runners.items()}, shipped, order.part, order.data
-            )
+            files.checks += [
+                _verify_engine(order, files, runners[label], tolerances.ENGINES[precision])
+                for label, precision in shipped_rows.items()
+            ]
+            if int8 is not None:
+                check = verify_rival(runners[RIVAL], folder / REFERENCE, samples, (1, 7, order.batch_size))
+                check.raise_if_failed(order.command)
+                files.checks.append(check)
+            networks = {label: runner.run for label, runner in runners.items()}
+            counts = count_correct(networks, shipped, whole, order.data)
             rows |= {label: replace(rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
             measured = _measure_latency(rows, runners, samples, order.batch_size)
         finally:
             for runner in runners.values():
                 runner.close()
 
-        report = {
+        if int8 is not None:
+            decision = decide(measured[RIVAL].samples, measured[int8].samples)
+            rows[RIVAL].note = decision.why
+            line = next(line for line in engines if line["engine"] == "tensorrt")
+            others = {key: line[key] for key in rival} if not decision.int8 else rival
+            line |= {**({} if decision.int8 else rival), "decision": decision.why, "alternative": others}
+        null = [measured.null.low, measured.null.high]
+        measurement = {"null_ratio": null, "rounds": measured.rounds, "noisy": measured.noisy}
+        report: dict[str, Any] = {
             "title": f"{type(order.module).__name__.removeprefix('Distilled')}, as it ships",
             "command": order.command,
             "rows": [row.to_dict() for row in rows.values()],
             "batch_size": order.batch_size,
             "threads": threads,
-            "verification": [_verification_line(check) for check in checks],
-            "proofs": proofs,
+            "verification": [_verification_line(check) for check in files.checks],
+            "proofs": files.proofs,
             "engines": engines,
-            "compression": {**order.compression, **_kept_float(order.module)},
+            "compression": {**order.compression, **_kept_float(order.module), **files.kept},
             "phases": list(order.history),
-            "benchmark": {
-                "null_ratio": [measured.null.low, measured.null.high],
-                "rounds": measured.rounds,
-                "noisy": measured.noisy,
-            },
+            "benchmark": measurement,
             "environment": environment(),
-            "notes": [*order.marks, *_notes(order, samples, proofs, measured, threads)],
+            "notes": [*order.marks, *_notes(order, samples, files.proofs, measured, threads)],
         }
         _write_reports(folder, report, list(rows.values()))
         default = next((line for line in engines if line["runs_here"]), engines[0])
@@ -169,67 +140,47 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             {
                 "default": {"engine": default["engine"], "file": default["file"]},
                 "engines": {line["engine"]: line for line in engines},
+                "model": MODEL,
+                "precision": order.precision,
                 "inputs": list(shipped.input_names),
                 "outputs": list(shipped.output_names),
+                "axes": {n: {str(a): s for a, s in of_input.items()} for n, of_input in shipped.axes.items()},
+                "metadata": dict(order.metadata),
                 "complete": not order.marks,
                 "marks": list(order.marks),
-                "verification": report["verification"],
-                "environment": report["environment"],
+                "git": git_revision(),
+                **{key: report[key] for key in ("phases", "compression", "verification", "proofs", "environment")},
+                "benchmark": {**measurement, "rows": report["rows"], "threads": threads},
             },
         )
     return report
 
 
-def _float(module: nn.Module) -> ExitStack:
-    """The float network under the fake-quants."""
-    stack = ExitStack()
-    for path in quantized_forwards(module):
-        stack.enter_context(own_forward(module.get_submodule(path)))
-    return stack
-
-
-def _verify_file(
-    order: Order,
-    export: OnnxExport,
-    network: Network,
-    samples: Mapping[str, np.ndarray],
-    tolerance: Tolerance,
-    what: str,
-) -> list[Verification]:
-    """What the file says, with every optimization of the engine turned off, against PyTorch."""
-    with load_runner(export.path, "onnxruntime", emulate=True) as runner:
-        check = verify(
-            network,
-            runner.run,
-            samples,
-            engine=f"{what} (as written)",
-            tolerance=tolerance,
-            batch_sizes=(1, 7, order.batch_size),
-        )
-    if not check.passed:
-        few = {name: array[: order.batch_size] for name, array in samples.items()}
-        check.first_divergence = first_divergence(export.path, export.program, few)
-    check.raise_if_failed(order.command)
-    return [check]
-
-
-def _verify_engine(
-    order: Order,
-    export: OnnxExport,
-    network: Network,
-    runner: Runner,
-    samples: Mapping[str, np.ndarray],
-    tolerance: Tolerance,
-) -> Verification:
+def _verify_engine(order: Order, files: Files, runner: Runner, tolerance: Tolerance) -> Verification:
     """The engine's own kernels against PyTorch: outputs, predictions, and the user's metric."""
     check = verify(
-        network,
+        files.network,
         runner.run,
-        samples,
+        files.samples,
         engine=f"{runner.engine} (its kernels)",
         tolerance=tolerance,
         batch_sizes=(1, 7, order.batch_size),
+        axes=files.shipped.axes,
     )
+    if not order.bare:
+        check.note = (
+            "the user's metric was not measured through the engine, whose inputs or outputs aren't the network's"
+        )
+    else:
+        _measure_metric(order, files.shipped, runner, check)
+    if not check.passed:
+        check.first_divergence = "The file as written passed, so the difference lies in this engine's kernels."
+    check.raise_if_failed(order.command)
+    return check
+
+
+def _measure_metric(order: Order, export: OnnxExport, runner: Runner, check: Verification) -> None:
+    """The user's own metric, by PyTorch and through the engine."""
     try:
         before = user_metrics(order.module, order.data)
         with through_engine(order.part, export, runner.run) as calls:
@@ -238,37 +189,15 @@ def _verify_engine(
         raise
     except Exception as error:  # the user's own validation code, run outside of the run it was written for
         check.note = f"the user's metric could not be measured through the engine: {error}"
-        before = after = {}
-        calls = [1]
+        return
     if before and not calls[0]:
         check.note = "`validation_step` does not call the exported forward, so its metric can't go through the engine"
-        before = {}
+        return
     for name in before.keys() & after.keys():
         check.metric[name] = (before[name], after[name])
         scale = max(1.0, abs(before[name]))
-        if not abs(before[name] - after[name]) <= tolerance.metric * scale + 1e-12 and not name.endswith("loss"):
+        if not abs(before[name] - after[name]) <= check.tolerance.metric * scale + 1e-12 and not name.endswith("loss"):
             check.failures.append(f"the metric `{name}` is {after[name]:.4f} instead of {before[name]:.4f}")
-    if not check.passed:
-        check.first_divergence = "The file as written passed, so the difference lies in this engine's kernels."
-    check.raise_if_failed(order.command)
-    return check
-
-
-def _build(engine: str, model: Path, folder: Path) -> dict[str, Any]:
-    """Build what an engine needs; returns the report's line."""
-    if engine != "tensorrt":
-        return {"engine": engine, "status": "verified and measured here", "file": MODEL, "runs_here": True}
-    info = build_engine(model, folder / "engines" / "model.engine")
-    runs = has_gpu()
-    return {
-        "engine": engine,
-        "status": "built, verified and measured here" if runs else "built here, not run",
-        "file": f"engines/{info.path.name}",
-        "runs_here": runs,
-        "library": info.library,
-        "version": info.version,
-        "precision": info.precision,
-    }
 
 
 def _measure_latency(
@@ -319,6 +248,17 @@ def _notes(
             f"Bit for bit: {n['integers']} integers in {n['weights']} weights, {n['activations']} activation scales and zero points, "
             f"and {n['nodes']} Q/DQ nodes fed the same inputs equal the trained ones."
         )
+    if "lowered" in proofs:
+        n = proofs["lowered"]
+        notes.append(
+            f"{n['precision']}: {n['nodes']} nodes and {n['constants']} constants are those of the file before, rounded; "
+            f"{n['kept']} nodes stay in float32."
+        )
+    nodes = proofs["nodes"]
+    notes.append(
+        f"Node by node: {nodes['compared']} of the file's {nodes['of']} nodes, each fed the same inputs, compute what PyTorch does; "
+        f"the largest error is {nodes['largest_error']:.1e} of the node's range."
+    )
     if measured.noisy:
         notes.append(
             "This machine was too noisy for fine distinctions: a network compared with itself gave an interval beyond 10 %."

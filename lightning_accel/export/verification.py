@@ -1,6 +1,9 @@
-"""Verification: is what was written what was trained? Measured on real batches, node by node where it isn't."""
+"""Verification: do two ways to run a network compute the same? Measured on real batches, at several batch sizes.
 
-from collections.abc import Callable, Mapping, Sequence
+Arrays in, numbers out: nothing but numpy is needed, so an engine can be held against its file on the machine it runs on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +13,8 @@ from lightning_accel.export.tolerances import FLOAT, Tolerance
 
 Feeds = Mapping[str, np.ndarray]
 Network = Callable[[Feeds], Mapping[str, np.ndarray]]
+
+_SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
 
 
 class VerificationError(RuntimeError):
@@ -30,11 +35,14 @@ class Verification:
         p99_error: 99th percentile.
         max_error: largest.
         agreement: share of samples with the same largest logit; ``None`` where outputs aren't logits.
+        tolerance: limits it was held against.
+        distribution: error below which a share of all errors lies, by that share.
+        cosine: smallest cosine between the outputs of a sample, over all outputs; ``None`` if all are zero.
+        lengths: symbol of a dynamic axis beyond the batch -> sizes compared.
         decided: share of samples whose two largest reference logits are further apart than twice the 99th percentile of
             the error (of the tolerated one, if that is smaller). Only these are held against the limit: on the rest an
             error within tolerance can turn the order.
         agreement_decided: agreement on those.
-        tolerance: limits it was held against.
         failures: which limits were broken, in words; empty if it passed.
         metric: the user's metrics, reference and engine, by name.
         first_divergence: first node whose output differs on the same inputs, if it was looked for.
@@ -49,6 +57,9 @@ class Verification:
     max_error: float
     agreement: float | None
     tolerance: Tolerance
+    distribution: dict[str, float] = field(default_factory=dict)
+    cosine: float | None = None
+    lengths: dict[str, list[int]] = field(default_factory=dict)
     decided: float | None = None
     agreement_decided: float | None = None
     failures: list[str] = field(default_factory=list)
@@ -92,8 +103,9 @@ def verify(
     tolerance: Tolerance = FLOAT,
     few: int = 64,
     check_agreement: bool = True,
+    axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Verification:
-    """Compare two ways to run a network on the same samples, at several batch sizes.
+    """Compare two ways to run a network on the same samples, at several batch sizes and lengths.
 
     Args:
         reference: named arrays in, named arrays out; what is right.
@@ -102,14 +114,15 @@ def verify(
         engine: name for the result.
         batch_sizes: the largest is run over all samples, the others over ``few``.
         tolerance: limits.
-        few: samples for the smaller batch sizes.
+        few: samples for the smaller batch sizes and for the shorter lengths.
         check_agreement: hold the agreement against its limit; an untrained network's largest logits are ties.
+        axes: dynamic axes beyond the batch, ``{input: {axis: symbol}}``: samples are also cut to half of each length.
 
     Returns:
         What was measured; ``failures`` says which limits were broken. Nothing is raised for those.
 
     Raises:
-        ValueError: samples of different numbers, or none.
+        ValueError: samples of different numbers, or none; networks with different outputs.
 
     Example:
         >>> twice = lambda feeds: {"y": feeds["x"] * 2}
@@ -123,56 +136,115 @@ def verify(
         )
     total = next(iter(sizes.values()))
     ordered = sorted({min(size, total) for size in batch_sizes})
-    errors: dict[str, list[np.ndarray]] = {}
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
-    agree: list[np.ndarray] = []
-    margins: list[np.ndarray] = []
-    used: dict[int, int] = {}
-    broken: list[str] = []
-    for size in ordered:
-        count = total if size == ordered[-1] else min(few, total)
-        used[size] = count
-        for start in range(0, count, size):
-            feeds = {name: array[start : min(start + size, count)] for name, array in samples.items()}
-            want, got = reference(feeds), network(feeds)
-            if want.keys() != got.keys():
-                raise ValueError(f"Both networks must have the same outputs, but got {sorted(want)} and {sorted(got)}.")
-            for name in want:
-                a, b = np.asarray(want[name]), np.asarray(got[name])
-                if a.shape != b.shape:
-                    broken.append(f"output `{name}` has shape {b.shape} instead of {a.shape} at batch size {size}")
-                    continue
-                a, b = a.astype(np.float64), b.astype(np.float64)
-                errors.setdefault(name, []).append(np.where(a == b, 0.0, np.abs(a - b)).ravel())
-                low[name] = min(low.get(name, np.inf), float(a.min(initial=np.inf)))
-                high[name] = max(high.get(name, -np.inf), float(a.max(initial=-np.inf)))
-                if a.ndim >= 2 and a.shape[1] > 1 and name == next(iter(want)):
-                    agree.append((a.argmax(1) == b.argmax(1)).ravel())
-                    best = np.sort(a, axis=1)[:, -2:]
-                    margins.append((best[:, 1] - best[:, 0]).ravel())
-    relative = np.concatenate(
-        [np.concatenate(parts) / max(high[name] - low[name], 1e-30) for name, parts in errors.items()]
-        or [np.array([np.inf])]
-    )
-    first = next(iter(errors), "")
-    finite = np.where(np.isfinite(relative), relative, np.inf)
-    result = Verification(
-        engine=engine,
-        samples=total,
-        batch_sizes=used,
-        median_error=float(np.quantile(finite, 0.5, method="lower")),
-        p99_error=float(np.quantile(finite, 0.99, method="higher")),
-        max_error=float(finite.max()),
-        agreement=float(np.concatenate(agree).mean()) if agree else None,
-        tolerance=tolerance,
-        failures=broken,
-    )
-    if agree:
-        same, margin = np.concatenate(agree), np.concatenate(margins) / max(high[first] - low[first], 1e-30)
-        clear = margin > 2 * min(result.p99_error, tolerance.p99)
-        result.decided = float(clear.mean())
-        result.agreement_decided = float(same[clear].mean()) if clear.any() else None
+    used = {size: total if size == ordered[-1] else min(few, total) for size in ordered}
+    seen = _Comparison()
+    for size, count in used.items():
+        for feeds in _batches(samples, size, count):
+            seen.add(reference(feeds), network(feeds), f"at batch size {len(next(iter(feeds.values())))}")
+    lengths: dict[str, list[int]] = {}
+    for symbol, length, short in _shorter(samples, axes or {}):
+        lengths.setdefault(symbol, [length]).append(-(-length // 2))
+        for feeds in _batches(short, ordered[-1], min(few, total)):
+            seen.add(reference(feeds), network(feeds), f"at `{symbol}` {-(-length // 2)}")
+    return _judged(seen.result(engine, total, used, tolerance), lengths, check_agreement)
+
+
+def _batches(samples: Feeds, size: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, count, size):
+        yield {name: array[start : min(start + size, count)] for name, array in samples.items()}
+
+
+def _shorter(samples: Feeds, axes: Mapping[str, Mapping[int, str]]) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
+    """Samples with one dynamic axis cut to its first half, one symbol after the other."""
+    for symbol in dict.fromkeys(s for of_input in axes.values() for s in of_input.values()):
+        lengths = {samples[n].shape[a] for n, of_input in axes.items() for a, s in of_input.items() if s == symbol}
+        if len(lengths) != 1:
+            raise ValueError(f"Argument `samples` must have one length along `{symbol}`, but got {sorted(lengths)}.")
+        length = lengths.pop()
+        if length < 2:
+            continue
+        short = dict(samples)
+        for name, of_input in axes.items():
+            for axis, owner in of_input.items():
+                if owner == symbol:
+                    short[name] = short[name].take(range(-(-length // 2)), axis)
+        yield symbol, length, short
+
+
+class _Comparison:
+    """Collects the differences between two networks' outputs, batch by batch."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, list[np.ndarray]] = {}
+        self.low: dict[str, float] = {}
+        self.high: dict[str, float] = {}
+        self.same: list[np.ndarray] = []  # whether the largest logit is the same one
+        self.margins: list[np.ndarray] = []  # between the reference's two largest logits
+        self.cosines: list[float] = []
+        self.broken: list[str] = []
+
+    def add(self, want: Mapping[str, Any], got: Mapping[str, Any], where: str) -> None:
+        if want.keys() != got.keys():
+            raise ValueError(f"Both networks must have the same outputs, but got {sorted(want)} and {sorted(got)}.")
+        for name in want:
+            a, b = np.asarray(want[name]), np.asarray(got[name])
+            if a.shape != b.shape:
+                self.broken.append(f"output `{name}` has shape {b.shape} instead of {a.shape} {where}")
+                continue
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            with np.errstate(invalid="ignore"):  # infinities on both sides are equal, and their difference is not used
+                self.errors.setdefault(name, []).append(np.where(a == b, 0.0, np.abs(a - b)).ravel())
+            self.low[name] = min(self.low.get(name, np.inf), float(a.min(initial=np.inf)))
+            self.high[name] = max(self.high.get(name, -np.inf), float(a.max(initial=-np.inf)))
+            self.cosines += _cosines(a, b)
+            if a.ndim >= 2 and a.shape[1] > 1 and name == next(iter(want)):
+                self.same.append((a.argmax(1) == b.argmax(1)).ravel())
+                best = np.sort(a, axis=1)[:, -2:]
+                self.margins.append((best[:, 1] - best[:, 0]).ravel())
+
+    def result(self, engine: str, samples: int, batch_sizes: dict[int, int], tolerance: Tolerance) -> Verification:
+        spans = {name: max(self.high[name] - self.low[name], 1e-30) for name in self.errors}
+        shares = [np.concatenate(parts) / spans[name] for name, parts in self.errors.items()]
+        errors = np.concatenate(shares) if shares else np.array([np.inf])
+        errors = np.where(np.isfinite(errors), errors, np.inf)
+        shown = {f"{share:.1%}": float(np.quantile(errors, share, method="higher")) for share in _SHARES}
+        result = Verification(
+            engine=engine,
+            samples=samples,
+            batch_sizes=batch_sizes,
+            median_error=float(np.quantile(errors, 0.5, method="lower")),
+            p99_error=float(np.quantile(errors, 0.99, method="higher")),
+            max_error=float(errors.max()),
+            agreement=float(np.concatenate(self.same).mean()) if self.same else None,
+            tolerance=tolerance,
+            distribution=shown,
+            cosine=min(self.cosines, default=None),
+            failures=list(self.broken),
+        )
+        if self.same:
+            same, margin = np.concatenate(self.same), np.concatenate(self.margins) / spans[next(iter(self.errors))]
+            clear = margin > 2 * min(result.p99_error, tolerance.p99)
+            result.decided = float(clear.mean())
+            result.agreement_decided = float(same[clear].mean()) if clear.any() else None
+        return result
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """Cosine between the outputs of each sample; none for a sample whose reference is all zeros."""
+    if not a.ndim or not a.size:
+        return []
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    used = (norms[0] > 0) & np.isfinite(norms[0])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (a * b).sum(1)[used] / (norms[0] * norms[1])[used]
+    return np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), -1.0).tolist()
+
+
+def _judged(result: Verification, lengths: dict[str, list[int]], check_agreement: bool) -> Verification:
+    """Hold the numbers against their limits."""
+    tolerance = result.tolerance
+    result.lengths = lengths
     limits = [
         ("the median error", result.median_error, tolerance.median),
         ("the 99th percentile of the error", result.p99_error, tolerance.p99),

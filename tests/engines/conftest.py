@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from lightning_accel.engines.manifest import seal_of
 from tests.engines import onnx_models as models
 
 
@@ -28,7 +29,8 @@ def bundle(tmp_path):
     }
 
     def write(**changes):
-        (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+        changed = {**manifest, **changes}
+        (folder / "manifest.json").write_text(json.dumps({**changed, "sha256": seal_of(changed)}))
         return folder
 
     write()

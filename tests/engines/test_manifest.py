@@ -93,3 +93,49 @@ def test_directory_without_or_with_unreadable_manifest(bundle):
     (folder / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must be a bundle with a manifest.json"):
         load_runner(folder)
+
+
+def test_any_file_of_the_bundle_that_changed_is_refused(bundle):
+    folder, _ = bundle
+    engine = folder / "engines" / "model.tensorrt_rtx.engine"
+    engine.write_bytes(b"plam")
+    with pytest.raises(ValueError, match=r"`engines/model.tensorrt_rtx.engine` must have the SHA-256 in manifest.json"):
+        load_runner(folder)
+    engine.unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold `engines/model.tensorrt_rtx.engine`, but it is missing"):
+        load_runner(folder)
+
+
+def test_a_change_of_the_manifest_itself_is_refused(bundle):
+    folder, _ = bundle
+    path = folder / "manifest.json"
+    right = path.read_text()
+    for old, new in (
+        ('"bytes": 1', '"bytes": 2'),
+        ("onnxruntime", "openvino"),
+        ('"schema": 1', '"schema": 1, "more": 0'),
+    ):
+        path.write_text(right.replace(old, new))
+        with pytest.raises(
+            ValueError, match=r"must have the SHA-256 of its own content.* It changed after it was written"
+        ):
+            load_runner(folder)
+    path.write_text(json.dumps(json.loads(right), indent=8))  # layout is no content
+    load_runner(folder).close()
+
+
+def test_every_flipped_byte_of_a_manifest_is_refused_or_no_change(bundle):
+    folder, _ = bundle
+    path = folder / "manifest.json"
+    right = path.read_bytes()
+    for place in range(0, len(right), 7):
+        changed = bytearray(right)
+        changed[place] ^= 4
+        path.write_bytes(bytes(changed))
+        try:
+            same = json.loads(bytes(changed)) == json.loads(right)
+        except ValueError:
+            same = False
+        if not same:
+            with pytest.raises((ValueError, FileNotFoundError)):
+                load_runner(folder)

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -49,3 +51,27 @@ def test_fixed_batch_is_in_the_spec(tmp_path):
         assert runner.inputs[0].shape == (2, 3)
         with pytest.raises(ValueError, match=r"in shape \(2, 3\), but got \(1, 3\)"):
             runner(np.ones((1, 3), np.float32))
+
+
+def test_bound_memory_gives_the_same_from_several_threads(tmp_path):
+    path = models.quantized_linear(tmp_path / "q.onnx")
+    with OnnxRuntimeRunner(path, emulate=True, io_binding=True) as runner, ThreadPoolExecutor(4) as pool:
+        parts = [X[: 1 + k % 5] for k in range(60)]
+        for part, got in zip(parts, pool.map(runner, parts), strict=True):
+            np.testing.assert_array_equal(got, models.quantized_reference(part))
+
+
+def test_warm_up(tmp_path):
+    with OnnxRuntimeRunner(models.linear(tmp_path / "m.onnx")) as runner:
+        runner.warm_up()
+        runner.warm_up({"x": np.ones((4, 3), np.float32)}, calls=1)
+        with pytest.raises(ValueError, match="Argument `calls` must be at least 1, but got 0"):
+            runner.warm_up(calls=0)
+    path = models.conv(tmp_path / "c.onnx", shape=("n", 3, "h", "w"))
+    with (
+        OnnxRuntimeRunner(path) as runner,
+        pytest.raises(
+            ValueError, match=r"Argument `feeds` must be given for the inputs \['x'\], whose shapes are open"
+        ),
+    ):
+        runner.warm_up()

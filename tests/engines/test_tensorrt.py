@@ -2,15 +2,22 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from lightning_accel.engines import cuda
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.engines.sparsity import sparse_2_to_4
 from lightning_accel.engines.tensorrt import TensorRTRunner, build_engine, has_gpu
-from lightning_accel.engines.tensorrt_library import read_info, sidecar_of
+from lightning_accel.engines.tensorrt_command import equivalent_command
+from lightning_accel.engines.tensorrt_layers import describe_layers
+from lightning_accel.engines.tensorrt_library import check_machine, check_source, read_info, sidecar_of
 from tests.engines import onnx_models as models
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
@@ -174,13 +181,141 @@ def test_runner_checks_the_record(built, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="runs the engine, which needs an NVIDIA GPU")
-def test_engine_runs_like_onnx_runtime(built):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_engine_runs_like_onnx_runtime(built, cuda_graph):
     path, info = built
     rng = np.random.default_rng(0)
-    with load_runner(info.path) as runner, load_runner(path, threads=1) as reference:
+    with load_runner(info.path, cuda_graph=cuda_graph) as runner, load_runner(path, threads=1) as reference:
         assert (runner.input_names, runner.output_names) == (("x",), ("y",))
-        for batch in (1, 7, 64, 3):
+        for batch in (1, 7, 64, 3, 7, 65, 200):  # beyond 64 in parts
             x = rng.normal(size=(batch, 3, 8, 8)).astype(np.float32)
             np.testing.assert_allclose(runner(x), reference(x), rtol=1e-2, atol=1e-2)  # TF32 is on by default
-        with pytest.raises(ValueError, match=r"within the engine's profile"):
-            runner(np.zeros((65, 3, 8, 8), np.float32))
+        assert runner.layers()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="runs the engine, which needs an NVIDIA GPU")
+def test_threads_share_a_running_engine(built):
+    with load_runner(built[1].path) as runner, ThreadPoolExecutor(4) as pool:
+        batches = [np.full((1 + k % 5, 3, 8, 8), k, np.float32) for k in range(40)]
+        alone = [runner(x) for x in batches]
+        for want, got in zip(alone, pool.map(runner, batches), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_layers_are_mapped_to_modules():
+    """The inspector's JSON in the forms that TensorRT writes; read from its documentation, not from a run."""
+    detailed = {
+        "Name": "body.0.conv/node_Conv_12 + body.0.act/node_relu",
+        "Outputs": [{"Name": "relu", "Format/Datatype": "Int8"}],
+        "TacticName": "sm80_xmma_fprop_sparse_conv_i8i8",
+    }
+    plain = "Reformatting CopyNode for Input Tensor 0 to head/node_linear_1"
+    first, second = describe_layers(json.dumps({"Layers": [detailed, plain]}), ["body.0.conv/node_Conv_12"])
+    assert first["modules"] == ["body.0.conv", "body.0.act"]
+    assert (first["precision"], first["sparse"]) == ("Int8", True)
+    assert (second["modules"], second["sparse"], second["kernel"]) == (["head"], None, "")
+    dense = {**detailed, "TacticName": "sm80_xmma_fprop_implicit_gemm_i8i8"}
+    assert describe_layers(json.dumps({"Layers": [dense]}), ["body.0.conv/node_Conv_12"])[0]["sparse"] is False
+
+
+def sparse_file(path, zeros=2):
+    weight = np.random.default_rng(0).normal(size=(4, 8, 3, 3)).astype(np.float32)
+    weight[:, :zeros] = weight[:, 4 : 4 + zeros] = 0
+    return models.save(
+        path,
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="body.conv/conv0")],
+        [("x", TensorProto.FLOAT, ["n", 8, 8, 8])],
+        [("y", TensorProto.FLOAT, ["n", 4, None, None])],
+        [("w", weight)],
+    )
+
+
+def test_sparse_weights_are_found_and_asked_for(tmp_path):
+    info = build(sparse_file(tmp_path / "s.onnx"))
+    assert (info.sparse_layers, info.options["sparse"]) == (["body.conv/conv0"], True)
+    assert not build(tmp_path / "s.onnx", sparse=False).options["sparse"]
+    dense = sparse_file(tmp_path / "d.onnx", zeros=1)
+    assert not build(dense).options["sparse"]
+    with pytest.raises(
+        ValueError, match=r"Argument `sparse` must be False or None for `d.onnx`, none of whose weights"
+    ):
+        build(dense, sparse=True)
+
+
+def test_2_to_4_goes_along_the_input_channels(tmp_path):
+    rng, x = np.random.default_rng(0), [("x", TensorProto.FLOAT, ["n", 8])]
+    weight = rng.integers(1, 9, size=(8, 8)).astype(np.int8)
+    weight[::2] = 0  # 2 of 4 along the first axis only
+    integers = [("w", weight), ("s", np.float32(1))]
+    for transposed in (0, 1):
+        nodes = [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["d"]),
+            helper.make_node("Gemm", ["x", "d"], ["y"], transB=transposed, name="gemm"),
+        ]
+        path = models.save(tmp_path / "g.onnx", nodes, x, [("y", TensorProto.FLOAT, ["n", 8])], integers)
+        assert sparse_2_to_4(onnx.load(path)) == (([], ["gemm"]) if transposed else (["gemm"], []))
+
+
+def test_progress_is_told_and_stops_the_build(built, tmp_path):
+    told = []
+    build(built[0], tmp_path / "m.engine", progress=lambda phase, share: told.append((phase, share)))
+    assert told
+    assert all(0 <= share <= 1 for _, share in told)
+    assert told[-1][1] == 1.0
+
+    def stop(phase, share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(built[0], tmp_path / "other.engine", progress=stop)
+    assert not (tmp_path / "other.engine").exists()
+
+
+def test_the_same_build_as_a_command(built):
+    path, info = built
+    command = equivalent_command(info, path)
+    assert command.split()[0] == "tensorrt_rtx"
+    assert f"--onnx={path}" in command
+    assert "--minShapes=x:1x3x8x8 --optShapes=x:8x3x8x8 --maxShapes=x:64x3x8x8" in command
+    assert "--builderOptimizationLevel=1" in command
+    options = {"workspace_bytes": 1 << 20, "timing_cache": "t.cache", "sparse": True, "compatibility": "ampere_plus"}
+    standard = replace(info, library="tensorrt", version="10.13.2", options=options)
+    assert equivalent_command(standard, "a b.onnx").startswith("trtexec '--onnx=a b.onnx'")
+    for word in ("--stronglyTyped", "workspace:1048576B", "--timingCacheFile=t.cache", "--sparsity=enable", "=ampere+"):
+        assert word in equivalent_command(standard, path)
+    assert "--stronglyTyped" not in equivalent_command(replace(standard, version="11.0"), path)
+
+
+def test_compatibility_is_checked(built):
+    with pytest.raises(ValueError, match=r"Argument `compatibility` must be None for `tensorrt_rtx`"):
+        build(built[0], compatibility="ampere_plus")
+    with pytest.raises(ValueError, match=r"Argument `compatibility` must be one of \['ampere_plus'"):
+        build(built[0], compatibility="turing")
+
+
+def test_a_stale_engine_is_refused(built, tmp_path):
+    path = models.conv(tmp_path / "m.onnx")
+    info = build(path, tmp_path / "engines" / "m.engine", level=0)
+    assert info.onnx == "../m.onnx"
+    check_source(info)
+    models.conv(path, shape=(2, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"`m.engine` must be built from `../m.onnx` as it is, .*lightning-accel build"
+    ):
+        TensorRTRunner(info.path)
+    path.unlink()  # an engine that was copied without its file is judged by its own record
+    check_source(info)
+
+
+def test_a_foreign_engine_is_refused(built):
+    here = replace(built[1], library="tensorrt", gpu="NVIDIA L4", options={"compatibility": None})
+    check_machine(here, here.version, "NVIDIA L4")
+    with pytest.raises(RuntimeError, match=r"needs tensorrt .*, but 9.9 is installed"):
+        check_machine(here, "9.9", "NVIDIA L4")
+    with pytest.raises(
+        RuntimeError, match=r"needs the GPU that it was built on, NVIDIA L4, but this is NVIDIA T4: build it again"
+    ):
+        check_machine(here, here.version, "NVIDIA T4")
+    check_machine(replace(here, options={"compatibility": "ampere_plus"}), here.version, "NVIDIA T4")
+    check_machine(replace(here, library="tensorrt_rtx"), here.version, "NVIDIA T4")

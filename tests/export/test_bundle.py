@@ -1,10 +1,14 @@
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.engines.manifest import resolve_bundle, sha256_of
+from lightning_accel.export import bundle
 from lightning_accel.export.bundle import check_destination, staged, write_manifest
 
 
@@ -60,3 +64,39 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     path = tmp_path / "ro" / "bundle" if os.geteuid() else "/proc/bundle"  # root may write anywhere but here
     with pytest.raises(PermissionError, match="Argument `dirpath` must lie in a folder that can be written to"):
         check_destination(path)
+
+
+KILLED = """
+import os, signal, sys, threading
+from lightning_accel.export.bundle import staged, write_manifest
+model = {"engine": "onnxruntime", "file": "model.onnx"}
+for turn in range(100000):
+    with staged(sys.argv[1]) as new:
+        for name in ("model.onnx", "report.json", "more"):
+            (new / name).write_bytes(os.urandom(2000))
+        write_manifest(new, {"default": model, "engines": {"onnxruntime": model}})
+    if turn == 0:
+        threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems can't exchange two folders in one step")
+def test_a_killed_process_leaves_the_old_bundle_or_the_new_one(tmp_path):
+    for turn in range(12):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(tmp_path / "bundle"), str(0.01 + 0.007 * turn)], check=False
+        )
+        assert done.returncode == -signal.SIGKILL
+        resolve_bundle(tmp_path / "bundle", None)  # whole, and every checksum right
+    left = [p.name for p in tmp_path.iterdir() if p.name != "bundle"]
+    assert len(left) <= 1  # what one killed process leaves, the next one removes
+    write(tmp_path / "bundle", b"at last")
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_without_an_exchange_in_one_step_the_bundle_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "_exchange", lambda first, second: False)  # another system, not what is under test
+    write(tmp_path / "b", b"first")
+    write(tmp_path / "b", b"second")
+    assert (tmp_path / "b" / "model.onnx").read_bytes() == b"second"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]

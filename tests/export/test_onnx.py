@@ -9,10 +9,15 @@ import torch
 from torch import nn
 
 from lightning_accel import export_onnx, load_runner
+from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import feeds_of
+from lightning_accel.export.proof import prove_file
+from lightning_accel.export.surrounded import surrounded
+from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.inputs import canonical_call, own_signature
+from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.targets import target_of
 from tests.models import Residual
 from tests.quantization.test_prepare import Call, make, quantized
@@ -171,3 +176,145 @@ def test_a_fault_in_the_file_is_found(tmp_path, fault):
     mutate(export.path, fault)
     with pytest.raises(VerificationError):
         check_integers(export.path, export.trained)
+
+
+class Sentences(nn.Module):
+    """Tokens and a mask of the same length: (N, T) integers, (N, T) booleans, to (N, T, 4) and (N, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, ids, mask):
+        states = torch.softmax(self.mix(self.embed(ids)), 1) * mask[:, :, None]
+        return {"states": states, "logits": self.head(states.sum(1))}
+
+
+def test_axes_beyond_the_batch(tmp_path):
+    module, call = Sentences().eval(), (torch.randint(0, 9, (4, 6)), torch.rand(4, 6) > 0.3)
+    axes = {"ids": {1: "time"}, "mask": {-1: "time"}}
+    export = export_onnx(module, call, tmp_path / "m.onnx", dynamic=axes)
+    assert export.axes == {"ids": {1: "time"}, "mask": {1: "time"}}
+    shown = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in onnx.load(export.path).graph.input
+    }
+    assert shown == {"ids": ["batch", "time"], "mask": ["batch", "time"]}
+    samples = feeds_of((call, {}), export.input_names)
+    check, _ = prove_file(export, module_network(module, export, (call, {})), samples, tolerance=FLOAT)
+    assert check.lengths == {"time": [6, 3]}
+    with load_runner(export.path) as runner:
+        for length in (1, 6, 11):
+            ids, mask = torch.randint(0, 9, (2, length)), torch.ones(2, length, dtype=torch.bool)
+            want = module(ids, mask)
+            for name, array in runner(ids.numpy(), mask.numpy()).items():
+                np.testing.assert_allclose(array, want[name].detach().numpy(), atol=1e-6)
+    # The same network with a length that was baked in is not this one.
+    model = onnx.load(export.path)
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = 6
+    onnx.save(model, export.path)
+    with pytest.raises(VerificationError, match=r"it fails: .*shape \(any, 6\), but got \(4, 3\)"):
+        prove_file(export, module_network(module, export, (call, {})), samples, tolerance=FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({"x": {1: "time"}}, r"must name inputs, of \['ids', 'mask'\], but got 'x'"),
+        ({"ids": {0: "n"}}, r"must give axes 1 to 1 of input `ids` of shape \(4, 6\)"),
+        ({"ids": {2: "n"}}, "but got 2"),
+        ({"ids": {1: "two words"}}, 'by an identifier other than "batch"'),
+        ({"ids": {1: "batch"}}, 'by an identifier other than "batch"'),
+    ],
+)
+def test_axes_that_do_not_fit(tmp_path, dynamic, message):
+    call = (torch.randint(0, 9, (4, 6)), torch.rand(4, 6) > 0.3)
+    with pytest.raises(ValueError, match=message):
+        export_onnx(Sentences(), call, tmp_path / "m.onnx", dynamic=dynamic)
+
+
+def test_a_quantized_network_has_one_length(tmp_path):
+    module, x = make("residual")
+    quantized(module, x)
+    with pytest.raises(ValueError, match="Argument `dynamic` must be empty for a quantized network"):
+        export_onnx(module, x, tmp_path / "m.onnx", dynamic={"x": {2: "height"}})
+
+
+class Pixels(nn.Module):
+    """uint8 (N, H, W, 3) to what the network takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
+
+    def forward(self, image):
+        return (image.float() / 255 - self.mean).permute(0, 3, 1, 2)
+
+
+class Best(nn.Module):
+    def forward(self, logits):
+        return dict(zip(("scores", "classes"), torch.softmax(logits, -1).topk(2), strict=True))
+
+
+def test_what_comes_before_and_after_is_in_the_file_and_stays_float(tmp_path):
+    module, _ = make("residual")
+    images = torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8)
+    quantized(module, Pixels()(images))
+    module.eval()
+    export = export_onnx(module, images, tmp_path / "m.onnx", preprocess=Pixels(), postprocess=Best())
+    assert (export.input_names, export.output_names) == (("image",), ("scores", "classes"))
+    assert check_integers(export.path, export.trained)["weights"] == 3
+    whole = surrounded(module, Pixels(), Best()).eval()
+    network = module_network(whole, export, ((images,), {}))
+    _, nodes = prove_file(export, network, {"image": images.numpy()}, tolerance=EMULATED_INT8)
+    assert nodes["compared"] == nodes["of"]
+    with load_runner(export.path, emulate=True) as runner:
+        outputs = runner(images.numpy())
+        want = Best()(module(Pixels()(images)))
+    np.testing.assert_allclose(outputs["scores"], want["scores"].detach().numpy(), atol=1e-6)
+    assert np.array_equal(outputs["classes"], want["classes"].numpy())
+    quantizers = [n for n in onnx.load(export.path).graph.node if n.op_type == "QuantizeLinear"]
+    assert len(quantizers) == len(quantized_forwards(module)[""].bank.keys)  # none of them before or after
+    with pytest.raises(TypeError, match=r"Argument `preprocess` must be an nn.Module.*but got function"):
+        export_onnx(module, images, tmp_path / "m.onnx", preprocess=lambda image: image)
+
+
+def test_metadata_travels_in_the_file(tmp_path):
+    notes = {"class_names": ["cat", "dog"], "target": "portable"}
+    files = []
+    for order in (notes, dict(reversed(notes.items()))):
+        path = tmp_path / f"{len(files)}.onnx"
+        torch.manual_seed(0)
+        export_onnx(Residual(), torch.randn(2, 3, 8, 8), path, metadata=order)
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
+    model = onnx.load_from_string(files[0])
+    assert {p.key: p.value for p in model.metadata_props} == {"class_names": '["cat", "dog"]', "target": "portable"}
+    assert model.producer_name == "lightning-accel"
+
+
+def test_large_weights_lie_beside_the_file(tmp_path):
+    module, x = make("residual")
+    path = tmp_path / "m.onnx"
+    export = export_onnx(module, x, path, largest=1000)
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    prove_file(export, module_network(module, export, ((x,), {})), {"x": x.numpy()}, tolerance=FLOAT)
+    first = (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())
+    export_onnx(module, x, path, largest=1000)
+    assert first == (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())
+    export_onnx(module, x, path)  # small again: nothing stale stays beside it
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"opset": 17}, "Argument `opset` must be from 18 to 23, but got 17"),
+        ({"input_names": ["a", "b"]}, r"Argument `input_names` must hold 1 different names \(by default \['x'\]\)"),
+        ({"output_names": ""}, "Argument `output_names` must hold 1 different names"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(Residual(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", **arguments)

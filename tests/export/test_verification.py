@@ -7,7 +7,7 @@ import torch
 from onnx import numpy_helper
 
 from lightning_accel import VerificationError, export_onnx, load_runner, verify
-from lightning_accel.export.divergence import first_divergence
+from lightning_accel.export.divergence import check_nodes
 from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT, KERNEL_INT8
 from tests.quantization.test_prepare import make, quantized
@@ -111,7 +111,7 @@ def test_the_first_diverging_node_is_named(tmp_path, fault, named):
     samples = {"x": x.numpy()}
     with load_runner(export.path, emulate=True) as runner:
         assert not verify(network, runner.run, samples).passed
-    sentence = first_divergence(export.path, export.program, samples)
+    sentence = check_nodes(export.path, export.program, samples).diverging
     assert named in sentence
     assert "fed the reference's inputs it is off by" in sentence
 
@@ -120,7 +120,8 @@ def test_no_node_is_blamed_for_rounding_flips(tmp_path):
     module, x = make("residual")
     quantized(module, x)
     export = export_onnx(module, x, tmp_path / "q.onnx")
-    assert first_divergence(export.path, export.program, {"x": x.numpy()}).startswith("No node differs by itself")
+    check = check_nodes(export.path, export.program, {"x": x.numpy()})
+    assert (check.diverging, check.nodes) == ("", check.of)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""Samples for a command: arrays in a file, by the names of inputs."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+
+def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
+    """Read a ``.npz`` file of named arrays, or a ``.npy`` file for the one input.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: another kind of file, one that holds Python objects, or one array for several inputs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Argument `--data` must be a .npz or .npy file, but got {path}: nothing is there.")
+    try:
+        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as several:
+            arrays = dict(several) if several is not None else np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument `--data` must be a .npz or .npy file of plain arrays, but got {path}: {error}"
+        ) from error
+    if isinstance(arrays, dict):
+        return arrays
+    if len(inputs) != 1:
+        raise ValueError(
+            f"Argument `--data` must be a .npz file with the inputs {inputs}, but got the one array {path}."
+        )
+    return {inputs[0]: arrays}

@@ -1,0 +1,97 @@
+"""ONNX files: cleaned of this machine's paths, written whole or not at all, with weights beside them where they are large."""
+
+import ast
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+
+from lightning_accel import __version__
+
+LARGEST = 2**31 - 2**24  # protobuf refuses 2 GB; what isn't weights needs some of them
+_SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference reads it
+
+
+def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
+    """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
+
+    Args:
+        model: changed in place.
+        axes: names of dynamic axes beyond the batch, ``{input: {axis: name}}``.
+        metadata: further notes; values that are no strings are written as JSON.
+    """
+    graphs = [model.graph, *model.functions]
+    for holder in [model, *graphs]:
+        holder.ClearField("metadata_props")
+        holder.doc_string = ""
+    for graph in graphs:
+        for node in graph.node:
+            if scope := _scope_of(node):  # engines name their layers after nodes
+                node.name = f"{scope}/{node.name}"
+            node.ClearField("metadata_props")
+            node.doc_string = ""
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+        value.ClearField("metadata_props")
+        value.doc_string = ""
+    names: dict[str, str] = {}
+    for value in model.graph.input:
+        wanted = {0: "batch", **axes.get(value.name, {})}
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param and axis in wanted:
+                names.setdefault(dim.dim_param, wanted[axis])
+    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+    model.graph.name = "network"
+    model.producer_name, model.producer_version = "lightning-accel", __version__
+    for key in sorted(metadata):
+        value = metadata[key]
+        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+
+
+def _scope_of(node: onnx.NodeProto) -> str:
+    """Dotted path of the module that a node comes from, as torch's exporter noted it; empty for the network itself."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value)
+            return str(scopes[-2]) if len(scopes) > 1 else ""
+    return ""
+
+
+def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
+    """Check a model and write it: a crash leaves the old file or none, never half of one.
+
+    Args:
+        model: left alone, unless its weights are written beside it.
+        path: the file; weights go to ``<path>.data`` where the file would be larger than ``largest``.
+        largest: most bytes of the file itself.
+    """
+    weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    beside = path.with_name(f"{path.name}.data")
+    if weights < largest:
+        onnx.checker.check_model(model, full_check=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(model.SerializeToString(deterministic=True))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
+        return
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir()
+    try:
+        convert_model_to_external_data(model, location=beside.name, size_threshold=_SMALL, convert_attribute=False)
+        write_external_data_tensors(model, str(folder))
+        (folder / path.name).write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(str(folder / path.name), full_check=True)  # by path: it reads the weights too
+        os.replace(folder / beside.name, beside)  # first: a file whose weights are missing is refused by every reader
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
