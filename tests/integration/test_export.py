@@ -341,7 +341,7 @@ def test_hugging_face_bert(trainer, tmp_path):
         (lambda d: [la.ModelExport(d / "b", precision="int8")], 'Argument `precision` must be "fp32" or None without'),
         (
             lambda d: [la.QuantizationAwareTraining("onnxruntime"), la.ModelExport(d / "b", engines=["tensorrt"])],
-            r"Argument `engines` must suit target 'onnxruntime', but got \"tensorrt\", whose parser refuses uint8",
+            r"Argument `engines` must suit target 'onnxruntime', but got 'tensorrt': its parser refuses uint8",
         ),
         (
             lambda d: [la.QuantizationAwareTraining("portable"), la.ModelExport(d / "b", precision="fp32")],
