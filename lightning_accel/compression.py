@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -133,8 +134,23 @@ class CompressionCallback(L.Callback):
             )
 
     @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._count_once_complete(trainer)  # what monitors a training metric may look at it right after
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count_once_complete(trainer)
+
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or self._counting or trainer.state.fn != "fit" or _unfinished(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._count_once_complete(trainer)
+
+    def _count_once_complete(self, trainer: L.Trainer) -> None:
+        """Let monitors begin anew as soon as the last target of the run is reached."""
+        if self._counting or _unfinished(trainer):
             return
         for callback in compression_callbacks(trainer):
             callback._counting = True
@@ -143,7 +159,7 @@ class CompressionCallback(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        stopped = [c.stopped_epoch for c in watching if c.stopped_epoch or c.wait_count >= c.patience]
+        stopped = [c.stopped_epoch for c in watching if c.stopping_reason is not EarlyStoppingReason.NOT_STOPPED]
         marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
         if stopped and not marked and (missing := _unfinished(trainer)):
             raise RuntimeError(
@@ -172,13 +188,15 @@ def _unfinished(trainer: L.Trainer) -> list[str]:
 def restart_monitors(trainer: L.Trainer) -> None:
     """Let checkpoints and early stopping count from now on: a score of the dense network is no rival.
 
-    Files that were kept as best so far stay where they are.
+    Files that were kept as best so far have the worst score from now on, so the next one takes their place on the disk and
+    their name: a ``best.ckpt`` is never that of the dense network.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            callback.best_k_models, callback.best_model_score, callback.current_score = {}, None, None
-            callback.best_model_path = callback.kth_best_model_path = ""
-            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
+            callback.kth_value = worst
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)

@@ -252,6 +252,7 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         if self._macs is None:
             self._macs = self._prepare(trainer, pl_module).macs(pl_module)
         suffix = "" if self.name == "channels" else f"/{self.name}"

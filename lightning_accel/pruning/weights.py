@@ -172,9 +172,11 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         if trainer.global_step != self._last_step:  # micro-batches of an accumulation end without a step
             self._update(trainer.global_step, trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         for name, share in self.sparsity_of(pl_module).items():
             key = self._log_name if name == "all" else f"{self._log_name}/{name}"
             pl_module.log(key, share, rank_zero_only=True)
