@@ -39,6 +39,9 @@ class CompressionCallback(L.Callback):
         self._counting = False  # whether monitors have begun anew, with every target reached
 
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
+    wants_low_rate = (
+        True  # whether it should start at a small share of the peak learning rate; else only end well above 0
+    )
     captures = False  # whether the callback records the network's shapes at its start: they must be final by then
 
     @property

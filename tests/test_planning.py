@@ -65,6 +65,25 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
     assert "warning: QuantizationAwareTraining starts at 100% of the highest learning rate" in text
 
 
+def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
+    """Quantization is learned at a low rate; pruning needs one at which the network still learns."""
+    settings = {"max_epochs": 4}
+    qat = la.QuantizationAwareTraining("portable", start=0)
+    made = la.plan(trainer(qat, **settings), Scheduled("epoch"), train_dataloaders=loader())
+    assert made.warnings == [
+        "QuantizationAwareTraining starts at 100% of the highest learning rate; what it changes is learned best below 10%."
+    ]
+    late = la.QuantizationAwareTraining("portable", start=2)  # at 0.3 ** 2
+    assert not la.plan(trainer(late, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    early = [la.ChannelPruning(0.5, end=1), la.WeightPruning(0.5, end=2)]
+    assert not la.plan(trainer(*early, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    last = la.WeightPruning(0.5, end=1.0)
+    made = la.plan(trainer(last, **settings), Scheduled("step"), train_dataloaders=loader())
+    assert made.warnings == [
+        "WeightPruning ends at 0.0% of the highest learning rate; too little is left to make up for what went. End it earlier."
+    ]
+
+
 def test_channels_that_leave_and_what_is_left(trainer):
     module = Classifier()
     pruning = la.ChannelPruning(macs_reduction=2.0, start=0, end=1, round_to=2)

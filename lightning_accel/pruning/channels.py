@@ -54,6 +54,8 @@ class ChannelPruning(CompressionCallback):
         2.0
     """
 
+    wants_low_rate = False
+
     def __init__(
         self,
         pruning_ratio: float | None = None,
@@ -80,6 +82,9 @@ class ChannelPruning(CompressionCallback):
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
         self.reached = 0.0  # fraction of the way to the target
         self._plan: ChannelPlan | None = None
+        self._foreseen: tuple[dict[int, list[int]], dict[str, int]] | None = (
+            None  # what would leave now, what would stay
+        )
         self._epochs = (0, 0)  # of the first and the last removal
         self._taylor: dict[str, torch.Tensor] = {}
         self._macs: int | None = None  # of the module as it is now; None: not counted yet
@@ -96,13 +101,13 @@ class ChannelPruning(CompressionCallback):
             )
         if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
             self.reached, self._taylor = 0.0, {}
-        self._seen, self._plan = pl_module, None
+        self._seen, self._plan, self._foreseen = pl_module, None, None
         if not builds_layers_late(pl_module):
             self._prepare(trainer, pl_module)
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
-        self._macs, self._taylor = None, {}
+        self._macs, self._taylor, self._foreseen = None, {}, None
         if self._plan is not None:
             self._plan.follow(change.args)
 
@@ -129,7 +134,7 @@ class ChannelPruning(CompressionCallback):
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         plan = self._prepare(trainer, pl_module)
-        chosen, _ = plan.foresee(pl_module)
+        chosen, _ = self._foresee(plan, pl_module)
         lines: dict[str, str] = {}
         for i, group in enumerate(plan.groups):
             channels, gone = group.units * group.width, len(chosen.get(i, ())) * group.width
@@ -157,7 +162,12 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
-        return self._plan.foresee(pl_module)[1] if self._plan is not None else {}
+        return self._foresee(self._plan, pl_module)[1] if self._plan is not None else {}
+
+    def _foresee(self, plan: ChannelPlan, pl_module: L.LightningModule) -> tuple[dict[int, list[int]], dict[str, int]]:
+        if self._foreseen is None:
+            self._foreseen = plan.foresee(pl_module)
+        return self._foreseen
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

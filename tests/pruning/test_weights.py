@@ -173,6 +173,61 @@ def test_a_target_below_the_zeros_there_are(trainer):
     assert watch.seen == []
 
 
+def test_a_target_below_the_zeros_of_one_layer(trainer):
+    """Each layer has the target of its own: the mean over layers hides nothing."""
+    module, watch = Classifier(), Watch()
+    module.net.conv1.weight.data[:, :2] = 0  # 2 / 3 of it, a sixth of all
+    with pytest.raises(
+        ValueError, match=r"at least the share of zeros there is in `net.conv1.weight`, 0.6667, but got 0.5"
+    ):
+        trainer(WeightPruning(0.5, scope="layer"), watch).fit(module, loader())
+    assert watch.seen == []
+    trainer(WeightPruning(0.5, end=1), watch).fit(module, loader())
+    assert watch.seen[-1] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"must leave a channel in each tensor: at most 0.870 with granularity 'channel', but got 0.9"),
+        ({"scope": "layer"}, r"must leave a channel in `net.head.weight`: at most 0.750 .*, but got 0.9"),
+    ],
+)
+def test_whole_channels_that_can_not_make_up_the_share(trainer, arguments, message):
+    """(8, 3, 3, 3), (8, 8, 3, 3) and (4, 8): with a channel left in each, 717 of 824 weights."""
+    watch = Watch()
+    with pytest.raises(ValueError, match=message):
+        trainer(WeightPruning(0.9, granularity="channel", end=1, **arguments), watch).fit(Classifier(), loader())
+    assert watch.seen == []
+    with pytest.raises(ValueError, match=message):
+        prune_weights_(Classifier(), 0.9, granularity="channel", **arguments)
+
+
+def test_what_is_sparser_than_its_target_once_channels_have_left_resumes(trainer, tmp_path):
+    """Masks that fall where the norm is large leave what channel removal keeps sparser than all was."""
+
+    def dense_first(name, parameter, grad):
+        """The largest weights are zeroed."""
+        return -parameter.detach().abs()
+
+    def run(ckpt_path=None):
+        pruning = WeightPruning(0.5, dense_first, end=1, every=1)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        extra = [] if ckpt_path else [keep]
+        fit = trainer(
+            pruning, ChannelPruning(0.5, start=2, end=2), *extra, max_epochs=4, enable_checkpointing=not ckpt_path
+        )
+        module = Classifier()
+        fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return pruning, module
+
+    pruning, module = run()
+    assert pruning.sparsity_of(module)["all"] > 0.51
+    resumed, again = run(tmp_path / "step=24.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(mask, resumed.masks[name]) for name, mask in pruning.masks.items())
+
+
 def test_two_of_four_holds_while_training(trainer):
     module = Classifier()
     pruning = WeightPruning(granularity="2:4", start=0, end=1, every=2)
