@@ -94,6 +94,18 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Buffers get their values back: a forward in train mode moves the statistics of batch norm."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before[name])
+
+
 def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None = None) -> Call:
     """Arguments with which ``forward`` is called for a batch.
 
@@ -112,14 +124,28 @@ def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None
     Raises:
         ValueError: the batch doesn't give what ``forward`` needs.
     """
-    own = own_signature(module)
+    return call_by_signature(own_signature(module), f"{type(module).__name__}.forward", batch, inputs)
+
+
+def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunction | None = None) -> Call:
+    """The same for any function: its arguments for a batch.
+
+    Args:
+        own: signature of the function.
+        name: of the function, for messages.
+        batch: what the loader yields.
+        inputs: the user's own rule.
+
+    Raises:
+        ValueError: the batch doesn't give what the function needs.
+    """
     args, kwargs = _as_call(inputs(batch)) if inputs is not None else _by_signature(own.parameters, batch)
     try:
         return canonical_call(own, args, kwargs)
     except TypeError as error:
         raise ValueError(
-            f"Argument `inputs` must map a batch to the arguments of `{type(module).__name__}.forward{own}`, but a batch of "
-            f"type {type(batch).__name__} gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
+            f"Argument `inputs` must map a batch to the arguments of `{name}{own}`, but a batch of type {type(batch).__name__} "
+            f"gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
         ) from None
 
 
@@ -207,11 +233,17 @@ def _batch_size(sampler: Any) -> int:
     return int(getattr(sampler, "batch_size", None) or 1)
 
 
-def first_batch(trainer: L.Trainer) -> Any:
-    """A training batch on the CPU as ``training_step`` gets it, before the fit loop has set its loaders up."""
+def first_batch(trainer: L.Trainer, device: torch.device | None = None) -> Any:
+    """A training batch as ``training_step`` gets it, before the fit loop has set its loaders up.
+
+    Args:
+        trainer: in ``fit``, its module and data attached.
+        device: where the batch goes; ``None``: the CPU.
+    """
     with isolated_random():
-        loader = trainer.fit_loop._data_source.dataloader()
-        return trainer.strategy.batch_to_device(peek(loader), torch.device("cpu"))  # with the user's transfer hooks
+        batch = trainer.precision_plugin.convert_input(peek(trainer.fit_loop._data_source.dataloader()))
+        batch = trainer.lightning_module._on_before_batch_transfer(batch)
+        return trainer.strategy.batch_to_device(batch, device or torch.device("cpu"))  # with the user's other hooks
 
 
 def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:

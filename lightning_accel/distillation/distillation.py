@@ -20,16 +20,17 @@ from lightning_accel.distillation.adapters import (
 )
 from lightning_accel.distillation.batches import Where, find, fits
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.layers import once, recorded, select, split_path
-from lightning_accel.distillation.recording import find_logits
+from lightning_accel.distillation.layers import once, recorded
 from lightning_accel.distillation.rows import check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
+from lightning_accel.distillation.selection import logits_in, select, selection_of, split_path
 from lightning_accel.distillation.teacher import network_of
 from lightning_accel.distillation.teachers import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
 
 LOGITS = ""
 Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
+Answer = tuple[Mapping[str, Any], Any]  # what layers returned in a call, and what the network did
 
 
 @dataclass
@@ -98,20 +99,27 @@ class Distillation:
         """Paths of the teacher's layers that terms compare."""
         return [pair.teacher for pairs in self.pairs.values() for pair in pairs if pair.teacher is not None]
 
-    @torch.no_grad()
     def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signals:
-        """What the teacher says. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
+        """What the teacher says."""
+        return self.teacher_signals(*self.ask(args, kwargs))
+
+    @torch.no_grad()
+    def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+        """Call the teacher. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
         network, paths = network_of(self.teacher), self.teacher_layers()
         modules = [module for path in paths if (module := split_path(path, "teacher_layer")[0])]
         with recorded(network, list(dict.fromkeys(modules))) as found:
             try:
-                output = self.teacher(*args, **kwargs)
+                return found, self.teacher(*args, **kwargs)
             except Exception as error:
                 error.add_note(
                     "Raised by the teacher, which is called with the arguments of the student's recorded call."
                 )
                 raise
-        signals = {path: _signal(found, output, path, "teacher_layer") for path in paths}
+
+    def teacher_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
+        """What the teacher said: its logits and layers."""
+        signals = {path: _signal(found, output, path, "teacher_layer") for path in self.teacher_layers()}
         if self.needs_logits:
             signals[LOGITS] = logits_in(output, self.teacher_outputs, "teacher_outputs")
         return signals
@@ -238,29 +246,6 @@ def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
         check_same_shape(student, teacher)
     except ValueError as error:
         raise ValueError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
-
-
-def selection_of(outputs: Any) -> str | None:
-    """The keys behind a path given as ``outputs``: ``"[0]"`` of ``"net[0]"``."""
-    if not isinstance(outputs, str):
-        return None
-    return outputs[len(split_path(outputs, "outputs")[0]) :] or None
-
-
-def logits_in(output: Any, where: Any, argument: str) -> Tensor:
-    """The logits in what a network returned.
-
-    Args:
-        output: what it returned.
-        where: a callable, a selection such as ``"[logits]"``, or None: a Tensor itself, or its field ``logits``.
-        argument: for messages.
-
-    Raises:
-        ValueError: there is no telling; the message says how to select.
-    """
-    if isinstance(where, str):
-        return select(output, split_path(where, argument)[1], where, argument)
-    return find_logits(where(output) if callable(where) else output, argument)
 
 
 def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:

@@ -21,9 +21,10 @@ from lightning_accel.distillation.filling import fill
 from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
 from lightning_accel.distillation.hparams import keep_own_hparams_
 from lightning_accel.distillation.indexed import IndexedBatch, index_training_data, stop_indexing
-from lightning_accel.distillation.layers import recorded, split_path
+from lightning_accel.distillation.layers import recorded
 from lightning_accel.distillation.recording import called_submodules, observed, resolve
 from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
+from lightning_accel.distillation.selection import split_path
 from lightning_accel.distillation.state import average_gradients_, load_state, save_state
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
@@ -129,9 +130,9 @@ class DistillationModule(_SharesStudent):
     ) -> None:
         # no super().__init__(): the student is built already, and this object is the student
         network = as_teacher(teacher)
-        low, high = bounds(alpha)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha}.")
+        number = isinstance(alpha, int | float | Scheduled) and not isinstance(alpha, bool)
+        if not (number and 0 <= bounds(alpha)[0] <= bounds(alpha)[1] <= 1):
+            raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha!r}.")
         terms = make_terms(losses, temperature, student_layer, teacher_layer)
         if isinstance(teacher_outputs, str):
             split_path(teacher_outputs, "teacher_outputs")

@@ -80,11 +80,13 @@ def test_losses_equal_those_of_the_live_teacher(workers, fit, tmp_path):
     for ours, theirs in zip(found.batches, expected.batches, strict=True):
         assert type(ours) is type(theirs)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert live.teacher.samples == 2 * 64
-    assert cached.teacher.samples == 2 + 64 + 2 * 8  # for the shapes, once each, and the check of each epoch
+    assert live.teacher.samples == 3 + 2 * 64
+    assert (
+        cached.teacher.samples == 3 + 2 + 64 + 2 * 8
+    )  # tried before, for the shapes, once each, and the check of each epoch
     again = distilled(TeacherCache(tmp_path / "cache"))
     np.testing.assert_allclose(fit(again, data()).losses, expected.losses, rtol=0, atol=1e-6)
-    assert again.teacher.samples == 2 + 2 * 8
+    assert again.teacher.samples == 3 + 2 + 2 * 8
 
 
 def test_features_are_cached_too(fit, tmp_path):
@@ -178,7 +180,7 @@ def test_only_damaged_rows_are_made_again(fit, tmp_path):
     file.write_bytes(damaged[: 60 * size + 3])  # and the end is gone
     module = distilled(TeacherCache(tmp_path / "cache"))
     fit(module)
-    assert module.teacher.samples == 2 + (1 + 2 + 4) + 2 * 8
+    assert module.teacher.samples == 3 + 2 + (1 + 2 + 4) + 2 * 8
     np.testing.assert_array_equal(np.frombuffer(file.read_bytes(), np.uint8), np.frombuffer(content, np.uint8))
 
 
@@ -188,7 +190,7 @@ def test_a_damaged_manifest_makes_all_of_it_again(fit, tmp_path):
     manifest.write_text(manifest.read_text()[:40])
     module = distilled(TeacherCache(tmp_path / "cache"))
     fit(module)
-    assert module.teacher.samples == 2 + 64 + 2 * 8
+    assert module.teacher.samples == 3 + 2 + 64 + 2 * 8
     assert json.loads(manifest.read_text())["samples"] == 64
 
 
@@ -251,7 +253,7 @@ def test_filling_goes_on_after_a_kill(tmp_path):
     assert 20 <= there < 512
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"SAMPLES {2 + (512 - there) + 4}" in done.stdout
+    assert f"SAMPLES {3 + 2 + (512 - there) + 4}" in done.stdout
     assert file.valid().all()
 
 
@@ -453,5 +455,5 @@ def test_ranks_share_the_work(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     samples = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["samples"] for rank in (0, 1)]
-    assert samples == [2 + 32 + 2 * 8] * 2
+    assert samples == [3 + 2 + 32 + 2 * 8] * 2
     assert RowFile(tmp_path / "cache" / "0.rows", 64, 16).valid().all()
