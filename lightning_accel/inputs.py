@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -207,10 +208,15 @@ def isolated_random() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
+def peek(loader: Any, argument: str = "train_dataloaders", samples: int | None = None) -> Any:
     """A batch as the loader would make it, without moving its sampler, its generator or the global random state.
 
     For a map-style dataset it is made of the first samples; an iterable one is started anew.
+
+    Args:
+        loader: whose batch it is.
+        argument: which it was, for messages.
+        samples: how many of a map-style dataset are asked for; ``None``: as many as the loader takes.
 
     Raises:
         ValueError: the loader is empty.
@@ -218,7 +224,7 @@ def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
     with isolated_random():
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             length = len(loader.dataset)  # type: ignore[arg-type]
-            indices = list(range(min(_batch_size(loader.batch_sampler or loader.sampler), length)))
+            indices = list(range(min(samples or _batch_size(loader.batch_sampler or loader.sampler), length)))
             if indices and loader.batch_sampler is not None:
                 return loader.collate_fn([loader.dataset[i] for i in indices])
             if indices:  # the dataset makes batches itself
@@ -233,15 +239,18 @@ def _batch_size(sampler: Any) -> int:
     return int(getattr(sampler, "batch_size", None) or 1)
 
 
-def first_batch(trainer: L.Trainer, device: torch.device | None = None) -> Any:
+def first_batch(trainer: L.Trainer, device: torch.device | None = None, samples: int | None = None) -> Any:
     """A training batch as ``training_step`` gets it, before the fit loop has set its loaders up.
 
     Args:
         trainer: in ``fit``, its module and data attached.
         device: where the batch goes; ``None``: the CPU.
+        samples: as for :func:`peek`.
     """
     with isolated_random():
-        batch = trainer.precision_plugin.convert_input(peek(trainer.fit_loop._data_source.dataloader()))
+        batch = trainer.precision_plugin.convert_input(
+            peek(trainer.fit_loop._data_source.dataloader(), samples=samples)
+        )
         batch = trainer.lightning_module._on_before_batch_transfer(batch)
         return trainer.strategy.batch_to_device(batch, device or torch.device("cpu"))  # with the user's other hooks
 
@@ -251,7 +260,19 @@ def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction |
     example = getattr(module, "example_input_array", None)
     if inputs is None and example is not None:
         return canonical_call(own_signature(module), *_as_call(example))
-    return call_from_batch(module, first_batch(trainer), inputs)
+    return _first_call(module, trainer, inputs)
+
+
+def _first_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
+    """The call for the first batch; with a sample less where a size could be taken for the batch's, as of a mask (L, L)."""
+    call = call_from_batch(module, first_batch(trainer), inputs)
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    size = len(tensors[0]) if tensors else 0
+    others = {n for tensor in tensors for n in tensor.shape[1:]}
+    if size > 1 and size in others and any(len(tensor) == size for tensor in tensors[1:]):
+        fewer = max((n for n in range(1, size) if n not in others), default=size - 1)
+        return call_from_batch(module, first_batch(trainer, samples=fewer), inputs)
+    return call
 
 
 def find_submodule(module: nn.Module, path: str) -> nn.Module:
@@ -311,4 +332,4 @@ def owner_and_call(
             pl_module, path, example_call(pl_module, trainer, inputs)
         )
     part = find_submodule(pl_module, path)
-    return part, call_from_batch(part, first_batch(trainer), inputs)
+    return part, _first_call(part, trainer, inputs)

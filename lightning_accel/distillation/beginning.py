@@ -7,8 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.compression import CompressionCallback
@@ -23,6 +22,8 @@ from lightning_accel.distillation.teachers import EMATeacher, OnnxTeacher
 from lightning_accel.distillation.terms import Pair, pairs_of
 from lightning_accel.engines.base import Runner
 from lightning_accel.inputs import Call, call_by_signature, first_batch, isolated_random, kept_buffers
+
+_FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
 
 
 def as_teacher(teacher: Any) -> nn.Module:
@@ -99,7 +100,7 @@ def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable
     if not sure and (not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)):
         return  # a stream can't be looked into without taking from it
     try:
-        batch = _few(first_batch(module.trainer, module.device))
+        batch = first_batch(module.trainer, module.device, samples=_FEW)
         call = call_of(module, outputs_path(distillation.outputs), batch, inputs)
         found = _answers(module, distillation, call)
     except Exception:
@@ -133,13 +134,6 @@ def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
         return (found, output), distillation.ask(*call)
-
-
-def _few(batch: Any) -> Any:
-    """Three samples of a batch: shapes don't ask for more."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    size = len(leaves[0]) if leaves else 0
-    return pytree.tree_map(lambda v: v[:3] if isinstance(v, Tensor) and v.ndim and len(v) == size else v, batch)
 
 
 def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:
