@@ -89,6 +89,7 @@ class ChannelPruning(CompressionCallback):
         self._taylor: dict[str, torch.Tensor] = {}
         self._macs: int | None = None  # of the module as it is now; None: not counted yet
         self._seen: nn.Module | None = None
+        self._retargeted = False  # resumed with another target than the checkpoint's
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -99,6 +100,7 @@ class ChannelPruning(CompressionCallback):
             raise ValueError(
                 "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
             )
+        self._retargeted = False
         if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
             self.reached, self._taylor = 0.0, {}
         self._seen, self._plan, self._foreseen = pl_module, None, None
@@ -175,6 +177,8 @@ class ChannelPruning(CompressionCallback):
         check_one_optimizer(trainer, type(self).__name__)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise ValueError("The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS.")
+        if self._retargeted:
+            self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
         begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.target.importance == "taylor" and begins:
@@ -292,12 +296,15 @@ class ChannelPruning(CompressionCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         taylor = {name: scores.cpu() for name, scores in self._taylor.items()}
-        return {"reached": self.reached, "taylor": taylor, **self.phase_state()}
+        target = [self.target.pruning_ratio, self.target.macs_reduction]
+        return {"reached": self.reached, "taylor": taylor, "target": target, **self.phase_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.reached, self._taylor = state_dict["reached"], dict(state_dict["taylor"])
+        if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
+            self.reached, self._retargeted = 0.0, True  # targets are absolute: the next boundary goes on to this one
 
 
 def prune_channels_(
