@@ -53,6 +53,8 @@ class TeacherCache:
                 f"{storage!r}."
             )
         self.dirpath = Path(dirpath)
+        if self.dirpath.exists() and not self.dirpath.is_dir():
+            raise ValueError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}
         self._checked: int | None = None  # epoch in which the live teacher was last asked

@@ -371,6 +371,9 @@ def test_what_can_not_be_cached(tmp_path, trainer):
     ):
         with pytest.raises(ValueError, match=message):
             TeacherCache(tmp_path, *arguments)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="Argument `dirpath` must be a folder, but got the file"):
+        TeacherCache(tmp_path / "file")
     with pytest.raises(ValueError, match=r"Argument `top_k` must be in \[1, C - 2\] for logits .* but got 3"):
         TopK((4,), 3)
     for value, fix in ((1e5, 'Use `storage="float32"`'), (float("nan"), "returns no finite numbers")):

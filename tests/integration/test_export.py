@@ -120,8 +120,13 @@ def test_best_checkpoint_only_if_it_was_compressed(trainer, tmp_path):
         RuntimeError,
         match=r"must have reached its targets .* \(epoch 1\) .*hasn't trained with fake-quant",
     ):
-        run(1, "dense", start=2, max_epochs=3, check_val_every_n_epoch=2)  # no validation after the targets are reached
+        run(
+            1, "dense", start=2, max_epochs=3, max_steps=18, check_val_every_n_epoch=2
+        )  # it ends before they are reached
     assert not (tmp_path / "dense" / "bundle").exists()
+    with pytest.raises(ValueError, match="no ModelCheckpoint kept a best one"):
+        run(1, "none", start=2, max_epochs=3, check_val_every_n_epoch=2)  # no validation after the targets are reached
+    assert not (tmp_path / "none" / "bundle").exists()
     module, best = run(0, "late")  # the dense epoch 0 scores best, and is no rival
     assert "epoch=0" not in best
     saved = torch.load(best, weights_only=True)["state_dict"]
