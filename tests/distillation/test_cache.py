@@ -155,6 +155,15 @@ def test_filling_leaves_the_run_as_it_was(fit, tmp_path):
     assert torch.equal(first.net.conv1.weight, second.net.conv1.weight)
 
 
+def test_filling_is_seen_where_the_run_is(fit, tmp_path, capfd):
+    fit(distilled(TeacherCache(tmp_path / "quiet")), max_epochs=1)
+    assert "Teacher cache" not in capfd.readouterr().err
+    fit(distilled(TeacherCache(tmp_path / "cache")), max_epochs=1, enable_progress_bar=True)
+    shown = capfd.readouterr().err
+    assert "Teacher cache: 100%" in shown
+    assert "64/64" in shown
+
+
 def test_loaders_are_the_user_s_own_again(fit, tmp_path):
     data = loader()
     collate = data.collate_fn

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -127,6 +128,8 @@ def test_pruned_quantized_distilled_and_exported(trainer, tmp_path):
     trainer(export, *callbacks()[1:], max_epochs=EPOCHS).fit(net, loader(64), loader(32, 32, seed=3))
     assert net.net.conv1.out_channels == 4
     assert all(check["passed"] for check in export.report["verification"])
+    for file in (tmp_path / "bundle").glob("*.onnx"):  # the student is 4 wide, its teacher 12
+        assert all(12 not in tensor.dims for tensor in onnx.load(file).graph.initializer)
     x = loader(32, 32, seed=3).dataset.tensors[0]
     with la.load_runner(tmp_path / "bundle", emulate=True) as runner, torch.no_grad():
         logits, wanted = torch.from_numpy(runner(x.numpy())), net.eval()(x)

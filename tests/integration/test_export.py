@@ -445,7 +445,15 @@ import wandb; wandb.finish()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     keys = next(line for line in done.stdout.splitlines() if line.startswith("KEYS"))
-    for name in ("comparison", "report", "sparsity", "distillation_loss", "export/student_int8/accuracy"):
+    for name in (
+        "comparison",
+        "report",
+        "sparsity",
+        "sparsity/net.conv1.weight",
+        "layers/weights",
+        "distillation_loss",
+        "export/student_int8/accuracy",
+    ):
         assert f"'{name}'" in keys
     (run,) = (path for path in tmp_path.rglob("offline-run-*") if path.is_dir())
     media = {p.name.split("_")[0] for p in run.rglob("files/media/**/*") if p.is_file()}

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
@@ -24,7 +26,7 @@ class Watch(Callback):
         self.seen.append(zeros(pl_module))
 
 
-@pytest.mark.parametrize("schedule", ["cubic", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "cosine", "exponential", "constant"])
 def test_the_share_of_zeros_follows_the_schedule(trainer, schedule):
     watch, module = Watch(), Classifier()
     pruning = WeightPruning(0.8, schedule=schedule, start=1, end=3, every=1)
@@ -34,6 +36,15 @@ def test_the_share_of_zeros_follows_the_schedule(trainer, schedule):
         wanted = 0.8 * fraction(schedule, (step - 8) / 16)
         assert share == pytest.approx(wanted, abs=1 / count), step
     assert pruning.unfinished() == ""
+
+
+def test_masks_move_every_few_steps_and_at_the_end(trainer):
+    watch, module = Watch(), Classifier()
+    trainer(WeightPruning(0.6, schedule="linear", end=2, every=5), watch).fit(module, loader())  # 16 steps
+    moved = [step for step, (a, b) in enumerate(pairwise([0.0, *watch.seen]), start=1) if b > a]
+    assert moved == [5, 10, 15, 16]
+    count = sum(p.numel() for p in prunable_parameters(module).values())
+    assert watch.seen[4::5] == [pytest.approx(0.6 * step / 16, abs=1 / count) for step in (5, 10, 15)]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
