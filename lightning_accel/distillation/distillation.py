@@ -69,6 +69,7 @@ class Distillation:
     restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
     ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
     index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
+    digests: Tensor | None = field(default=None, kw_only=True)  # of the first of them
 
     def __post_init__(self) -> None:
         self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)

@@ -237,12 +237,11 @@ class DistillationModule(_SharesStudent):
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """What the teacher says about the present batch: from the cache, if there is one for it."""
         distillation = self._distillation
-        if distillation.cache is None or distillation.index is None:
+        if distillation.cache is None or distillation.index is None or distillation.digests is None:
             return distillation.teach(args, kwargs)
         epoch = self.trainer.current_epoch
-        return distillation.cache.lookup(
-            distillation.index, self.device, epoch, lambda: distillation.teach(args, kwargs)
-        )
+        found = (distillation.index, distillation.digests)
+        return distillation.cache.lookup(*found, self.device, epoch, lambda: distillation.teach(args, kwargs))
 
     def _evaluate(self, step: Callable[..., Any], stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a validation or test step; if asked for, measure on the way how far the student is from the teacher."""
@@ -319,7 +318,7 @@ class DistillationModule(_SharesStudent):
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, IndexedBatch):
-            self._distillation.index, batch = batch.index, batch.batch
+            self._distillation.index, self._distillation.digests, batch = batch.index, batch.digests, batch.batch
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -322,6 +322,37 @@ def test_other_data_is_refused_before_the_first_step(data, message, fit, trainer
     assert not watch.batches
 
 
+class Rarely(Dataset):
+    """Augments its last sample, and that at every third reading; of 320 samples the 32 that are read twice are others."""
+
+    def __init__(self):
+        self.data, self.readings = images(320), 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        if i == 296:
+            self.readings += 1
+        return (x.flip(2) if i == 296 and self.readings % 3 == 0 else x), y
+
+
+@pytest.mark.parametrize("kind", ["changed", "augmented"])
+def test_other_samples_than_those_compared_before_are_noticed_in_their_batch(kind, fit, tmp_path):
+    """Images that the fingerprint doesn't look at, in batches that the live teacher isn't asked about."""
+    data: Dataset = images(320) if kind == "changed" else Rarely()
+    fit(distilled(TeacherCache(tmp_path / "cache")), DataLoader(data, 8), max_epochs=1)
+    if kind == "changed":
+        data.tensors[0][296] = data.tensors[0][0]
+    watch = Batches()
+    with pytest.raises(
+        ValueError, match=r"sample 296 isn't the one that the teacher was asked about\. The data set has changed, or"
+    ):
+        fit(distilled(TeacherCache(tmp_path / "cache")), DataLoader(data, 8), watch, max_epochs=3)
+    assert 37 <= len(watch.batches) <= 3 * 40  # batch 37 begins with it
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -412,7 +443,7 @@ def test_an_indexed_loader_is_the_loader(tmp_path):
     torch.manual_seed(0)
     indexed = list(index_loader(data))
     assert index_loader(index_loader(data)).dataset.dataset is data.dataset
-    for (x, y), (batch, index) in zip(plain, indexed, strict=True):
+    for (x, y), (batch, index, _) in zip(plain, indexed, strict=True):
         assert torch.equal(batch[0], x)
         assert torch.equal(batch[1], y)
         assert all(torch.equal(images()[i][0], row) for i, row in zip(index.tolist(), x, strict=True))
@@ -436,8 +467,8 @@ def test_a_data_set_that_fetches_batches_still_does():
     dataset = AtOnce(*images().tensors)
     batches = list(index_loader(DataLoader(dataset, 8)))
     assert dataset.fetched == 8
-    assert torch.equal(torch.cat([index for _, index in batches]), torch.arange(64))
-    assert torch.equal(torch.cat([x for (x, _), _ in batches]), dataset.tensors[0])
+    assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(64))
+    assert torch.equal(torch.cat([batch.batch[0] for batch in batches]), dataset.tensors[0])
 
 
 # --- two processes
