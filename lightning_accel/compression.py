@@ -4,15 +4,12 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel import rebinding, structure
 from lightning_accel.layer_plot import log_layers
+from lightning_accel.monitors import restart_monitors, stopped_epochs
 from lightning_accel.schedules import Timeline, check_position
 
 _PREFIX = "lightning_accel."
@@ -161,8 +158,7 @@ class CompressionCallback(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        stopped = [c.stopped_epoch for c in watching if c.stopping_reason is not EarlyStoppingReason.NOT_STOPPED]
+        stopped = stopped_epochs(trainer)
         marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
         if stopped and not marked and (missing := _unfinished(trainer)):
             raise RuntimeError(
@@ -186,28 +182,6 @@ def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
 def _unfinished(trainer: L.Trainer) -> list[str]:
     """What the run's compression callbacks have yet to do."""
     return [reason for c in compression_callbacks(trainer) if (reason := c.unfinished())]
-
-
-def restart_monitors(trainer: L.Trainer) -> None:
-    """Let checkpoints and early stopping count from now on: a score of the dense network is no rival.
-
-    Files that were kept as best so far have the worst score from now on, so the next one takes their place on the disk and
-    their name: a ``best.ckpt`` is never that of the dense network.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
-            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
-            callback.kth_value = worst
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
-            rank_zero_info(
-                f"{type(callback).__name__}: every target is reached in epoch {trainer.current_epoch}; the best "
-                f"`{callback.monitor}` is counted from here."
-            )
 
 
 def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], stage: str) -> None:

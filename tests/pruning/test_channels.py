@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_accel as la
 from lightning_accel import structure
 from lightning_accel.pruning.channel_plan import ChannelTarget
-from lightning_accel.pruning.channels import plan_channels, prune_channels_
+from lightning_accel.pruning.functional import plan_channels, prune_channels_
 from tests.models import Classifier, images, loader
 from tests.pruning import networks as nets
 

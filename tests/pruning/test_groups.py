@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_accel.pruning.channels import prune_channels_
+from lightning_accel.pruning.functional import prune_channels_
 from lightning_accel.pruning.proof import find_groups
 from tests.pruning import networks as nets
 
