@@ -248,11 +248,20 @@ def first_batch(trainer: L.Trainer, device: torch.device | None = None, samples:
         samples: as for :func:`peek`.
     """
     with isolated_random():
-        batch = trainer.precision_plugin.convert_input(
-            peek(trainer.fit_loop._data_source.dataloader(), samples=samples)
-        )
-        batch = trainer.lightning_module._on_before_batch_transfer(batch)
-        return trainer.strategy.batch_to_device(batch, device or torch.device("cpu"))  # with the user's other hooks
+        return transferred(trainer, peek(training_loader(trainer), samples=samples), device or torch.device("cpu"))
+
+
+def training_loader(trainer: L.Trainer) -> Any:
+    """The training loader before the fit loop has set it up; random numbers that making it takes are given back."""
+    with isolated_random():
+        return trainer.fit_loop._data_source.dataloader()
+
+
+def transferred(trainer: L.Trainer, batch: Any, device: torch.device) -> Any:
+    """A batch as ``training_step`` gets it: cast, passed through the user's transfer hooks, on a device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch, device)
 
 
 def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.distillation import Answer, Distillation, dtype_of, share_
+from lightning_accel.distillation.distillation import LOGITS, Answer, Distillation, dtype_of, share_
 from lightning_accel.distillation.graph_layers import layer_node, without_graphs
 from lightning_accel.distillation.layers import recorded
 from lightning_accel.distillation.recording import resolve
@@ -21,7 +21,15 @@ from lightning_accel.distillation.teacher import network_of
 from lightning_accel.distillation.teachers import EMATeacher, OnnxTeacher
 from lightning_accel.distillation.terms import Pair, pairs_of
 from lightning_accel.engines.base import Runner
-from lightning_accel.inputs import Call, call_by_signature, first_batch, isolated_random, kept_buffers
+from lightning_accel.inputs import (
+    Call,
+    call_by_signature,
+    isolated_random,
+    kept_buffers,
+    peek,
+    training_loader,
+    transferred,
+)
 
 _FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
 
@@ -91,27 +99,34 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
 def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
     """Ask student and teacher about a few samples: what doesn't fit shows now, and adapters get their shapes.
 
+    How ``training_step`` calls ``forward`` is a guess, unless layers or ``inputs`` rely on it: then one that fails is no error,
+    and one that works tells of the logits alone.
+
     Raises:
         ValueError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
             call of ``forward`` that the batch doesn't tell.
     """
-    sure = bool(distillation.student_layers()) or inputs is not None
-    loader = module.trainer.fit_loop._data_source.dataloader()
+    trainer, sure = module.trainer, bool(distillation.student_layers()) or inputs is not None
+    loader = training_loader(trainer)
     if not sure and (not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)):
         return  # a stream can't be looked into without taking from it
     try:
-        batch = first_batch(module.trainer, module.device, samples=_FEW)
+        with isolated_random():
+            batch = transferred(trainer, peek(loader, samples=_FEW), module.device)
         call = call_of(module, outputs_path(distillation.outputs), batch, inputs)
         found = _answers(module, distillation, call)
     except Exception:
         if sure:
             raise
-        return  # the call was a guess, and a wrong one: the first step tells how training_step calls it
+        return  # the first step tells how training_step makes the call
     student, teacher = distillation.student_signals(*found[0]), distillation.teacher_signals(*found[1])
+    if not sure:
+        distillation.check_logits(student[LOGITS], teacher[LOGITS])
+        return
     distillation.build_adapters(student, teacher, dtype_of(module))
     with torch.no_grad():  # a loss that can't take these shapes says so now
         distillation.losses(student, teacher, batch)
-    share_(distillation.adapters, module.trainer)
+    share_(distillation.adapters, trainer)
 
 
 def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | None) -> Call:

@@ -158,10 +158,7 @@ class Distillation:
                     )
                 values.append(term.loss(ours, theirs, **{k: v for k, v in others.items() if k in asked}))
             parts[term.name] = torch.stack(values).mean() if len(values) > 1 else values[0]
-            if not (isinstance(parts[term.name], Tensor) and parts[term.name].ndim == 0):
-                raise ValueError(
-                    f"Argument `losses` must return a scalar Tensor, but the loss {term.name!r} returned {parts[term.name]!r}."
-                )
+            _check_scalar(term.name, parts[term.name])
         if mask is not None and self.mask is not None and not masked:
             raise ValueError(
                 f"Argument `mask` must fit what a loss compares, but got a mask {tuple(mask.shape)} that none of "
@@ -169,6 +166,18 @@ class Distillation:
             )
         total = sum((float(term.weight) * parts[term.name] for term in self.terms), start=torch.zeros(()))
         return total, parts
+
+    @torch.no_grad()
+    def check_logits(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that losses can take logits, as far as these alone tell; one that needs a target isn't asked.
+
+        Raises:
+            ValueError: shapes differ, or a loss can't take them.
+        """
+        check_same_shape_of_logits(student, teacher)
+        for term in self.terms:
+            if not term.requires:
+                _check_scalar(term.name, term.loss(student, teacher))
 
     def build_adapters(self, student: Signals, teacher: Signals, dtype: torch.dtype) -> None:
         """Make the adapters that are missing; those that fit stay."""
@@ -235,6 +244,11 @@ def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
     if trainer.world_size > 1:
         for parameter in (p for adapter in adapters.values() for p in adapter.parameters()):
             torch.distributed.broadcast(parameter.data, src=0)
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if not (isinstance(value, Tensor) and value.ndim == 0):
+        raise ValueError(f"Argument `losses` must return a scalar Tensor, but the loss {name!r} returned {value!r}.")
 
 
 def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:

@@ -450,7 +450,7 @@ class Returns(Net):
             {},
             r"must have the same shape, but got \(3, 3\) and \(3, 2, 3\)",
         ),
-        (Net(), {"losses": "dkd", "target": 7}, r"Argument `target` must lead to a Tensor in a batch, but got 7"),
+        (Net(5), {"losses": "dkd"}, r"must have the same shape, but got \(3, 3\) and \(3, 5\)"),
         (Net(), {"losses": lambda s, t: s}, r"must return a scalar Tensor"),
     ],
 )
@@ -483,6 +483,12 @@ def test_a_call_that_the_batch_does_not_tell_is_no_error(trainer):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self(batch[0][:, None].expand(-1, 4)), batch[1])
 
+    class Views(Plain):
+        """Two views of each sample, so that there are more logits than the batch has samples."""
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0].repeat(2, 1)), batch[1].repeat(2))
+
     class Stream(torch.utils.data.IterableDataset):
         started = 0
 
@@ -492,6 +498,8 @@ def test_a_call_that_the_batch_does_not_tell_is_no_error(trainer):
 
     data = torch.utils.data.TensorDataset(torch.randn(8), torch.randint(0, 3, (8,)))
     trainer(max_epochs=1).fit(DistillationModule(Makes(), Net()), torch.utils.data.DataLoader(data, 4))
+    views = DistillationModule(Views(), Net(), losses="dkd", target=lambda batch: batch[1].repeat(2))
+    trainer(max_epochs=1).fit(views, loader())
     stream = Stream()
     trainer(max_epochs=1).fit(DistillationModule(Plain(), Net()), torch.utils.data.DataLoader(stream, 2))
     assert stream.started == 1
