@@ -30,6 +30,8 @@ def restart_monitors(trainer: L.Trainer) -> None:
 
 
 def stopped_epochs(trainer: L.Trainer) -> list[int]:
-    """Epochs in which an ``EarlyStopping`` of the run has asked for its end."""
+    """Epochs in which an ``EarlyStopping`` has asked for the run's end; none if it was an earlier run's, before a resume."""
+    if not trainer.should_stop:
+        return []
     watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
     return [c.stopped_epoch for c in watching if c.stopping_reason is not EarlyStoppingReason.NOT_STOPPED]

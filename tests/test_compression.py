@@ -101,3 +101,20 @@ def test_stopping_before_is_an_error_that_names_the_epoch(trainer):
         RuntimeError, match=r"it stopped in epoch 1, and WeightPruning\('weights'\) reached sparsity 0.\d+ of 0.5"
     ):
         fit.fit(Scores(), loader(), loader())
+
+
+def test_a_stop_of_before_a_resume_ends_nothing(trainer, tmp_path):
+    """The state of the callback still says that it stopped; this run ends by its last epoch, with a new target ahead."""
+
+    def run(sparsity, **settings):
+        stop = EarlyStopping("score", mode="max", patience=1, strict=False)
+        last = ModelCheckpoint(tmp_path, save_last=True)
+        fit = trainer(stop, last, la.WeightPruning(sparsity, end=1.0), enable_checkpointing=True, **settings)
+        path = tmp_path / "last.ckpt"
+        fit.fit(Scores(), loader(), loader(16), ckpt_path=path if path.exists() else None)
+        return stop
+
+    with pytest.raises(RuntimeError, match="it stopped in epoch 1"):
+        run(0.5, max_epochs=8)
+    stop = run(0.9, max_epochs=8, max_steps=20)  # in the middle of epoch 2
+    assert stop.stopped_epoch == 1
