@@ -39,6 +39,7 @@ class CompressionCallback(L.Callback):
     wants_low_rate = (
         True  # whether it should start at a small share of the peak learning rate; else only end well above 0
     )
+    lr_scale = 1.0  # factor on the learning rate from its start on
     captures = False  # whether the callback records the network's shapes at its start: they must be final by then
 
     @property

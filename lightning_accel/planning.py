@@ -148,7 +148,7 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
         who = type(callback).__name__ + (
             f" {callback.name!r}" if len(callbacks) > len({type(c) for c in callbacks}) else ""
         )
-        rate = rates[min(first, len(rates) - 1)] if rates else None
+        rate = rates[min(first, len(rates) - 1)] * callback.lr_scale if rates else None
         share = rate / max(rates) if rate is not None and max(rates) > 0 else None
         share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
         layers = callback.plan(trainer, pl_module)

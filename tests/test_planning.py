@@ -60,6 +60,10 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
     assert pruning["net.conv2.weight"] == "50% of its 2:4 units become zero, with 1 others together"
     assert pruning["net.conv1.weight"] == "stays dense: its input channels (3) aren't divisible by 4"
     assert qat["net.conv1"] == "portable int8"
+    assert qat["(phases)"] == (
+        "calibration to step 32; fake-quant from step 32; batch norm frozen from step 30, once the learning rate is a tenth of its "
+        "highest; ranges final from step 31"
+    )
     assert qat["net.head"] == "stays float: excluded"
     assert "sparse kernels" in made.phases[0].worth
     text = str(made)
@@ -77,6 +81,8 @@ def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
     ]
     late = la.QuantizationAwareTraining("portable", start=2)  # at 0.3 ** 2
     assert not la.plan(trainer(late, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    scaled = la.QuantizationAwareTraining("portable", start=0, lr_scale=0.05)
+    assert not la.plan(trainer(scaled, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
     early = [la.ChannelPruning(0.5, end=1), la.WeightPruning(0.5, end=2)]
     assert not la.plan(trainer(*early, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
     last = la.WeightPruning(0.5, end=1.0)
