@@ -58,6 +58,9 @@ class OnnxRuntimeRunner(Runner):
         # Threads that spin while they wait slow down whatever else runs on the machine, benchmarks of others included.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        # Where weights alone are integers, ONNX Runtime would round activations to int8 unless told otherwise; the
+        # precision is what the file says.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if emulate:

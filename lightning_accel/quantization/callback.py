@@ -1,43 +1,46 @@
 """QuantizationAwareTraining: trains the network with the integer arithmetic it will ship with."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import math
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from typing_extensions import override
 
-from lightning_accel import structure
-from lightning_accel.call_shapes import describe_inputs
-from lightning_accel.compression import CompressionCallback, check_one_optimizer, timeline_of
-from lightning_accel.globs import as_patterns
-from lightning_accel.inputs import (
-    InputsFunction,
-    builds_layers_late,
-    owner_and_call,
-)
-from lightning_accel.quantization.prepare import QuantizedForward, quantize_change, quantized_forwards
-from lightning_accel.quantization.targets import target_of
+from lightning_accel.compression import check_one_optimizer, timeline_of
+from lightning_accel.inputs import InputsFunction
+from lightning_accel.quantization.call_watch import CallWatch
+from lightning_accel.quantization.quantizing import QuantizingCallback, ranks_of
+from lightning_accel.quantization.targets import Target
+from lightning_accel.schedules import check_position
+
+_STEP_RATE = 1e-3  # relative change of a learned step in one optimizer step, by Adam
 
 
-class QuantizationAwareTraining(CompressionCallback):
+class QuantizationAwareTraining(QuantizingCallback):
     """Train with fake-quant of a target's arithmetic, so that the integers that ship are the ones that were trained.
 
     From ``start`` on, ``forward`` of the module (or of the submodules named) is a captured graph over the same parameters:
     ranges are learned from the first training batches in float, then activations and weights are rounded as the target
-    will round them (https://arxiv.org/abs/1712.05877). After ``fit`` the module still computes what ships.
+    will round them (https://arxiv.org/abs/1712.05877). Towards the end batch norm keeps its statistics, then ranges are
+    final, so that what is trained last is what ships. After ``fit`` the module still computes what ships.
 
     Args:
-        target: ``"tensorrt"``, ``"onnxruntime"`` or ``"portable"``.
+        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
         start: epoch (int) or share of the run (float) at which it begins.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``. Name them
             if ``training_step`` calls them instead of ``forward``.
         include: globs of operators to quantize (module paths); ``None`` means all.
         exclude: globs of operators that stay float.
         calibration_batches: training batches that are only watched before the first fake-quant step.
+        ranges: ``"moving_average"`` and ``"min_max"`` go on learning until ranges are frozen; ``"percentile"`` and ``"mse"`` stay as
+            calibration found them; ``"lsq"`` learns the step by gradient (https://arxiv.org/abs/1902.08153).
+        freeze_batch_norm: epoch or share of the run from which batch norm keeps its statistics; ``None``: after two thirds of
+            the phase, once the learning rate has fallen to a tenth of its highest (at a high rate training needs the
+            batch's own statistics); ``1.0``: never.
+        freeze_ranges: epoch or share of the run from which ranges are final; ``None``: after five sixths of the phase;
+            ``1.0``: never.
+        lr_scale: factor on the learning rate from ``start`` on; the schedule itself goes on as it is.
         inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
         name: the state's name in the checkpoint.
 
@@ -50,116 +53,86 @@ class QuantizationAwareTraining(CompressionCallback):
         63
     """
 
-    captures = True
-
     def __init__(
         self,
-        target: str = "tensorrt",
+        target: str | Target = "tensorrt",
         start: int | float = 0.5,
         module: str | list[str] | None = None,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         calibration_batches: int = 8,
+        ranges: str = "moving_average",
+        freeze_batch_norm: int | float | None = None,
+        freeze_ranges: int | float | None = None,
+        lr_scale: float = 1.0,
         inputs: InputsFunction | None = None,
         name: str = "qat",
     ) -> None:
-        super().__init__(name=name, start=start)
-        if calibration_batches < 1:
-            raise ValueError(f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}.")
-        self.target = target_of(target)
-        self.paths = list(as_patterns("module", module)) or [""]
-        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
-        self.calibration_batches, self.inputs = calibration_batches, inputs
-        self._prepared: dict[str, QuantizedForward] = {}  # captured in preflight, placed at `start`
-        self._placed: dict[str, QuantizedForward] = {}
-        self._watch: _CallWatch | None = None
+        super().__init__(
+            target=target,
+            module=module,
+            include=include,
+            exclude=exclude,
+            calibration_batches=calibration_batches,
+            ranges=ranges,
+            inputs=inputs,
+            name=name,
+            start=start,
+        )
+        self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
+        for argument, value in self.freezes.items():
+            check_position(argument, value)
+            if value is not None and type(value) is type(start) and value < start:
+                raise ValueError(f"Argument `{argument}` must be at or after `start` ({start}), but got {value}.")
+        if not (isinstance(lr_scale, int | float) and 0 < lr_scale < math.inf):
+            raise ValueError(f"Argument `lr_scale` must be above 0, but got {lr_scale!r}.")
+        self.lr_scale = float(lr_scale)
+        self._freeze_steps: dict[str, float] = {}
+        self._watch: CallWatch | None = None
         self._checked = False
+        self._stepped = 0  # optimizer steps that learned steps have followed
+        self._peak = 0.0  # highest learning rate so far
+        self._hooks: list[Any] = []
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # A callback may be used for another module, in a cross-validation, say.
-        parts = dict(pl_module.named_modules())
-        self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
-        self.structure_replayed(pl_module)
         if stage == "fit":
-            _check_apart([c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)])  # type: ignore[attr-defined]
-            if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
-                raise ValueError(
-                    f"Argument `precision` must keep float32 weights with QuantizationAwareTraining, but got {trainer.precision!r}. "
-                    'Use "32-true", "bf16-mixed" or "16-mixed".'
-                )
-            if getattr(trainer.strategy, "_layer_sync", None) is not None:
-                raise ValueError(
-                    "Argument `sync_batchnorm` must be False with QuantizationAwareTraining, but got True."
-                )
-            if getattr(pl_module, "_compiler_ctx", None) is not None:
-                raise ValueError(
-                    "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
-                )
-            self._checked = False
-            if not builds_layers_late(pl_module):
-                self.prepare(trainer, pl_module)
-
-    @override
-    def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
-        self._prepared = {}  # captured with the shapes of before: captured again where it is needed
-
-    @override
-    def structure_replayed(self, pl_module: L.LightningModule) -> None:
-        self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
-        for forward in self._placed.values():
-            wanted = (self.target.name, self.include, self.exclude)
-            if (forward.target.name, forward.include, forward.exclude) != wanted:
-                raise ValueError(
-                    f"Arguments `target`, `include` and `exclude` must be those that the network was quantized with "
-                    f"({forward.target.name!r}, {list(forward.include)}, {list(forward.exclude)}), but got "
-                    f"{self.target.name!r}, {list(self.include)}, {list(self.exclude)}."
-                )
-        record = structure.record_of(pl_module)
-        for i, change in enumerate(record):
-            if change.kind == "quantize" and change.args["module"] in self._placed:
-                record[i] = replace(change, owner=self.state_key)  # who keeps the ranges from now on
-        self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        self.prepare(trainer, pl_module)
-
-    def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
-        """Capture the untrained network now: what can't be captured must not fail in the middle of the run.
-
-        Returns:
-            The forwards that are, or at ``start`` will be, in place, by path. A second call does nothing.
-        """
-        for path in self.paths:
-            if path in self._placed or path in self._prepared:
-                continue
-            owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
-            forward = QuantizedForward(owner, describe_inputs(*call), self.target, self.include, self.exclude, path)
-            self._prepared[path] = forward
-            for operator, reason in forward.kept_float.items():
-                rank_zero_info(f"QuantizationAwareTraining: `{operator}` stays float: {reason}.")
-        return {**self._prepared, **self._placed}
-
-    @override
-    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        lines: dict[str, str] = {}
-        for path, forward in {**self._prepared, **self._placed}.items():
-            before = f"{path}." if path else ""
-            lines |= {f"{before}{name}": f"{self.target.name} int8" for name in forward.quantized}
-            lines |= {f"{before}{name}": f"stays float: {reason}" for name, reason in forward.kept_float.items()}
-        return lines
+            self._checked, self._peak = False, 0.0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
-        if self._start_step >= timeline_of(trainer).total_steps:
+        timeline = timeline_of(trainer)
+        if self._start_step >= timeline.total_steps:
             raise ValueError(
                 f"Argument `start` must lie before the end of the run, but got {self.start}, which is step {self._start_step}."
             )
+        length = timeline.total_steps - self._start_step
+        for (argument, value), share in zip(self.freezes.items(), (2 / 3, 5 / 6), strict=True):
+            early = self._start_step + share * length
+            step = timeline.step(argument, value) if value is not None and not trainer.fast_dev_run else early  # type: ignore[attr-defined]
+            self._freeze_steps[argument] = step
+        self._stepped = trainer.global_step
+        self._scale_rate(trainer.optimizers[0])
+
+    def _scale_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the rate for the length of a step: schedulers, and whoever logs it, go on with their own."""
+        own: list[list[float]] = []  # a subclass whose `step` calls that of its base runs the hooks of both
+
+        def before(*_: Any) -> None:
+            own.append([group["lr"] for group in optimizer.param_groups])
+            if len(own) == 1 and self._placed:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * self.lr_scale
+
+        def after(*_: Any) -> None:
+            for group, lr in zip(optimizer.param_groups, own.pop(), strict=True):
+                group["lr"] = lr
+
+        if self.lr_scale != 1.0:
+            self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @override
     def on_train_batch_start(
@@ -167,12 +140,19 @@ class QuantizationAwareTraining(CompressionCallback):
     ) -> None:
         if not self._placed and trainer.global_step >= self._start_step:
             self.prepare(trainer, pl_module)
-            self._place(pl_module)
+            self.place(pl_module)
+        step, rate = trainer.global_step, max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self._peak = max(self._peak, rate)
+        settled = self.freezes["freeze_batch_norm"] is not None or rate <= 0.1 * self._peak
         for forward in self._placed.values():
-            forward.bank.learning = True
+            bank = forward.bank
+            if bank.active:  # what is frozen must have been learned
+                bank.norms_frozen = bank.norms_frozen or (settled and step >= self._freeze_steps["freeze_batch_norm"])
+                bank.frozen = bank.frozen or step >= self._freeze_steps["freeze_ranges"]
+            bank.learning = True
         self._unwatch()  # a batch that was skipped ended without its hook
         if self._prepared or not self._checked:
-            self._watch = _CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
+            self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
 
     @override
     def on_train_batch_end(
@@ -182,34 +162,46 @@ class QuantizationAwareTraining(CompressionCallback):
         if watch is not None and outputs is not None and not self._checked:  # a step that returned None says nothing
             watch.check()
             self._checked = True
+        stepped, self._stepped = self._stepped != trainer.global_step, trainer.global_step
         for forward in self._placed.values():
             forward.bank.learning = False
-            forward.bank.update(_over_ranks(trainer))
-            forward.bank.active = forward.bank.active or forward.bank.batches >= self.calibration_batches
+            forward.bank.update(ranks_of(trainer))
+            if stepped:
+                forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
+            if not forward.bank.active and forward.bank.batches >= self.calibration_batches:
+                forward.bank.activate()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._unwatch()
+        self._release()
         for forward in self._placed.values():
             forward.bank.learning = False
             forward.bank.forget()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._unwatch()
+        self._release()
 
-    def _unwatch(self) -> "_CallWatch | None":
+    def _release(self) -> None:
+        self._unwatch()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _unwatch(self) -> CallWatch | None:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.remove()
         return watch
 
-    def _place(self, pl_module: L.LightningModule) -> None:
-        for path, forward in self._prepared.items():
-            pl_module.get_submodule(path).__dict__["forward"] = forward
-            structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
-        self._placed, self._prepared = self._prepared, {}
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "peak": float(self._peak)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._peak = state_dict["peak"]
 
     @override
     def unfinished(self) -> str:
@@ -220,106 +212,3 @@ class QuantizationAwareTraining(CompressionCallback):
             f"QuantizationAwareTraining({self.name!r}) hasn't trained with fake-quant yet: it starts at {self.start} and has "
             f"seen {seen} of {self.calibration_batches} calibration batches"
         )
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "ranges": {path: forward.bank.state_dict() for path, forward in self._placed.items()},
-            **self.phase_state(),
-        }
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if lost := state_dict["ranges"].keys() - self._placed.keys():
-            raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
-        for path, ranges in state_dict["ranges"].items():
-            self._placed[path].bank.load_state_dict(ranges)
-
-
-def _check_apart(callbacks: list[QuantizationAwareTraining]) -> None:
-    """No part of the network is quantized by two callbacks, or twice by one.
-
-    Raises:
-        ValueError: one is.
-    """
-    paths = [path for callback in callbacks for path in callback.paths]
-    for i, path in enumerate(paths):
-        for other in paths[:i]:
-            if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
-                raise ValueError(
-                    f"Argument `module` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
-                    f"and {path or 'the whole forward'!r}. Name each part once."
-                )
-
-
-def _over_ranks(trainer: L.Trainer) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """Ranges over all ranks, so that every rank learns the same ones."""
-    if trainer.world_size == 1:
-        return None
-
-    def reduce(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        both = torch.cat([-low, high])
-        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-        return -both[: len(low)], both[len(low) :]
-
-    return reduce
-
-
-class _CallWatch:
-    """Sees, for one training batch, whether the modules to quantize are called, and with inputs that were captured.
-
-    A call that doesn't fit the graphs fails in the first steps, not when they are placed half a run later.
-    """
-
-    def __init__(
-        self, pl_module: L.LightningModule, paths: list[str], prepared: Mapping[str, QuantizedForward], find: bool
-    ) -> None:
-        self._paths, self._prepared = paths, prepared
-        self._called: set[str] = set()
-        self._undo: list[Callable[[], Any]] = []
-        for path in paths:
-            self._wrap(path, pl_module.get_submodule(path))
-        for name, child in pl_module.named_children() if find else ():
-            handle = child.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
-            self._undo.append(handle.remove)
-
-    def _wrap(self, path: str, module: nn.Module) -> None:
-        """Replace ``forward`` on the instance: a hook would miss ``self.forward(x)``."""
-        taken, forward = module.__dict__.get("forward"), module.forward
-
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            self._called.add(path)
-            if path in self._prepared:
-                self._prepared[path].checked(args, kwargs)
-            return forward(*args, **kwargs)
-
-        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # for whoever looks for a captured graph
-        module.__dict__["forward"] = seen
-
-        def restore() -> None:
-            module.__dict__.pop("forward", None)
-            if taken is not None:
-                module.__dict__["forward"] = taken
-
-        self._undo.append(restore)
-
-    def remove(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def check(self) -> None:
-        """Raise if a module wasn't called.
-
-        Raises:
-            ValueError: it wasn't; the message names the ones that were.
-        """
-        for path in self._paths:
-            if path not in self._called:
-                what = f"`{path}`" if path else "the module's `forward`"
-                called = sorted(name for name in self._called if name not in self._paths)
-                raise ValueError(
-                    f"Argument `module` must name what `training_step` calls, but got {what}, which it did not call. "
-                    f"It called: {', '.join(called) or 'no submodule'}. "
-                    + (f'Use QuantizationAwareTraining(module="{called[0]}").' if called else "")
-                )

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from lightning_accel.call_shapes import batch_shapes, describe_inputs, example_inputs, traced_batch
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
-from lightning_accel.quantization.quantizer import is_view
+from lightning_accel.quantization.graph import is_view
 
 
 class CaptureError(RuntimeError):

@@ -11,8 +11,8 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
 
-from lightning_accel.quantization.fake_quant import ActivationFakeQuant
-from lightning_accel.quantization.folding import FoldedOperator
+from lightning_accel.quantization.folding import FoldedEmbedding, FoldedOperator
+from lightning_accel.quantization.modules import ActivationFakeQuant
 from lightning_accel.quantization.prepare import QuantizedForward
 
 _qd = torch.ops.quantized_decomposed
@@ -24,7 +24,7 @@ class TrainedIntegers:
 
     Args:
         weights: name of the stored weight -> (integers int8, scales float32 ``(C,)``, axis).
-        activations: (scale, zero point) of each quantized tensor, by key.
+        activations: (scale, zero point) of each place where a tensor is quantized, by the tensor's key.
     """
 
     weights: dict[str, tuple[torch.Tensor, torch.Tensor, int]]
@@ -44,7 +44,7 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         ValueError: ranges have seen no data.
     """
     bank = forward.bank
-    if bank.batches == 0:
+    if bank.batches == 0 and bank.keys:
         raise ValueError("Ranges must have seen data before convert, but got none: train, or calibrate, past `start`.")
     graph_module = deepcopy(forward.graph(training=False))
     trained = TrainedIntegers({}, {})
@@ -54,11 +54,14 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         part = graph_module.get_submodule(node.target)
         if isinstance(part, ActivationFakeQuant):
             key, (scale, zero_point) = bank.keys[part.index], part.qparams()
+            while key in trained.activations:  # tensors that are concatenated have one range
+                key += "'"
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
-        elif isinstance(part, FoldedOperator):
+        elif isinstance(part, FoldedOperator | FoldedEmbedding):
             name = node.target.removeprefix("folded_")
-            trained.weights[f"{name}_weight_int8"] = _quantize_operator(graph_module, node, part, name)
+            write = _quantize_operator if isinstance(part, FoldedOperator) else _quantize_embedding
+            trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)  # type: ignore[arg-type]
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     _drop_unused_tensors(graph_module)
@@ -71,7 +74,7 @@ def _quantize_activation(
     graph_module: GraphModule, node: Node, part: ActivationFakeQuant, scale: float, zero_point: int
 ) -> None:
     target = part.bank.target
-    arguments = (scale, zero_point, target.low, target.high, target.dtype)
+    arguments = (scale, zero_point, *target.limits, target.dtype)
     with graph_module.graph.inserting_before(node):
         integers = graph_module.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *arguments))
         back = graph_module.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *arguments))
@@ -110,6 +113,25 @@ def _quantize_operator(
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return integers.cpu(), scale.cpu(), part.axis
+
+
+def _quantize_embedding(
+    graph_module: GraphModule, node: Node, part: FoldedEmbedding, name: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    table = dict(graph_module.named_parameters(remove_duplicate=False))[str(node.args[0].target)]  # type: ignore[union-attr]
+    values, scale = part.fold(table)
+    graph_module.register_buffer(f"{name}_weight_int8", values.to(torch.int8))
+    graph, limit = graph_module.graph, part.bank.target.weight_max
+    with graph.inserting_before(node):
+        rows = graph.call_function(
+            torch.ops.aten.embedding.default, (graph.get_attr(f"{name}_weight_int8"), node.args[1])
+        )
+        grid = (float(scale), 0, -limit, limit, torch.int8)
+        result = graph.call_function(_qd.dequantize_per_tensor.default, (rows, *grid))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return values.to(torch.int8).cpu(), scale.cpu(), 0
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.quantization.fake_quant import TINY, RangeBank, per_channel, quantize_weight
-from lightning_accel.quantization.quantizer import aten
+from lightning_accel.quantization.fake_quant import TINY, per_channel, quantize_weight
+from lightning_accel.quantization.ranges import RangeBank
+
+aten = torch.ops.aten
 
 
 class FoldedOperator(nn.Module):
@@ -18,15 +20,25 @@ class FoldedOperator(nn.Module):
 
     Args:
         bank: says whether fake-quant is active, and the weight's integers.
+        name: of the operator in the plan.
         operator: an ``aten`` convolution or linear.
         axis: output channels of the weight.
         rest: arguments of ``operator`` after the bias.
         epsilon: of the batch norm; ``None`` if there is none.
     """
 
-    def __init__(self, bank: RangeBank, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None) -> None:
+    def __init__(
+        self, bank: RangeBank, name: str, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None
+    ) -> None:
         super().__init__()
-        self.bank, self.operator, self.axis, self.rest, self.epsilon = bank, operator, axis, rest, epsilon
+        self.bank, self.name, self.operator, self.axis, self.rest, self.epsilon = (
+            bank,
+            name,
+            operator,
+            axis,
+            rest,
+            epsilon,
+        )
 
     def fold(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
@@ -50,7 +62,7 @@ class FoldedOperator(nn.Module):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> torch.Tensor:
         """Output of the operator (and batch norm in eval mode)."""
-        if self.bank.active:
+        if self.bank.active and self.name not in self.bank.off:
             integers, scale, bias = self.fold(weight, bias, *norm)
             return self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
         y = self.operator(x, weight, bias, *self.rest)
@@ -58,3 +70,22 @@ class FoldedOperator(nn.Module):
             return y
         gamma, beta, mean, variance = norm
         return aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
+
+
+class FoldedEmbedding(nn.Module):
+    """An embedding whose table is stored as integers with one scale: rows are looked up as integers, then scaled."""
+
+    def __init__(self, bank: RangeBank, name: str) -> None:
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers (in float, the table's shape) and the scale ``(1,)`` that ship."""
+        return quantize_weight(weight, None, self.bank.target.weight_max)
+
+    def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the table."""
+        if not self.bank.active or self.name in self.bank.off:
+            return aten.embedding.default(weight, indices)
+        integers, scale = self.fold(weight)
+        return aten.embedding.default(integers, indices) * scale

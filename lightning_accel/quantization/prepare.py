@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lightning_accel import structure
 from lightning_accel.call_shapes import InputGuard, plain_call
 from lightning_accel.inputs import canonical_call, own_signature
+from lightning_accel.quantization.attention import take_apart_attention
 from lightning_accel.quantization.capture import Bindings, capture
-from lightning_accel.quantization.fake_quant import ActivationFakeQuant, RangeBank, WeightFakeQuant
-from lightning_accel.quantization.folding import FoldedOperator
-from lightning_accel.quantization.quantizer import Plan, Point, aten, plan_points
-from lightning_accel.quantization.targets import Target
+from lightning_accel.quantization.placing import freeze_norms, place_fake_quants
+from lightning_accel.quantization.quantizer import Plan, plan_points
+from lightning_accel.quantization.ranges import RangeBank
+from lightning_accel.quantization.targets import ATTENTION, Target
 from lightning_accel.structure import Change
 
 _Modes = tuple[bool, ...]  # the mode of each submodule
@@ -37,6 +38,8 @@ class QuantizedForward:
         include: globs of operators.
         exclude: globs of operators; wins.
         path: the module's name, for messages.
+        ranges: how ranges are learned, see :class:`~lightning_accel.quantization.ranges.RangeBank`.
+        activations: ``False`` quantizes weights alone.
 
     Raises:
         CaptureError: the module can't be captured.
@@ -51,8 +54,11 @@ class QuantizedForward:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         path: str = "",
+        ranges: str = "moving_average",
+        activations: bool = True,
     ) -> None:
         self.module, self.inputs, self.path, self.target = module, inputs, path, target
+        self.ranges, self.activations = ranges, activations
         self.include, self.exclude = tuple(include), tuple(exclude)
         self._signature = own_signature(module)
         self._guard = InputGuard(inputs, path or type(module).__name__)
@@ -63,26 +69,42 @@ class QuantizedForward:
     def _build(self) -> None:
         """Capture both graphs on the module's present device; ranges stay, if there are any."""
         with torch.inference_mode(False):
-            graphs = {training: capture(self.module, self.inputs, training, self.path) for training in (True, False)}
-            plans = {training: plan_points(graph, self.include, self.exclude) for training, graph in graphs.items()}
+            graphs = {training: self._capture(training) for training in (True, False)}
+            plans = {training: self._plan_of(graph, training) for training, graph in graphs.items()}
             tensors = _shared_tensors(plans, self.path)
             if not hasattr(self, "bank"):
-                self.bank = RangeBank(list(dict.fromkeys(tensors.values())), self.target)
+                keys = list(dict.fromkeys(tensors.values()))
+                self.bank = RangeBank(keys, self.target, self.ranges)
             for training, graph in graphs.items():
                 place_fake_quants(graph, plans[training], tensors, self.bank, training)
         self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
-        self.quantized = list(dict.fromkeys(point.key.rpartition(":")[0] for point in plans[False].points))
+        self.quantized = list(dict.fromkeys(point.operator for point in plans[False].points))
         self._parts = list(self.module.modules())
         self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
         self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}
-        self._device = _device_of(self.module)
+        self._device, self._norms_frozen = _device_of(self.module), False
         self.bank.to(self._device)
+
+    def _capture(self, training: bool | None) -> GraphModule:
+        graph = capture(self.module, self.inputs, training, self.path)
+        if ATTENTION in self.target.operators and self.activations:
+            take_apart_attention(graph)
+        return graph
+
+    def _plan_of(self, graph: GraphModule, training: bool) -> Plan:
+        plan = plan_points(graph, self.target, self.include, self.exclude, training=training)
+        if not self.activations:
+            weighted = {p.operator for p in plan.points if p.weight}
+            rest = {p.operator for p in plan.points} - weighted
+            plan.points = [p for p in plan.points if p.weight]
+            plan.kept_float |= dict.fromkeys(rest, "it has no weight")
+        return plan
 
     def _build_mixed(self, modes: "_Modes") -> None:
         """Capture once more where some submodules are held in another mode than the rest: a frozen batch norm, say."""
         with torch.inference_mode(False):
-            graph = capture(self.module, self.inputs, None, self.path)
-            plan = plan_points(graph, self.include, self.exclude)
+            graph = self._capture(None)
+            plan = self._plan_of(graph, training=True)
             keys = {p.key for p in self._plan.points}
             plan.points = [p for p in plan.points if p.key in keys]
             if {p.key for p in plan.points} != keys or any(
@@ -94,6 +116,7 @@ class QuantizedForward:
                 )
             place_fake_quants(graph, plan, self._tensors, self.bank, modes[0])
         self._graphs[modes], self._bindings[modes] = graph, Bindings(graph, self.module)
+        self._norms_frozen = False
 
     def graph(self, training: bool) -> GraphModule:
         """The captured graph of a mode, over the module's present tensors."""
@@ -104,6 +127,10 @@ class QuantizedForward:
             modes = tuple([part.training for part in self._parts])
             if modes not in self._graphs:
                 self._build_mixed(modes)
+        if self.bank.norms_frozen and not self._norms_frozen:
+            for graph in self._graphs.values():
+                freeze_norms(graph)
+            self._norms_frozen = True
         self._bindings[modes].sync()
         return self._graphs[modes]
 
@@ -145,90 +172,28 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
-    """Operand -> tensor, as the eval graph has them; each plan is cut down to operators that both graphs have.
+    """Operand -> tensor, as the eval graph has them; each plan is cut down to what both graphs have.
 
     Raises:
         ValueError: nothing is left.
     """
-    trained = plans[True].tensors()
+    kept = plans[False].kept_float
+    trained = {point.key for point in plans[True].points}
     for point in plans[False].points:
-        if point.axis is None and point.key not in trained:
-            plans[False].kept_float[point.key.split(":")[0]] = "only part of evaluation: training never sees its range"
+        if point.key not in trained:
+            kept[point.operator] = "only part of evaluation: training never sees its range"
     for name, group in plans[False].groups.items():
-        if plans[True].counts[group] != plans[False].counts[group] and name not in plans[False].kept_float:
-            plans[False].kept_float[name] = (
-                f"`{group[0] or 'forward'}` runs {group[1]} a different number of times in training"
-            )
-    plans[False].points = [p for p in plans[False].points if p.key.split(":")[0] not in plans[False].kept_float]
-    tensors = plans[False].tensors()
+        if plans[True].counts[group] != plans[False].counts[group] and name not in kept:
+            kept[name] = f"`{group[0] or 'forward'}` runs {group[1]} a different number of times in training"
+    plans[False].points = [p for p in plans[False].points if p.operator not in kept]
     shipped = {p.key for p in plans[False].points}
     plans[True].points = [p for p in plans[True].points if p.key in shipped]
-    if not tensors:
+    if not shipped:
         raise ValueError(
             f"Argument `include` must leave an operator to quantize, but got none in {f'`{path}`' if path else 'the module'}. "
-            f"Kept in float: {plans[False].kept_float or 'nothing, since it has no operator that can be quantized'}."
+            f"Kept in float: {kept or 'nothing, since it has no operator that can be quantized'}."
         )
-    return tensors
-
-
-def place_fake_quants(
-    graph_module: GraphModule, plan: Plan, tensors: Mapping[str, str], bank: RangeBank, training: bool
-) -> None:
-    """Insert the fake-quants of a plan into a captured graph, one for each tensor.
-
-    In an eval graph, operators with a weight become :class:`FoldedOperator`.
-    """
-    graph = graph_module.graph
-    rows = {key: i for i, key in enumerate(bank.keys)}
-    placed: dict[tuple[Node, str], Node] = {}
-    for point in plan.points:
-        fake: nn.Module
-        if point.axis is None:
-            row = rows[tensors[point.key]]
-            name, fake = f"fake_quant_{row}", ActivationFakeQuant(bank, row, training)
-        elif training:
-            name, fake = f"fake_quant_of_{point.operand.name}", WeightFakeQuant(bank, point.axis)
-        else:
-            continue
-        if (point.operand, name) not in placed:
-            graph_module.add_module(name, fake)
-            with graph.inserting_before(point.node):  # points are in the graph's order: this is the first reader
-                node = graph.call_module(name, (point.operand,))
-            node.meta = dict(point.operand.meta)
-            placed[point.operand, name] = node
-        point.node.update_arg(point.index, placed[point.operand, name])
-    if not training:
-        for point in plan.points:
-            if point.axis is not None:
-                _fold(graph_module, point, bank)
-    graph.eliminate_dead_code()
-    graph.lint()
-    graph_module.recompile()
-
-
-def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
-    """Replace an operator, and the batch norm that alone reads it, by a :class:`FoldedOperator`."""
-    node, name = point.node, "folded_" + point.key.removesuffix(":weight").replace(".", "_")
-    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
-        name += "_"
-    bias = node.args[2] if len(node.args) > 2 else None
-    norm = next(iter(node.users)) if len(node.users) == 1 else None
-    value = node.meta.get("val")
-    if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
-        norm = None  # there batch norm's channels are not the linear layer's outputs
-    if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
-        norm = None
-    tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
-    epsilon: Any = None if norm is None else norm.args[7]
-    graph_module.add_module(name, FoldedOperator(bank, node.target, point.axis or 0, tuple(node.args[3:]), epsilon))
-    last = node if norm is None else norm
-    with graph_module.graph.inserting_before(last):
-        folded = graph_module.graph.call_module(name, (node.args[0], node.args[1], bias, *tensors))
-    folded.meta = dict(last.meta)
-    last.replace_all_uses_with(folded)
-    graph_module.graph.erase_node(last)
-    if norm is not None:
-        graph_module.graph.erase_node(node)
+    return plans[False].tensors()
 
 
 def quantized_forwards(module: nn.Module) -> dict[str, QuantizedForward]:
@@ -242,9 +207,11 @@ def quantize_change(forward: QuantizedForward, owner: str) -> Change:
     args = {
         "module": forward.path,
         "inputs": forward.inputs,
-        "target": {**asdict(forward.target), "engines": list(forward.target.engines)},
+        "target": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(forward.target).items()},
         "include": list(forward.include),
         "exclude": list(forward.exclude),
+        "ranges": forward.ranges,
+        "activations": forward.activations,
     }
     return Change("quantize", owner, args)
 
@@ -252,10 +219,18 @@ def quantize_change(forward: QuantizedForward, owner: str) -> Change:
 def _replay(module: nn.Module, change: Change) -> None:
     args = change.args
     owner = module.get_submodule(args["module"])
-    target = Target(**{**args["target"], "engines": tuple(args["target"]["engines"])})
+    lists = {key: tuple(value) for key, value in args["target"].items() if isinstance(value, list)}
+    target = Target(**{**args["target"], **lists})
     if args["module"] not in quantized_forwards(module):
         owner.__dict__["forward"] = QuantizedForward(
-            owner, args["inputs"], target, args["include"], args["exclude"], args["module"]
+            owner,
+            args["inputs"],
+            target,
+            args["include"],
+            args["exclude"],
+            args["module"],
+            args["ranges"],
+            args["activations"],
         )
 
 

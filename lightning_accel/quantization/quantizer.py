@@ -1,7 +1,8 @@
 """Quantizer: which tensors of a captured graph are quantized, and what stays float and why.
 
-The inputs of convolutions, linear layers, matrix products and residual additions are quantized, since that is what the
-engines fuse. Each tensor is quantized once, however many operators read it.
+Operators that the target computes in integers get integer operands. Where exactly a tensor is quantized is the engines'
+business too: before data that is only moved (pooling by maximum, padding, concatenation), once for all readers, with one
+scale for all tensors that are concatenated, and not between a convolution and the sum that engines fuse into it.
 """
 
 from collections import Counter
@@ -13,59 +14,93 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lightning_accel.globs import select
+from lightning_accel.quantization.graph import (
+    CONVOLUTIONS,
+    activation_of,
+    memory_of,
+    reads_of,
+    result_of,
+    roots_of,
+    writes,
+)
+from lightning_accel.quantization.targets import (
+    CONVOLUTION,
+    EMBEDDING,
+    LINEAR,
+    MATMUL,
+    POOLING,
+    SUM,
+    TRANSPOSED,
+    Target,
+)
 
 aten = torch.ops.aten
 
-# Operators with a weight: the axis of the weight's output channels.
-WEIGHTED: dict[Any, int] = {
-    aten.conv1d.default: 0,
-    aten.conv1d.padding: 0,
-    aten.conv2d.default: 0,
-    aten.conv2d.padding: 0,
-    aten.conv3d.default: 0,
-    aten.conv3d.padding: 0,
-    aten.linear.default: 0,
+# Operators with a weight: kind, position of the weight, axis of its output channels (`None`: one scale for all of it).
+WEIGHTED: dict[Any, tuple[str, int, int | None]] = {
+    **dict.fromkeys(CONVOLUTIONS, (CONVOLUTION, 1, 0)),
+    aten.conv_transpose1d.default: (TRANSPOSED, 1, 1),
+    aten.conv_transpose2d.input: (TRANSPOSED, 1, 1),
+    aten.conv_transpose3d.input: (TRANSPOSED, 1, 1),
+    aten.linear.default: (LINEAR, 1, 0),
+    aten.embedding.default: (EMBEDDING, 0, None),
 }
 # Operators of two activations.
-PAIRED = {aten.add.Tensor, aten.add_.Tensor, aten.matmul.default, aten.bmm.default}
-# Operators one would expect to be quantized, but which are not yet.
-_NOT_YET = {
-    aten.conv_transpose1d.default: "transposed convolution",
-    aten.conv_transpose2d.input: "transposed convolution",
-    aten.conv_transpose3d.input: "transposed convolution",
+PAIRED: dict[Any, str] = {
+    aten.add.Tensor: SUM,
+    aten.add_.Tensor: SUM,
+    aten.matmul.default: MATMUL,
+    aten.bmm.default: MATMUL,
+}
+# Operators of one.
+POOLED = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+# Operators one would expect to be quantized, but which no target computes in integers.
+_FLOAT_ONLY = {
     aten.scaled_dot_product_attention.default: "fused attention",
     aten.lstm.input: "LSTM",
     aten.gru.input: "GRU",
-    aten.embedding.default: "embedding",
+    aten.rnn_tanh.input: "RNN",
+    aten.rnn_relu.input: "RNN",
     aten.einsum.default: "einsum",
     aten.addmm.default: "addmm",
     aten.mm.default: "mm",
     aten.baddbmm.default: "baddbmm",
     aten.bilinear.default: "bilinear",
-    aten.rnn_tanh.input: "RNN",
-    aten.rnn_relu.input: "RNN",
 }
 
 
 @dataclass(frozen=True)
 class Point:
-    """One quantized operand of an operator.
+    """One quantized operand or result of an operator.
 
     Args:
-        key: name of the operand, the same in the train and the eval graph: ``"body.0.conv1:input"``.
+        key: its name, the same in the train and the eval graph: ``"body.0.conv1:input"``.
         node: the operator.
-        index: position of the operand.
+        index: position of the operand; ``None``: the operator's result.
         operand: the tensor.
-        axis: output channels if it is a weight, else ``None``.
+        weight: whether it is a parameter.
+        axis: output channels of a weight; ``None``: one scale for all of it.
         version: how often the operand was overwritten in place before.
+        roots: where it is quantized: the tensors whose data it holds.
+        moved: edges from the roots to the operator, ``(source, reader)``.
+        shared: whether engines compute the tensor in integers, so that all of its readers read them.
     """
 
     key: str
     node: Node
-    index: int
+    index: int | None
     operand: Node
-    axis: int | None
+    weight: bool = False
+    axis: int | None = None
     version: int = 0
+    roots: tuple[Node, ...] = ()
+    moved: tuple[tuple[Node, Node], ...] = ()
+    shared: bool = False
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator."""
+        return self.key.rpartition(":")[0]
 
 
 @dataclass
@@ -73,7 +108,7 @@ class Plan:
     """What a graph's operators get.
 
     Args:
-        points: operands to quantize, in the graph's order.
+        points: operands and results to quantize, in the graph's order.
         kept_float: name of an operator -> why it stays float.
         counts: how often each kind of operator runs in each module.
         groups: name of an operator -> its key in ``counts``.
@@ -85,9 +120,22 @@ class Plan:
     groups: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, str]:
-        """Key of each operand that is an activation -> key under which its tensor is quantized (its first reader's)."""
-        first: dict[tuple[Node, int], str] = {}
-        return {p.key: first.setdefault((p.operand, p.version), p.key) for p in self.points if p.axis is None}
+        """Which activations share a range: key of each that is one -> key of the tensor (its first reader's)."""
+        owner: dict[tuple[Node, int], str] = {}
+        rows: dict[str, str] = {}
+
+        def top(key: str) -> str:
+            while rows[key] != key:
+                key = rows[key]
+            return key
+
+        activations = [p for p in self.points if not p.weight]
+        for point in activations:
+            rows[point.key] = point.key
+            for root in point.roots:  # tensors that are concatenated, and all their readers, have one scale
+                rows[top(point.key)] = first = top(owner.setdefault((root, point.version), point.key))
+                rows[point.key] = first
+        return {p.key: top(p.key) for p in activations}
 
 
 def module_of(node: Node) -> str:
@@ -96,13 +144,23 @@ def module_of(node: Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
-def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan:
-    """Find the operands to quantize.
+def plan_points(
+    graph_module: GraphModule,
+    target: Target,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    training: bool = False,
+) -> Plan:
+    """Find what is to be quantized.
 
     Args:
         graph_module: from :func:`~lightning_accel.quantization.capture.capture`.
+        target: says which operators it computes in integers, and what it fuses.
         include: globs over operator names (module path, e.g. ``"body.*"``); empty means all.
         exclude: globs; wins over ``include``.
+        training: whether it is the train graph. What is fused is the eval graph's business, where dropped paths are gone; the
+            train graph offers all it has, to be cut down to that.
 
     Raises:
         ValueError: a glob matches no quantizable operator.
@@ -113,12 +171,12 @@ def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude:
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
-        versions[node] = [written[_memory(arg)] if isinstance(arg, Node) else 0 for arg in node.args[:2]]
-        if _writes(node):
-            written[_memory(node.args[0])] += 1
-        kind = str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
-        if node.target not in WEIGHTED and node.target not in PAIRED and node.target not in _NOT_YET:
+        versions[node] = [written[memory_of(arg)] if isinstance(arg, Node) else 0 for arg in node.args[:2]]
+        if writes(node):
+            written[memory_of(node.args[0])] += 1
+        if node.target not in WEIGHTED | PAIRED | _FLOAT_ONLY and node.target not in POOLED:
             continue
+        kind = node.meta.get("operator_name") or str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
         path = module_of(node)
         plan.counts[path, kind] += 1
         leaf = node.target in WEIGHTED and plan.counts[path, kind] == 1
@@ -126,8 +184,8 @@ def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude:
         while name in plan.groups:  # a module may have the name that we give an operator
             name += "_"
         plan.groups[name] = (path, kind)
-        if reason := _why_not(node, parameters):
-            if reason != "constant":
+        if reason := _why_not(node, parameters, target, training):
+            if reason != "nothing":
                 plan.kept_float[name] = reason
             continue
         named.append((name, node))
@@ -136,50 +194,120 @@ def plan_points(graph_module: GraphModule, include: Sequence[str] = (), exclude:
         if name not in chosen:
             plan.kept_float[name] = "excluded"
             continue
-        if node.target in WEIGHTED:
-            operands: list[tuple[str, int | None]] = [("input", None), ("weight", WEIGHTED[node.target])]
-        else:
-            operands = [("0", None), ("1", None)]
-        for index, (role, axis) in enumerate(operands):
-            version = versions[node][index]
-            plan.points.append(Point(f"{name}:{role}", node, index, node.args[index], axis, version))
+        plan.points += _points(name, node, versions[node], target, written, training)
     return plan
 
 
-def _writes(node: Node) -> bool:
-    """Whether an operator overwrites its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(node.args) and isinstance(node.args[0], Node) and schema.is_mutable
+def _points(
+    name: str, node: Node, versions: list[int], target: Target, written: Counter[Node], training: bool
+) -> list[Point]:
+    """The points of one operator."""
+    points = []
+    if node.target in WEIGHTED:
+        _, position, axis = WEIGHTED[node.target]
+        roles: list[tuple[int, str]] = [(1 - position, "input"), (position, "weight")]
+    else:
+        roles = [(0, "0"), (1, "1")] if node.target in PAIRED else [(0, "input")]
+        position, axis = -1, None
+    whole = training or target.both_summands or PAIRED.get(node.target) != SUM
+    fused = None if whole else fused_summand(node)
+    spatial = node.target in CONVOLUTIONS or node.target in POOLED or PAIRED.get(node.target) == SUM
+    for index, role in roles:
+        operand: Any = node.args[index]
+        if index == position:
+            points.append(Point(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
+            continue
+        if index == fused or not _is_float(operand):
+            continue
+        roots, moved = roots_of(operand, node, spatial, written)
+        shared = all(_in_integers(root) for root in roots)
+        key, version = f"{name}:{role}", versions[index]
+        points.append(Point(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared))
+    if target.outputs and (node.target in CONVOLUTIONS or PAIRED.get(node.target) == SUM):
+        result = result_of(node)
+        points.append(Point(f"{name}:output", node, None, result, roots=(result,), shared=True))
+    return points
 
 
-def _memory(node: Any) -> Node:
-    """The node whose memory a chain of views shows."""
-    while is_view(node) and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+def fused_summand(node: Node) -> int | None:
+    """Position of the operand of a residual sum that comes straight from a convolution, the later one if both do.
+
+    Engines add to the accumulator of that convolution: rounding its result first would be work, and error, for nothing.
+    """
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    fresh = [(order[arg], i) for i, arg in enumerate(node.args[:2]) if isinstance(arg, Node) and _convolved(arg, node)]
+    return max(fresh)[1] if fresh else None
 
 
-def is_view(node: Node) -> bool:
-    """Whether the operator's result shares memory with its argument."""
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    returns = schema.returns if schema is not None else ()
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+def _convolved(value: Node, reader: Node) -> bool:
+    """Whether a tensor is a convolution's result (with batch norm) that nothing else reads."""
+    if set(value.users) != {reader}:
+        return False
+    if value.target is aten.batch_norm.default and isinstance(value.args[0], Node) and len(value.args[0].users) == 1:
+        value = value.args[0]
+    return value.target in WEIGHTED and WEIGHTED[value.target][0] in (CONVOLUTION, TRANSPOSED)
 
 
-def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter]) -> str:
-    """Why an operator can't be quantized; empty if it can, ``"constant"`` if nobody would expect it to be."""
-    if node.target in _NOT_YET:
-        return f"{_NOT_YET[node.target]} isn't quantized yet"
+def _in_integers(value: Node) -> bool:
+    """Whether engines produce a tensor by a convolution or residual sum, with batch norm and activation fused."""
+    source = activation_of(value) or value
+    if source.target is aten.batch_norm.default and isinstance(source.args[0], Node):
+        source = source.args[0]
+    return source.target in WEIGHTED or (PAIRED.get(source.target) == SUM and _residual(source))
+
+
+def _residual(node: Node) -> bool:
+    """Whether a sum is one of two feature maps of which a convolution makes one."""
+    return any(
+        isinstance(arg, Node) and _kind_of(arg.args[0] if arg.target is aten.batch_norm.default else arg) == CONVOLUTION
+        for value in node.args[:2]
+        for arg in [activation_of(value) or value if isinstance(value, Node) else value]
+    )
+
+
+def _kind_of(node: Any) -> str:
+    kind = WEIGHTED.get(node.target, ("", 0, None))[0] if isinstance(node, Node) else ""
+    return CONVOLUTION if kind == TRANSPOSED else kind
+
+
+def _is_float(value: Any) -> bool:
+    value = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target, training: bool) -> str:
+    """Why an operator can't be quantized; empty if it can, ``"nothing"`` if nobody would expect it to be."""
+    if node.target in _FLOAT_ONLY:
+        return f"{_FLOAT_ONLY[node.target]} has no integer kernel in {target.name}"
     operands: list[Any] = list(node.args[:2])
     values = [arg.meta.get("val") if isinstance(arg, Node) else None for arg in operands]
     shapes: list[Any] = [v.shape if isinstance(v, torch.Tensor) and v.is_floating_point() else None for v in values]
     if node.target in WEIGHTED:
-        weight = operands[1]
+        kind, position, _ = WEIGHTED[node.target]
+        weight = operands[position]
+        if kind not in target.operators:
+            return f"{target.name} has no integer kernel for a {kind}"
         if weight.op != "get_attr" or weight.target not in parameters:
             return "its weight isn't a parameter, but computed"
-        return "" if shapes[0] is not None else "its input isn't floating point"
+        if kind == TRANSPOSED and len(node.args) > 6 and node.args[6] != 1:
+            return "a transposed convolution with groups has no scale for each output channel"
+        if kind != EMBEDDING and shapes[1 - position] is None:
+            return "its input isn't floating point"
+        if target.outputs and node.target in CONVOLUTIONS and reads_of(result_of(node), "output"):
+            return f"{target.name} would need its result in integers too, and that is the network's output"
+        return ""
+    if node.target in POOLED:
+        return "" if POOLING in target.operators and shapes[0] is not None else "nothing"
+    kind = PAIRED[node.target]
+    if kind not in target.operators:
+        return f"{target.name} has no integer kernel for a {kind}"
     if None in shapes or any(a.op == "get_attr" for a in operands):
-        return "constant" if "add" in str(node.target) else "one operand is a parameter"
-    if "add" in str(node.target) and (shapes[0] != shapes[1] or len(shapes[0]) < 2 or node.kwargs.get("alpha", 1) != 1):
-        return "constant"  # a broadcast bias or position, or a sum of scalars
+        return "nothing" if kind == SUM else "one operand is a parameter"
+    if kind == SUM:
+        if shapes[0] != shapes[1] or len(shapes[0]) < 2 or node.kwargs.get("alpha", 1) != 1:
+            return "nothing"  # a broadcast bias or position, or a sum of scalars
+        if not _residual(node) and not training:
+            return "no convolution before it, into which engines would fuse it"
+        if target.outputs and reads_of(result_of(node), "output"):
+            return f"{target.name} would need its result in integers too, and that is the network's output"
     return ""

@@ -11,34 +11,68 @@ from pathlib import Path
 
 import torch
 
+# Kinds of operators that a target may compute in integers.
+CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
+ATTENTION, SUM, POOLING, EMBEDDING = "attention", "sum", "pooling", "embedding"
+OPERATORS = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
+ACTIVATIONS = ("int8", "uint8")
+
 
 @dataclass(frozen=True)
 class Target:
-    """Arithmetic of one runtime.
+    """Arithmetic of one runtime, and what it computes in it. A new one is a new instance: no code depends on the name.
 
     Args:
         name: what the user writes.
-        signed_activations: int8 with zero point 0 (symmetric), or uint8 with a zero point (affine).
+        activations: ``"int8"``: zero point 0 (symmetric); ``"uint8"``: any zero point (affine).
         weight_max: largest integer of a weight; weights are int8, symmetric, per output channel.
         engines: engines whose kernels reproduce this arithmetic, the natural one first.
         why: one sentence for the report.
+        operators: kinds of operators for which the runtime has integer kernels.
+        outputs: whether it computes a convolution or sum in integers only if the result is quantized too.
+        both_summands: whether both operands of a residual sum must be integers; else the sum is part of the convolution before
+            it, whose accumulator is added to as it is.
+        rest: what is not int8: ``"float32"``, or ``"float16"`` by casts in the file.
+        opset: ONNX opset of the file: the lowest that carries all this and that the parser accepts.
+
+    Raises:
+        ValueError: a value that isn't one of those above.
+
+    Example:
+        >>> Target("dsp", "int8", 127, ("onnxruntime",), "8 bits throughout", operators=("convolution",)).rest
+        'float32'
     """
 
     name: str
-    signed_activations: bool
+    activations: str
     weight_max: int
     engines: tuple[str, ...]
     why: str
+    operators: tuple[str, ...] = (CONVOLUTION, LINEAR, MATMUL, SUM)
+    outputs: bool = False
+    both_summands: bool = False
+    rest: str = "float32"
+    opset: int = 18
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}.")
+        if not 1 <= self.weight_max <= 127:
+            raise ValueError(f"Argument `weight_max` must be from 1 to 127 (int8), but got {self.weight_max!r}.")
+        if unknown := sorted(set(self.operators) - set(OPERATORS)):
+            raise ValueError(f"Argument `operators` must hold some of {OPERATORS}, but got {unknown}.")
+        if self.rest not in ("float32", "float16"):
+            raise ValueError(f'Argument `rest` must be "float32" or "float16", but got {self.rest!r}.')
 
     @property
-    def low(self) -> int:
-        """Smallest integer of an activation."""
-        return -128 if self.signed_activations else 0
+    def signed_activations(self) -> bool:
+        """Whether activations are int8 with zero point 0, the only form that TensorRT's parser accepts."""
+        return self.activations == "int8"
 
     @property
-    def high(self) -> int:
-        """Largest integer of an activation."""
-        return 127 if self.signed_activations else 255
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of an activation."""
+        return (-128, 127) if self.signed_activations else (0, 255)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,33 +93,55 @@ def cpu_has_vnni() -> bool:
     return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
-def _onnxruntime(vnni: bool) -> Target:
+def _full_range(vnni: bool) -> tuple[int, str]:
+    """Largest weight that no kernel of this CPU saturates with, and why."""
     if vnni:
-        return Target(
-            "onnxruntime", False, 127, ("onnxruntime",), "uint8 activations, full-range weights: this CPU has VNNI"
-        )
-    why = "uint8 activations, 7-bit weights: without VNNI this CPU's kernels add pairs of products in saturating int16"
-    return Target("onnxruntime", False, 63, ("onnxruntime",), why)
+        return 127, "full-range weights: this CPU has VNNI"
+    return 63, "7-bit weights: without VNNI this CPU's kernels add pairs of products in saturating int16"
 
 
-def target_of(name: str, vnni: bool | None = None) -> Target:
-    """The target of that name.
+def _onnxruntime(vnni: bool) -> Target:
+    weight_max, why = _full_range(vnni)
+    kinds = (CONVOLUTION, LINEAR, MATMUL, SUM, POOLING, EMBEDDING)
+    why = f"uint8 activations, {why}"
+    return Target("onnxruntime", "uint8", weight_max, ("onnxruntime",), why, kinds, outputs=True, both_summands=True)
+
+
+def _openvino(vnni: bool) -> Target:
+    weight_max, why = _full_range(vnni)
+    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, EMBEDDING)
+    why = f"uint8 activations, {why}"
+    return Target("openvino", "uint8", weight_max, ("openvino",), why, kinds)
+
+
+def target_of(name: str | Target, vnni: bool | None = None) -> Target:
+    """The target of that name; one that is a :class:`Target` already is returned as it is.
 
     Args:
-        name: ``"tensorrt"``, ``"onnxruntime"`` or ``"portable"``.
+        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"`` or ``"portable"``.
         vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
 
     Raises:
         ValueError: there is none.
     """
+    if isinstance(name, Target):
+        return name
+    has_vnni = cpu_has_vnni() if vnni is None else vnni
     known = {
         "tensorrt": lambda: Target(
-            "tensorrt", True, 127, ("tensorrt",), "int8 with zero point 0, the only form TensorRT's parser accepts"
+            "tensorrt",
+            "int8",
+            127,
+            ("tensorrt",),
+            "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16",
+            (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM),
+            rest="float16",
         ),
-        "onnxruntime": lambda: _onnxruntime(cpu_has_vnni() if vnni is None else vnni),
+        "onnxruntime": lambda: _onnxruntime(has_vnni),
+        "openvino": lambda: _openvino(has_vnni),
         "portable": lambda: Target(
             "portable",
-            True,
+            "int8",
             63,
             ("onnxruntime", "tensorrt", "openvino"),
             "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it",
@@ -108,9 +164,9 @@ def saturates(target: Target, engine: str, vnni: bool | None = None) -> str:
     reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767.
     """
     has_vnni = cpu_has_vnni() if vnni is None else vnni
-    if engine == "onnxruntime" and target.weight_max > 64 and not has_vnni:
+    if engine in ("onnxruntime", "openvino") and target.weight_max > 64 and not has_vnni:
         return (
             f"weights up to {target.weight_max} saturate in the int8 kernels of a CPU without VNNI; "
-            "the targets `onnxruntime` and `portable` keep to 7 bits there"
+            "the targets `onnxruntime`, `openvino` and `portable` keep to 7 bits there"
         )
     return ""

@@ -4,17 +4,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from lightning_accel.quantization.fake_quant import (
-    RangeBank,
-    WeightFakeQuant,
-    activation_qparams,
-    fake_quantize,
-    quantize_weight,
-)
+from lightning_accel.quantization.fake_quant import activation_qparams, fake_quantize, quantize_weight
+from lightning_accel.quantization.modules import WeightFakeQuant
+from lightning_accel.quantization.ranges import RangeBank
 from lightning_accel.quantization.targets import Target
 
-SIGNED = Target("signed", True, 127, ("onnxruntime",), "")
-UNSIGNED = Target("unsigned", False, 63, ("onnxruntime",), "")
+SIGNED = Target("signed", "int8", 127, ("onnxruntime",), "")
+UNSIGNED = Target("unsigned", "uint8", 63, ("onnxruntime",), "")
 
 
 def onnx_quantize_dequantize(x: np.ndarray, scale: float, zero_point: int, signed: bool) -> np.ndarray:
@@ -42,7 +38,7 @@ def test_forward_equals_the_onnx_operators_bit_for_bit(target, zero_point, scale
     rng = np.random.default_rng(0)
     ties = (np.arange(-300, 300) + 0.5).astype(np.float32) * np.float32(scale)
     x = np.concatenate([rng.normal(0, 100 * scale, 10_000).astype(np.float32), ties, np.nextafter(ties, np.float32(0))])
-    ours = fake_quantize(torch.from_numpy(x), torch.tensor(scale), zero_point, target.low, target.high)
+    ours = fake_quantize(torch.from_numpy(x), torch.tensor(scale), zero_point, *target.limits)
     assert np.array_equal(ours.numpy(), onnx_quantize_dequantize(x, scale, zero_point, target.signed_activations))
 
 

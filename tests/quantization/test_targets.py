@@ -9,13 +9,15 @@ from lightning_accel.quantization.targets import cpu_has_vnni, saturates, target
 
 def test_targets():
     assert target_of("tensorrt").weight_max == 127
-    assert (target_of("portable").weight_max, target_of("portable").low) == (63, -128)
+    assert (target_of("portable").weight_max, target_of("portable").limits) == (63, (-128, 127))
     assert target_of("onnxruntime").dtype is torch.uint8
     assert (target_of("onnxruntime", vnni=True).weight_max, target_of("onnxruntime", vnni=False).weight_max) == (
         127,
         63,
     )
-    with pytest.raises(ValueError, match=r"Argument `target` must be one of \['onnxruntime', 'portable', 'tensorrt'\]"):
+    with pytest.raises(
+        ValueError, match=r"Argument `target` must be one of \['onnxruntime', 'openvino', 'portable', 'tensorrt'\]"
+    ):
         target_of("tpu")
 
 

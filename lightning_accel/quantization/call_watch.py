@@ -1,0 +1,69 @@
+"""A look at one training batch: what is called, and how."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from lightning_accel.quantization.prepare import QuantizedForward
+
+
+class CallWatch:
+    """Sees, for one training batch, whether the modules to quantize are called, and with inputs that were captured.
+
+    A call that doesn't fit the graphs fails in the first steps, not when they are placed half a run later.
+    """
+
+    def __init__(
+        self, pl_module: L.LightningModule, paths: list[str], prepared: Mapping[str, QuantizedForward], find: bool
+    ) -> None:
+        self._paths, self._prepared = paths, prepared
+        self._called: set[str] = set()
+        self._undo: list[Callable[[], Any]] = []
+        for path in paths:
+            self._wrap(path, pl_module.get_submodule(path))
+        for name, child in pl_module.named_children() if find else ():
+            handle = child.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
+            self._undo.append(handle.remove)
+
+    def _wrap(self, path: str, module: nn.Module) -> None:
+        """Replace ``forward`` on the instance: a hook would miss ``self.forward(x)``."""
+        taken, forward = module.__dict__.get("forward"), module.forward
+
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            self._called.add(path)
+            if path in self._prepared:
+                self._prepared[path].checked(args, kwargs)
+            return forward(*args, **kwargs)
+
+        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # for whoever looks for a captured graph
+        module.__dict__["forward"] = seen
+
+        def restore() -> None:
+            module.__dict__.pop("forward", None)
+            if taken is not None:
+                module.__dict__["forward"] = taken
+
+        self._undo.append(restore)
+
+    def remove(self) -> None:
+        """Look no more."""
+        while self._undo:
+            self._undo.pop()()
+
+    def check(self) -> None:
+        """Raise if a module wasn't called.
+
+        Raises:
+            ValueError: it wasn't; the message names the ones that were.
+        """
+        for path in self._paths:
+            if path not in self._called:
+                what = f"`{path}`" if path else "the module's `forward`"
+                called = sorted(name for name in self._called if name not in self._paths)
+                raise ValueError(
+                    f"Argument `module` must name what `training_step` calls, but got {what}, which it did not call. "
+                    f"It called: {', '.join(called) or 'no submodule'}. "
+                    + (f'Use QuantizationAwareTraining(module="{called[0]}").' if called else "")
+                )

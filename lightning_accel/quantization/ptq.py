@@ -1,0 +1,243 @@
+"""Post-training quantization: ranges from a few batches, no training."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_accel.call_shapes import describe_inputs
+from lightning_accel.globs import as_patterns
+from lightning_accel.inputs import (
+    Call,
+    InputsFunction,
+    call_from_batch,
+    find_submodule,
+    has_forward,
+    isolated_random,
+    mode,
+    peek,
+    submodule_call,
+)
+from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.quantization.quantizing import AllRanks, QuantizingCallback, ranks_of
+from lightning_accel.quantization.targets import Target, target_of
+
+
+def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
+    """A copy of a module, quantized without training; the arguments of :func:`quantize_`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> small = quantize(network, [torch.randn(16, 4)], target="portable")
+        >>> small(torch.zeros(1, 4)).shape
+        torch.Size([1, 2])
+    """
+    trainer = module.__dict__.pop("_trainer", None)  # a run isn't part of the network
+    try:
+        made = copy.deepcopy(module)
+    finally:
+        if trainer is not None:
+            module.__dict__["_trainer"] = trainer
+    return quantize_(made, data, **options)
+
+
+def quantize_(
+    module: nn.Module,
+    data: Iterable[Any],
+    *,
+    target: str | Target = "onnxruntime",
+    batches: int = 32,
+    ranges: str = "mse",
+    part: str | list[str] | None = None,
+    include: str | list[str] | None = None,
+    exclude: str | list[str] | None = None,
+    weights_only: bool = False,
+    inputs: InputsFunction | None = None,
+) -> nn.Module:
+    """Quantize a trained module in place, without training.
+
+    Args:
+        module: any module; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
+        data: batches of training data as its loader yields them; looked at in eval mode.
+        target: name, or a :class:`~lightning_accel.quantization.targets.Target`.
+        batches: so many batches at most.
+        ranges: as in :class:`~lightning_accel.quantization.callback.QuantizationAwareTraining`.
+        part: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
+        include: globs of operators to quantize; ``None`` means all.
+        exclude: globs of operators that stay float.
+        weights_only: store weights as integers, compute in float: a file a quarter as large, no speed-up.
+        inputs: maps a batch to the arguments of ``forward``.
+
+    Returns:
+        The module.
+
+    Raises:
+        CaptureError: the module can't be captured.
+        ValueError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
+    """
+    if taken := sorted(quantized_forwards(module)):
+        raise ValueError(f"Argument `module` must be a float network, but {taken} is quantized already.")
+    if batches < 1:
+        raise ValueError(f"Argument `batches` must be at least 1, but got {batches}.")
+    paths = list(as_patterns("part", part)) or [""]
+    caller, call = _call_of(module, paths, peek(data, "data"), inputs)
+    forwards = {}
+    for path in paths:
+        owner = find_submodule(module, path) if path else module
+        own = call if owner is caller else submodule_call(module, path, call)
+        forwards[path] = QuantizedForward(
+            owner,
+            describe_inputs(*own),
+            target_of(target),
+            as_patterns("include", include),
+            as_patterns("exclude", exclude),
+            path,
+            ranges,
+            activations=not weights_only,
+        )
+    for path, forward in forwards.items():
+        (find_submodule(module, path) if path else module).__dict__["forward"] = forward
+    try:
+        with isolated_random():
+            calls = (call_from_batch(caller, _on(batch, module), inputs) for batch in islice(data, batches))
+            calibrate_(list(forwards.values()), caller, calls)
+    except BaseException:
+        for path in forwards:
+            (find_submodule(module, path) if path else module).__dict__.pop("forward", None)
+        raise
+    return module.eval()
+
+
+def _call_of(
+    module: nn.Module, paths: Sequence[str], batch: Any, inputs: InputsFunction | None
+) -> tuple[nn.Module, Call]:
+    """Whom the batches are given to, and how the first is."""
+    caller = module
+    if isinstance(module, L.LightningModule) and not has_forward(module):
+        if len(paths) != 1 or not paths[0]:
+            raise ValueError(
+                f"Argument `part` must name the submodule to quantize, but got {list(paths)}, and "
+                f"`{type(module).__name__}` has no `forward`."
+            )
+        caller = find_submodule(module, paths[0])
+    return caller, call_from_batch(caller, _on(batch, module), inputs)
+
+
+def _on(batch: Any, module: nn.Module) -> Any:
+    """The batch on the module's device."""
+    tensor = next(module.parameters(), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def calibrate_(
+    forwards: Sequence[QuantizedForward], caller: nn.Module, calls: Iterable[Call], ranks: AllRanks | None = None
+) -> None:
+    """Learn the ranges of prepared forwards from calls, in eval mode, and switch fake-quant on.
+
+    Args:
+        forwards: in place of their modules' ``forward``.
+        caller: what is called.
+        calls: from training data.
+        ranks: the other ranks of a distributed run, each of which calls this with as many calls.
+
+    Raises:
+        ValueError: there is no call, or a value isn't finite (the tensor is named).
+    """
+    count = 0
+    with mode(caller, False), torch.no_grad():
+        for args, kwargs in calls:
+            for forward in forwards:
+                forward.bank.learning = forward.bank.calibrating = True
+            caller(*args, **kwargs)
+            for forward in forwards:
+                forward.bank.learning = forward.bank.calibrating = False
+                forward.bank.update(ranks)
+            count += 1
+    if not count:
+        raise ValueError("Argument `data` must yield batches to calibrate with, but got none.")
+    for forward in forwards:
+        forward.bank.activate()
+        forward.bank.frozen = True
+
+
+class PostTrainingQuantization(QuantizingCallback):
+    """Quantize when training ends, without training for it: ranges come from batches of the training loader.
+
+    The network trains in float as if the callback weren't there; ``Trainer.test`` after ``fit``, and ``ModelExport``, see the
+    quantized one. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
+
+    Args:
+        target: name, or a ``Target`` of your own.
+        calibration_batches: batches of the training loader, at most.
+        ranges: as in :class:`~lightning_accel.quantization.callback.QuantizationAwareTraining`.
+        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
+        include: globs of operators to quantize; ``None`` means all.
+        exclude: globs of operators that stay float.
+        inputs: maps a batch to the arguments of ``forward``.
+        name: the state's name in the checkpoint.
+
+    Raises:
+        ValueError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
+        CaptureError: in ``setup``, a ``forward`` that ``torch.export`` can't capture.
+
+    Example:
+        >>> PostTrainingQuantization(target="portable").ranges
+        'mse'
+    """
+
+    def __init__(
+        self,
+        target: str | Target = "onnxruntime",
+        calibration_batches: int = 32,
+        ranges: str = "mse",
+        module: str | list[str] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        inputs: InputsFunction | None = None,
+        name: str = "ptq",
+    ) -> None:
+        super().__init__(
+            target=target,
+            module=module,
+            include=include,
+            exclude=exclude,
+            calibration_batches=calibration_batches,
+            ranges=ranges,
+            inputs=inputs,
+            name=name,
+            start=1.0,
+        )
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._placed:
+            raise ValueError(
+                "Argument `ckpt_path` must be a checkpoint of the float network to train on with PostTrainingQuantization, but "
+                "got one that is quantized already. Resume from one that was written during training."
+            )
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.prepare(trainer, pl_module)
+        self.place(pl_module)
+        caller: nn.Module = pl_module if has_forward(pl_module) else pl_module.get_submodule(self.paths[0])
+        with isolated_random():
+            loader = trainer.fit_loop._data_source.dataloader()
+            batches = (
+                trainer.strategy.batch_to_device(batch, pl_module.device)
+                for batch in islice(loader, self.calibration_batches)
+            )
+            calls = (call_from_batch(caller, batch, self.inputs) for batch in batches)
+            calibrate_(list(self._placed.values()), caller, calls, ranks_of(trainer))
+
+    @override
+    def unfinished(self) -> str:
+        return ""  # until training has ended there is nothing to wait for

@@ -1,0 +1,126 @@
+"""Sensitivity: what it costs to quantize each operator alone, and which ones to keep in float for a given budget."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lightning_accel.inputs import InputsFunction, call_from_batch, isolated_random
+from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.ptq import quantize
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each operator costs when it alone is quantized.
+
+    Args:
+        costs: by operator, the dearest first.
+        total: with all of them quantized.
+        what: what is counted.
+    """
+
+    costs: Mapping[str, float]
+    total: float
+    what: str
+
+    def keep_float(self, budget: float) -> list[str]:
+        """The operators to keep in float (give it to ``exclude``) so that the costs of the rest add up to at most ``budget``.
+
+        Costs of single operators add up only roughly: measure the network that comes out.
+
+        Raises:
+            ValueError: a negative budget.
+        """
+        if not budget >= 0:
+            raise ValueError(f"Argument `budget` must be at least 0, but got {budget}.")
+        left, kept = sum(max(cost, 0.0) for cost in self.costs.values()), []
+        for name, cost in self.costs.items():
+            if left <= budget:
+                break
+            kept.append(name)
+            left -= max(cost, 0.0)
+        return kept
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.costs), default=0)
+        lines = [f"{name:<{width}}  {cost:.3e}" for name, cost in self.costs.items()]
+        return "\n".join([f"{self.what}, operator by operator:", *lines, f"{'all':<{width}}  {self.total:.3e}"])
+
+
+def sensitivity(
+    module: nn.Module,
+    data: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    batches: int = 8,
+    inputs: InputsFunction | None = None,
+    **options: Any,
+) -> Sensitivity:
+    """Rank the operators of a module by what quantizing each of them alone costs.
+
+    Args:
+        module: a trained module; stays as it is.
+        data: training batches, as its loader yields them; the same ones calibrate and score.
+        loss: ``(result, batch) -> scalar``: the cost is how much its mean grows; ``None``: the noise in the results, their mean
+            squared difference from the float network's divided by the variance of those.
+        batches: so many batches at most.
+        inputs: maps a batch to the arguments of ``forward``.
+        options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`.
+
+    Raises:
+        ValueError: as :func:`~lightning_accel.quantization.ptq.quantize_`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sorted(sensitivity(network, [torch.randn(16, 4)], target="portable").costs)
+        ['0', '2']
+    """
+    with isolated_random():
+        kept = [batch for batch, _ in zip(data, range(batches), strict=False)]
+    copy = quantize(module, kept, batches=batches, inputs=inputs, **options)
+    forwards = quantized_forwards(copy)
+    before = {path: f"{path}." if path else "" for path in forwards}
+    names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
+
+    calls = [call_from_batch(copy, batch, inputs) for batch in kept]
+
+    def results(on: set[str]) -> list[Any]:
+        """Results with only these operators quantized."""
+        for path, forward in forwards.items():
+            forward.bank.off = frozenset(
+                name for whole, (where, name) in names.items() if where == path and whole not in on
+            )
+        with torch.no_grad():
+            return [copy(*args, **kwargs) for args, kwargs in calls]
+
+    if loss is None:
+        reference = _values(results(set()))
+
+        def cost(on: set[str]) -> float:
+            return float((_values(results(on)) - reference).square().mean() / reference.var())
+    else:
+
+        def mean_loss(on: set[str]) -> float:
+            return sum(float(loss(r, batch)) for r, batch in zip(results(on), kept, strict=True)) / len(kept)
+
+        base = mean_loss(set())
+
+        def cost(on: set[str]) -> float:
+            return mean_loss(on) - base
+
+    costs = {name: cost({name}) for name in names}
+    ranked = dict(sorted(costs.items(), key=lambda item: -item[1]))
+    what = "noise-to-signal ratio of the results" if loss is None else "growth of the loss"
+    return Sensitivity(ranked, cost(set(names)), what)
+
+
+def _values(results: list[Any]) -> torch.Tensor:
+    """All floats of some results, as one vector."""
+    leaves = [v for v in pytree.tree_leaves(results) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return torch.cat([leaf.flatten().float() for leaf in leaves])
