@@ -98,6 +98,16 @@ def test_pixels_in_and_probabilities_out(trainer, tmp_path):
     assert json.loads(onnx.load(tmp_path / "b" / "model.onnx").metadata_props[0].value) == ["a", "b", "c", "d"]
 
 
+def test_bf16_is_proven_against_its_float_file_and_built(trainer, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
+    export = la.ModelExport(tmp_path / "b", precision="bf16", engines="tensorrt")
+    trainer(export, max_epochs=1).fit(Classifier(), loader(), val())
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest["proofs"]["lowered"]["precision"] == "bf16"
+    assert manifest["proofs"]["lowered"]["nodes"] == manifest["proofs"]["nodes"]["of"]
+    assert [row["name"] for row in manifest["benchmark"]["rows"]] == ["network fp32", "network bf16"]
+
+
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
