@@ -113,15 +113,15 @@ def main() -> None:
                 case = Case.of(net, call, path)
                 right += 1
                 for check, run in checks.items():
-                    alarms[check] += bool(run(case))
+                    alarms[check] += [f"{name} {'int8' if int8 else 'fp32'}"] if run(case) else []
     print("\n| fault | " + " | ".join(checks) + " |\n|---|" + "---|" * len(checks))
     for name, found in rows:
         print(f"| {name} | " + " | ".join(found[check] or "missed" for check in checks) + " |")
     for check in checks:
         named = sum("named" in found[check] for _, found in rows)
-        print(
-            f"{check}: false alarms on {alarms[check]} of {right} right files; place named for {named} of {len(rows)} faults"
-        )
+        says = f" ({', '.join(alarms[check])})" if alarms[check] else ""
+        print(f"{check}: false alarms on {len(alarms[check])} of {right} right files{says}")
+        print(f"{check}: place named for {named} of {len(rows)} faults")
     counts = {check: sum(bool(found[check]) for _, found in rows) for check in checks}
     reached = "reached" if counts["lightning-accel"] == len(rows) and not alarms["lightning-accel"] else "missed"
     print(
