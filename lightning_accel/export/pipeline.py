@@ -23,7 +23,7 @@ from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import staged, write_manifest
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
-from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, write_files
+from lightning_accel.export.files import MODEL, REFERENCE, SAMPLES, Files, build_line, write_files
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.revision import git_revision
@@ -277,4 +277,7 @@ def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
     """The report's table and where the rest is, for the terminal."""
     lines = [comparison_table([Row(**row) for row in report["rows"]])]
     lines += [f"TensorRT: {e['status']}" for e in report["engines"] if e["engine"] == "tensorrt"]
+    if any(not line["runs_here"] for line in report["engines"]):
+        data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"
+        lines.append(f"Finish the proof on the machine that runs it: lightning-accel verify {dirpath}{data}")
     return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.md'}"])

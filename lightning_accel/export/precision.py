@@ -33,6 +33,7 @@ _SENSITIVE = {
     "Pow",
     "Reciprocal",
 }
+_NO_BF16 = {"HardSwish", "Mish", "ConvTranspose"}  # refused by TensorRT for RTX 1.7 in bf16; built in float32
 _INT8_NODES = {"QuantizeLinear", "DequantizeLinear"}
 _SCALES_STAY = {"Resize": (1, 2), "Upsample": (1,)}  # operands whose type is always float32
 
@@ -141,6 +142,8 @@ def _kept(
             kept[node.name] = f"kept by {globs[0]!r}"
         elif node.op_type in _SENSITIVE:
             kept[node.name] = f"{node.op_type} is kept in float32"
+        elif precision == "bf16" and node.op_type in _NO_BF16:
+            kept[node.name] = f"TensorRT has no {node.op_type} in bf16"
         elif node.op_type in _INT8_NODES:
             scale = np.abs(constants.get(node.input[1], np.ones(1))).astype(np.float64)
             half = _rounded(scale, precision)

@@ -5,6 +5,7 @@ these versions, is held against that file, run as it is written.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.export import tolerances
 from lightning_accel.export.verification import Verification, verify
 
-SAMPLES = "samples.npz"
+SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
 _HALF = ("fp16", "bf16")
 
 
@@ -98,35 +99,50 @@ def verify_bundle(
         raise ValueError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
     feeds, wanted = _split(_samples_of(folder, samples), manifest)
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
-    file = "reference.onnx" if manifest["precision"] in _HALF else manifest["model"]
     proofs: list[EngineProof] = []
-    with load_runner(folder / file, "onnxruntime", emulate=True) as reference:
+    with ExitStack() as stack:
+        files = {_proven(manifest, manifest["engines"][engine]["precision"]) for engine in shipped}
+        files.add(_proven(manifest, manifest["precision"]))
+        right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
         if wanted:
+            file = _proven(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
             known = _Known(feeds, wanted)
             check = verify(
-                known, reference.run, feeds, engine="file (as written)", tolerance=limits, batch_sizes=(known.count,)
+                known,
+                right[file].run,
+                feeds,
+                engine="file (as written)",
+                tolerance=limits,
+                batch_sizes=(known.count,),
             )
             proofs.append(EngineProof("file as written, against what was trained", file, check))
         for engine in engines or shipped:
             line = manifest["engines"][engine]
             try:
-                runner = load_runner(folder, engine)
+                runner = stack.enter_context(load_runner(folder, engine))
             except (RuntimeError, ModuleNotFoundError) as error:  # no GPU, another version, a package that isn't here
                 proofs.append(EngineProof(engine, line["file"], None, str(error)))
                 continue
-            with runner:
-                check = verify(
-                    reference.run,
-                    runner.run,
-                    feeds,
-                    engine=f"{engine} (its kernels)",
-                    tolerance=tolerances.ENGINES[line["precision"]],
-                    batch_sizes=batch_sizes,
-                    axes=axes,
-                )
+            check = verify(
+                right[_proven(manifest, line["precision"])].run,
+                runner.run,
+                feeds,
+                engine=f"{engine} (its kernels)",
+                tolerance=tolerances.ENGINES[line["precision"]],
+                batch_sizes=batch_sizes,
+                axes=axes,
+            )
             proofs.append(EngineProof(engine, line["file"], check))
     return proofs
+
+
+def _proven(manifest: Mapping[str, Any], precision: str) -> str:
+    """The file that was held against the trained network, of which an engine in this precision is made.
+
+    Half precision is made of the float reference, also where an int8 bundle's fp16 engine was the faster one.
+    """
+    return REFERENCE if precision in _HALF and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
 class _Known:

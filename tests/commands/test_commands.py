@@ -17,6 +17,7 @@ from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.tensorrt import has_gpu
 from lightning_accel.engines.tensorrt_library import read_info
 from lightning_accel.export.bundle import write_manifest
+from lightning_accel.export.precision import lower_precision
 from lightning_accel.export.reverify import verify_bundle
 from lightning_accel.export.triton import config_text, write_triton
 
@@ -69,6 +70,17 @@ def test_an_engine_that_computes_something_else_fails(bundle, capsys):
     write_manifest(bundle, {k: v for k, v in content.items() if k not in ("sha256", "files")})
     assert main(["verify", str(bundle), "--engine", "onnxruntime"]) == 1
     assert "onnxruntime (other.onnx): failed" in capsys.readouterr().out
+
+
+def test_an_fp16_engine_of_an_int8_bundle_is_held_against_the_float_reference(bundle):
+    """What a build on a GPU leaves where fp16 was faster."""
+    lower_precision(bundle / "reference.onnx", bundle / "fp16.onnx", "fp16")
+    content = read_manifest(bundle)
+    content["engines"]["onnxruntime"] |= {"file": "fp16.onnx", "precision": "fp16"}
+    write_manifest(bundle, {k: v for k, v in content.items() if k not in ("sha256", "files")})
+    proofs = verify_bundle(bundle, engines=["onnxruntime"])
+    assert [proof.status for proof in proofs] == ["passed", "passed"]
+    assert proofs[0].file == "model.onnx"  # what was trained is the int8 network
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "report.md", "samples.npz", "engines/model.engine.json"])

@@ -1,4 +1,6 @@
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -76,3 +78,52 @@ def test_damaged_and_missing_files(tmp_path):
         PyTorchRunner(tmp_path / "bad.pt2")
     with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a model.pt2 file"):
         PyTorchRunner(tmp_path / "none.pt2")
+
+
+class Bomb:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def rewritten(source, target, change):
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+    return target
+
+
+def pickled_inputs(bomb):
+    return lambda name, data: bomb if "sample_inputs" in name else data
+
+
+def pickled_weight(bomb):
+    def change(name, data):
+        if name.endswith("weights_config.json"):
+            return data.replace(b'"use_pickle": false', b'"use_pickle": true')
+        return bomb if name.endswith("weight_0") else data
+
+    return change
+
+
+def no_archive(bomb):
+    return lambda name, data: None if name.endswith("archive_format") else data
+
+
+@pytest.mark.parametrize("change", [pickled_inputs, pickled_weight, no_archive])
+def test_nothing_in_a_program_is_unpickled(tmp_path, change):
+    program = torch.export.export(torch.nn.Linear(3, 2).eval(), (torch.zeros(2, 3),))
+    torch.export.save(program, tmp_path / "m.pt2")
+    buffer = io.BytesIO()
+    torch.save((Bomb(tmp_path / "ran"),), buffer)
+    bad = rewritten(tmp_path / "m.pt2", tmp_path / "bad.pt2", change(buffer.getvalue()))
+    with pytest.raises(RuntimeError, match=r"`bad.pt2`.* must (hold tensors only|be an archive)"):
+        load_runner(bad)
+    assert not (tmp_path / "ran").exists()
+    load_runner(rewritten(tmp_path / "m.pt2", tmp_path / "same.pt2", lambda name, data: data)).close()

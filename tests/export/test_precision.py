@@ -147,6 +147,16 @@ def test_bf16_is_proven_without_running_it(tmp_path):
     assert build_engine(tmp_path / "b.onnx", library="tensorrt_rtx", level=0).precision == "bf16"
 
 
+def test_what_tensorrt_refuses_in_bf16_stays_float32(tmp_path):
+    module = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.Hardswish(), nn.Mish(), nn.Conv2d(4, 2, 3)).eval()
+    export_onnx(module, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", opset=BF16_OPSET)
+    report = lower_precision(tmp_path / "m.onnx", tmp_path / "b.onnx", "bf16")
+    assert {"TensorRT has no ConvTranspose in bf16", "TensorRT has no HardSwish in bf16"} <= set(report.kept.values())
+    assert report.lowered >= 1
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
+    assert build_engine(tmp_path / "b.onnx", library="tensorrt_rtx", level=0).precision == "bf16"
+
+
 def test_what_cannot_be_lowered_is_told(files, tmp_path):
     source = files[0] / "fp32.onnx"
     with pytest.raises(ValueError, match=r"Argument `precision` must be one of \['bf16', 'fp16'\], but got 'fp8'"):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
+from lightning_accel.engines.cuda import has_gpu
 from lightning_accel.engines.manifest import read_manifest
 from tests.models import Classifier, images, loader
 
@@ -48,20 +49,24 @@ def test_fp16_with_its_fp32_reference(trainer, tmp_path):
         np.testing.assert_allclose(runner(kept["x"]), kept["output"], atol=5e-3)
 
 
-def test_int8_for_tensorrt_computes_the_rest_in_fp16(trainer, tmp_path):
+def test_int8_for_tensorrt_computes_the_rest_in_fp16(trainer, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
     export = la.ModelExport(tmp_path / "b", engines=["tensorrt", "pytorch"])
     trainer(la.QuantizationAwareTraining("tensorrt", start=0), export, max_epochs=2).fit(Classifier(), loader(), val())
+    if not has_gpu():
+        assert f"lightning-accel verify {tmp_path / 'b'} --data SAMPLES.npz" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "b")
-    assert manifest["engines"]["tensorrt"]["precision"] == "int8+fp16"
-    assert manifest["engines"]["tensorrt"]["built_from"] == "engines/model.onnx"
+    if not has_gpu():  # with one, fp16 takes its place if it is faster
+        assert manifest["engines"]["tensorrt"]["precision"] == "int8+fp16"
+        assert manifest["engines"]["tensorrt"]["built_from"] == "engines/model.onnx"
     half = {t.name: t for t in onnx.load(tmp_path / "b" / "engines" / "model.onnx").graph.initializer}
     whole = {t.name: t for t in onnx.load(tmp_path / "b" / "model.onnx").graph.initializer}
     integers = [name for name in whole if name.endswith("weight_int8")]
     assert len(integers) == 3
     assert all(half[name].raw_data == whole[name].raw_data for name in integers)
     assert {c["engine"] for c in manifest["verification"]} >= {"file (as written)", "int8+fp16 file (as written)"}
-    assert manifest["default"]["engine"] == "pytorch"  # the one that runs here
+    if not has_gpu():
+        assert manifest["default"]["engine"] == "pytorch"  # the one that runs here
     x = images(9, 5).tensors[0].numpy()
     with la.load_runner(tmp_path / "b", "pytorch") as runner:
         program = runner(x)
@@ -96,6 +101,16 @@ def test_pixels_in_and_probabilities_out(trainer, tmp_path):
     assert "was not measured through the engine" in export.report["verification"][-1]["note"]
     assert read_manifest(tmp_path / "b")["metadata"] == {"class_names": ["a", "b", "c", "d"]}
     assert json.loads(onnx.load(tmp_path / "b" / "model.onnx").metadata_props[0].value) == ["a", "b", "c", "d"]
+
+
+def test_bf16_is_proven_against_its_float_file_and_built(trainer, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
+    export = la.ModelExport(tmp_path / "b", precision="bf16", engines="tensorrt")
+    trainer(export, max_epochs=1).fit(Classifier(), loader(), val())
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest["proofs"]["lowered"]["precision"] == "bf16"
+    assert manifest["proofs"]["lowered"]["nodes"] == manifest["proofs"]["nodes"]["of"]
+    assert [row["name"] for row in manifest["benchmark"]["rows"]] == ["network fp32", "network bf16"]
 
 
 @pytest.mark.parametrize(
