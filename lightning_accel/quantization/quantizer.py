@@ -223,12 +223,13 @@ def _points(
         if index == fused or not _is_float(operand):
             continue
         roots, moved = roots_of(operand, node, spatial, written)
-        shared = all(_in_integers(root) for root in roots)
+        shared = all(_in_integers(root) and not written[memory_of(root)] for root in roots)
         key, version = f"{name}:{role}", versions[index]
         points.append(Point(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared))
     if target.outputs and (node.target in CONVOLUTIONS or PAIRED.get(node.target) == SUM):
         result = result_of(node)
-        points.append(Point(f"{name}:output", node, None, result, roots=(result,), shared=True))
+        if not written[memory_of(result)]:  # what is overwritten is quantized where it is read
+            points.append(Point(f"{name}:output", node, None, result, roots=(result,), shared=True))
     return points
 
 
