@@ -5,9 +5,6 @@
 ``TwoViews`` below knows nothing of this library. It takes two inputs, an image and its mean intensity by rows.
 """
 
-import argparse
-import warnings
-
 import lightning as L
 import torch
 from torch import nn
@@ -16,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from examples.data import Images
+from examples.options import is_quick
 
 
 class TwoViews(L.LightningModule):
@@ -52,13 +50,7 @@ class TwoViews(L.LightningModule):
 
 def main() -> None:
     """Train a teacher, then a smaller network that ships."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs, not what it reaches")
-    quick = parser.parse_args().quick
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
-    warnings.filterwarnings(
-        "ignore", ".*LeafSpec", FutureWarning
-    )  # Lightning still uses what torch has just deprecated
+    quick = is_quick(__doc__)
     L.seed_everything(1, verbose=False)
     images = Images("mnist", train=640 if quick else 4000, held_out=256 if quick else 1000)
     images.prepare_data()

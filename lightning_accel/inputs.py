@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -94,6 +95,18 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = flag
 
 
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Buffers get their values back: a forward in train mode moves the statistics of batch norm."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before[name])
+
+
 def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None = None) -> Call:
     """Arguments with which ``forward`` is called for a batch.
 
@@ -112,14 +125,28 @@ def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None
     Raises:
         ValueError: the batch doesn't give what ``forward`` needs.
     """
-    own = own_signature(module)
+    return call_by_signature(own_signature(module), f"{type(module).__name__}.forward", batch, inputs)
+
+
+def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunction | None = None) -> Call:
+    """The same for any function: its arguments for a batch.
+
+    Args:
+        own: signature of the function.
+        name: of the function, for messages.
+        batch: what the loader yields.
+        inputs: the user's own rule.
+
+    Raises:
+        ValueError: the batch doesn't give what the function needs.
+    """
     args, kwargs = _as_call(inputs(batch)) if inputs is not None else _by_signature(own.parameters, batch)
     try:
         return canonical_call(own, args, kwargs)
     except TypeError as error:
         raise ValueError(
-            f"Argument `inputs` must map a batch to the arguments of `{type(module).__name__}.forward{own}`, but a batch of "
-            f"type {type(batch).__name__} gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
+            f"Argument `inputs` must map a batch to the arguments of `{name}{own}`, but a batch of type {type(batch).__name__} "
+            f"gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
         ) from None
 
 
@@ -181,10 +208,15 @@ def isolated_random() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
+def peek(loader: Any, argument: str = "train_dataloaders", samples: int | None = None) -> Any:
     """A batch as the loader would make it, without moving its sampler, its generator or the global random state.
 
     For a map-style dataset it is made of the first samples; an iterable one is started anew.
+
+    Args:
+        loader: whose batch it is.
+        argument: which it was, for messages.
+        samples: how many of a map-style dataset are asked for; ``None``: as many as the loader takes.
 
     Raises:
         ValueError: the loader is empty.
@@ -192,7 +224,7 @@ def peek(loader: Any, argument: str = "train_dataloaders") -> Any:
     with isolated_random():
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             length = len(loader.dataset)  # type: ignore[arg-type]
-            indices = list(range(min(_batch_size(loader.batch_sampler or loader.sampler), length)))
+            indices = list(range(min(samples or _batch_size(loader.batch_sampler or loader.sampler), length)))
             if indices and loader.batch_sampler is not None:
                 return loader.collate_fn([loader.dataset[i] for i in indices])
             if indices:  # the dataset makes batches itself
@@ -207,11 +239,29 @@ def _batch_size(sampler: Any) -> int:
     return int(getattr(sampler, "batch_size", None) or 1)
 
 
-def first_batch(trainer: L.Trainer) -> Any:
-    """A training batch on the CPU as ``training_step`` gets it, before the fit loop has set its loaders up."""
+def first_batch(trainer: L.Trainer, device: torch.device | None = None, samples: int | None = None) -> Any:
+    """A training batch as ``training_step`` gets it, before the fit loop has set its loaders up.
+
+    Args:
+        trainer: in ``fit``, its module and data attached.
+        device: where the batch goes; ``None``: the CPU.
+        samples: as for :func:`peek`.
+    """
     with isolated_random():
-        loader = trainer.fit_loop._data_source.dataloader()
-        return trainer.strategy.batch_to_device(peek(loader), torch.device("cpu"))  # with the user's transfer hooks
+        return transferred(trainer, peek(training_loader(trainer), samples=samples), device or torch.device("cpu"))
+
+
+def training_loader(trainer: L.Trainer) -> Any:
+    """The training loader before the fit loop has set it up; random numbers that making it takes are given back."""
+    with isolated_random():
+        return trainer.fit_loop._data_source.dataloader()
+
+
+def transferred(trainer: L.Trainer, batch: Any, device: torch.device) -> Any:
+    """A batch as ``training_step`` gets it: cast, passed through the user's transfer hooks, on a device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch, device)
 
 
 def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
@@ -219,7 +269,19 @@ def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction |
     example = getattr(module, "example_input_array", None)
     if inputs is None and example is not None:
         return canonical_call(own_signature(module), *_as_call(example))
-    return call_from_batch(module, first_batch(trainer), inputs)
+    return _first_call(module, trainer, inputs)
+
+
+def _first_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
+    """The call for the first batch; with a sample less where a size could be taken for the batch's, as of a mask (L, L)."""
+    call = call_from_batch(module, first_batch(trainer), inputs)
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    size = len(tensors[0]) if tensors else 0
+    others = {n for tensor in tensors for n in tensor.shape[1:]}
+    if size > 1 and size in others and any(len(tensor) == size for tensor in tensors[1:]):
+        fewer = max((n for n in range(1, size) if n not in others), default=size - 1)
+        return call_from_batch(module, first_batch(trainer, samples=fewer), inputs)
+    return call
 
 
 def find_submodule(module: nn.Module, path: str) -> nn.Module:
@@ -279,4 +341,4 @@ def owner_and_call(
             pl_module, path, example_call(pl_module, trainer, inputs)
         )
     part = find_submodule(pl_module, path)
-    return part, call_from_batch(part, first_batch(trainer), inputs)
+    return part, _first_call(part, trainer, inputs)

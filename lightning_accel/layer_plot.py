@@ -1,11 +1,11 @@
-"""A share for each layer as a picture, in every logger that shows pictures."""
+"""A share for each layer as a picture, in every logger that can have one."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 _BAR, _REST = "#0072b2", "#dddddd"
@@ -41,7 +41,10 @@ def draw_layers(shares: Mapping[str, float], title: str) -> Any:
 
 
 def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float], title: str, step: int) -> None:
-    """Show the shares in W&B and TensorBoard; other loggers have the scalars alone.
+    """Show the shares as a picture; the scalars are in each logger already.
+
+    In W&B and TensorBoard under ``key``; in the folder of a ``CSVLogger`` as ``<key>.png``, slashes as ``_``. A logger of another
+    kind is named in a message.
 
     Args:
         loggers: of the trainer, not finalized yet.
@@ -50,8 +53,8 @@ def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float],
         title: what the shares are of.
         step: optimizer step.
     """
-    showing = [logger for logger in loggers if isinstance(logger, WandbLogger | TensorBoardLogger)]
-    if not showing or not shares:
+    loggers = list(loggers)
+    if not loggers or not shares:
         return
     try:
         figure = draw_layers(shares, title)
@@ -60,11 +63,16 @@ def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float],
             f'No picture of `{key}` is logged: matplotlib isn\'t installed (pip install "lightning-accel[report]").'
         )
         return
-    for logger in showing:
+    for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(key, figure, step)
-        else:
+        elif isinstance(logger, WandbLogger):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "layers.png"
                 figure.savefig(file)
                 logger.log_image(key, [str(file)])
+        elif isinstance(logger, CSVLogger):
+            Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+            figure.savefig(Path(logger.log_dir) / f"{key.replace('/', '_')}.png")
+        else:
+            rank_zero_info(f"No picture of `{key}` is logged to {type(logger).__name__}: it has the scalars alone.")

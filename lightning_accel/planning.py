@@ -16,7 +16,8 @@ from lightning_accel.inputs import has_forward, owner_and_call
 from lightning_accel.pruning.copies import count_macs, parameter_count, skeleton
 from lightning_accel.schedules import Timeline
 
-_HIGH = 0.1  # share of the peak learning rate above which the start of a phase is worth a warning
+_HIGH = 0.1  # share of the peak learning rate above which what is learned late starts too early
+_LOW = 0.01  # share below which what is pruned last is hardly made up for
 _LONGEST = 500_000  # steps over which learning rates are simulated
 
 
@@ -147,13 +148,20 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
         who = type(callback).__name__ + (
             f" {callback.name!r}" if len(callbacks) > len({type(c) for c in callbacks}) else ""
         )
-        rate = rates[min(first, len(rates) - 1)] if rates else None
+        rate = rates[min(first, len(rates) - 1)] * callback.lr_scale if rates else None
         share = rate / max(rates) if rate is not None and max(rates) > 0 else None
+        share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
         layers = callback.plan(trainer, pl_module)
         made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.worth, layers))
-        if share is not None and share > _HIGH:
+        # Pruning is no exception to be warned of: it wants a rate at which the network learns anew.
+        if callback.wants_low_rate and share is not None and share > _HIGH:
             made.warnings.append(
                 f"{who} starts at {share:.0%} of the highest learning rate; what it changes is learned best below {_HIGH:.0%}."
+            )
+        if not callback.wants_low_rate and share_at_end is not None and share_at_end < _LOW:
+            made.warnings.append(
+                f"{who} ends at {share_at_end:.1%} of the highest learning rate; too little is left to make up for what went. "
+                "End it earlier."
             )
     return made
 

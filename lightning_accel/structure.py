@@ -234,11 +234,16 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
     }
     module = cls(**{**hyper_parameters, **init})
     module.configure_model()
+    load_into(module, checkpoint)
+    return module.eval()
+
+
+def load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Bring a module to the structure and the weights of a checkpoint that was read."""
     replay(module, load_record(checkpoint))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     restore_states(module, checkpoint)
-    return module.eval()
 
 
 def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -306,7 +306,7 @@ PRUNING, QAT, EXPORT = range(3)
 EMPTY = {"class_path": "tests.test_cli.Data", "init_args": {"held_out": 0}}
 BAD = {
     "sparsity": (changed(PRUNING, sparsity=1.5), "`sparsity` must be a share of zeros in [0, 1), but got 1.5"),
-    "target": (changed(QAT, target="tpu"), "`target` must be one of ['onnxruntime', 'portable', 'tensorrt'], but got 'tpu'"),
+    "target": (changed(QAT, target="tpu"), "`target` must be one of ['onnxruntime', 'openvino', 'portable', 'tensorrt'], but got 'tpu'"),
     "glob, pruning": (changed(PRUNING, include=["encoder.*"]), "`include` must"),
     "glob, quantization": (changed(QAT, exclude=["encoder.*"]), "`exclude` must"),
     "dirpath": (changed(EXPORT, dirpath="/proc/bundle"), "`dirpath` must lie in a folder that can be written to, but got '/proc/bundle'"),
@@ -316,7 +316,7 @@ BAD = {
     "end before start, in steps": (changed(PRUNING, start=0.9, end=1), "`end` must be at or after `start` (0.9"),
     "start beyond the run": (changed(QAT, start=7), "`start` must lie within the run's 2 epochs, but got 7"),
     "not capturable": (changed(student={"class_path": "tests.test_cli.Branching"}), "test_cli.py"),
-    "unlike teacher": (changed(teacher={"class_path": "tests.test_cli.FiveClasses"}), "(8, 4) and (8, 5)"),
+    "unlike teacher": (changed(teacher={"class_path": "tests.test_cli.FiveClasses"}), "(3, 4) and (3, 5)"),
     "unknown argument": (changed(PRUNING, sparsitty=0.5), "'sparsitty' is not accepted"),
 }  # fmt: skip
 

@@ -1,7 +1,9 @@
 import sys
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_accel as la
@@ -27,9 +29,21 @@ def test_a_run_shows_what_left_each_layer(trainer, tmp_path):
     assert {"macs", "parameters", "sparsity", "sparsity/net.conv1.weight"} <= set(events.Tags()["scalars"])
 
 
-def test_other_loggers_have_the_scalars_alone(tmp_path):
-    log_layers([CSVLogger(tmp_path)], "layers", {"a": 0.5}, "share", 1)
-    assert not list(tmp_path.rglob("*.png"))
+def test_tables_have_a_picture_beside_them(trainer, tmp_path):
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    callbacks = [la.ChannelPruning(0.25, start=0, end=1), la.WeightPruning(0.5, start=1, end=2)]
+    trainer(*callbacks, logger=logger, max_epochs=3, log_every_n_steps=1).fit(Classifier(), loader())
+    folder = Path(logger.log_dir)
+    assert {file.name for file in folder.glob("*.png")} == {"layers_channels.png", "layers_weights.png"}
+    columns = set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+    layers = {f"sparsity/net.{layer}.weight" for layer in ("conv1", "conv2", "head")}
+    assert {"macs", "parameters", "sparsity", *layers} <= columns
+
+
+def test_other_loggers_have_the_scalars_alone(caplog):
+    with caplog.at_level("INFO"):
+        log_layers([DummyLogger()], "layers", {"a": 0.5}, "share", 1)
+    assert "No picture of `layers` is logged to DummyLogger: it has the scalars alone." in caplog.text
 
 
 def test_without_matplotlib_it_is_said(tmp_path, monkeypatch, caplog):

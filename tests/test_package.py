@@ -94,6 +94,7 @@ ROOMS = ("engines", "benchmarking", "pruning", "distillation", "quantization", "
 SHARED = {
     "schedules",
     "layer_plot",
+    "monitors",
     "rebinding",
     "structure",
     "compression",

@@ -1,9 +1,11 @@
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_accel as la
+from lightning_accel import cli
 from tests.models import Classifier, loader
 
 
@@ -58,11 +60,36 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
     assert pruning["net.conv2.weight"] == "50% of its 2:4 units become zero, with 1 others together"
     assert pruning["net.conv1.weight"] == "stays dense: its input channels (3) aren't divisible by 4"
     assert qat["net.conv1"] == "portable int8"
+    assert qat["(phases)"] == (
+        "calibration to step 32; fake-quant from step 32; batch norm frozen from step 30, once the learning rate is a tenth of its "
+        "highest; ranges final from step 31"
+    )
     assert qat["net.head"] == "stays float: excluded"
     assert "sparse kernels" in made.phases[0].worth
     text = str(made)
     assert "WeightPruning: from epoch 1 (step 8) to epoch 2 (step 16), learning rate 0.05 (100% of the highest)" in text
     assert "warning: QuantizationAwareTraining starts at 100% of the highest learning rate" in text
+
+
+def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
+    """Quantization is learned at a low rate; pruning needs one at which the network still learns."""
+    settings = {"max_epochs": 4}
+    qat = la.QuantizationAwareTraining("portable", start=0)
+    made = la.plan(trainer(qat, **settings), Scheduled("epoch"), train_dataloaders=loader())
+    assert made.warnings == [
+        "QuantizationAwareTraining starts at 100% of the highest learning rate; what it changes is learned best below 10%."
+    ]
+    late = la.QuantizationAwareTraining("portable", start=2)  # at 0.3 ** 2
+    assert not la.plan(trainer(late, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    scaled = la.QuantizationAwareTraining("portable", start=0, lr_scale=0.05)
+    assert not la.plan(trainer(scaled, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    early = [la.ChannelPruning(0.5, end=1), la.WeightPruning(0.5, end=2)]
+    assert not la.plan(trainer(*early, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
+    last = la.WeightPruning(0.5, end=1.0)
+    made = la.plan(trainer(last, **settings), Scheduled("step"), train_dataloaders=loader())
+    assert made.warnings == [
+        "WeightPruning ends at 0.0% of the highest learning rate; too little is left to make up for what went. End it earlier."
+    ]
 
 
 def test_channels_that_leave_and_what_is_left(trainer):
@@ -83,6 +110,55 @@ def test_channels_that_leave_and_what_is_left(trainer):
     assert ratio == pytest.approx(made.sizes["today"]["MACs a sample"] / left, rel=0.35)
     assert ratio >= 2
     assert made.sizes["after ChannelPruning"]["parameters"] < made.sizes["today"]["parameters"]
+
+
+@pytest.mark.filterwarnings(r"ignore:\s+By default only one JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings(r"ignore:\s+``ArgumentParser.add_instantiator`` was deprecated")
+@pytest.mark.filterwarnings(r"ignore:\s+``instantiate_classes`` was deprecated")
+@pytest.mark.filterwarnings(r"ignore:\s+skip_none parameter was deprecated")
+def test_the_command_line_plans_what_yaml_says(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lightning-accel"])
+    accel = "lightning_accel"
+    pruning = {
+        "sparsity": {"net.conv2.*": 0.5, "net.head.*": 0.25},
+        "criterion": "l2",
+        "scope": "layer",
+        "start": 1,
+        "end": 2,
+    }
+    channels = {"macs_reduction": 2.0, "end": 1, "limits": {"net.conv1": 0.75}, "exclude": ["net.head"], "round_to": 2}
+    config = {
+        "seed_everything": 1,
+        "model": {"class_path": "tests.models.Classifier"},
+        "data": {"class_path": "tests.test_cli.Data"},
+        "trainer": {
+            "max_epochs": 4,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": str(tmp_path),
+            "callbacks": [
+                {"class_path": f"{accel}.ChannelPruning", "init_args": channels},
+                {"class_path": f"{accel}.WeightPruning", "init_args": pruning},
+                {"class_path": f"{accel}.QuantizationAwareTraining", "init_args": {"target": "portable", "start": 3}},
+            ],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["plan", "-c", str(tmp_path / "run.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "32 optimizer steps, 8 an epoch" in lines
+    assert f"today: {8 * 27 + 16 + 8 * 72 + 8 + 16 + 36} parameters, {64 * 8 * (27 + 72) + 32:,} MACs a sample" in lines
+    order = [line.partition(":")[0] for line in lines if ": from epoch" in line]
+    assert order == ["ChannelPruning", "WeightPruning", "QuantizationAwareTraining"]
+    said = {" ".join(line.split()) for line in lines}
+    assert {"net.conv2.weight 50% of its weights become zero", "net.head channels kept: it is excluded"} <= said
+    assert not (tmp_path / "lightning_logs").exists()
+    config["trainer"]["callbacks"][0]["init_args"]["macs_reduction"] = 100.0
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["plan", "-c", str(tmp_path / "run.yaml")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "Argument `macs_reduction` must be reachable" in line
 
 
 def test_nothing_is_trained_logged_or_written(trainer, tmp_path):

@@ -7,20 +7,31 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.distillation import Distillation, Signals, dtype_of, share_
+from lightning_accel.distillation.distillation import LOGITS, Answer, Distillation, dtype_of, share_
 from lightning_accel.distillation.graph_layers import layer_node, without_graphs
-from lightning_accel.distillation.layers import recorded, split_path
+from lightning_accel.distillation.layers import recorded
 from lightning_accel.distillation.recording import resolve
+from lightning_accel.distillation.selection import split_path
 from lightning_accel.distillation.teacher import network_of
 from lightning_accel.distillation.teachers import EMATeacher, OnnxTeacher
 from lightning_accel.distillation.terms import Pair, pairs_of
 from lightning_accel.engines.base import Runner
-from lightning_accel.inputs import Call, _by_signature, canonical_call, first_batch, isolated_random, mode
+from lightning_accel.inputs import (
+    Call,
+    call_by_signature,
+    isolated_random,
+    kept_buffers,
+    peek,
+    training_loader,
+    transferred,
+)
+
+_FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
 
 
 def as_teacher(teacher: Any) -> nn.Module:
@@ -60,7 +71,8 @@ def find_pairs(module: nn.Module, distillation: Distillation) -> dict[str, list[
         ValueError: a path leads nowhere.
     """
     teacher = network_of(distillation.teacher)
-    return {term.name: pairs_of(term, module, teacher) for term in distillation.terms}
+    student = cast(nn.Module, module.student)  # its class is the one that the user knows
+    return {term.name: pairs_of(term, student, teacher) for term in distillation.terms}
 
 
 def begin(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
@@ -77,20 +89,44 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
         ema.begin_(cast(nn.Module, module.student), name, method)
     distillation.pairs = find_pairs(module, distillation)
     _check_graphs(module, distillation)
-    if distillation.student_layers():
-        with isolated_random():
-            batch = module.trainer.precision_plugin.convert_input(_few(first_batch(module.trainer)))
-            batch = module._on_before_batch_transfer(batch)
-            batch = module.trainer.strategy.batch_to_device(batch)
-        student_signals, teacher_signals = probe(module, distillation, call_of(module, path, batch, inputs))
-        distillation.build_adapters(student_signals, teacher_signals, dtype_of(module))
-        with torch.no_grad():  # a loss that can't take these shapes says so now
-            distillation.losses(student_signals, teacher_signals, batch)
-        share_(distillation.adapters, module.trainer)
+    _try(module, distillation, inputs)
     _restore(distillation, ema)
     parameters = [p for adapter in distillation.adapters.values() for p in adapter.parameters()]
     if parameters:
         replace_parameters_(module.trainer.optimizers[0], [], parameters)
+
+
+def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+    """Ask student and teacher about a few samples: what doesn't fit shows now, and adapters get their shapes.
+
+    How ``training_step`` calls ``forward`` is a guess, unless layers or ``inputs`` rely on it: then one that fails is no error,
+    and one that works tells of the logits alone.
+
+    Raises:
+        ValueError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
+            call of ``forward`` that the batch doesn't tell.
+    """
+    trainer, sure = module.trainer, bool(distillation.student_layers()) or inputs is not None
+    loader = training_loader(trainer)
+    if not sure and (not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)):
+        return  # a stream can't be looked into without taking from it
+    try:
+        with isolated_random():
+            batch = transferred(trainer, peek(loader, samples=_FEW), module.device)
+        call = call_of(module, outputs_path(distillation.outputs), batch, inputs)
+        found = _answers(module, distillation, call)
+    except Exception:
+        if sure:
+            raise
+        return  # the first step tells how training_step makes the call
+    student, teacher = distillation.student_signals(*found[0]), distillation.teacher_signals(*found[1])
+    if not sure:
+        distillation.check_logits(student[LOGITS], teacher[LOGITS])
+        return
+    distillation.build_adapters(student, teacher, dtype_of(module))
+    with torch.no_grad():  # a loss that can't take these shapes says so now
+        distillation.losses(student, teacher, batch)
+    share_(distillation.adapters, trainer)
 
 
 def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | None) -> Call:
@@ -102,42 +138,17 @@ def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | 
     owner, method = resolve(module, path)
     with without_graphs(module):
         own = signature(getattr(owner, method))
-    try:
-        if inputs is None:
-            args, kwargs = _by_signature(own.parameters, batch)
-        else:
-            given = inputs(batch)
-            named = isinstance(given, dict)
-            args, kwargs = ((), given) if named else (given if isinstance(given, tuple) else (given,), {})
-        return canonical_call(own, args, kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"Argument `inputs` must map a batch to the arguments of `{path or 'forward'}{own}`, but a batch of type "
-            f"{type(batch).__name__} gave others: {error}. Pass a function of the batch that returns a tuple or a dict."
-        ) from None
+    return call_by_signature(own, path or "forward", batch, inputs)
 
 
-def probe(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Signals, Signals]:
-    """What student and teacher say to one call: no gradients, no statistics, no random numbers used up.
-
-    Raises:
-        ValueError: a layer's output is no tensor and isn't selected.
-        RuntimeError: a layer isn't called exactly once.
-    """
-    path = outputs_path(distillation.outputs)
-    owner, method = resolve(module, path)
+def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Answer, Answer]:
+    """What student and teacher return for one call: no gradients, no statistics, no random numbers used up."""
+    owner, method = resolve(module, outputs_path(distillation.outputs))
     layers = [name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])]
-    with torch.no_grad(), isolated_random(), mode(module, False), without_graphs(module):
+    with torch.no_grad(), isolated_random(), kept_buffers(module), without_graphs(module):
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
-        return distillation.student_signals(found, output), distillation.teach(*call)
-
-
-def _few(batch: Any) -> Any:
-    """Three samples of a batch: shapes don't ask for more."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    size = len(leaves[0]) if leaves else 0
-    return pytree.tree_map(lambda v: v[:3] if isinstance(v, Tensor) and v.ndim and len(v) == size else v, batch)
+        return (found, output), distillation.ask(*call)
 
 
 def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:

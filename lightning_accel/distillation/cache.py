@@ -14,7 +14,7 @@ from lightning_accel.distillation.encoding import Dense, Encoding, TopK
 from lightning_accel.distillation.fingerprint import of_data, of_teacher
 from lightning_accel.distillation.rowfile import RowFile
 
-_SCHEMA = 1
+_SCHEMA = 2
 _STORAGES = ("float32", "float16", "topk")
 _MANIFEST = "cache.json"
 _TOLERANCE = 0.05  # relative error of a batch that half precision and another batch size don't reach
@@ -28,7 +28,8 @@ class TeacherCache:
     Given to a :class:`DistillationModule`, it is filled before the first step, with a progress bar; an interrupted filling goes
     on where it was, ranks share the work, and rows whose checksum is wrong are computed anew. Batches reach ``training_step``
     as they always do. The teacher must see the same inputs in each epoch: no random augmentation. That is checked: 32 samples
-    are read twice at the start, and at the first batch of every epoch the live teacher is compared with the cache.
+    are read twice at the start, the first sample of every batch is held against the one that the teacher saw, and at the first
+    batch of every epoch the live teacher is compared with the cache.
 
     Args:
         dirpath: folder of this cache alone; created if need be.
@@ -53,8 +54,11 @@ class TeacherCache:
                 f"{storage!r}."
             )
         self.dirpath = Path(dirpath)
+        if self.dirpath.exists() and not self.dirpath.is_dir():
+            raise ValueError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}
+        self._digests: RowFile | None = None  # of the samples that the teacher was asked about
         self._checked: int | None = None  # epoch in which the live teacher was last asked
 
     def check_terms(self, teacher: nn.Module, terms: Sequence[Any]) -> None:
@@ -116,6 +120,7 @@ class TeacherCache:
             path: (RowFile(self.dirpath / f"{i}.rows", len(dataset), encoding.row_bytes), encoding)
             for i, (path, encoding) in enumerate(encodings.items())
         }
+        self._digests = RowFile(self.dirpath / "samples.rows", len(dataset), 8)
         self._checked = None
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -150,15 +155,19 @@ class TeacherCache:
 
     def missing(self) -> np.ndarray:
         """Numbers of the samples that aren't there, or whose checksum is wrong: ``(M,)``."""
-        valid = [file.valid() for file, _ in self._files.values()]
+        valid = [file.valid() for file in self._row_files()]
         return np.flatnonzero(~np.logical_and.reduce(valid))
 
-    def write(self, index: Tensor, signals: Mapping[str, Tensor]) -> None:
+    def _row_files(self) -> list[RowFile]:
+        return [file for file, _ in self._files.values()] + ([self._digests] if self._digests is not None else [])
+
+    def write(self, index: Tensor, signals: Mapping[str, Tensor], digests: Tensor) -> None:
         """Keep what the teacher said about some samples.
 
         Args:
             index: ``(N,)``, their numbers.
             signals: by path, ``(N, ...)``.
+            digests: ``(N,)``, int64, of the samples.
 
         Raises:
             ValueError: outputs of another shape than the first ones.
@@ -171,10 +180,12 @@ class TeacherCache:
                     f"{tuple(value.shape)} for {len(index)} samples of shape {encoding.shape}. Pad inputs to one length."
                 )
             file.write(index.numpy(), encoding.encode(value))
+        if self._digests is not None:
+            self._digests.write(index.numpy(), digests.numpy()[:, None].view(np.uint8))
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        for file, _ in self._files.values():
+        for file in self._row_files():
             file.flush()
 
     def read(self, index: Tensor, device: torch.device | str = "cpu") -> Signals:
@@ -187,18 +198,28 @@ class TeacherCache:
         rows = index.numpy()
         return {path: encoding.decode(file.read(rows)).to(device) for path, (file, encoding) in self._files.items()}
 
-    def lookup(self, index: Tensor, device: torch.device, epoch: int, live: Callable[[], Signals]) -> Signals:
-        """:meth:`read`, compared with the live teacher at the first batch of every epoch.
+    def lookup(
+        self, index: Tensor, digests: Tensor, device: torch.device, epoch: int, live: Callable[[], Signals]
+    ) -> Signals:
+        """:meth:`read`; the first sample is held against the one that the teacher saw, the first batch of an epoch live.
 
         Args:
             index: ``(N,)``, numbers of the batch's samples.
+            digests: ``(1,)`` or more, of its first samples.
             device: where it goes.
             epoch: of the training.
             live: asks the teacher.
 
         Raises:
-            ValueError: the teacher now says something else.
+            ValueError: the sample is another one, or the teacher now says something else.
         """
+        first = index[: len(digests)].numpy()
+        if self._digests is not None and (self._digests.read(first) != digests.numpy()[:, None].view(np.uint8)).any():
+            raise ValueError(
+                f"Argument `cache` must be one of this data set, but got {str(self.dirpath)!r}: sample {int(first[0])} isn't the "
+                "one that the teacher was asked about. The data set has changed, or returns another sample each time (random "
+                "augmentation). Give another folder, take the augmentation out, or train without a cache."
+            )
         cached = self.read(index, device)
         if self._checked == epoch:
             return cached
@@ -216,7 +237,7 @@ class TeacherCache:
         return cached
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_digests": None}
 
 
 def _differs(path: str, how: str) -> str:

@@ -20,16 +20,17 @@ from lightning_accel.distillation.adapters import (
 )
 from lightning_accel.distillation.batches import Where, find, fits
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.layers import once, recorded, select, split_path
-from lightning_accel.distillation.recording import find_logits
+from lightning_accel.distillation.layers import once, recorded
 from lightning_accel.distillation.rows import check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
+from lightning_accel.distillation.selection import logits_in, select, selection_of, split_path
 from lightning_accel.distillation.teacher import network_of
 from lightning_accel.distillation.teachers import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
 
 LOGITS = ""
 Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
+Answer = tuple[Mapping[str, Any], Any]  # what layers returned in a call, and what the network did
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Distillation:
     restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
     ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
     index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
+    digests: Tensor | None = field(default=None, kw_only=True)  # of the first of them
 
     def __post_init__(self) -> None:
         self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
@@ -98,20 +100,27 @@ class Distillation:
         """Paths of the teacher's layers that terms compare."""
         return [pair.teacher for pairs in self.pairs.values() for pair in pairs if pair.teacher is not None]
 
-    @torch.no_grad()
     def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signals:
-        """What the teacher says. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
+        """What the teacher says."""
+        return self.teacher_signals(*self.ask(args, kwargs))
+
+    @torch.no_grad()
+    def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+        """Call the teacher. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
         network, paths = network_of(self.teacher), self.teacher_layers()
         modules = [module for path in paths if (module := split_path(path, "teacher_layer")[0])]
         with recorded(network, list(dict.fromkeys(modules))) as found:
             try:
-                output = self.teacher(*args, **kwargs)
+                return found, self.teacher(*args, **kwargs)
             except Exception as error:
                 error.add_note(
                     "Raised by the teacher, which is called with the arguments of the student's recorded call."
                 )
                 raise
-        signals = {path: _signal(found, output, path, "teacher_layer") for path in paths}
+
+    def teacher_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
+        """What the teacher said: its logits and layers."""
+        signals = {path: _signal(found, output, path, "teacher_layer") for path in self.teacher_layers()}
         if self.needs_logits:
             signals[LOGITS] = logits_in(output, self.teacher_outputs, "teacher_outputs")
         return signals
@@ -149,10 +158,7 @@ class Distillation:
                     )
                 values.append(term.loss(ours, theirs, **{k: v for k, v in others.items() if k in asked}))
             parts[term.name] = torch.stack(values).mean() if len(values) > 1 else values[0]
-            if not (isinstance(parts[term.name], Tensor) and parts[term.name].ndim == 0):
-                raise ValueError(
-                    f"Argument `losses` must return a scalar Tensor, but the loss {term.name!r} returned {parts[term.name]!r}."
-                )
+            _check_scalar(term.name, parts[term.name])
         if mask is not None and self.mask is not None and not masked:
             raise ValueError(
                 f"Argument `mask` must fit what a loss compares, but got a mask {tuple(mask.shape)} that none of "
@@ -160,6 +166,18 @@ class Distillation:
             )
         total = sum((float(term.weight) * parts[term.name] for term in self.terms), start=torch.zeros(()))
         return total, parts
+
+    @torch.no_grad()
+    def check_logits(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that losses can take logits, as far as these alone tell; one that needs a target isn't asked.
+
+        Raises:
+            ValueError: shapes differ, or a loss can't take them.
+        """
+        check_same_shape_of_logits(student, teacher)
+        for term in self.terms:
+            if not term.requires:
+                _check_scalar(term.name, term.loss(student, teacher))
 
     def build_adapters(self, student: Signals, teacher: Signals, dtype: torch.dtype) -> None:
         """Make the adapters that are missing; those that fit stay."""
@@ -228,6 +246,11 @@ def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
             torch.distributed.broadcast(parameter.data, src=0)
 
 
+def _check_scalar(name: str, value: Any) -> None:
+    if not (isinstance(value, Tensor) and value.ndim == 0):
+        raise ValueError(f"Argument `losses` must return a scalar Tensor, but the loss {name!r} returned {value!r}.")
+
+
 def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
     """Refuse logits of different shapes.
 
@@ -238,29 +261,6 @@ def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
         check_same_shape(student, teacher)
     except ValueError as error:
         raise ValueError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
-
-
-def selection_of(outputs: Any) -> str | None:
-    """The keys behind a path given as ``outputs``: ``"[0]"`` of ``"net[0]"``."""
-    if not isinstance(outputs, str):
-        return None
-    return outputs[len(split_path(outputs, "outputs")[0]) :] or None
-
-
-def logits_in(output: Any, where: Any, argument: str) -> Tensor:
-    """The logits in what a network returned.
-
-    Args:
-        output: what it returned.
-        where: a callable, a selection such as ``"[logits]"``, or None: a Tensor itself, or its field ``logits``.
-        argument: for messages.
-
-    Raises:
-        ValueError: there is no telling; the message says how to select.
-    """
-    if isinstance(where, str):
-        return select(output, split_path(where, argument)[1], where, argument)
-    return find_logits(where(output) if callable(where) else output, argument)
 
 
 def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:

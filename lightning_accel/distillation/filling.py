@@ -58,7 +58,7 @@ def _compute(
     quiet = module.trainer.progress_bar_callback is None or module.trainer.global_rank != 0
     with tqdm(total=len(missing), desc="Teacher cache", unit="sample", disable=quiet) as bar:
         for batch in in_order(loader, missing):
-            distillation.cache.write(batch.index, _ask(module, distillation, batch, inputs))
+            distillation.cache.write(batch.index, _ask(module, distillation, batch, inputs), batch.digests)
             bar.update(len(batch.index))
     distillation.cache.flush()
 

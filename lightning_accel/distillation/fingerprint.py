@@ -61,6 +61,13 @@ def of_data(dataset: Any) -> str:
     return state.hexdigest()
 
 
+def of_sample(sample: Any) -> int:
+    """63 bits of the SHA-256 of one sample."""
+    state = hashlib.sha256()
+    _update(state, sample)
+    return int.from_bytes(state.digest()[:8], "little") >> 1
+
+
 def _update(state: Any, value: Any) -> None:
     """Add a sample: tensors and arrays by their bytes, containers by what is in them."""
     state.update(type(value).__name__.encode())

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_accel.distillation.fingerprint import of_sample
+
 
 class IndexedBatch(NamedTuple):
-    """A batch of the user's loader, and where its samples lie in the data set: ``(N,)``, int64."""
+    """A batch of the user's loader, and where its samples lie in the data set: ``(N,)``, int64.
+
+    ``digests`` tell what the first sample was, ``(1,)``, or all of them, ``(N,)``; int64.
+    """
 
     batch: Any
     index: Tensor  # type: ignore[assignment]  # the field hides `tuple.index`, which nobody calls
+    digests: Tensor
 
 
 class IndexedDataset:
@@ -40,14 +46,20 @@ class IndexedDataset:
 
 
 class _Collate:
-    """The user's ``collate_fn``, with the indices beside its batch."""
+    """The user's ``collate_fn``, with the indices and the first sample's digest beside its batch.
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    Args:
+        collate: the user's.
+        every: whether every sample's digest is asked for; one a batch costs a training step nothing that shows.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], every: bool = False) -> None:
+        self.collate, self.every = collate, every
 
     def __call__(self, samples: list[tuple[int, Any]]) -> IndexedBatch:
         index = torch.tensor([index for index, _ in samples])
-        return IndexedBatch(self.collate([sample for _, sample in samples]), index)
+        digests = torch.tensor([of_sample(sample) for _, sample in (samples if self.every else samples[:1])])
+        return IndexedBatch(self.collate([sample for _, sample in samples]), index, digests)
 
 
 def index_loader(loader: Any) -> DataLoader:
@@ -76,13 +88,14 @@ def index_loader(loader: Any) -> DataLoader:
 
 
 def in_order(loader: DataLoader, indices: list[int]) -> DataLoader:
-    """A loader of certain samples, in order, made into batches by the workers and ``collate_fn`` of an indexed loader."""
+    """A loader of certain samples, in order, with the workers and the ``collate_fn`` of an indexed loader; all digests."""
+    collate: Any = loader.collate_fn
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     return DataLoader(
         loader.dataset,
         batch_size=size,
         sampler=indices,
-        collate_fn=loader.collate_fn,
+        collate_fn=_Collate(collate.collate, every=True),
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

@@ -1,7 +1,7 @@
 """Layers by path: ``"net.layer3"``, ``"encoder.*.attention"``, ``"bert[hidden_states][-1]"``."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -9,24 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_accel.distillation.graph_layers import captured_owner, tapped
+from lightning_accel.distillation.selection import split_path
 
-_PATH = re.compile(r"(?P<module>[^\[\]]*)(?P<keys>(?:\[[^\[\]]+\])*)")
 _Recorded = dict[str, list[tuple[Any, int]]]  # module path -> what it returned, and at which version
-
-
-def split_path(path: str, argument: str) -> tuple[str, tuple[int | str, ...]]:
-    """A module path and the keys behind it: ``"bert[hidden_states][-1]"`` is ``("bert", ("hidden_states", -1))``.
-
-    Raises:
-        ValueError: brackets that don't pair.
-    """
-    match = _PATH.fullmatch(path) if isinstance(path, str) else None
-    if match is None:
-        raise ValueError(
-            f"Argument `{argument}` must be a layer path such as 'layer3' or 'encoder[0]', but got {path!r}."
-        )
-    keys = re.findall(r"\[([^\[\]]+)\]", match["keys"])
-    return match["module"], tuple(int(k) if re.fullmatch(r"-?\d+", k) else k.strip("'\"") for k in keys)
 
 
 def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[str]:
@@ -63,43 +48,6 @@ def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[s
             )
         found += [name + suffix for name in matches]
     return found
-
-
-def select(output: Any, keys: Sequence[int | str], path: str, argument: str) -> Tensor:
-    """The tensor in what a layer returned: behind ``keys``, or the only one there is.
-
-    Raises:
-        ValueError: there is none, or no telling which one; the message says how to select.
-    """
-    value: Any = output
-    for key in keys:
-        try:
-            by_key = isinstance(value, Mapping) or isinstance(key, int)
-            value = value[key] if by_key else getattr(value, str(key))
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(
-                f"Argument `{argument}` must select what is there, but got {path!r}, and `[{key}]` isn't in a "
-                f"{type(value).__name__} with {_fields(value)}."
-            ) from None
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, Tensor):
-        return value
-    first = next(iter(_keys(value)), 0)
-    raise ValueError(
-        f"Argument `{argument}` must lead to a Tensor, but {path or 'the output'!r} is a {type(value).__name__} with "
-        f"{_fields(value)}. Select one: `{argument}='{path}[{first}]'`."
-    )
-
-
-def _keys(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value)
-    return list(range(len(value))) if isinstance(value, list | tuple) else []
-
-
-def _fields(value: Any) -> str:
-    return ", ".join(f"[{key}]" for key in _keys(value)) or "no fields"
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from lightning_accel.distillation.filling import fill
 from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
 from lightning_accel.distillation.hparams import keep_own_hparams_
 from lightning_accel.distillation.indexed import IndexedBatch, index_training_data, stop_indexing
-from lightning_accel.distillation.layers import recorded, split_path
+from lightning_accel.distillation.layers import recorded
 from lightning_accel.distillation.recording import called_submodules, observed, resolve
 from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
+from lightning_accel.distillation.selection import split_path
 from lightning_accel.distillation.state import average_gradients_, load_state, save_state
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
@@ -129,9 +130,9 @@ class DistillationModule(_SharesStudent):
     ) -> None:
         # no super().__init__(): the student is built already, and this object is the student
         network = as_teacher(teacher)
-        low, high = bounds(alpha)
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha}.")
+        number = isinstance(alpha, int | float | Scheduled) and not isinstance(alpha, bool)
+        if not (number and 0 <= bounds(alpha)[0] <= bounds(alpha)[1] <= 1):
+            raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha!r}.")
         terms = make_terms(losses, temperature, student_layer, teacher_layer)
         if isinstance(teacher_outputs, str):
             split_path(teacher_outputs, "teacher_outputs")
@@ -236,12 +237,11 @@ class DistillationModule(_SharesStudent):
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """What the teacher says about the present batch: from the cache, if there is one for it."""
         distillation = self._distillation
-        if distillation.cache is None or distillation.index is None:
+        if distillation.cache is None or distillation.index is None or distillation.digests is None:
             return distillation.teach(args, kwargs)
         epoch = self.trainer.current_epoch
-        return distillation.cache.lookup(
-            distillation.index, self.device, epoch, lambda: distillation.teach(args, kwargs)
-        )
+        found = (distillation.index, distillation.digests)
+        return distillation.cache.lookup(*found, self.device, epoch, lambda: distillation.teach(args, kwargs))
 
     def _evaluate(self, step: Callable[..., Any], stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a validation or test step; if asked for, measure on the way how far the student is from the teacher."""
@@ -318,7 +318,7 @@ class DistillationModule(_SharesStudent):
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, IndexedBatch):
-            self._distillation.index, batch = batch.index, batch.batch
+            self._distillation.index, self._distillation.digests, batch = batch.index, batch.digests, batch.batch
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -77,36 +77,3 @@ def called_submodules(root: nn.Module) -> Iterator[list[str]]:
         yield called
     finally:
         handle.remove()
-
-
-def find_logits(output: Any, argument: str) -> Tensor:
-    """The logits in what a ``forward`` returned: a Tensor itself, or the field ``logits`` of an object or dict.
-
-    Raises:
-        ValueError: there is no telling which part are the logits; the message names ``argument``.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    raise ValueError(
-        f"Argument `{argument}` must say where the logits are when forward returns neither a Tensor nor something with "
-        f"`logits`, but got a {type(output).__name__}{_fields(output)}. Give a callable or select one: "
-        f"`{argument}='[{_first(output)}]'`."
-    )
-
-
-def _keys(output: Any) -> list[Any]:
-    if isinstance(output, dict):
-        return list(output)
-    return list(range(len(output))) if isinstance(output, list | tuple) else []
-
-
-def _fields(output: Any) -> str:
-    keys = _keys(output)
-    return f" with {', '.join(f'[{key}]' for key in keys)}" if keys else ""
-
-
-def _first(output: Any) -> Any:
-    return next(iter(_keys(output)), 0)

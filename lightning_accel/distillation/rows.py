@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_accel.distillation.scheduled import bounds
+from lightning_accel.distillation.scheduled import Scheduled, bounds
 
 
 def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -87,11 +87,13 @@ def positions(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_positive(argument: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse a setting that isn't, or doesn't stay, a finite number above 0.
+    """Refuse a setting that isn't, or doesn't stay, a finite number above 0 (or at least 0).
 
     Raises:
         ValueError: it isn't.
     """
+    if isinstance(value, bool) or not isinstance(value, int | float | Scheduled):
+        raise ValueError(f"Argument `{argument}` must be a number, or `Scheduled`, but got {value!r}.")
     low, high = bounds(value)
     if not (math.isfinite(high) and low >= 0 and (low > 0 or zero)):
         raise ValueError(f"Argument `{argument}` must be {'0 or above' if zero else 'above 0'}, but got {value}.")

@@ -50,8 +50,12 @@ class Teacher(nn.Module):
             raise ValueError(f"Argument `precision` must be one of {sorted(_DTYPES)}, but got {precision!r}.")
         try:
             self.home = None if device is None else torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"Argument `device` must be a torch device, but got {device!r}.") from None
+            torch.empty(0, device=self.home)
+        except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"Argument `device` must be a torch device of this machine, but got {device!r}: {reason}."
+            ) from None
         self.network = network
         self.precision, self.channels_last = precision, channels_last
         self._place()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_accel import structure
 from lightning_accel.distillation.graph_layers import without_graphs
-from lightning_accel.distillation.layers import select, split_path
+from lightning_accel.distillation.selection import select, split_path
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.extras import require
 

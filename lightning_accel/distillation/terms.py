@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_accel.distillation.layers import expand, split_path
+from lightning_accel.distillation.layers import expand
 from lightning_accel.distillation.rows import check_positive
 from lightning_accel.distillation.scheduled import Number, Scheduled
+from lightning_accel.distillation.selection import split_path
 from lightning_accel.distillation.wants import required, wants
 
 Layer = str | list[str] | None

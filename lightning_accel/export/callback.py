@@ -32,9 +32,10 @@ from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
-from lightning_accel.quantization.callback import QuantizationAwareTraining
 from lightning_accel.quantization.prepare import quantized_forwards
-from lightning_accel.quantization.targets import saturates
+from lightning_accel.quantization.ptq import PostTrainingQuantization
+from lightning_accel.quantization.quantizing import QuantizingCallback
+from lightning_accel.quantization.targets import Target, cannot_reproduce
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -113,6 +114,7 @@ class ModelExport(L.Callback):
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.report: dict[str, Any] | None = None
+        self.repeat = ""  # command that repeats the export, if it isn't `export`
         self._ready = False
 
     @property
@@ -136,7 +138,7 @@ class ModelExport(L.Callback):
         self._ready = False
         if trainer.is_global_zero:
             check_destination(self.dirpath)
-        self._check_plan(trainer)
+        self.check_plan(trainer)
         check_strategy(trainer, type(self).__name__)
         check_readable(trainer, pl_module)
         if not builds_layers_late(pl_module):
@@ -252,20 +254,24 @@ class ModelExport(L.Callback):
             elif reason := states[callback.state_key].get("unfinished"):
                 reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
         if not reasons or self.incomplete == "mark":
-            structure.replay(pl_module, structure.load_record(checkpoint))
-            pl_module.on_load_checkpoint(checkpoint)
-            pl_module.load_state_dict(checkpoint["state_dict"])
-            structure.restore_states(pl_module, checkpoint)
+            structure.load_into(pl_module, checkpoint)
         return reasons, _history(states, checkpoint.get("global_step", 0))
 
-    def _check_plan(self, trainer: L.Trainer) -> None:
+    def check_plan(self, trainer: L.Trainer) -> None:
         """Contradictions between callbacks, and engines that aren't there, before training."""
         qat = _qat(trainer)
         if len(qat) > 1:
-            raise ValueError(f"ModelExport must see at most one QuantizationAwareTraining, but got {len(qat)}.")
+            raise ValueError(
+                f"ModelExport must see at most one QuantizationAwareTraining or PostTrainingQuantization, but got {len(qat)}."
+            )
+        if self.ckpt != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
+            raise ValueError(
+                f'Argument `ckpt` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
+                f"{self.ckpt!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt`."
+            )
         if self.precision == "int8" and not qat:
             raise ValueError(
-                'Argument `precision` must be "fp32" or None without QuantizationAwareTraining, but got "int8".'
+                'Argument `precision` must be "fp32" or None without a callback that quantizes, but got "int8".'
             )
         if self.precision not in (None, "int8") and qat:
             raise ValueError(
@@ -286,15 +292,7 @@ class ModelExport(L.Callback):
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
-                if engine == "tensorrt" and not callback.target.signed_activations:
-                    raise ValueError(
-                        f'Argument `engines` must suit target {callback.target.name!r}, but got "tensorrt", whose parser refuses uint8. '
-                        'Train for target "tensorrt" or "portable".'
-                    )
-                if reason := saturates(callback.target, engine):
-                    raise ValueError(
-                        f"Argument `engines` must suit target {callback.target.name!r}, but got {engine!r}: {reason}."
-                    )
+                _check_engine(callback.target, engine, concatenates=False)
         require("onnxruntime", "cpu", "ModelExport (verification)")
         require("matplotlib", "report", "ModelExport (the report's plot)")
         for engine in self._wanted_engines(trainer):
@@ -312,6 +310,9 @@ class ModelExport(L.Callback):
             return
         data = held_out(trainer, self.data, self.inputs)
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
+        for forward in forwards.values():
+            for engine in self._wanted_engines(trainer):
+                _check_engine(forward.target, engine, forward.concatenates)
         part = self._part(trainer, pl_module)
         training = {p: pl_module.get_submodule(p).__dict__.get("forward") for p in forwards}
         ranges = {p: f.bank.state_dict() for p, f in forwards.items()}
@@ -388,6 +389,8 @@ class ModelExport(L.Callback):
         )
 
     def _command(self, ckpt: str) -> str:
+        if self.repeat:
+            return self.repeat
         path = self.checkpoint_path if ckpt == "last" else ckpt
         configs = [
             f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
@@ -416,8 +419,13 @@ def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
                 ) from error
 
 
-def _qat(trainer: L.Trainer) -> list[QuantizationAwareTraining]:
-    return [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining)]  # type: ignore[attr-defined]
+def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, QuantizingCallback)]  # type: ignore[attr-defined]
+
+
+def _check_engine(target: Target, engine: str, concatenates: bool) -> None:
+    if reason := cannot_reproduce(target, engine, concatenates=concatenates):
+        raise ValueError(f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}.")
 
 
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:

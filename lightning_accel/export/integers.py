@@ -36,9 +36,10 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
         if node.op_type == "Constant" and node.attribute[0].name == "value"
     }
     readers: dict[str, list[onnx.NodeProto]] = {}  # equal weights are stored once and read with several scales
+    tables = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Gather"}  # of embeddings
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
-            readers.setdefault(node.input[0], []).append(node)
+            readers.setdefault(tables.get(node.input[0], node.input[0]), []).append(node)
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
     for path_of, part in trained.items():
@@ -54,7 +55,8 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
                 _same(f"scales of `{name}`", scales[0], scale.numpy())
             if any(len(node.input) > 2 and np.any(constants[node.input[2]]) for node in readers[stored]):
                 raise VerificationError(f"Zero points of `{name}` must be 0, but got others in the file.")
-            if any(_axis_of(node) % integers.ndim != axis % integers.ndim for node in readers[stored]):
+            along = [_axis_of(node) for node in readers[stored] if np.size(constants[node.input[1]]) > 1]
+            if any(found % integers.ndim != axis % integers.ndim for found in along):
                 raise VerificationError(
                     f"The scales of `{name}` must go along axis {axis}, but another one is in the file."
                 )

@@ -125,6 +125,24 @@ class ChannelPlan:
             f"{self.target.macs_reduction}."
         )
 
+    def check_not_exceeded(self, module: nn.Module) -> None:
+        """Check that no more has left already than should.
+
+        Raises:
+            ValueError: it has; channels can't come back.
+        """
+        ratio, reduction = self.target.pruning_ratio, self.target.macs_reduction
+        if ratio is not None and (share := self._gone(()) / self._total) > ratio + 1e-9:
+            raise ValueError(
+                f"Argument `pruning_ratio` must be at least the share of channels that has left already, {share:.3f}, but got "
+                f"{ratio}. Channels can't come back: raise it, or train from an earlier checkpoint."
+            )
+        if reduction is not None and (factor := self.original["macs"] / self.macs(module)) > reduction + 1e-9:
+            raise ValueError(
+                f"Argument `macs_reduction` must be at least the factor that is reached already, {factor:.2f}, but got "
+                f"{reduction}. Channels can't come back: raise it, or train from an earlier checkpoint."
+            )
+
     def _measure(self, module: nn.Module) -> dict[str, Any]:
         units = {g.name: g.units for g in self.groups}
         return {"macs": self.macs(module), "parameters": parameter_count(module), "units": units}

@@ -1,6 +1,6 @@
 """ChannelPruning: removes channels while training goes on, so that tensors become smaller."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, isinf
 from typing import Any
 
@@ -10,10 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel import structure
 from lightning_accel.compression import CompressionCallback, change_structure, check_one_optimizer, timeline_of
 from lightning_accel.globs import as_patterns
-from lightning_accel.inputs import InputsFunction, builds_layers_late, call_from_batch, owner_and_call
+from lightning_accel.inputs import InputsFunction, builds_layers_late, owner_and_call
 from lightning_accel.pruning.channel_plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.copies import parameter_count
 from lightning_accel.pruning.proof import NOT_RUN
@@ -54,6 +53,8 @@ class ChannelPruning(CompressionCallback):
         2.0
     """
 
+    wants_low_rate = False
+
     def __init__(
         self,
         pruning_ratio: float | None = None,
@@ -80,10 +81,14 @@ class ChannelPruning(CompressionCallback):
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
         self.reached = 0.0  # fraction of the way to the target
         self._plan: ChannelPlan | None = None
+        self._foreseen: tuple[dict[int, list[int]], dict[str, int]] | None = (
+            None  # what would leave now, what would stay
+        )
         self._epochs = (0, 0)  # of the first and the last removal
         self._taylor: dict[str, torch.Tensor] = {}
         self._macs: int | None = None  # of the module as it is now; None: not counted yet
         self._seen: nn.Module | None = None
+        self._retargeted = False  # resumed with another target than the checkpoint's
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -94,15 +99,16 @@ class ChannelPruning(CompressionCallback):
             raise ValueError(
                 "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
             )
+        self._retargeted = False
         if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
             self.reached, self._taylor = 0.0, {}
-        self._seen, self._plan = pl_module, None
+        self._seen, self._plan, self._foreseen = pl_module, None, None
         if not builds_layers_late(pl_module):
             self._prepare(trainer, pl_module)
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
-        self._macs, self._taylor = None, {}
+        self._macs, self._taylor, self._foreseen = None, {}, None
         if self._plan is not None:
             self._plan.follow(change.args)
 
@@ -129,7 +135,7 @@ class ChannelPruning(CompressionCallback):
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         plan = self._prepare(trainer, pl_module)
-        chosen, _ = plan.foresee(pl_module)
+        chosen, _ = self._foresee(plan, pl_module)
         lines: dict[str, str] = {}
         for i, group in enumerate(plan.groups):
             channels, gone = group.units * group.width, len(chosen.get(i, ())) * group.width
@@ -157,7 +163,12 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
-        return self._plan.foresee(pl_module)[1] if self._plan is not None else {}
+        return self._foresee(self._plan, pl_module)[1] if self._plan is not None else {}
+
+    def _foresee(self, plan: ChannelPlan, pl_module: L.LightningModule) -> tuple[dict[int, list[int]], dict[str, int]]:
+        if self._foreseen is None:
+            self._foreseen = plan.foresee(pl_module)
+        return self._foreseen
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,6 +176,8 @@ class ChannelPruning(CompressionCallback):
         check_one_optimizer(trainer, type(self).__name__)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise ValueError("The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS.")
+        if self._retargeted:
+            self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
         begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.target.importance == "taylor" and begins:
@@ -252,6 +265,7 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         if self._macs is None:
             self._macs = self._prepare(trainer, pl_module).macs(pl_module)
         suffix = "" if self.name == "channels" else f"/{self.name}"
@@ -281,90 +295,15 @@ class ChannelPruning(CompressionCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         taylor = {name: scores.cpu() for name, scores in self._taylor.items()}
-        return {"reached": self.reached, "taylor": taylor, **self.phase_state()}
+        target = [self.target.pruning_ratio, self.target.macs_reduction]
+        return {"reached": self.reached, "taylor": taylor, "target": target, **self.phase_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.reached, self._taylor = state_dict["reached"], dict(state_dict["taylor"])
-
-
-def prune_channels_(
-    module: nn.Module,
-    example_inputs: Any,
-    *,
-    pruning_ratio: float | None = None,
-    macs_reduction: float | None = None,
-    importance: str = "group_norm",
-    scope: str = "global",
-    round_to: int = 1,
-    limits: Mapping[str, float] | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-) -> Change:
-    """Remove channels of a module in place, once; the callback's work without a Trainer.
-
-    Args:
-        module: any module; its parameters stay the same objects, with smaller data.
-        example_inputs: how ``forward`` is called: a tuple is positional arguments, a dict keyword arguments, anything else the
-            one argument. Only shapes, integers and masks matter.
-        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
-        macs_reduction: factor by which MACs shrink, above 1.
-        importance: as for :class:`ChannelPruning`; ``"taylor"`` reads the gradients that the parameters have.
-        scope: ``"global"`` or ``"layer"``.
-        round_to: channels of a pruned group are a multiple of it.
-        limits: by glob of layers, the share of a group's channels that may leave at most.
-        include: globs of layers whose channels may leave; empty means all.
-        exclude: globs of layers whose channels stay; wins.
-
-    Returns:
-        The record of what was removed, which is also written into the module's record.
-
-    Raises:
-        ValueError: an argument is out of its range, a glob matches nothing, or the target can't be reached.
-
-    Example:
-        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> change = prune_channels_(network, torch.zeros(1, 4), pruning_ratio=0.5)
-        >>> network[0].weight.shape
-        torch.Size([4, 4])
-    """
-    chosen = as_patterns("include", include), as_patterns("exclude", exclude)
-    target = ChannelTarget(pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen)
-    plan = ChannelPlan(module, "", call_from_batch(module, None, lambda _: example_inputs), target)
-    taylor = plan.collect(module) if importance == "taylor" else {}
-    change = plan.change(module, plan.choose(module, taylor=taylor), owner="")
-    structure.apply(module, change)
-    return change
-
-
-def plan_channels(
-    module: nn.Module, example_inputs: Any, target: ChannelTarget, path: str = ""
-) -> list[dict[str, Any]]:
-    """What a channel pruning would do to each group with the weights as they are; nothing is changed.
-
-    Args:
-        module: any module.
-        example_inputs: as for :func:`prune_channels_`.
-        target: what to reach.
-        path: of the submodule whose ``forward`` is looked into.
-
-    Returns:
-        A row for each group: ``layers``, ``before`` and ``after`` (channels), and why it is ``kept`` (empty if it isn't).
-        With importance ``"taylor"``, which depends on gradients to come, the numbers are those of ``"group_norm"``.
-    """
-    part = module.get_submodule(path)
-    plan = ChannelPlan(module, path, call_from_batch(part, None, lambda _: example_inputs), target)
-    chosen, _ = plan.foresee(module)
-    return [
-        {
-            "layers": list(group.layers),
-            "before": group.units * group.width,
-            "after": (group.units - len(chosen.get(i, ()))) * group.width,
-            "kept": group.kept,
-        }
-        for i, group in enumerate(plan.groups)
-    ]
+        if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
+            self.reached, self._retargeted = 0.0, True  # targets are absolute: the next boundary goes on to this one
 
 
 def _and(layers: Sequence[str]) -> str:

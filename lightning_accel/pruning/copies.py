@@ -110,7 +110,9 @@ def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]
         path: of the submodule that will be run.
         call: how that is called.
     """
-    call = few_samples(call)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    # What was seen before the Trainer cast the module ("bf16-true") is of another precision than the module is now.
+    call = converted(few_samples(call), lambda t: t.to(dtype) if t.is_floating_point() else t)
     with suppress(Exception):  # whatever a forward raises on tensors without data, the other copy is the answer
         empty = copy_of(module, lambda t: torch.empty_like(t, device="meta"))
         shapes = converted(call, lambda t: t.to("meta"))

@@ -1,13 +1,19 @@
 """Pruning without a Trainer: what the callbacks schedule, done once on any module."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_accel import structure
 from lightning_accel.globs import as_patterns
+from lightning_accel.inputs import call_from_batch
+from lightning_accel.pruning.channel_plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.choice import Choice
 from lightning_accel.pruning.criteria import Criterion
 from lightning_accel.pruning.masks import apply_masks_, prune_masks
+from lightning_accel.structure import Change
 
 
 def prune_weights_(
@@ -54,3 +60,81 @@ def prune_weights_(
         )
     apply_masks_(chosen, masks)
     return masks
+
+
+def prune_channels_(
+    module: nn.Module,
+    example_inputs: Any,
+    *,
+    pruning_ratio: float | None = None,
+    macs_reduction: float | None = None,
+    importance: str = "group_norm",
+    scope: str = "global",
+    round_to: int = 1,
+    limits: Mapping[str, float] | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+) -> Change:
+    """Remove channels of a module in place, once; the callback's work without a Trainer.
+
+    Args:
+        module: any module; its parameters stay the same objects, with smaller data.
+        example_inputs: how ``forward`` is called: a tuple is positional arguments, a dict keyword arguments, anything else the
+            one argument. Only shapes, integers and masks matter.
+        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
+        macs_reduction: factor by which MACs shrink, above 1.
+        importance: as for :class:`ChannelPruning`; ``"taylor"`` reads the gradients that the parameters have.
+        scope: ``"global"`` or ``"layer"``.
+        round_to: channels of a pruned group are a multiple of it.
+        limits: by glob of layers, the share of a group's channels that may leave at most.
+        include: globs of layers whose channels may leave; empty means all.
+        exclude: globs of layers whose channels stay; wins.
+
+    Returns:
+        The record of what was removed, which is also written into the module's record.
+
+    Raises:
+        ValueError: an argument is out of its range, a glob matches nothing, or the target can't be reached.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> change = prune_channels_(network, torch.zeros(1, 4), pruning_ratio=0.5)
+        >>> network[0].weight.shape
+        torch.Size([4, 4])
+    """
+    chosen = as_patterns("include", include), as_patterns("exclude", exclude)
+    target = ChannelTarget(pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen)
+    plan = ChannelPlan(module, "", call_from_batch(module, None, lambda _: example_inputs), target)
+    taylor = plan.collect(module) if importance == "taylor" else {}
+    change = plan.change(module, plan.choose(module, taylor=taylor), owner="")
+    structure.apply(module, change)
+    return change
+
+
+def plan_channels(
+    module: nn.Module, example_inputs: Any, target: ChannelTarget, path: str = ""
+) -> list[dict[str, Any]]:
+    """What a channel pruning would do to each group with the weights as they are; nothing is changed.
+
+    Args:
+        module: any module.
+        example_inputs: as for :func:`prune_channels_`.
+        target: what to reach.
+        path: of the submodule whose ``forward`` is looked into.
+
+    Returns:
+        A row for each group: ``layers``, ``before`` and ``after`` (channels), and why it is ``kept`` (empty if it isn't).
+        With importance ``"taylor"``, which depends on gradients to come, the numbers are those of ``"group_norm"``.
+    """
+    part = module.get_submodule(path)
+    plan = ChannelPlan(module, path, call_from_batch(part, None, lambda _: example_inputs), target)
+    chosen, _ = plan.foresee(module)
+    return [
+        {
+            "layers": list(group.layers),
+            "before": group.units * group.width,
+            "after": (group.units - len(chosen.get(i, ()))) * group.width,
+            "kept": group.kept,
+        }
+        for i, group in enumerate(plan.groups)
+    ]

@@ -7,6 +7,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+FIXED_HEADS = (
+    "nn.MultiheadAttention has heads as wide as its embedding asks for: with fewer of either its forward fails"
+)
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -44,6 +48,8 @@ def losses_of(root: nn.Module, name: str, role: str) -> Losses:
         return Losses(size, ((parameter, int(dim), size),))
     layer = root.get_submodule(name)
     losses = _losses(layer, role)
+    if isinstance(layer, nn.MultiheadAttention):
+        raise ValueError(FIXED_HEADS)
     if losses is None:
         raise ValueError(f"it isn't known how a {type(layer).__name__} (`{name}`) loses channels")
     here = f"{name}." if name else ""

@@ -1,6 +1,7 @@
 """Masks: which weights stay. Plain functions over ``{name: tensor}``, usable without a Trainer."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -63,6 +64,7 @@ def prune_masks(
             raise ValueError(
                 f"Argument `weights` must divide into units of {granularity!r}, but got `{name}`: {reason}."
             )
+    check_reachable({name: weight.shape for name, weight in weights.items()}, sparsity, granularity, scope)
     drawn = (
         {n: scores_of(criterion, n, w, generator=generator) for n, w in weights.items()} if criterion == RANDOM else {}
     )
@@ -135,11 +137,43 @@ def apply_masks_(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.
 
 def measured_sparsity(tensors: Iterable[torch.Tensor]) -> float:
     """Share of exact zeros, counted over all tensors together; 0 for none."""
-    zeros, total = 0, 0
-    for tensor in tensors:
-        zeros += int(torch.count_nonzero(tensor == 0))
-        total += tensor.numel()
-    return zeros / total if total else 0.0
+    return sparsity_by_name(dict(enumerate(tensors)))["all"]
+
+
+def sparsity_by_name(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
+    """Share of exact zeros of each tensor, counted once, and of all together under ``"all"``; 0 for none."""
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    zeros = {name: sizes[name] - int(torch.count_nonzero(tensor)) for name, tensor in tensors.items()}
+    shares = {name: zeros[name] / size if size else 0.0 for name, size in sizes.items()}
+    total = sum(sizes.values())
+    return {**shares, "all": sum(zeros.values()) / total if total else 0.0}
+
+
+def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granularity: str, scope: str) -> None:
+    """Check that whole channels can make up a share of zeros: one stays in each tensor.
+
+    Args:
+        shapes: of the tensors, by name.
+        sparsity: share of zeros.
+        granularity: as in :func:`~lightning_accel.pruning.granularity.granularity_of`; only channels have a limit.
+        scope: ``"layer"`` or ``"global"``.
+
+    Raises:
+        ValueError: the nearest number of channels is more than there are.
+    """
+    units = granularity_of(granularity)
+    if units.dim is None:
+        return
+    for names in [list(shapes)] if scope == "global" else [[name] for name in shapes]:
+        channel = [units.unit_size(shapes[name]) for name in names]
+        total = sum(shapes[name].numel() for name in names)
+        most = total - sum(channel)
+        if sparsity * total > most + min(channel, default=0) / 2:
+            where = "in each tensor" if scope == "global" else f"in `{names[0]}`"
+            raise ValueError(
+                f"Argument `sparsity` must leave a channel {where}: at most {most / total:.3f} with granularity "
+                f"{granularity!r}, but got {sparsity:g}."
+            )
 
 
 def check_sparsity(sparsity: float) -> None:

@@ -16,7 +16,7 @@ from lightning_accel.globs import select
 from lightning_accel.inputs import Call
 from lightning_accel.pruning.copies import converted, copy_of, few_samples, outputs_of
 from lightning_accel.pruning.groups import Candidate, Group, candidate_groups
-from lightning_accel.pruning.layers import makes_channels
+from lightning_accel.pruning.layers import FIXED_HEADS, makes_channels
 from lightning_accel.pruning.slices import Chosen, removal_of, removed
 
 NOT_RUN = "forward doesn't run it"
@@ -115,8 +115,11 @@ def find_groups(
     allowed = set(select(layers, include, exclude, "layer with channels"))
     groups, open_ = [c.group for c in candidates], []
     for i, candidate in enumerate(candidates):
-        if not set(candidate.group.layers) <= allowed:
-            groups[i] = replace(groups[i], kept="it is excluded")
+        excluded = [layer for layer in candidate.group.layers if layer not in allowed]
+        if excluded:
+            first = candidate.group.layers[0]
+            reason = "it is excluded" if first in excluded else f"`{excluded[0]}`, which shares them, is excluded"
+            groups[i] = replace(groups[i], kept=reason)
         elif not groups[i].kept:
             open_.append(i)
     proven = _prove(reference, candidates, groups, open_)
@@ -143,6 +146,8 @@ def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -
     groups = []
     for (name, weight), gradient in zip(layers.items(), used, strict=True):
         reason = NOT_RUN if gradient is None else "the operations around it can't be followed"
+        if isinstance(reference.module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            reason = FIXED_HEADS
         units = weight.shape[0]
         groups.append(Group(name, (name,), units, units, 1, {}, frozenset(), frozenset(), {}, reason))
     return groups

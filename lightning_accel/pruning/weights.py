@@ -17,9 +17,11 @@ from lightning_accel.pruning.criteria import check_criterion, taylor
 from lightning_accel.pruning.granularity import granularity_of
 from lightning_accel.pruning.masks import (
     apply_masks_,
+    check_reachable,
     check_scope,
     measured_sparsity,
     prune_masks,
+    sparsity_by_name,
 )
 from lightning_accel.pruning.rewind import rewind_, snapshot
 from lightning_accel.rebinding import kept_slice
@@ -74,6 +76,8 @@ class WeightPruning(CompressionCallback):
         >>> WeightPruning(granularity="2:4").sparsity
         0.5
     """
+
+    wants_low_rate = False
 
     def __init__(
         self,
@@ -172,9 +176,11 @@ class WeightPruning(CompressionCallback):
     ) -> None:
         if trainer.global_step != self._last_step:  # micro-batches of an accumulation end without a step
             self._update(trainer.global_step, trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         for name, share in self.sparsity_of(pl_module).items():
             key = self._log_name if name == "all" else f"{self._log_name}/{name}"
             pl_module.log(key, share, rank_zero_only=True)
@@ -228,7 +234,7 @@ class WeightPruning(CompressionCallback):
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
         """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
         weights = self._of(module) if self._chosen else self.choice.weights(module)
-        return {n: measured_sparsity([w]) for n, w in weights.items()} | {"all": measured_sparsity(weights.values())}
+        return sparsity_by_name(weights)
 
     @override
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
@@ -285,6 +291,8 @@ class WeightPruning(CompressionCallback):
             )
         else:
             self._weights = self._of(pl_module)
+        for share, names in self.choice.groups(self._weights):
+            check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
         self._check_resizing(trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if (
@@ -316,16 +324,19 @@ class WeightPruning(CompressionCallback):
 
     def _check_zeros(self) -> None:
         """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
+        if self.masks and self._loaded_targets == self.choice.targets:
+            return  # resumed as it was; where channels left, what stays may be sparser than its target
         for share, names in self.choice.groups(self._weights):
-            held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in names]
-            zeros = measured_sparsity(held)
-            if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
-                raise ValueError(
-                    f"Argument `sparsity` must be at least the share of zeros there is, {zeros:.4g}, but got {share:g}. Exclude "
-                    "weights that begin at zero, or raise it."
-                )
-        if self.masks and self._loaded_targets != self.choice.targets:
-            # Resumed with other targets: from where the masks are.
+            for part in [names] if self.scope == "global" else [[name] for name in names]:
+                held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in part]
+                zeros = measured_sparsity(held)
+                if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
+                    where = "" if self.scope == "global" else f" in `{part[0]}`"
+                    raise ValueError(
+                        f"Argument `sparsity` must be at least the share of zeros there is{where}, {zeros:.4g}, but got {share:g}. "
+                        "Exclude weights that begin at zero, or raise it."
+                    )
+        if self.masks:  # resumed with other targets: from where the masks are
             self.reached = min([1.0, *self._pruned_shares().values()])
 
     def _pruned_shares(self) -> dict[float, float]:

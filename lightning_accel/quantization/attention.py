@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
-_FUSED = aten.scaled_dot_product_attention.default
+FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 
 
 def take_apart_attention(graph_module: GraphModule) -> None:
@@ -15,7 +15,7 @@ def take_apart_attention(graph_module: GraphModule) -> None:
     Attention that is causal, or whose heads share keys, stays as it is.
     """
     for node in list(graph_module.graph.nodes):
-        if node.target is not _FUSED:
+        if node.target is not FUSED_ATTENTION:
             continue
         query, key, value, mask, dropout, causal = [*node.args, *[None, 0.0, False][len(node.args) - 3 :]][:6]
         if causal or node.kwargs.get("is_causal") or node.kwargs.get("enable_gqa") or query.meta["val"].ndim < 3:

@@ -155,6 +155,18 @@ class QuantizationAwareTraining(QuantizingCallback):
             self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
 
     @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        first, total = self._start_step, timeline_of(trainer).total_steps
+        calibrated = first + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+        phases = [f"calibration to step {calibrated}", f"fake-quant from step {calibrated}"]
+        for argument, what in (("freeze_batch_norm", "batch norm frozen"), ("freeze_ranges", "ranges final")):
+            step = self._freeze_steps[argument]
+            low = ", once the learning rate is a tenth of its highest" if argument == "freeze_batch_norm" else ""
+            automatic = low if self.freezes[argument] is None else ""
+            phases += [f"{what} from step {math.ceil(step)}{automatic}"] if step < total else []
+        return {"(phases)": "; ".join(phases), **super().plan(trainer, pl_module)}
+
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -170,6 +182,7 @@ class QuantizationAwareTraining(QuantizingCallback):
                 forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
             if not forward.bank.active and forward.bank.batches >= self.calibration_batches:
                 forward.bank.activate()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

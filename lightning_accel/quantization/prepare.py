@@ -79,6 +79,7 @@ class QuantizedForward:
                 place_fake_quants(graph, plans[training], tensors, self.bank, training)
         self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
         self.quantized = list(dict.fromkeys(point.operator for point in plans[False].points))
+        self.concatenates = any(len(point.roots) > 1 for point in plans[False].points)
         self._parts = list(self.module.modules())
         self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
         self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}

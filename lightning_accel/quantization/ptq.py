@@ -226,6 +226,14 @@ class PostTrainingQuantization(QuantizingCallback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.quantize(trainer, pl_module)
+
+    def quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Quantize the module now, with batches of the run's training loader.
+
+        Raises:
+            ValueError: the loader is empty, or a value isn't finite.
+        """
         self.prepare(trainer, pl_module)
         self.place(pl_module)
         caller: nn.Module = pl_module if has_forward(pl_module) else pl_module.get_submodule(self.paths[0])

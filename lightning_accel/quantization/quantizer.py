@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lightning_accel.globs import select
+from lightning_accel.quantization.attention import FUSED_ATTENTION
 from lightning_accel.quantization.graph import (
     CONVOLUTIONS,
     activation_of,
@@ -56,7 +57,6 @@ PAIRED: dict[Any, str] = {
 POOLED = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 # Operators one would expect to be quantized, but which no target computes in integers.
 _FLOAT_ONLY = {
-    aten.scaled_dot_product_attention.default: "fused attention",
     aten.lstm.input: "LSTM",
     aten.gru.input: "GRU",
     aten.rnn_tanh.input: "RNN",
@@ -67,6 +67,9 @@ _FLOAT_ONLY = {
     aten.baddbmm.default: "baddbmm",
     aten.bilinear.default: "bilinear",
 }
+
+
+_KNOWN = {*WEIGHTED, *PAIRED, *POOLED, *_FLOAT_ONLY, FUSED_ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def plan_points(
         versions[node] = [written[memory_of(arg)] if isinstance(arg, Node) else 0 for arg in node.args[:2]]
         if writes(node):
             written[memory_of(node.args[0])] += 1
-        if node.target not in WEIGHTED | PAIRED | _FLOAT_ONLY and node.target not in POOLED:
+        if node.target not in _KNOWN:
             continue
         kind = node.meta.get("operator_name") or str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
         path = module_of(node)
@@ -277,6 +280,10 @@ def _is_float(value: Any) -> bool:
 
 def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target, training: bool) -> str:
     """Why an operator can't be quantized; empty if it can, ``"nothing"`` if nobody would expect it to be."""
+    if node.target is FUSED_ATTENTION:
+        return (
+            f"attention stays fused, in float: it isn't among the operators of {target.name}, or can't be taken apart"
+        )
     if node.target in _FLOAT_ONLY:
         return f"{_FLOAT_ONLY[node.target]} has no integer kernel in {target.name}"
     operands: list[Any] = list(node.args[:2])

@@ -102,14 +102,15 @@ def _full_range(vnni: bool) -> tuple[int, str]:
 
 def _onnxruntime(vnni: bool) -> Target:
     weight_max, why = _full_range(vnni)
-    kinds = (CONVOLUTION, LINEAR, MATMUL, SUM, POOLING, EMBEDDING)
+    kinds = (CONVOLUTION, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
     why = f"uint8 activations, {why}"
     return Target("onnxruntime", "uint8", weight_max, ("onnxruntime",), why, kinds, outputs=True, both_summands=True)
 
 
 def _openvino(vnni: bool) -> Target:
     weight_max, why = _full_range(vnni)
-    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, EMBEDDING)
+    # Without attention: its fused kernel in float was faster than int8 products around a softmax (benchmarks/int8_zoo.py).
+    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM, EMBEDDING)
     why = f"uint8 activations, {why}"
     return Target("openvino", "uint8", weight_max, ("openvino",), why, kinds)
 
@@ -152,17 +153,25 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
     return known[name]()
 
 
-def saturates(target: Target, engine: str, vnni: bool | None = None) -> str:
+def cannot_reproduce(target: Target, engine: str, *, concatenates: bool = False, vnni: bool | None = None) -> str:
     """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
 
     Args:
         target: what was trained for.
         engine: what is to run it.
+        concatenates: whether the network quantizes tensors that are concatenated.
         vnni: whether its CPU has VNNI; ``None`` means this machine's.
 
     Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
     reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767.
     """
+    if engine == "tensorrt" and not target.signed_activations:
+        return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
+    if engine == "openvino" and target.signed_activations and concatenates:
+        return (
+            "it computes concatenations of int8 with zero point 0 wrongly (2026.4.1: by up to half of the output's range); "
+            "the target `openvino` is uint8"
+        )
     has_vnni = cpu_has_vnni() if vnni is None else vnni
     if engine in ("onnxruntime", "openvino") and target.weight_max > 64 and not has_vnni:
         return (

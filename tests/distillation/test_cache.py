@@ -80,11 +80,13 @@ def test_losses_equal_those_of_the_live_teacher(workers, fit, tmp_path):
     for ours, theirs in zip(found.batches, expected.batches, strict=True):
         assert type(ours) is type(theirs)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert live.teacher.samples == 2 * 64
-    assert cached.teacher.samples == 2 + 64 + 2 * 8  # for the shapes, once each, and the check of each epoch
+    assert live.teacher.samples == 3 + 2 * 64
+    assert (
+        cached.teacher.samples == 3 + 2 + 64 + 2 * 8
+    )  # tried before, for the shapes, once each, and the check of each epoch
     again = distilled(TeacherCache(tmp_path / "cache"))
     np.testing.assert_allclose(fit(again, data()).losses, expected.losses, rtol=0, atol=1e-6)
-    assert again.teacher.samples == 2 + 2 * 8
+    assert again.teacher.samples == 3 + 2 + 2 * 8
 
 
 def test_features_are_cached_too(fit, tmp_path):
@@ -153,6 +155,15 @@ def test_filling_leaves_the_run_as_it_was(fit, tmp_path):
     assert torch.equal(first.net.conv1.weight, second.net.conv1.weight)
 
 
+def test_filling_is_seen_where_the_run_is(fit, tmp_path, capfd):
+    fit(distilled(TeacherCache(tmp_path / "quiet")), max_epochs=1)
+    assert "Teacher cache" not in capfd.readouterr().err
+    fit(distilled(TeacherCache(tmp_path / "cache")), max_epochs=1, enable_progress_bar=True)
+    shown = capfd.readouterr().err
+    assert "Teacher cache: 100%" in shown
+    assert "64/64" in shown
+
+
 def test_loaders_are_the_user_s_own_again(fit, tmp_path):
     data = loader()
     collate = data.collate_fn
@@ -178,7 +189,7 @@ def test_only_damaged_rows_are_made_again(fit, tmp_path):
     file.write_bytes(damaged[: 60 * size + 3])  # and the end is gone
     module = distilled(TeacherCache(tmp_path / "cache"))
     fit(module)
-    assert module.teacher.samples == 2 + (1 + 2 + 4) + 2 * 8
+    assert module.teacher.samples == 3 + 2 + (1 + 2 + 4) + 2 * 8
     np.testing.assert_array_equal(np.frombuffer(file.read_bytes(), np.uint8), np.frombuffer(content, np.uint8))
 
 
@@ -188,7 +199,7 @@ def test_a_damaged_manifest_makes_all_of_it_again(fit, tmp_path):
     manifest.write_text(manifest.read_text()[:40])
     module = distilled(TeacherCache(tmp_path / "cache"))
     fit(module)
-    assert module.teacher.samples == 2 + 64 + 2 * 8
+    assert module.teacher.samples == 3 + 2 + 64 + 2 * 8
     assert json.loads(manifest.read_text())["samples"] == 64
 
 
@@ -251,7 +262,7 @@ def test_filling_goes_on_after_a_kill(tmp_path):
     assert 20 <= there < 512
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"SAMPLES {2 + (512 - there) + 4}" in done.stdout
+    assert f"SAMPLES {3 + 2 + (512 - there) + 4}" in done.stdout
     assert file.valid().all()
 
 
@@ -309,6 +320,37 @@ def test_other_data_is_refused_before_the_first_step(data, message, fit, trainer
     with pytest.raises(ValueError, match=message):
         trainer(watch, max_epochs=1).fit(distilled(TeacherCache(tmp_path / "cache")), data())
     assert not watch.batches
+
+
+class Rarely(Dataset):
+    """Augments its last sample, and that at every third reading; of 320 samples the 32 that are read twice are others."""
+
+    def __init__(self):
+        self.data, self.readings = images(320), 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x, y = self.data[i]
+        if i == 296:
+            self.readings += 1
+        return (x.flip(2) if i == 296 and self.readings % 3 == 0 else x), y
+
+
+@pytest.mark.parametrize("kind", ["changed", "augmented"])
+def test_other_samples_than_those_compared_before_are_noticed_in_their_batch(kind, fit, tmp_path):
+    """Images that the fingerprint doesn't look at, in batches that the live teacher isn't asked about."""
+    data: Dataset = images(320) if kind == "changed" else Rarely()
+    fit(distilled(TeacherCache(tmp_path / "cache")), DataLoader(data, 8), max_epochs=1)
+    if kind == "changed":
+        data.tensors[0][296] = data.tensors[0][0]
+    watch = Batches()
+    with pytest.raises(
+        ValueError, match=r"sample 296 isn't the one that the teacher was asked about\. The data set has changed, or"
+    ):
+        fit(distilled(TeacherCache(tmp_path / "cache")), DataLoader(data, 8), watch, max_epochs=3)
+    assert 37 <= len(watch.batches) <= 3 * 40  # batch 37 begins with it
 
 
 @pytest.mark.parametrize(
@@ -369,6 +411,9 @@ def test_what_can_not_be_cached(tmp_path, trainer):
     ):
         with pytest.raises(ValueError, match=message):
             TeacherCache(tmp_path, *arguments)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="Argument `dirpath` must be a folder, but got the file"):
+        TeacherCache(tmp_path / "file")
     with pytest.raises(ValueError, match=r"Argument `top_k` must be in \[1, C - 2\] for logits .* but got 3"):
         TopK((4,), 3)
     for value, fix in ((1e5, 'Use `storage="float32"`'), (float("nan"), "returns no finite numbers")):
@@ -398,7 +443,7 @@ def test_an_indexed_loader_is_the_loader(tmp_path):
     torch.manual_seed(0)
     indexed = list(index_loader(data))
     assert index_loader(index_loader(data)).dataset.dataset is data.dataset
-    for (x, y), (batch, index) in zip(plain, indexed, strict=True):
+    for (x, y), (batch, index, _) in zip(plain, indexed, strict=True):
         assert torch.equal(batch[0], x)
         assert torch.equal(batch[1], y)
         assert all(torch.equal(images()[i][0], row) for i, row in zip(index.tolist(), x, strict=True))
@@ -422,8 +467,8 @@ def test_a_data_set_that_fetches_batches_still_does():
     dataset = AtOnce(*images().tensors)
     batches = list(index_loader(DataLoader(dataset, 8)))
     assert dataset.fetched == 8
-    assert torch.equal(torch.cat([index for _, index in batches]), torch.arange(64))
-    assert torch.equal(torch.cat([x for (x, _), _ in batches]), dataset.tensors[0])
+    assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(64))
+    assert torch.equal(torch.cat([batch.batch[0] for batch in batches]), dataset.tensors[0])
 
 
 # --- two processes
@@ -453,5 +498,5 @@ def test_ranks_share_the_work(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     samples = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["samples"] for rank in (0, 1)]
-    assert samples == [2 + 32 + 2 * 8] * 2
+    assert samples == [3 + 2 + 32 + 2 * 8] * 2
     assert RowFile(tmp_path / "cache" / "0.rows", 64, 16).valid().all()

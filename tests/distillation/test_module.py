@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from scipy.special import softmax
 from torch import nn
 
-from lightning_accel import DistillationModule
-from tests.distillation.models import Net, Student, loader
+from lightning_accel import DistillationModule, LossTerm, plan
+from tests.distillation.models import Net, Plain, Student, loader
 
 
 class Bare(L.LightningModule):
@@ -364,7 +364,10 @@ class Logs(Net):
     ("arguments", "message"),
     [
         ({"alpha": 1.5}, r"Argument `alpha` must be in \[0, 1\], but got 1.5\."),
+        ({"alpha": "0.5"}, r"Argument `alpha` must be in \[0, 1\], but got '0\.5'\."),
         ({"temperature": 0}, r"Argument `temperature` must be above 0, but got 0\."),
+        ({"temperature": -4.0}, r"Argument `temperature` must be above 0, but got -4\.0\."),
+        ({"temperature": "4"}, r"Argument `temperature` must be a number, or `Scheduled`, but got '4'\."),
         ({"losses": "kdd"}, r"Argument `losses` must name one of kd, .*, but got 'kdd'\. Did you mean 'kd'\?"),
         ({"losses": F.mse_loss, "temperature": 2.0}, r"Argument `temperature` must be left out unless"),
         ({"losses": nn.Linear(1, 1)}, r"Argument `losses` must hold no parameters to train"),
@@ -423,6 +426,99 @@ def test_refused_before_training(trainer):
         trainer(max_epochs=1).fit(module, torch.utils.data.DataLoader(torch.zeros(4, 4)))
     with pytest.raises(TypeError, match="on the student's class"):
         module.load_from_checkpoint("a.ckpt")
+
+
+class Returns(Net):
+    """A teacher whose logits are in what ``of`` makes of them."""
+
+    def __init__(self, of, width=3):
+        super().__init__(width)
+        self.of = of
+
+    def forward(self, x):
+        return self.of(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "arguments", "message"),
+    [
+        (Returns(lambda y: {"out": y, "x": y}), {}, r"got a dict with \[out\], \[x\]\. .* `teacher_outputs='\[out\]'`"),
+        (Returns(lambda y: {"out": y}), {"teacher_outputs": "[ou]"}, r"`\[ou\]` isn't in a dict with \[out\]"),
+        (Net(5), {}, r"must have the same shape, but got \(3, 3\) and \(3, 5\)\. Select them with"),
+        (
+            Returns(lambda y: y[:, None].repeat(1, 2, 1)),
+            {},
+            r"must have the same shape, but got \(3, 3\) and \(3, 2, 3\)",
+        ),
+        (Net(5), {"losses": "dkd"}, r"must have the same shape, but got \(3, 3\) and \(3, 5\)"),
+        (Net(), {"losses": lambda s, t: s}, r"must return a scalar Tensor"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(trainer, teacher, arguments, message):
+    """Also in ``plan``, and nothing has moved: no random number, no statistics of a norm."""
+
+    class Normed(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            raise AssertionError("training began")
+
+    torch.manual_seed(3)
+    module = DistillationModule(Normed(), teacher, **arguments)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        plan(trainer(max_epochs=1), module, train_dataloaders=loader())
+    with pytest.raises(ValueError, match=message):
+        trainer(max_epochs=1).fit(module, loader())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.net[0].num_batches_tracked == 0
+
+
+def test_a_call_that_the_batch_does_not_tell_is_no_error(trainer):
+    """``training_step`` may call ``forward`` with what it makes of the batch, and a stream isn't touched."""
+
+    class Makes(Plain):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0][:, None].expand(-1, 4)), batch[1])
+
+    class Views(Plain):
+        """Two views of each sample, so that there are more logits than the batch has samples."""
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0].repeat(2, 1)), batch[1].repeat(2))
+
+    class Stream(torch.utils.data.IterableDataset):
+        started = 0
+
+        def __iter__(self):
+            self.started += 1
+            return iter([(torch.ones(4), torch.tensor(1))] * 4)
+
+    data = torch.utils.data.TensorDataset(torch.randn(8), torch.randint(0, 3, (8,)))
+    trainer(max_epochs=1).fit(DistillationModule(Makes(), Net()), torch.utils.data.DataLoader(data, 4))
+    views = DistillationModule(Views(), Net(), losses="dkd", target=lambda batch: batch[1].repeat(2))
+    trainer(max_epochs=1).fit(views, loader())
+    stream = Stream()
+    trainer(max_epochs=1).fit(DistillationModule(Plain(), Net()), torch.utils.data.DataLoader(stream, 2))
+    assert stream.started == 1
+
+
+def test_hooks_see_the_batch_once(trainer):
+    """The batch that layers are tried with goes through the hooks in Lightning's order, each once."""
+
+    class Hooks(Student):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            assert batch[1].ndim == 1
+            return batch[0], F.one_hot(batch[1], 3)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            assert not batch[1].is_floating_point()
+            return batch[0], batch[1].float()
+
+    module = DistillationModule(Hooks(), Student(), losses=["kd", LossTerm("hint", student_layer="net.0")])
+    trainer(max_epochs=1).fit(module, loader())
 
 
 def test_teacher_checkpoint(tmp_path):

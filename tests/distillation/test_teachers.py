@@ -298,7 +298,11 @@ def test_evaluation_distills_only_if_asked_to(trainer):
     [
         (lambda: Teacher("resnet"), r"Argument `network` must be an nn.Module, but got a str"),
         (lambda: Teacher(Net(), precision="int8"), r"Argument `precision` must be one of \['bfloat16', .*'int8'"),
-        (lambda: Teacher(Net(), device="gpu"), r"Argument `device` must be a torch device, but got 'gpu'"),
+        (
+            lambda: Teacher(Net(), device="gpu"),
+            r"Argument `device` must be a torch device of this machine, but got 'gpu'",
+        ),
+        (lambda: Teacher(Net(), device="cuda:63"), r"must be a torch device of this machine, but got 'cuda:63': \w"),
         (lambda: TeacherEnsemble([]), r"Argument `teachers` must hold a teacher, but got none"),
         (
             lambda: TeacherEnsemble([Net()], [1.0, 2.0]),

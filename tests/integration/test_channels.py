@@ -4,13 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
+import onnx
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_accel as la
 from lightning_accel import structure
-from lightning_accel.quantization.prepare import quantized_forwards
+from tests.integration.ending import assert_same, everything
 from tests.models import Classifier, Residual, loader
 
 ROOT = Path(__file__).parents[2]
@@ -33,23 +35,6 @@ def module():
 
 def data():
     return loader(8 * STEPS, 8, shuffle=True), loader(16, 8, seed=3)
-
-
-def everything(trainer, pl_module, calls):
-    """All state that a run ends with."""
-    state = {f"weight {k}": v for k, v in pl_module.state_dict().items()}
-    for i, entry in enumerate(trainer.optimizers[0].state_dict()["state"].values()):
-        state[f"momentum {i}"] = entry["momentum_buffer"]
-    state |= {f"mask {k}": v for k, v in calls[2].masks.items()}
-    for path, forward in quantized_forwards(pl_module).items():
-        state |= {f"low {path}": forward.bank.low, f"high {path}": forward.bank.high}
-    return {k: v.detach().clone() for k, v in state.items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    differ = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not differ
 
 
 @pytest.fixture(params=[("group_norm", 0), ("taylor", 1)], ids=["group_norm", "taylor"])
@@ -98,7 +83,8 @@ def test_the_small_structure_is_rebuilt_everywhere(full, trainer):
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, lightning as L
-from tests.integration.test_channels import callbacks, module, data, everything, EPOCHS
+from tests.integration.ending import everything
+from tests.integration.test_channels import callbacks, module, data, EPOCHS
 calls, net = callbacks{settings!r}, module()
 t = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=calls)
 t.fit(net, *data(), ckpt_path={str(folder / "steps" / "step=9.ckpt")!r})
@@ -142,6 +128,8 @@ def test_pruned_quantized_distilled_and_exported(trainer, tmp_path):
     trainer(export, *callbacks()[1:], max_epochs=EPOCHS).fit(net, loader(64), loader(32, 32, seed=3))
     assert net.net.conv1.out_channels == 4
     assert all(check["passed"] for check in export.report["verification"])
+    for file in (tmp_path / "bundle").glob("*.onnx"):  # the student is 4 wide, its teacher 12
+        assert all(12 not in tensor.dims for tensor in onnx.load(file).graph.initializer)
     x = loader(32, 32, seed=3).dataset.tensors[0]
     with la.load_runner(tmp_path / "bundle", emulate=True) as runner, torch.no_grad():
         logits, wanted = torch.from_numpy(runner(x.numpy())), net.eval()(x)
@@ -154,13 +142,22 @@ def test_best_from_before_the_removal_is_refused(trainer, tmp_path):
             super().validation_step(batch, batch_idx)
             self.log("score", float(self.current_epoch == 0))
 
-    best = ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
-    calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt="best"), best]
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    def fit(*more):
+        best = ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
+        calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt="best"), best, *more]
+        # Every other epoch is validated: the only time comes before the removal.
+        trainer(*calls, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=2).fit(First(), *data())
+
     with pytest.raises(
         RuntimeError, match=r"must have reached its targets .*has gone 0% of the way to pruning ratio 0.5"
     ):
-        # The only validation comes before the removal.
-        trainer(*calls, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=2).fit(First(), *data())
+        fit(Stop())
+    with pytest.raises(ValueError, match="no ModelCheckpoint kept a best one"):
+        fit()
 
 
 DDP = """

@@ -120,8 +120,13 @@ def test_best_checkpoint_only_if_it_was_compressed(trainer, tmp_path):
         RuntimeError,
         match=r"must have reached its targets .* \(epoch 1\) .*hasn't trained with fake-quant",
     ):
-        run(1, "dense", start=2, max_epochs=3, check_val_every_n_epoch=2)  # no validation after the targets are reached
+        run(
+            1, "dense", start=2, max_epochs=3, max_steps=18, check_val_every_n_epoch=2
+        )  # it ends before they are reached
     assert not (tmp_path / "dense" / "bundle").exists()
+    with pytest.raises(ValueError, match="no ModelCheckpoint kept a best one"):
+        run(1, "none", start=2, max_epochs=3, check_val_every_n_epoch=2)  # no validation after the targets are reached
+    assert not (tmp_path / "none" / "bundle").exists()
     module, best = run(0, "late")  # the dense epoch 0 scores best, and is no rival
     assert "epoch=0" not in best
     saved = torch.load(best, weights_only=True)["state_dict"]
@@ -341,7 +346,7 @@ def test_hugging_face_bert(trainer, tmp_path):
         (lambda d: [la.ModelExport(d / "b", precision="int8")], 'Argument `precision` must be "fp32" or None without'),
         (
             lambda d: [la.QuantizationAwareTraining("onnxruntime"), la.ModelExport(d / "b", engines=["tensorrt"])],
-            r"Argument `engines` must suit target 'onnxruntime', but got \"tensorrt\", whose parser refuses uint8",
+            r"Argument `engines` must suit target 'onnxruntime', but got 'tensorrt': its parser refuses uint8",
         ),
         (
             lambda d: [la.QuantizationAwareTraining("portable"), la.ModelExport(d / "b", precision="fp32")],
@@ -440,7 +445,15 @@ import wandb; wandb.finish()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     keys = next(line for line in done.stdout.splitlines() if line.startswith("KEYS"))
-    for name in ("comparison", "report", "sparsity", "distillation_loss", "export/student_int8/accuracy"):
+    for name in (
+        "comparison",
+        "report",
+        "sparsity",
+        "sparsity/net.conv1.weight",
+        "layers/weights",
+        "distillation_loss",
+        "export/student_int8/accuracy",
+    ):
         assert f"'{name}'" in keys
     (run,) = (path for path in tmp_path.rglob("offline-run-*") if path.is_dir())
     media = {p.name.split("_")[0] for p in run.rglob("files/media/**/*") if p.is_file()}

@@ -13,6 +13,7 @@ from lightning_accel import structure
 from lightning_accel.pruning.choice import prunable_parameters
 from lightning_accel.pruning.masks import measured_sparsity
 from lightning_accel.quantization.prepare import quantized_forwards
+from tests.integration.ending import assert_same, everything
 from tests.models import Classifier, Residual, loader
 
 ROOT = Path(__file__).parents[2]
@@ -34,23 +35,6 @@ def module():
 
 def data():
     return loader(8 * STEPS, 8, shuffle=True), loader(16, 8, seed=3)
-
-
-def everything(trainer, pl_module, calls):
-    """All state that a run ends with."""
-    state = {f"weight {k}": v for k, v in pl_module.state_dict().items()}
-    for i, entry in enumerate(trainer.optimizers[0].state_dict()["state"].values()):
-        state[f"momentum {i}"] = entry["momentum_buffer"]
-    state |= {f"mask {k}": v for k, v in calls[1].masks.items()}
-    for path, forward in quantized_forwards(pl_module).items():
-        state |= {f"low {path}": forward.bank.low, f"high {path}": forward.bank.high}
-    return {k: v.detach().clone() for k, v in state.items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    differ = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not differ
 
 
 @pytest.fixture
@@ -85,7 +69,8 @@ def test_in_a_fresh_process(full):
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, lightning as L
-from tests.integration.test_resume import callbacks, module, data, everything, EPOCHS
+from tests.integration.ending import everything
+from tests.integration.test_resume import callbacks, module, data, EPOCHS
 calls, net = callbacks(), module()
 t = L.Trainer(max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=calls)
 t.fit(net, *data(), ckpt_path={str(folder / "steps" / "step=15.ckpt")!r})

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.utils.parametrizations import weight_norm
 
 IMAGES, TOKENS = (4, 3, 8, 8), (4, 5)
 
@@ -221,3 +222,70 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.head(torch.relu(self.linear(self.recurrent(self.embed(x.flatten(1, 2)))[0][:, -1])))
+
+
+class Skipping(nn.Module):
+    """Down, up by a transposed convolution, and side by side with what was before: a segmentation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, padding=1)
+        self.up, self.out, self.head = nn.ConvTranspose2d(12, 8, 2, 2), nn.Conv2d(16, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        before = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.out(torch.cat([self.up(torch.relu(self.down(before))), before], 1))))
+
+
+class Growing(nn.Module):
+    """Each layer reads what all before it made (DenseNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.a, self.norm2, self.b = nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(10), nn.Conv2d(10, 5, 1)
+        self.head = nn.Linear(15, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.cat([x, torch.relu(self.a(x))], 1)
+        return self.head(torch.cat([x, torch.relu(self.b(self.norm2(x)))], 1).mean((2, 3)))
+
+
+class Shuffled(nn.Module):
+    """Channels of a grouped convolution that change places (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.grouped = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, groups=3)
+        self.b, self.head = nn.Conv2d(12, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.grouped(torch.relu(self.a(x))).unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2)
+        return self.head(torch.relu(self.b(x)).mean((2, 3)))
+
+
+class Scaled(nn.Module):
+    """A depthwise convolution, LayerNorm over the last dimension and a scale of its own (ConvNeXt)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.scale, self.head = nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return self.head((x + (self.scale * self.down(gelu(self.up(y)))).permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+class Parametrized(nn.Module):
+    """A weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.free, self.head = weight_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.free(torch.relu(self.conv(x)))).mean((2, 3)))

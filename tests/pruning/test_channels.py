@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_accel as la
 from lightning_accel import structure
 from lightning_accel.pruning.channel_plan import ChannelTarget
-from lightning_accel.pruning.channels import plan_channels, prune_channels_
+from lightning_accel.pruning.functional import plan_channels, prune_channels_
 from tests.models import Classifier, images, loader
 from tests.pruning import networks as nets
 
@@ -218,6 +218,35 @@ def test_stochastic_weight_averaging_follows(trainer):
     trainer(la.ChannelPruning(0.5, end=1), swa, max_epochs=4).fit(module, loader())
     assert sum(channels(module)) == 10
     assert [p.shape for p in swa._average_model.parameters()] == [p.shape for p in module.parameters()]
+
+
+@pytest.mark.parametrize("target", ["pruning_ratio", "macs_reduction"])
+def test_resumed_with_another_target_goes_on_to_that(trainer, tmp_path, target):
+    """Targets are absolute in a resumed run too; what has left can't come back."""
+    low, middle, high = (0.2, 0.5, 0.7) if target == "pruning_ratio" else (1.2, 2.0, 4.0)
+    first = trainer(la.ChannelPruning(**{target: middle}, end=1), max_epochs=2)
+    first.fit(Net(), loader())
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    module, pruning = Net(), la.ChannelPruning(**{target: high}, start=2, end=3)
+    trainer(pruning, max_epochs=4).fit(module, loader(), ckpt_path=tmp_path / "x.ckpt")
+    if target == "pruning_ratio":
+        assert sum(channels(module)) == 6  # of 20
+    else:
+        assert macs(module) <= macs(Net()) / 4
+    assert pruning.unfinished() == ""
+    with pytest.raises(ValueError, match=rf"Argument `{target}` must be at least the .* already, .*, but got {low}"):
+        trainer(la.ChannelPruning(**{target: low}, end=3), max_epochs=4).fit(
+            Net(), loader(), ckpt_path=tmp_path / "x.ckpt"
+        )
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_module_that_the_trainer_casts(trainer, precision):
+    module = Net()
+    t = trainer(la.ChannelPruning(0.5, end=1), precision=precision)
+    t.fit(module, loader())
+    assert sum(channels(module)) == 10
+    assert float(t.logged_metrics["macs"]) == macs(module)
 
 
 def test_bf16_and_clipping(trainer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_accel.pruning.channels import prune_channels_
+from lightning_accel.pruning.functional import prune_channels_
 from lightning_accel.pruning.proof import find_groups
 from tests.pruning import networks as nets
 
@@ -78,8 +78,8 @@ CASES = [
         TOKENS,
         {"encoder.layers.0.linear1": (24, 1), "encoder.layers.1.linear1": (24, 1)},
         {
-            "encoder.layers.0.linear2": "it isn't known how a MultiheadAttention",
-            **{f"encoder.layers.{i}.self_attn.out_proj": "the operations around it can't be followed" for i in (0, 1)},
+            "encoder.layers.0.linear2": "nn.MultiheadAttention has heads as wide as its embedding asks for",
+            **{f"encoder.layers.{i}.self_attn.out_proj": "nn.MultiheadAttention has heads" for i in (0, 1)},
             "head": "output",
         },
     ),
@@ -124,6 +124,16 @@ CASES = [
     ),
     (nets.Recurrent, X, {"linear": (7, 1)}, {"embed": "the channels of `embed` can't be followed", "head": "output"}),
     (nets.Single, X, {"conv": (8, 1)}, {"head": "output"}),
+    (nets.Skipping, X, {"stem": (8, 1), "down": (12, 1), "up": (8, 1), "out": (6, 1)}, {"head": "output"}),
+    (nets.Growing, X, {"stem": (6, 1), "a": (4, 1), "b": (5, 1)}, {"head": "output"}),
+    (
+        nets.Shuffled,
+        X,
+        {"a": (4, 3), "b": (6, 1)},
+        {"grouped": "without some of its channels the others compute something else", "head": "output"},
+    ),
+    (nets.Scaled, X, {"up": (32, 1)}, {"stem": "LayerNorm `norm` normalises over its channels", "head": "output"}),
+    (nets.Parametrized, X, {"free": (6, 1)}, {"conv": "forward needs all of its channels", "head": "output"}),
 ]
 NAMES = [
     *(
@@ -149,6 +159,11 @@ NAMES = [
         "reused",
         "recurrent",
         "float32",
+        "skip connection",
+        "dense",
+        "shuffle",
+        "layer scale",
+        "weight norm",
     ),
 ]
 
@@ -247,9 +262,10 @@ def test_weights_that_are_all_zero_prove_nothing_and_are_not_relied_on():
 
 def test_excluded_layers_are_kept_with_all_that_depends_on_them():
     groups = find_groups(nets.Residual(), call_of(X), exclude=["outer"])
-    assert {g.layers[0]: g.kept for g in groups}["stem"] == "it is excluded"
-    groups = find_groups(nets.Residual(), call_of(X), include=["inner"])
+    assert {g.layers[0]: g.kept for g in groups}["stem"] == "`outer`, which shares them, is excluded"
+    groups = find_groups(nets.Residual(), call_of(X), include=["stem", "inner"])
     assert [g.layers[0] for g in groups if not g.kept] == ["inner"]
+    assert groups[0].kept == "`outer`, which shares them, is excluded"
     with pytest.raises(
         ValueError, match=r"Argument `exclude` must match the name of a layer with channels, but got 'hed'"
     ):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
@@ -24,7 +26,7 @@ class Watch(Callback):
         self.seen.append(zeros(pl_module))
 
 
-@pytest.mark.parametrize("schedule", ["cubic", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "cosine", "exponential", "constant"])
 def test_the_share_of_zeros_follows_the_schedule(trainer, schedule):
     watch, module = Watch(), Classifier()
     pruning = WeightPruning(0.8, schedule=schedule, start=1, end=3, every=1)
@@ -34,6 +36,15 @@ def test_the_share_of_zeros_follows_the_schedule(trainer, schedule):
         wanted = 0.8 * fraction(schedule, (step - 8) / 16)
         assert share == pytest.approx(wanted, abs=1 / count), step
     assert pruning.unfinished() == ""
+
+
+def test_masks_move_every_few_steps_and_at_the_end(trainer):
+    watch, module = Watch(), Classifier()
+    trainer(WeightPruning(0.6, schedule="linear", end=2, every=5), watch).fit(module, loader())  # 16 steps
+    moved = [step for step, (a, b) in enumerate(pairwise([0.0, *watch.seen]), start=1) if b > a]
+    assert moved == [5, 10, 15, 16]
+    count = sum(p.numel() for p in prunable_parameters(module).values())
+    assert watch.seen[4::5] == [pytest.approx(0.6 * step / 16, abs=1 / count) for step in (5, 10, 15)]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -171,6 +182,61 @@ def test_a_target_below_the_zeros_there_are(trainer):
     with pytest.raises(ValueError, match=r"must be at least the share of zeros there is, 0.7\d*, but got 0.5"):
         trainer(WeightPruning(0.5), watch).fit(module, loader())
     assert watch.seen == []
+
+
+def test_a_target_below_the_zeros_of_one_layer(trainer):
+    """Each layer has the target of its own: the mean over layers hides nothing."""
+    module, watch = Classifier(), Watch()
+    module.net.conv1.weight.data[:, :2] = 0  # 2 / 3 of it, a sixth of all
+    with pytest.raises(
+        ValueError, match=r"at least the share of zeros there is in `net.conv1.weight`, 0.6667, but got 0.5"
+    ):
+        trainer(WeightPruning(0.5, scope="layer"), watch).fit(module, loader())
+    assert watch.seen == []
+    trainer(WeightPruning(0.5, end=1), watch).fit(module, loader())
+    assert watch.seen[-1] == pytest.approx(0.5, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"must leave a channel in each tensor: at most 0.870 with granularity 'channel', but got 0.9"),
+        ({"scope": "layer"}, r"must leave a channel in `net.head.weight`: at most 0.750 .*, but got 0.9"),
+    ],
+)
+def test_whole_channels_that_can_not_make_up_the_share(trainer, arguments, message):
+    """(8, 3, 3, 3), (8, 8, 3, 3) and (4, 8): with a channel left in each, 717 of 824 weights."""
+    watch = Watch()
+    with pytest.raises(ValueError, match=message):
+        trainer(WeightPruning(0.9, granularity="channel", end=1, **arguments), watch).fit(Classifier(), loader())
+    assert watch.seen == []
+    with pytest.raises(ValueError, match=message):
+        prune_weights_(Classifier(), 0.9, granularity="channel", **arguments)
+
+
+def test_what_is_sparser_than_its_target_once_channels_have_left_resumes(trainer, tmp_path):
+    """Masks that fall where the norm is large leave what channel removal keeps sparser than all was."""
+
+    def dense_first(name, parameter, grad):
+        """The largest weights are zeroed."""
+        return -parameter.detach().abs()
+
+    def run(ckpt_path=None):
+        pruning = WeightPruning(0.5, dense_first, end=1, every=1)
+        keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        extra = [] if ckpt_path else [keep]
+        fit = trainer(
+            pruning, ChannelPruning(0.5, start=2, end=2), *extra, max_epochs=4, enable_checkpointing=not ckpt_path
+        )
+        module = Classifier()
+        fit.fit(module, loader(), ckpt_path=ckpt_path)
+        return pruning, module
+
+    pruning, module = run()
+    assert pruning.sparsity_of(module)["all"] > 0.51
+    resumed, again = run(tmp_path / "step=24.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(mask, resumed.masks[name]) for name, mask in pruning.masks.items())
 
 
 def test_two_of_four_holds_while_training(trainer):

@@ -233,7 +233,10 @@ def test_the_same_tensor_is_quantized_once():
 
 def test_what_stays_float_is_named_with_its_reason():
     forward = quantized(*make("everything"))
-    assert forward.kept_float == {"scaled_dot_product_attention1": "fused attention has no integer kernel in portable"}
+    assert forward.kept_float == {
+        "scaled_dot_product_attention1": "attention stays fused, in float: it isn't among the operators of portable, "
+        "or can't be taken apart"
+    }
 
 
 def test_include_and_exclude():

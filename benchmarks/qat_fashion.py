@@ -1,0 +1,128 @@
+"""What int8 costs in accuracy: quantization-aware training beside post-training quantization and float training of equal length.
+
+Two networks on Fashion-MNIST, 20,000 training and all 10,000 test images, 8 epochs of SGD under OneCycleLR: ResNet-8 w16, and a
+MobileNetV2-like one of depthwise convolutions. For each seed one float run is trained to the end and its checkpoint after epoch 5
+kept; from there the quantization-aware run goes on with the same data in the same order, optimizer and schedule
+(`ExactResume`), so that the two differ in nothing but the last three epochs' arithmetic:
+
+    float    8 epochs
+    PTQ      the float run's end, ranges from 32 training batches
+    QAT      5 epochs in float, 3 with fake-quant
+
+All are measured by `Trainer.test`, which computes what ships. Target `onnxruntime`.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.qat_fashion [--quick] [--minutes 38]
+"""
+
+import argparse
+import statistics
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_accel as la
+from benchmarks import print_environment
+from benchmarks.trials import interval, run_trials
+from benchmarks.zoo import Depthwise
+from examples.data import FASHION, Images
+from examples.models import ImageClassifier
+
+RESULTS = Path(__file__).parent / "results" / "qat_fashion.jsonl"
+SEEDS = (31, 32, 33, 34, 35)
+TARGET, HALF_WIDTH = -0.1, 0.2
+START = 5 / 8
+NETWORKS = ("ResNet-8 w16", "depthwise")
+
+
+class DepthwiseClassifier(ImageClassifier):
+    """The classifier of the examples around a depthwise network."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lr=lr)
+        self.net = Depthwise(1, 8)
+
+
+def make(network: str) -> ImageClassifier:
+    """The untrained network."""
+    module = ImageClassifier(8, 16, lr=0.1) if network == NETWORKS[0] else DepthwiseClassifier()
+    return module.to(memory_format=torch.channels_last)
+
+
+def trial(seed: int, network: str, settings: Mapping[str, int]) -> dict[str, Any]:
+    """All three of a seed; accuracies in percent on the test images."""
+    epochs = settings["epochs"]
+    start = max(1, int(START * epochs))
+    kind = "fashion" if FASHION.is_dir() else "mnist"
+    data = Images(kind, batch_size=128, train=settings["images"], held_out=settings["test"])
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def fit(*callbacks: L.Callback, ckpt_path: str | None = None) -> tuple[L.Trainer, ImageClassifier, float]:
+            L.seed_everything(seed, verbose=False)
+            module = make(network)
+            trainer = L.Trainer(
+                max_epochs=epochs,
+                accelerator="cpu",
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+                callbacks=[la.ExactResume(), *callbacks],
+                default_root_dir=scratch,
+            )
+            trainer.fit(module, data, ckpt_path=ckpt_path)
+            return trainer, module, 100 * trainer.test(module, data, verbose=False)[0]["test_accuracy"]
+
+        keep = ModelCheckpoint(scratch, "{epoch}", save_top_k=-1, every_n_epochs=start)
+        trainer, module, plain = fit(keep)
+        copy = la.quantize(module, data.train_dataloader(), target="onnxruntime")
+        ptq = 100 * trainer.test(copy, data, verbose=False)[0]["test_accuracy"]
+        qat = la.QuantizationAwareTraining("onnxruntime", start=start)
+        _, _, aware = fit(qat, ckpt_path=str(Path(scratch) / f"epoch={start - 1}.ckpt"))
+    return {"float": round(plain, 3), "PTQ": round(ptq, 3), "QAT": round(aware, 3)}
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two epochs on few images: shows that it runs")
+    parser.add_argument("--minutes", type=float, default=38.0, help="stop before this; a re-run goes on")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
+    settings = {"epochs": 8, "images": 20000, "test": 10000}
+    if arguments.quick:
+        settings = {"epochs": 2, "images": 256, "test": 200}
+    print_environment()
+    rows = {network: partial(trial, network=network, settings=settings) for network in NETWORKS}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "quick.jsonl" if arguments.quick else RESULTS
+        lines = run_trials(file, rows, SEEDS[:1] if arguments.quick else SEEDS, settings, arguments.minutes)
+    print("| network | seeds | float | PTQ - float [95 %] | QAT - float [95 %] | QAT - PTQ [95 %] |")
+    print("|---|--:|--:|--:|--:|--:|")
+    verdicts = []
+    for network in NETWORKS:
+        mine = [line for line in lines if line["row"] == network]
+        if not mine:
+            continue
+        pairs = (("PTQ", "float"), ("QAT", "float"), ("QAT", "PTQ"))
+        found = [interval([line[a] - line[b] for line in mine]) for a, b in pairs]
+        plain = statistics.fmean(line["float"] for line in mine)
+        cells = [f"{mean:+.3f} ± {half:.3f}" for mean, half in found]
+        print(f"| {network} | {len(mine)} | {plain:.2f} | {' | '.join(cells)} |")
+        mean, half = found[1]
+        word = "unresolved" if half > HALF_WIDTH else "reached" if mean >= TARGET else "missed"
+        verdicts.append(f"{network}: {mean:+.3f} ± {half:.3f} ({word})")
+    print(
+        f"QAT - float, target at least {TARGET} points with a half-width of at most {HALF_WIDTH}: {'; '.join(verdicts)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

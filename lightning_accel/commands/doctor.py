@@ -1,0 +1,121 @@
+"""What is installed, which engines run or only build here, and what they make of int8 on this CPU."""
+
+import argparse
+import json
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.int8_probe import probe_int8
+from lightning_accel.engines.tensorrt import has_gpu
+from lightning_accel.engines.tensorrt_library import LIBRARIES, load_library
+
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "openvino": "openvino",
+    "tensorrt": "gpu",
+    "tensorrt-rtx-cu12": "tensorrt-rtx",
+    "wandb": "wandb",
+    "transformers": "transformers",
+    "matplotlib": "report",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--json", type=Path, help="write the findings there")
+    parser.add_argument("--no-probe", action="store_true", help="don't run the engines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look and print.
+
+    Returns:
+        0, or 1 if something is broken: no ONNX Runtime, or two of them over each other.
+    """
+    found = diagnose(probe=not arguments.no_probe)
+    print(_screen(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if found["broken"] else 0
+
+
+def diagnose(*, probe: bool = True) -> dict[str, Any]:
+    """What this machine can do, as JSON values.
+
+    Args:
+        probe: run the engines on a small int8 convolution.
+
+    Returns:
+        ``environment``, ``extras`` (package -> version, or how to install it), ``engines`` (name -> status), ``int8`` (one
+        entry for each engine and format), ``broken`` (what must be mended).
+    """
+    extras = {package: _version(package) or f'pip install "lightning-accel[{e}]"' for package, e in _EXTRAS.items()}
+    installed = {package for package in _EXTRAS if _version(package)}
+    broken = []
+    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+        broken.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: uninstall both, then install one"
+        )
+    if not {"onnxruntime", "onnxruntime-gpu"} & installed:
+        broken.append('no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"')
+    engines = {name: _engine(name) for name in ("onnxruntime", "openvino", *LIBRARIES)}
+    int8 = []
+    for engine in ("onnxruntime", "openvino") if probe else ():
+        for activations, weight_max in (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63)):
+            if engines[engine].startswith("runs"):
+                int8.append(vars(probe_int8(engine, activations, weight_max)))
+    return {"environment": environment(), "extras": extras, "engines": engines, "int8": int8, "broken": broken}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _engine(name: str) -> str:
+    """Status of an engine in words."""
+    if name in LIBRARIES:
+        try:
+            load_library(name)
+        except ModuleNotFoundError:
+            return "not installed"
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"installed, but can't be loaded: {error}"
+        return "builds and runs here" if has_gpu() else "builds here, runs on an NVIDIA GPU"
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError:
+        return "not installed"
+    if name == "onnxruntime":
+        providers = [p.removesuffix("ExecutionProvider") for p in module.get_available_providers()]
+        return f"runs here ({', '.join(providers)})"
+    return "runs here (CPU)"
+
+
+def _screen(found: dict[str, Any]) -> str:
+    machine = found["environment"]
+    flags = ", ".join(flag for flag, has in machine["cpu_flags"].items() if has) or "none that matter"
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores ({flags}); GPU: {machine['gpu'] or 'none'}",
+        f"Python {machine['python']}, torch {machine['packages'].get('torch', 'not installed')}",
+        "",
+        *(f"{name:18s} {status}" for name, status in found["engines"].items()),
+        "",
+        *(f"{name:18s} {status}" for name, status in found["extras"].items()),
+    ]
+    if found["int8"]:
+        lines += [
+            "",
+            "int8 on this CPU (a 3x3 convolution, 64 channels, 1 thread, against float32 in the same engine):",
+        ]
+    for line in found["int8"]:
+        exact = "exact" if line["error"] <= 1.01 / 255 else f"WRONG by up to {line['error']:.0%} of the range"
+        form = f"{line['activations']} x int8 up to {line['weight_max']}"
+        lines.append(f"{line['engine']:18s} {form:22s} {line['speedup']:.1f}x  {exact}")
+    return "\n".join([*lines, *(f"BROKEN: {text}" for text in found["broken"])])

@@ -1,0 +1,98 @@
+"""`lightning-accel quantize`: a verified bundle from a checkpoint, without training."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import lightning_accel as la
+from lightning_accel import cli
+from tests.models import Classifier, images
+from tests.test_cli import Data, _process, pytestmark, told  # noqa: F401 - the fixture and marks serve here too
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    torch.manual_seed(0)
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=folder, limit_val_batches=0,
+    )  # fmt: skip
+    module = Classifier(lr=0.02)
+    trainer.fit(module, Data(train=256))
+    trainer.save_checkpoint(folder / "best.ckpt")
+    return folder / "best.ckpt", module.eval()
+
+
+def config(tmp_path):
+    content = {
+        "model": {"class_path": "tests.models.Classifier"},
+        "data": {"class_path": "tests.test_cli.Data"},
+        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False},
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    return ["-c", str(tmp_path / "data.yaml")]
+
+
+@pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
+def test_a_checkpoint_becomes_a_verified_bundle(checkpoint, tmp_path, capsys, target, engine):
+    path, module = checkpoint
+    arguments = ["quantize", *config(tmp_path), "--ckpt", str(path), "--target", target, "--dirpath", "bundle"]
+    assert cli.main([*arguments, "--calibration_batches", "4"]) == 0
+    assert "network int8" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["default"]["engine"] == engine
+    assert all(not line.get("failures") for line in manifest["verification"])
+    x = images(32, 7).tensors[0]
+    with la.load_runner(tmp_path / "bundle") as runner, torch.no_grad():
+        got, want = runner(x.numpy()), module(x).numpy()
+    assert np.abs(got - want).max() < 0.1 * np.ptp(want)
+    assert not np.array_equal(got, want)
+
+
+def test_errors_are_told_in_one_line_and_leave_nothing(checkpoint, tmp_path, capfd):
+    path, _ = checkpoint
+    base = ["quantize", *config(tmp_path), "--dirpath", "bundle"]
+    for arguments, expected in (
+        ([], "Argument `ckpt` must be the path of a checkpoint, but got None"),
+        (["--ckpt", "none.ckpt"], "none.ckpt"),
+        (["--ckpt", str(path), "--engines", "[tensorrt]"], "must suit target 'onnxruntime', but got 'tensorrt': its parser refuses uint8"),
+        (["--ckpt", str(path), "--exclude", "[neck]"], "`exclude` must match the name of a quantizable operator"),
+    ):  # fmt: skip
+        assert cli.main([*base, *arguments]) == 1
+        assert expected in told(capfd)
+        assert not (tmp_path / "bundle").exists()
+
+
+def test_a_quantized_checkpoint_is_refused(tmp_path, capfd):
+    module = Classifier()
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path, callbacks=[la.QuantizationAwareTraining("portable", start=0)],
+        limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, Data())
+    trainer.save_checkpoint(tmp_path / "int8.ckpt")
+    assert cli.main(["quantize", *config(tmp_path), "--ckpt", str(tmp_path / "int8.ckpt")]) == 1
+    assert "must be of a float network, but" in told(capfd)
+
+
+def test_the_callback_and_model_export_in_one_fit(tmp_path):
+    export = la.ModelExport(str(tmp_path / "bundle"))
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+        callbacks=[la.PostTrainingQuantization("onnxruntime", calibration_batches=4), export],
+    )  # fmt: skip
+    trainer.fit(Classifier(), Data())
+    kinds = [row["name"] for row in export.report["rows"]]
+    assert "network int8" in kinds
+    with pytest.raises(ValueError, match='Argument `ckpt` must be "last" with PostTrainingQuantization'):
+        L.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
+            callbacks=[la.PostTrainingQuantization(), la.ModelExport(str(tmp_path / "b"), ckpt="best")],
+        ).fit(Classifier(), Data())  # fmt: skip
