@@ -28,9 +28,9 @@ from lightning_accel.export.tolerances import FILES
 TARGET = 20.0  # seconds
 
 
-def seconds(net: torch.nn.Module, images: torch.Tensor, folder: Path, precision: str) -> float:
-    """Time of export and proof."""
-    started = time.perf_counter()
+def seconds(net: torch.nn.Module, images: torch.Tensor, folder: Path, precision: str) -> tuple[float, float]:
+    """Time of export and proof: on the clock, and of the processor, which a busy machine doesn't stretch."""
+    started, worked = time.perf_counter(), time.process_time()
     export = export_onnx(net, images[:32], folder / "model.onnx")
     samples = feeds_of(((images,), {}), export.input_names)
     if export.trained:
@@ -39,7 +39,7 @@ def seconds(net: torch.nn.Module, images: torch.Tensor, folder: Path, precision:
         check_lowered(export.path, folder / "half.onnx", "fp16")
     network = module_network(net, export, ((images,), {}))
     prove_file(export, network, samples, tolerance=FILES[precision], batch_sizes=(1, 7, 32))
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - worked
 
 
 def main() -> None:
@@ -57,8 +57,11 @@ def main() -> None:
             if precision == "int8":
                 quantize_(net, (images[:64],))
             taken = [seconds(net, images, Path(folder), precision) for _ in range(1 if quick else 3)]
-            times.append(float(np.median(taken)))
-            print(f"{precision}: {times[-1]:.1f} s (of {', '.join(f'{t:.1f}' for t in taken)})")
+            clock, processor = np.median(taken, axis=0)
+            times.append(float(clock))
+            print(
+                f"{precision}: {clock:.1f} s (of {', '.join(f'{t:.1f}' for t, _ in taken)}), {processor:.1f} s of the processor"
+            )
     reached = "reached" if max(times) <= TARGET else "missed"
     print(f"export and proof, the slower of both: {max(times):.1f} s (target: at most {TARGET:g} s, {reached})")
 

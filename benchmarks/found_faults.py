@@ -103,7 +103,7 @@ def main() -> None:
         net = victim()
         quantize_(net, call)
         rows += [(f"{n} (int8)", f) for n, f in give(Case.of(net, call, path), INTEGER_FAULTS[:few], checks)]
-        alarms = dict.fromkeys(checks, 0)
+        alarms: dict[str, list[str]] = {name: [] for name in checks}
         right = 0
         for name in ["mlp"] if arguments.quick else list(ZOO):
             for int8 in (False, True):
