@@ -86,6 +86,17 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, low: in
     return straight_through(x, scale, low, high, ((low - 0.5) * step, (high + 0.5) * step))
 
 
+def stored(scale: torch.Tensor, target: Target) -> torch.Tensor:
+    """Scales as the target's file stores them: where the rest of the network is float16, they are too.
+
+    One that float16 can't hold with all its bits (below 2**-14, above 65504) stays float32.
+    """
+    if target.rest != "float16":
+        return scale
+    half = scale.half().to(scale.dtype)
+    return torch.where((scale >= 2.0**-14) & torch.isfinite(half), half, scale)
+
+
 def activation_qparams(low: torch.Tensor, high: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point that cover a range.
 
@@ -103,30 +114,28 @@ def activation_qparams(low: torch.Tensor, high: torch.Tensor, target: Target) ->
     width, steps = (
         (torch.maximum(-low, high), largest) if target.signed_activations else (high - low, largest - smallest)
     )
-    scale = torch.where(width / steps < TINY, torch.ones_like(width), width / steps)
+    scale = stored(torch.where(width / steps < TINY, torch.ones_like(width), width / steps), target)
     if target.signed_activations:
         return scale, torch.zeros_like(scale, dtype=torch.int64)
     return scale, (-low / scale).round().clamp(0, 255).to(torch.int64)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int | None, weight_max: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric integers of a weight, one scale per output channel.
 
     Args:
         weight: float32, channels along ``axis``.
         axis: output channels; ``None``: one scale for all.
-        weight_max: largest integer.
+        target: says the largest integer, and how scales are stored.
 
     Returns:
         Integers (still in float, shape of ``weight``) and scales ``(C,)``, or ``(1,)``. A channel of zeros gets scale 1.
     """
-    weight = weight.detach()
-    # `width / steps`, and no reciprocal: the same scale wherever it is computed.
-    scale = (weight.abs().amax() if axis is None else weight.abs().amax(_others(weight.ndim, axis))).reshape(
-        -1
-    ) / weight_max
-    scale = torch.where(scale < TINY, torch.ones_like(scale), scale)
-    return torch.div(weight, per_channel(scale, weight.ndim, axis)).round_().clamp_(-weight_max, weight_max), scale
+    weight, largest = weight.detach(), target.weight_max
+    extreme = weight.abs().amax() if axis is None else weight.abs().amax(_others(weight.ndim, axis))
+    scale = extreme.reshape(-1) / largest
+    scale = stored(torch.where(scale < TINY, torch.ones_like(scale), scale), target)
+    return torch.div(weight, per_channel(scale, weight.ndim, axis)).round_().clamp_(-largest, largest), scale
 
 
 def _others(ndim: int, axis: int) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.quantization.fake_quant import TINY, per_channel, quantize_weight
+from lightning_accel.quantization.fake_quant import TINY, per_channel, quantize_weight, stored
 from lightning_accel.quantization.ranges import RangeBank
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class FoldedOperator(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` that ship."""
-        integers, scale = quantize_weight(weight, self.axis, self.bank.target.weight_max)
+        integers, scale = quantize_weight(weight, self.axis, self.bank.target)
         if self.epsilon is None:
             return integers, scale, bias
         gamma, beta, mean, variance = norm
@@ -54,7 +54,9 @@ class FoldedOperator(nn.Module):
         factor = 1.0 / deviation if gamma is None else gamma / deviation
         integers = integers * per_channel(torch.sign(factor), weight.ndim, self.axis)
         folded = scale * factor.abs()
-        scale = torch.where(folded < TINY, scale, folded)  # gamma 0: the integers are zeros, any scale will do
+        scale = stored(
+            torch.where(folded < TINY, scale, folded), self.bank.target
+        )  # gamma 0: any scale will do for zeros
         shift = -mean if bias is None else bias - mean
         return integers, scale, shift * factor if beta is None else beta + shift * factor
 
@@ -81,7 +83,7 @@ class FoldedEmbedding(nn.Module):
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers (in float, the table's shape) and the scale ``(1,)`` that ship."""
-        return quantize_weight(weight, None, self.bank.target.weight_max)
+        return quantize_weight(weight, None, self.bank.target)
 
     def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the table."""

@@ -23,7 +23,7 @@ class WeightFakeQuant(nn.Module):
         """Weight on the grid, same shape."""
         if not self.bank.active:
             return weight
-        integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target.weight_max)
+        integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target)
         return straight(weight, integers.mul_(per_channel(scale, weight.ndim, self.axis)))
 
 

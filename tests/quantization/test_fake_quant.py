@@ -65,7 +65,7 @@ def test_affine_ranges_hold_zero_exactly():
 def test_weights_against_numpy(axis):
     weight = torch.randn(4, 5, 3)
     weight[2] = 0 if axis == 0 else weight[2]
-    integers, scale = quantize_weight(weight, axis, 63)
+    integers, scale = quantize_weight(weight, axis, UNSIGNED)
     w = weight.numpy()
     other = tuple(i for i in range(3) if i != axis)
     s = np.abs(w).max(axis=other, keepdims=True) / np.float32(63)
@@ -119,3 +119,17 @@ def test_ranges_of_another_network_are_refused():
     bank, other = RangeBank(["a"], SIGNED), RangeBank(["a", "b"], SIGNED)
     with pytest.raises(ValueError, match="must hold ranges of this network's tensors"):
         bank.load_state_dict(other.state_dict())
+
+
+def test_scales_are_float16_where_the_rest_of_the_file_is():
+    """So that casting them for a strongly typed engine changes nothing."""
+    half = Target("half", "int8", 127, ("tensorrt",), "", rest="float16")
+    ranges = torch.logspace(-6, 3, 200)
+    scale, _ = activation_qparams(-ranges, ranges, half)
+    plain, _ = activation_qparams(-ranges, ranges, SIGNED)
+    exact = torch.from_numpy(plain.numpy().astype(np.float16).astype(np.float32))
+    small = plain < 2.0**-14
+    assert torch.equal(scale, torch.where(small, plain, exact))
+    assert small.any()
+    _, weights = quantize_weight(torch.randn(64, 32), 0, half)
+    assert torch.equal(weights, weights.half().float())
