@@ -40,15 +40,15 @@ class Findings:
 
     Args:
         errors: of each sample, the largest difference as a share of the results' range.
-        agree: of each sample, whether the largest logits (of all positions) are the same.
-        margins: of the samples that don't agree, the distance of the two best logits in shares of the range.
+        agree: of each sample, the share of predictions that are the same.
+        margins: of the predictions that aren't, the distance of the two best logits in shares of the range.
         traced: samples above ``SMALL`` whose first differing integer is off by one step at an edge.
         untraced: the others.
         farthest: largest distance from an edge of a value that flipped, in steps.
     """
 
     errors: list[float] = field(default_factory=list)
-    agree: list[bool] = field(default_factory=list)
+    agree: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     traced: int = 0
     untraced: int = 0
@@ -89,11 +89,11 @@ def compare(export: OnnxExport, inputs: tuple[torch.Tensor, ...], findings: Find
         got, *found = session.run([export.output_names[0], *names], feeds)
         span = np.ptp(want)
         errors = np.abs(got - want).reshape(len(want), -1).max(1) / span
-        same = (got.argmax(1) == want.argmax(1)).reshape(len(want), -1).all(1)
-        best = np.sort(want.reshape(*want.shape[:2], -1), 1)
+        same = got.argmax(1) == want.argmax(1)  # one prediction for each sample, or for each of its pixels
+        best = np.sort(want, 1)
         findings.errors += errors.tolist()
-        findings.agree += same.tolist()
-        findings.margins += ((best[:, -1] - best[:, -2]).min(1) / span)[~same].tolist()
+        findings.agree += same.reshape(len(want), -1).mean(1).tolist()
+        findings.margins += ((best[:, -1] - best[:, -2]) / span)[~same].tolist()
         for sample in np.flatnonzero(errors > SMALL):
             _trace(int(sample), names, found, integers, findings)
 
