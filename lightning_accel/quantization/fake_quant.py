@@ -42,7 +42,7 @@ class _LearnedStep(torch.autograd.Function):
         ratio = torch.div(x, scale)
         rounded = ratio.round().clamp_(low, high)
         ctx.save_for_backward(x, rounded - ratio.clamp_(low, high))
-        ctx.low, ctx.high, ctx.edges = low, high, edges
+        ctx.edges = edges
         ctx.clamped = rounded
         return rounded * scale
 

@@ -101,15 +101,15 @@ def quantize_(
             ranges,
             activations=not weights_only,
         )
-    for path, forward in forwards.items():
-        (find_submodule(module, path) if path else module).__dict__["forward"] = forward
+    for forward in forwards.values():
+        forward.module.__dict__["forward"] = forward
     try:
         with isolated_random():
             calls = (call_from_batch(caller, _on(batch, module), inputs) for batch in islice(data, batches))
             calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
-        for path in forwards:
-            (find_submodule(module, path) if path else module).__dict__.pop("forward", None)
+        for forward in forwards.values():
+            forward.module.__dict__.pop("forward", None)
         raise
     return module.eval()
 
