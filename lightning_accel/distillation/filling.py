@@ -30,7 +30,7 @@ def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable
     loader: DataLoader = loaders[0]
     dataset = loader.dataset.dataset  # type: ignore[attr-defined]
     with isolated_random():
-        first = loader.collate_fn([loader.dataset[i] for i in range(min(2, len(dataset)))])
+        first = loader.collate_fn(loader.dataset.__getitems__(range(min(2, len(dataset)))))
         example = _ask(module, distillation, first, inputs)
         settings = (distillation.teacher, distillation.teacher_outputs, dataset, example)
         if trainer.local_rank == 0:

@@ -74,7 +74,9 @@ def _update(state: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        state.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+        if value.dtype == torch.bfloat16:  # which NumPy hasn't
+            value = value.view(torch.int16)
+        state.update(np.ascontiguousarray(value.numpy()).data)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             state.update(str(key).encode())

@@ -24,8 +24,15 @@ class IndexedBatch(NamedTuple):
     digests: Tensor
 
 
+class _Samples(NamedTuple):
+    """What a batch will be made of."""
+
+    index: list[int]  # type: ignore[assignment]  # as above
+    samples: list[Any]
+
+
 class IndexedDataset:
-    """A data set whose samples bring their index."""
+    """A data set whose samples are fetched a batch at a time, and bring their indices."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -33,16 +40,16 @@ class IndexedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> tuple[int, Any]:
-        return int(index), self.dataset[index]
+    def __getitems__(self, indices: Any) -> _Samples:
+        """What DataLoader asks for before it asks for one sample after the other."""
+        own = getattr(self.dataset, "__getitems__", None)
+        samples = [self.dataset[i] for i in indices] if own is None else own(indices)
+        return _Samples([int(i) for i in indices], samples)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset" or (name.startswith("__") and name != "__getitems__"):  # while being unpickled
+        if name == "dataset" or name.startswith("__"):  # while being unpickled
             raise AttributeError(name)
-        found = getattr(self.dataset, name)
-        if name != "__getitems__":
-            return found
-        return lambda indices: list(zip(map(int, indices), found(indices), strict=True))  # a batch in one go
+        return getattr(self.dataset, name)
 
 
 class _Collate:
@@ -56,10 +63,10 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any], every: bool = False) -> None:
         self.collate, self.every = collate, every
 
-    def __call__(self, samples: list[tuple[int, Any]]) -> IndexedBatch:
-        index = torch.tensor([index for index, _ in samples])
-        digests = torch.tensor([of_sample(sample) for _, sample in (samples if self.every else samples[:1])])
-        return IndexedBatch(self.collate([sample for _, sample in samples]), index, digests)
+    def __call__(self, fetched: _Samples) -> IndexedBatch:
+        index, samples = fetched
+        digests = torch.tensor([of_sample(sample) for sample in (samples if self.every else samples[:1])])
+        return IndexedBatch(self.collate(samples), torch.tensor(index), digests)
 
 
 def index_loader(loader: Any) -> DataLoader:

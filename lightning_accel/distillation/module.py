@@ -22,6 +22,7 @@ from lightning_accel.distillation.graph_layers import remove_taps, without_graph
 from lightning_accel.distillation.hparams import keep_own_hparams_
 from lightning_accel.distillation.indexed import IndexedBatch, index_training_data, stop_indexing
 from lightning_accel.distillation.layers import recorded
+from lightning_accel.distillation.logged import log_step
 from lightning_accel.distillation.recording import called_submodules, observed, resolve
 from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
 from lightning_accel.distillation.selection import split_path
@@ -194,12 +195,9 @@ class DistillationModule(_SharesStudent):
             rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is made anew.")
         batch = args[0] if args else next(iter(kwargs.values()), None)
         loss, parts = distillation.losses(student, teacher, batch)
-        self.log("distillation_loss", loss.detach())
-        self.log("task_loss", task_loss.detach())
-        for name, part in parts.items() if len(parts) > 1 else ():
-            self.log(f"distillation_loss/{name}", part.detach())
-        for name, number in scheduled.items():
-            self.log(name, float(number))
+        several = {f"distillation_loss/{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
+        numbers = {name: float(number) for name, number in scheduled.items()}
+        log_step(self, {"distillation_loss": loss.detach(), "task_loss": task_loss.detach(), **several, **numbers})
         alpha = float(distillation.alpha)
         loss = alpha * loss + (1 - alpha) * task_loss
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss

@@ -50,7 +50,7 @@ class RowFile:
 
     def read(self, index: np.ndarray) -> np.ndarray:
         """Rows ``(N, row_bytes)``, uint8, as they are; see :meth:`valid`."""
-        return self._rows[index, _CHECKSUM:]
+        return np.asarray(self._rows)[index, _CHECKSUM:]  # a memmap's own indexing takes several times as long
 
     def valid(self) -> np.ndarray:
         """Which rows hold what was once written there: ``(rows,)``, bool."""

@@ -540,3 +540,28 @@ def test_teacher_checkpoint(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"'linear.weight' is \(3, 4\), not \(5, 4\)"):
         DistillationModule(Student(), Net(5), teacher_checkpoint=tmp_path / "state.pt")
+
+
+class Recorded(L.Callback):
+    """What callbacks see after each step, and what a logger gets."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.seen.append({name: float(trainer.callback_metrics[name]) for name in ("distillation_loss", "task_loss")})
+
+
+def test_each_step_logs_what_it_computed_as_self_log_would(trainer):
+    class Logs(Student):
+        def log(self, *args, **kwargs):  # a way of one's own, asked in every step
+            super().log(*args, **kwargs)
+
+    seen = []
+    for kind in (Student, Logs):
+        torch.manual_seed(0)
+        module, recorded = DistillationModule(kind(width=5), Net()), Recorded()
+        trainer(recorded, max_epochs=2).fit(module, loader())
+        seen.append(recorded.seen)
+    assert seen[0] == seen[1]
+    assert len({step["distillation_loss"] for step in seen[0]}) == len(seen[0]) == 8
