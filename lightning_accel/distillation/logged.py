@@ -17,7 +17,9 @@ def log_step(module: L.LightningModule, values: Mapping[str, Tensor | float]) ->
         values: scalars by name.
     """
     trainer = module._trainer
-    if trainer is None or getattr(module.log, "__func__", None) is not L.LightningModule.log:  # nothing to log to, or the user's own way
+    if (
+        trainer is None or getattr(module.log, "__func__", None) is not L.LightningModule.log
+    ):  # nothing to log to, or the user's own way
         for name, value in values.items():
             module.log(name, value)
         return
