@@ -28,9 +28,11 @@ def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable
     if len(loaders) != 1 or not isinstance(loaders[0].dataset, IndexedDataset):
         raise ValueError(f"Argument `cache` must be used with one training loader, but got {len(loaders)} of them.")
     loader: DataLoader = loaders[0]
-    dataset = loader.dataset.dataset  # type: ignore[attr-defined]
+    indexed: IndexedDataset = loader.dataset  # type: ignore[assignment]
+    dataset = indexed.dataset
     with isolated_random():
-        first = loader.collate_fn(loader.dataset.__getitems__(range(min(2, len(dataset)))))
+        samples: Any = indexed.__getitems__(range(min(2, len(dataset))))
+        first = loader.collate_fn(samples)
         example = _ask(module, distillation, first, inputs)
         settings = (distillation.teacher, distillation.teacher_outputs, dataset, example)
         if trainer.local_rank == 0:

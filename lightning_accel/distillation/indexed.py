@@ -63,8 +63,8 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any], every: bool = False) -> None:
         self.collate, self.every = collate, every
 
-    def __call__(self, fetched: _Samples) -> IndexedBatch:
-        index, samples = fetched
+    def __call__(self, fetched: Any) -> IndexedBatch:
+        index, samples = fetched  # of IndexedDataset.__getitems__
         digests = torch.tensor([of_sample(sample) for sample in (samples if self.every else samples[:1])])
         return IndexedBatch(self.collate(samples), torch.tensor(index), digests)
 

@@ -1,6 +1,7 @@
 """Numbers that every training step logs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -17,17 +18,16 @@ def log_step(module: L.LightningModule, values: Mapping[str, Tensor | float]) ->
         values: scalars by name.
     """
     trainer = module._trainer
-    if (
-        trainer is None or getattr(module.log, "__func__", None) is not L.LightningModule.log
-    ):  # nothing to log to, or the user's own way
+    lightning = getattr(module.log, "__func__", None) is L.LightningModule.log  # and not the user's own way
+    if trainer is None or not lightning:
         for name, value in values.items():
             module.log(name, value)
         return
-    results, connector = trainer._results, trainer._logger_connector
+    results: Any = trainer._results
+    anew = results is None or trainer._logger_connector.should_reset_tensors("training_step")
     for name, value in values.items():
         key = f"training_step.{name}"
-        fresh = results is not None and key in results and not results[key].has_reset
-        if fresh and isinstance(value, Tensor) and not connector.should_reset_tensors("training_step"):
-            results.update_metrics(key, value, 1)
-        else:
+        if anew or key not in results or results[key].has_reset or not isinstance(value, Tensor):
             module.log(name, value)
+        else:
+            results.update_metrics(key, value, 1)
