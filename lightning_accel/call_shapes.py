@@ -26,10 +26,17 @@ def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
     return plain(args), plain(kwargs)
 
 
-def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def describe_inputs(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[Mapping[int, str]] | None = None
+) -> dict[str, Any]:
     """Shapes and types of a call's inputs as plain values that fit into a checkpoint.
 
     Tensors whose first dimension equals that of the first tensor have a dynamic batch. Plain values are constants.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        axes: further dynamic axes of each tensor, in order: ``{axis: symbol}``; axes of one symbol have one size.
 
     Raises:
         ValueError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
@@ -39,11 +46,14 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
     if not tensors or tensors[0].ndim == 0:
         raise ValueError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
     batch = tensors[0].shape[0]
+    further = iter(axes if axes is not None else [{}] * len(tensors))
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             dynamic = value.ndim > 0 and value.shape[0] == batch
-            return {_TENSOR: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "batch": dynamic}
+            entry = {_TENSOR: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "batch": dynamic}
+            named = [[axis, symbol] for axis, symbol in next(further).items()]
+            return {**entry, "axes": named} if named else entry
         if isinstance(value, Mapping):
             return {"mapping": [[key, plain(item)] for key, item in value.items()]}
         if isinstance(value, list | tuple):
@@ -56,6 +66,24 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
         return {"value": value}
 
     return {"args": [plain(value) for value in args], "kwargs": {key: plain(value) for key, value in kwargs.items()}}
+
+
+def dynamic_axes(description: Mapping[str, Any]) -> list[dict[int, str]]:
+    """Further dynamic axes of each tensor, as :func:`describe_inputs` got them."""
+    found: list[dict[int, str]] = []
+
+    def look(entry: Any) -> None:
+        if isinstance(entry, Mapping) and _TENSOR in entry:
+            found.append(dict(entry.get("axes", [])))
+        elif isinstance(entry, Mapping):
+            for item in entry.values():
+                look(item)
+        elif isinstance(entry, list | tuple):
+            for item in entry:
+                look(item)
+
+    look(dict(description))
+    return found
 
 
 def traced_batch(description: Mapping[str, Any]) -> int:
@@ -168,7 +196,7 @@ class ResultShape:
 
 
 class InputGuard:
-    """Holds calls against the inputs a graph was captured with: structure, shapes but for the batch, constants.
+    """Holds calls against the inputs a graph was captured with: structure, shapes but for dynamic axes, constants.
 
     Args:
         inputs: from :func:`describe_inputs`.
@@ -181,12 +209,13 @@ class InputGuard:
         leaves, self._spec = pytree.tree_flatten(example)
         batch = traced_batch(inputs)
         self._words = _words(example)
-        self._wanted = [
-            (tuple(None if i == 0 and n == batch else n for i, n in enumerate(leaf.shape)), leaf.dtype)
-            if isinstance(leaf, torch.Tensor)
-            else leaf
-            for leaf in leaves
-        ]
+        axes = iter(dynamic_axes(inputs))
+        self._wanted: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                free = {**({0: "N"} if leaf.ndim and leaf.shape[0] == batch else {}), **next(axes)}
+                leaf = (tuple(free.get(i, n) for i, n in enumerate(leaf.shape)), leaf.dtype)
+            self._wanted.append(leaf)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check a call in canonical form, as :func:`plain_call` gives it.
@@ -200,6 +229,7 @@ class InputGuard:
                 f"Inputs of the quantized `{self._what}` must have the structure they were captured with, {self._words}, "
                 f"but got {_words((args, kwargs))}. Pass `inputs=` so that it shows this call."
             )
+        sizes: dict[str, int] = {}
         for leaf, want in zip(leaves, self._wanted, strict=True):
             if not isinstance(leaf, torch.Tensor) or not isinstance(want, tuple):
                 if isinstance(leaf, torch.Tensor) or isinstance(want, tuple) or not _same(leaf, want):
@@ -210,11 +240,14 @@ class InputGuard:
                     )
                 continue
             shape, dtype = want
-            if len(shape) != leaf.ndim or any(n is not None and n != m for n, m in zip(shape, leaf.shape, strict=True)):
+            if len(shape) != leaf.ndim or any(
+                m != (sizes.setdefault(n, m) if isinstance(n, str) else n)
+                for n, m in zip(shape, leaf.shape, strict=True)
+            ):
+                seen = "".join(f", {symbol} = {size} before" for symbol, size in sizes.items() if symbol in shape)
                 raise ValueError(
-                    f"An input of the quantized `{self._what}` must have shape "
-                    f"({', '.join('N' if n is None else str(n) for n in shape)}), as captured, but got {tuple(leaf.shape)}. "
-                    "Only the batch may vary: pad or resize to one size."
+                    f"An input of the quantized `{self._what}` must have shape ({', '.join(map(str, shape))}), as captured, but got "
+                    f"{tuple(leaf.shape)}{seen}. Pad or resize, or name the axes that vary in `dynamic`."
                 )
             if leaf.dtype is not dtype and leaf.is_floating_point() != dtype.is_floating_point:
                 raise ValueError(

@@ -98,6 +98,7 @@ SHARED = {
     "rebinding",
     "structure",
     "compression",
+    "call_names",
     "call_shapes",
     "inputs",
     "globs",

@@ -277,11 +277,6 @@ class ModelExport(L.Callback):
             raise ValueError(
                 f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
             )
-        if self.dynamic and qat:
-            raise ValueError(
-                "Argument `dynamic` must be empty with QuantizationAwareTraining, whose other axes are captured fixed, "
-                f"but got {self.dynamic}."
-            )
         if self.precision == "bf16" and (others := [e for e in self._wanted_engines(trainer) if e != "tensorrt"]):
             raise ValueError(
                 f'Argument `engines` must be ["tensorrt"] for precision "bf16", but got {others}, which have no bf16 kernels.'
@@ -347,7 +342,7 @@ class ModelExport(L.Callback):
             whole,
             call,
             folder / "preflight.onnx",
-            dynamic=self.dynamic,
+            dynamic=self.dynamic or None,
             metadata=self.metadata,
             opset=BF16_OPSET if settings["precision"] == "bf16" else OPSET,
         )

@@ -68,7 +68,7 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
         VerificationError: one isn't what was trained.
     """
     half = order.precision in HALVES
-    options: dict[str, Any] = {"dynamic": order.dynamic, "metadata": order.metadata}
+    options: dict[str, Any] = {"dynamic": order.dynamic or None, "metadata": order.metadata}
     options["opset"] = BF16_OPSET if order.precision == "bf16" else OPSET
     exported = export_onnx(whole, call, folder / (REFERENCE if half else MODEL), **options)
     samples = order.data.samples(whole, exported.input_names, order.samples)

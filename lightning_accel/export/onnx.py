@@ -15,8 +15,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from lightning_accel.call_shapes import ResultShape, batch_shapes, describe_inputs, example_inputs, traced_batch
-from lightning_accel.export import names, onnx_file
+from lightning_accel import call_names
+from lightning_accel.call_names import Axes, checked_axes
+from lightning_accel.call_shapes import (
+    ResultShape,
+    batch_shapes,
+    describe_inputs,
+    dynamic_axes,
+    example_inputs,
+    traced_batch,
+)
+from lightning_accel.export import onnx_file
 from lightning_accel.export.surrounded import surrounded
 from lightning_accel.inputs import (
     Call,
@@ -29,12 +38,10 @@ from lightning_accel.inputs import (
 )
 from lightning_accel.quantization.capture import CaptureError, no_logs
 from lightning_accel.quantization.convert import TrainedIntegers, convert
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 
 OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
 NEWEST = 23  # the newest that it writes
-
-Axes = Mapping[str, Mapping[int, str]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def export_onnx(
         input_names: default: the parameter names of ``forward`` and keys of dicts.
         output_names: default: ``"output"``, or the keys of the result.
         dynamic: further axes that may change, ``{input name: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``. Axes of
-            the same name always have the same size.
+            the same name always have the same size. ``None``: those that a quantized ``forward`` was captured with.
         preprocess: module that makes the network's arguments of the file's inputs (of uint8 pixels, say); stays in float.
         postprocess: module that makes the file's outputs of the network's result (softmax, top-k); stays in float.
         metadata: notes that travel in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
@@ -117,8 +124,12 @@ def export_onnx(
     given: Call = inputs if _is_call(inputs) else _as_call(inputs)
     call = canonical_call(own_signature(module), *given)
     description = describe_inputs(*call)
-    names_in = names.input_names(module, call, input_names)
-    axes = _checked_axes(dynamic or {}, names_in, call)
+    names_in = call_names.input_names(module, call, input_names)
+    parts = quantized_forwards(module) if quantized else {}
+    axes = checked_axes(dynamic or {}, names_in, call)
+    if dynamic is None and "" in parts:
+        axes = {n: captured for n, captured in zip(names_in, dynamic_axes(parts[""].inputs), strict=True) if captured}
+    _check_captured(axes, names_in, parts)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     args, kwargs = example_inputs(description, device)
     trained: dict[str, TrainedIntegers] = {}
@@ -127,10 +138,6 @@ def export_onnx(
         stack.enter_context(isolated_random())
         stack.enter_context(torch.no_grad())
         source = stack.enter_context(_shipped(module, quantized, trained))
-        if trained and axes:
-            raise ValueError(
-                f"Argument `dynamic` must be empty for a quantized network, whose other axes are captured fixed, but got {dict(axes)}."
-            )
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
@@ -139,13 +146,29 @@ def export_onnx(
         shapes = batch_shapes(source, args, kwargs, traced_batch(description), [axes.get(n, {}) for n in names_in])
         results = stack.enter_context(_tensors_only(source))
         program = _captured(source, args, kwargs, shapes)
-        names_out = names.output_names(results[-1], output_names)
+        names_out = call_names.output_names(results[-1], output_names)
         written = _written(program, module, opset, names_in, names_out)
     model = written.model_proto
     onnx_file.clean(model, axes, metadata or {})
     onnx_file.write(model, Path(path), largest)
     apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
     return OnnxExport(Path(path), tuple(names_in), tuple(names_out), apart, trained, results[-1], axes, program)
+
+
+def _check_captured(axes: Axes, names_in: Sequence[str], parts: Mapping[str, QuantizedForward]) -> None:
+    """A quantized part was captured for certain axes; the file can't have more.
+
+    Raises:
+        ValueError: it would have.
+    """
+    for path, forward in parts.items() if axes else ():
+        captured = dynamic_axes(forward.inputs)
+        whole = zip(names_in, captured, strict=True) if path == "" else ()
+        if not any(captured) or any(not axes.get(name, {}).keys() <= known.keys() for name, known in whole):
+            raise ValueError(
+                f"Argument `dynamic` must hold axes that the quantized `{path or 'forward'}` was captured with, but got "
+                f"{ {name: dict(of_input) for name, of_input in axes.items()} }. Give `dynamic` to what quantizes, too."
+            )
 
 
 def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -172,37 +195,6 @@ def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: 
         ) from error
     assert written is not None
     return written
-
-
-def _checked_axes(dynamic: Axes, names_in: list[str], call: Call) -> dict[str, dict[int, str]]:
-    """``dynamic`` with axes counted from the front.
-
-    Raises:
-        ValueError: an unknown input, an axis that isn't there or is the batch, or a name that isn't one.
-    """
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
-    shapes = {name: tuple(tensor.shape) for name, tensor in zip(names_in, tensors, strict=True)}
-    axes: dict[str, dict[int, str]] = {}
-    for name, of_input in dynamic.items():
-        if name not in shapes:
-            raise ValueError(f"Argument `dynamic` must name inputs, of {names_in}, but got {name!r}.")
-        for axis, symbol in of_input.items():
-            counted = axis + len(shapes[name]) if axis < 0 else axis
-            if not 0 < counted < len(shapes[name]):
-                raise ValueError(
-                    f"Argument `dynamic` must give axes 1 to {len(shapes[name]) - 1} of input `{name}` of shape {shapes[name]} "
-                    f"(0, the batch, is dynamic anyway), but got {axis}."
-                )
-            if not isinstance(symbol, str) or not symbol.isidentifier() or symbol == "batch":
-                raise ValueError(
-                    f'Argument `dynamic` must name axis {axis} of input `{name}` by an identifier other than "batch", but got {symbol!r}.'
-                )
-            if shapes[name][counted] < 2:
-                raise ValueError(
-                    f"Argument `inputs` must give input `{name}` at least 2 along its dynamic axis {axis}, but got shape {shapes[name]}."
-                )
-            axes.setdefault(name, {})[counted] = symbol
-    return axes
 
 
 def _is_call(inputs: Any) -> bool:

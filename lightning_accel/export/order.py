@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from lightning_accel.call_names import Axes
 from lightning_accel.export.held_out import HeldOut
-from lightning_accel.export.onnx import Axes
 from lightning_accel.export.surrounded import surrounded
 
 

@@ -42,6 +42,7 @@ class QuantizationAwareTraining(QuantizingCallback):
             ``1.0``: never.
         lr_scale: factor on the learning rate from ``start`` on; the schedule itself goes on as it is.
         inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
         name: the state's name in the checkpoint.
 
     Raises:
@@ -66,6 +67,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         freeze_ranges: int | float | None = None,
         lr_scale: float = 1.0,
         inputs: InputsFunction | None = None,
+        dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "qat",
     ) -> None:
         super().__init__(
@@ -76,6 +78,7 @@ class QuantizationAwareTraining(QuantizingCallback):
             calibration_batches=calibration_batches,
             ranges=ranges,
             inputs=inputs,
+            dynamic=dynamic,
             name=name,
             start=start,
         )

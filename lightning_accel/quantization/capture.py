@@ -6,6 +6,7 @@ so optimizers, EMA, checkpoints and device moves keep working on the module.
 
 import inspect
 import logging
+import re
 import sysconfig
 import traceback
 import warnings
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lightning_accel.call_shapes import batch_shapes, describe_inputs, example_inputs, traced_batch
+from lightning_accel.call_shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
 from lightning_accel.quantization.graph import is_view
 
@@ -72,7 +73,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
         warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
-                shapes = batch_shapes(module, args, kwargs, traced_batch(description))
+                shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
                 program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
                 graph_module = program.module()
             finally:
@@ -115,6 +116,14 @@ def _explain(
 ) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if fixed := re.findall(
+        r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
+    ):
+        return (
+            f"Argument `dynamic` must name axes along which {what} computes the same at any size, but torch.export fixes "
+            f"{', '.join(f'`{symbol}` at {size}' for symbol, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
+            "unroll time). Leave it out and pad to one size."
+        )
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
     if line := _user_line(error, module):
         message += f" (at {line})"

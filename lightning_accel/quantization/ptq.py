@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_accel.call_shapes import describe_inputs
+from lightning_accel.call_names import Axes, described
 from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import (
     Call,
@@ -59,6 +59,7 @@ def quantize_(
     exclude: str | list[str] | None = None,
     weights_only: bool = False,
     inputs: InputsFunction | None = None,
+    dynamic: Axes | None = None,
 ) -> nn.Module:
     """Quantize a trained module in place, without training.
 
@@ -73,6 +74,7 @@ def quantize_(
         exclude: globs of operators that stay float.
         weights_only: store weights as integers, compute in float: a file a quarter as large, no speed-up.
         inputs: maps a batch to the arguments of ``forward``.
+        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
 
     Returns:
         The module.
@@ -93,7 +95,7 @@ def quantize_(
         own = call if owner is caller else submodule_call(module, path, call)
         forwards[path] = QuantizedForward(
             owner,
-            describe_inputs(*own),
+            described(owner, own, dynamic),
             target_of(target),
             as_patterns("include", include),
             as_patterns("exclude", exclude),
@@ -181,6 +183,7 @@ class PostTrainingQuantization(QuantizingCallback):
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
         inputs: maps a batch to the arguments of ``forward``.
+        dynamic: axes beyond the batch that may change, see :func:`quantize_`.
         name: the state's name in the checkpoint.
 
     Raises:
@@ -201,6 +204,7 @@ class PostTrainingQuantization(QuantizingCallback):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         inputs: InputsFunction | None = None,
+        dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "ptq",
     ) -> None:
         super().__init__(
@@ -211,6 +215,7 @@ class PostTrainingQuantization(QuantizingCallback):
             calibration_batches=calibration_batches,
             ranges=ranges,
             inputs=inputs,
+            dynamic=dynamic,
             name=name,
             start=1.0,
         )

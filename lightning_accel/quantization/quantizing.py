@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from typing_extensions import override
 
 from lightning_accel import structure
-from lightning_accel.call_shapes import describe_inputs
+from lightning_accel.call_names import Axes, described
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import InputsFunction, builds_layers_late, owner_and_call
@@ -31,6 +31,7 @@ class QuantizingCallback(CompressionCallback):
         calibration_batches: training batches that are only watched.
         ranges: how ranges are learned.
         inputs: maps a batch to the arguments of ``forward``.
+        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``.
         name: the state's name in the checkpoint.
         start: epoch or share of the run at which it begins.
     """
@@ -47,6 +48,7 @@ class QuantizingCallback(CompressionCallback):
         calibration_batches: int,
         ranges: str,
         inputs: InputsFunction | None,
+        dynamic: Axes | None,
         name: str,
         start: int | float,
     ) -> None:
@@ -59,6 +61,7 @@ class QuantizingCallback(CompressionCallback):
         self.paths = list(as_patterns("module", module)) or [""]
         self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.calibration_batches, self.ranges, self.inputs = calibration_batches, ranges, inputs
+        self.dynamic = dynamic or {}
         self._prepared: dict[str, QuantizedForward] = {}  # captured in preflight, placed at `start`
         self._placed: dict[str, QuantizedForward] = {}
 
@@ -123,7 +126,7 @@ class QuantizingCallback(CompressionCallback):
                 continue
             owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
             forward = QuantizedForward(
-                owner, describe_inputs(*call), self.target, self.include, self.exclude, path, self.ranges
+                owner, described(owner, call, self.dynamic), self.target, self.include, self.exclude, path, self.ranges
             )
             self._prepared[path] = forward
             for operator, reason in forward.kept_float.items():

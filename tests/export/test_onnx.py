@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel import export_onnx, load_runner
+from benchmarks.zoo import network, samples
+from lightning_accel import export_onnx, load_runner, quantize
+from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import feeds_of
@@ -234,11 +236,29 @@ def test_axes_that_do_not_fit(tmp_path, dynamic, message):
         export_onnx(Sentences(), call, tmp_path / "m.onnx", dynamic=dynamic)
 
 
-def test_a_quantized_network_has_one_length(tmp_path):
+def test_a_quantized_network_has_the_axes_it_was_captured_with(tmp_path):
     module, x = make("residual")
     quantized(module, x)
-    with pytest.raises(ValueError, match="Argument `dynamic` must be empty for a quantized network"):
+    with pytest.raises(
+        ValueError, match="Argument `dynamic` must hold axes that the quantized `forward` was captured with"
+    ):
         export_onnx(module, x, tmp_path / "m.onnx", dynamic={"x": {2: "height"}})
+
+
+@pytest.mark.parametrize("name", ["bert", "encoder"])
+def test_a_quantized_transformer_of_any_length(tmp_path, name):
+    module, full = network(name), samples(name, 32)
+    names = ["input_ids", "attention_mask"] if name == "bert" else ["input"]
+    axes = {n: {1: "time"} for n in names}
+    copy = quantize(module, [full], target="onnxruntime", dynamic=axes, inputs=tuple)
+    export = export_onnx(copy, full, tmp_path / "m.onnx")
+    assert export.axes == axes
+    with OnnxRuntimeRunner(export.path, emulate=True) as runner:
+        for length in (3, 9, 15):
+            cut = [x[:5, :length] for x in full]
+            want = copy(*cut).detach().numpy()
+            got = next(iter(runner.run({n: x.numpy() for n, x in zip(names, cut, strict=True)}).values()))
+            assert np.median(np.abs(got - want)) <= 1e-6 * np.ptp(want)
 
 
 class Pixels(nn.Module):

@@ -16,6 +16,7 @@ from lightning_accel.compression import check_strategy
 from lightning_accel.export.callback import check_readable
 from lightning_accel.export.evaluate import module_network, through_engine
 from lightning_accel.export.onnx import export_onnx
+from lightning_accel.quantization.capture import CaptureError
 from tests.models import Classifier, Residual, images, loader
 
 
@@ -96,10 +97,42 @@ def batches(lengths, scales=None, kind=dict):
 
 def test_another_length_is_refused_when_it_comes_not_when_quantization_starts(trainer):
     fit = trainer(la.QuantizationAwareTraining("portable", start=5), max_epochs=8)
-    wanted = r"must have shape \(N, 3, 12\), as captured, but got \(4, 3, 9\).*pad or resize"
+    wanted = r"must have shape \(N, 3, 12\), as captured, but got \(4, 3, 9\).*Pad or resize, or name"
     with pytest.raises(ValueError, match=wanted):
         fit.fit(Sequences(), batches([12, 12, 9]))
     assert fit.global_step == 2
+
+
+class Lengths(Sequences):
+    """Its batches have lengths of their own; validation tells accuracy."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_accuracy", (self(batch["inputs"]).argmax(1) == batch["y"]).float().mean())
+
+
+def test_lengths_that_vary_are_trained_on_shipped_and_proven(trainer, tmp_path):
+    qat = la.QuantizationAwareTraining("portable", start=1, calibration_batches=2, dynamic={"x": {2: "length"}})
+    export = la.ModelExport(tmp_path / "bundle", engines=["onnxruntime"])
+    module, held_out = Lengths(), batches([12, 12])
+    fit = trainer(qat, export, max_epochs=3)
+    fit.fit(module, batches([12, 9, 12, 7]), held_out)
+    assert any(line.get("lengths") == {"length": [12, 6]} for line in export.report["verification"])
+    with la.load_runner(tmp_path / "bundle") as runner, torch.no_grad():
+        module.eval()
+        for length in (12, 5, 31):
+            x = torch.randn(3, 3, length)
+            np.testing.assert_allclose(runner(x.numpy()), module({"x": x}).numpy(), atol=2e-2)
+    # The record in the checkpoint holds the axes: a fresh process evaluates any length.
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = la.load_from_checkpoint(Lengths, tmp_path / "a.ckpt").eval()
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(loaded({"x": x}), module({"x": x}))
+
+
+def test_a_length_that_torch_fixes_is_told_in_words():
+    cells = torch.nn.LSTM(3, 4, batch_first=True)
+    with pytest.raises(CaptureError, match=r"torch.export fixes `time` at 12: .* LSTM and GRU unroll time"):
+        la.quantize(cells, [torch.randn(2, 12, 3)], target="portable", dynamic={"input": {1: "time"}})
 
 
 def test_another_constant_is_refused_when_it_comes(trainer):
