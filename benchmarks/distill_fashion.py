@@ -1,14 +1,17 @@
 """How much of the gap between student and teacher each distillation loss closes, beside plain cross-entropy.
 
 ResNet-20 w16 teaches ResNet-8 w8 on Fashion-MNIST: 20,000 training images, all 10,000 test images, SGD under OneCycleLR. All
-rows train the same epochs with the same seeds, fixed before the run; the teacher is trained once, and runs once for each image
-(TeacherCache). The share of the gap is (row - cross-entropy) / (teacher - cross-entropy), paired by seed.
+rows take the same number of steps with the same seeds, fixed before the run; the teacher is trained once, and runs once for each
+image (TeacherCache). The share of the gap is (row - cross-entropy) / (teacher - cross-entropy), paired by seed.
+
+Images are augmented before training, so that a cache can hold what the teacher says to each: `--copies 8`, the image itself and
+seven that are flipped or not and shifted by up to two pixels, for teacher and all rows alike. `--copies 1`: not augmented.
 
 Peak learning rate and the losses' settings are chosen by `--tune`: four candidates for each row, cross-entropy too, are trained
-for half the epochs with one other seed and scored on 5,000 further training images, never on test images. The best candidates
-so far are what a run without `--tune` takes; without any, the first of each row.
+for half the steps on images that aren't augmented, with one other seed, and scored on 5,000 further training images, never on
+test images. The best candidates so far are what a run without `--tune` takes; without any, the first of each row.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.distill_fashion [--quick] [--tune] [--minutes 38]
+    OMP_NUM_THREADS=2 python -m benchmarks.distill_fashion [--quick] [--copies 1] [--tune] [--minutes 38]
 """
 
 import argparse
@@ -20,6 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
@@ -30,6 +34,7 @@ from examples.models import ImageClassifier
 
 RESULTS, KEPT = Path(__file__).parent / "results", Path("artifacts") / "distill_fashion"  # KEPT: teacher, cache
 SEEDS = (21, 22, 23, 24, 25)
+BATCH, SHIFT = 128, 2
 TUNING_SEED, TEACHER_SEED = 20, 19
 LAST = {"student_layer": "net.body.2", "teacher_layer": "net.body.8"}  # the last block of each
 BLOCKS = {"student_layer": "net.body.?", "teacher_layer": ["net.body.2", "net.body.5", "net.body.8"]}
@@ -48,7 +53,21 @@ ROWS: dict[str, list[dict[str, Any] | None]] = {
 }
 
 
-def images(count: int, test: int, tuning: bool) -> list[TensorDataset]:
+def copies_of(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Images ``(N, 1, 28, 28)`` and ``count - 1`` copies of all, flipped or not and shifted, in one tensor; always the same."""
+    generator = torch.Generator().manual_seed(0)
+    n, size = len(x), x.shape[-1]
+    made = [x]
+    for _ in range(count - 1):
+        flip = torch.rand(n, generator=generator) < 0.5
+        shift = torch.randint(-SHIFT, SHIFT + 1, (n, 2), generator=generator)
+        padded = F.pad(torch.where(flip[:, None, None, None], x.flip(-1), x), (SHIFT,) * 4)
+        rows, columns = (torch.arange(size)[None] + SHIFT + shift[:, i : i + 1] for i in (0, 1))
+        made.append(padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None]][:, None])
+    return torch.cat(made)
+
+
+def images(count: int, test: int, tuning: bool, copies: int) -> list[TensorDataset]:
     """Training images, and those that are scored: of the test set, or further ones of the training set."""
     if FASHION.is_dir():
         (x, y), (test_x, test_y) = fashion("train"), fashion("t10k")
@@ -60,14 +79,15 @@ def images(count: int, test: int, tuning: bool) -> list[TensorDataset]:
         test_x, test_y = x[count:], y[count:]
         test = min(test, 5000)
     mean, std = x[:count].mean(), x[:count].std()
-    pairs = ((x[:count], y[:count]), (test_x[:test], test_y[:test]))
+    pairs = ((copies_of(x[:count], copies), y[:count].repeat(copies)), (test_x[:test], test_y[:test]))
     return [TensorDataset((a - mean) / std, b) for a, b in pairs]
 
 
-def fit(module: L.LightningModule, data: list[TensorDataset], epochs: int, folder: Path) -> float:
+def fit(module: L.LightningModule, data: list[TensorDataset], steps: int, folder: Path) -> float:
     """Train a module; its accuracy in percent."""
     trainer = L.Trainer(
-        max_epochs=epochs,
+        max_epochs=-1,
+        max_steps=steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -76,19 +96,24 @@ def fit(module: L.LightningModule, data: list[TensorDataset], epochs: int, folde
         limit_val_batches=0,
         default_root_dir=folder,
     )
-    trainer.fit(module, DataLoader(data[0], 128, shuffle=True, drop_last=True))
+    trainer.fit(module, DataLoader(data[0], BATCH, shuffle=True, drop_last=True))
     return 100 * trainer.test(module, DataLoader(data[1], 500), verbose=False)[0]["test_accuracy"]
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """What tells a teacher, and what it says, from others."""
+    return f"{settings['images']}_{settings['teacher_epochs']}_{settings['copies']}"
 
 
 def teacher_of(folder: Path, settings: Mapping[str, Any]) -> tuple[ImageClassifier, float]:
     """The teacher and its accuracy on the test images; trained if its file isn't there."""
-    file = folder / f"teacher_{settings['images']}_{settings['teacher_epochs']}.pt"
+    file = folder / f"teacher_{name_of(settings)}.pt"
     teacher = ImageClassifier(20, 16, lr=0.1)
     if not file.exists():
         L.seed_everything(TEACHER_SEED, verbose=False)
         teacher = ImageClassifier(20, 16, lr=0.1).to(memory_format=torch.channels_last)
-        data = images(settings["images"], settings["test"], tuning=False)
-        accuracy = fit(teacher, data, settings["teacher_epochs"], folder)
+        data = images(settings["images"], settings["test"], False, settings["copies"])
+        accuracy = fit(teacher, data, settings["teacher_epochs"] * (settings["images"] // BATCH), folder)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save({"state_dict": teacher.state_dict(), "accuracy": accuracy}, file)
     saved = torch.load(file, weights_only=True)
@@ -108,13 +133,13 @@ def trial(
     teacher, _ = teacher_of(folder, settings)
     L.seed_everything(seed, verbose=False)
     module: L.LightningModule = ImageClassifier(8, 8, lr=lr).to(memory_format=torch.channels_last)
-    data = images(settings["images"], settings["test"], tuning)
+    data = images(settings["images"], settings["test"], tuning, settings["copies"])
     if arguments is not None:
-        layers = getattr(arguments["losses"], "student_layer", None)  # maps of 20,000 images: 0.1 to 0.9 GB in float16
+        layers = getattr(arguments["losses"], "student_layer", None)  # maps of 160,000 images: 1 to 7 GB in float16
         kind, storage = ("logits", "float32") if layers is None else (arguments["losses"].name, "float16")
-        name = f"cache_{kind}_{settings['images']}_{settings['teacher_epochs']}"
+        name = f"cache_{kind}_{name_of(settings)}"
         module = la.DistillationModule(module, teacher, cache=la.TeacherCache(folder / name, storage), **arguments)
-    return {"accuracy": round(fit(module, data, settings["epochs"], folder), 3)}
+    return {"accuracy": round(fit(module, data, settings["epochs"] * (settings["images"] // BATCH), folder), 3)}
 
 
 def candidates() -> dict[str, tuple[str, float, dict[str, Any] | None]]:
@@ -167,18 +192,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: shows that it runs")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and settings, on other images")
+    parser.add_argument("--copies", type=int, default=8, help="of each training image, augmented but for the first")
     parser.add_argument("--minutes", type=float, default=38.0, help="stop before this; a re-run goes on")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
-    settings = {"epochs": 12, "teacher_epochs": 16, "images": 20000, "test": 10000}
+    settings = {"epochs": 12, "teacher_epochs": 16, "images": 20000, "test": 10000, "copies": arguments.copies}
+    if arguments.copies > 1:
+        settings["teacher_epochs"] = 20
     if arguments.quick:
-        settings = {"epochs": 1, "teacher_epochs": 1, "images": 256, "test": 200}
+        settings = {"epochs": 1, "teacher_epochs": 1, "images": 256, "test": 200, "copies": 2}
     print_environment()
     with tempfile.TemporaryDirectory() as scratch:
         folder, results = (Path(scratch), Path(scratch)) if arguments.quick else (KEPT, RESULTS)
         tuning = results / "distill_fashion_tune.jsonl"
-        shorter = {**settings, "epochs": max(1, settings["epochs"] // 2)}
+        plain = settings if arguments.quick else {**settings, "teacher_epochs": 16, "copies": 1}
+        shorter = {**plain, "epochs": max(1, settings["epochs"] // 2)}
         named = candidates()
 
         def run(name: str, seed: int, *, tune: bool) -> Mapping[str, float]:
