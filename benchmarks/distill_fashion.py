@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one epoch on few images: shows that it runs")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and settings, on other images")
     parser.add_argument("--copies", type=int, default=8, help="of each training image, augmented but for the first")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="train these alone; default: all")
     parser.add_argument("--minutes", type=float, default=38.0, help="stop before this; a re-run goes on")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
@@ -223,7 +224,8 @@ def main() -> None:
             print(f"chosen for {row}: {name.partition(' / ')[2]}")
         if arguments.tune:
             return
-        rows = {row: (lambda seed, name=name: run(name, seed, tune=False)) for row, name in best.items()}
+        wanted = arguments.rows or list(best)
+        rows = {row: (lambda seed, name=best[row]: run(name, seed, tune=False)) for row in wanted}
         seeds = SEEDS[:1] if arguments.quick else SEEDS
         lines = run_trials(
             results / "distill_fashion.jsonl", rows, seeds, {**settings, "chosen": best}, arguments.minutes

@@ -99,6 +99,7 @@ class AccelTrainer(L.Trainer):
         engines: list[str] | None = None,
         calibration_batches: int = 32,
         ranges: str = "mse",
+        activations: str = "static",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         ckpt_path: str | None = None,
@@ -115,6 +116,7 @@ class AccelTrainer(L.Trainer):
             engines: engines to ship to; by default the target's own.
             calibration_batches: training batches to look at.
             ranges: how ranges are found: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
+            activations: ``static``, ``dynamic`` (linear layers, by the range of the moment) or ``float`` (weights alone are integers).
             include: globs of operators to quantize.
             exclude: globs of operators that stay float.
             ckpt_path: the same as ``ckpt``, so that the config that ``fit`` saves can be used.
@@ -123,7 +125,9 @@ class AccelTrainer(L.Trainer):
         path = ckpt or ckpt_path
         if path is None:
             raise ValueError("Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE.")
-        callback = PostTrainingQuantization(target, calibration_batches, ranges, None, include, exclude)
+        callback = PostTrainingQuantization(
+            target, calibration_batches, ranges, None, include, exclude, activations=activations
+        )
         export = ModelExport(dirpath, engines)
         self.callbacks: list[L.Callback] = [
             callback,

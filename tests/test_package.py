@@ -100,12 +100,13 @@ SHARED = {
     "compression",
     "call_names",
     "call_shapes",
+    "dynamic_linear",
     "inputs",
     "globs",
     "extras",
 }
 MAY_IMPORT = {
-    "engines": {"extras"},
+    "engines": {"extras", "dynamic_linear"},
     "benchmarking": {"engines", "extras"},
     "pruning": SHARED,
     "distillation": SHARED | {"engines"},

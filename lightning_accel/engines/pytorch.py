@@ -36,7 +36,8 @@ class PyTorchRunner(Runner):
         if not Path(path).is_file():
             raise FileNotFoundError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
         refuse_pickles(Path(path), torch)
-        import_module("torch.ao.quantization.fx._decomposed")  # registers the operators of quantized programs
+        for name in ("torch.ao.quantization.fx._decomposed", "lightning_accel.dynamic_linear"):
+            import_module(name)  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:
             program = torch.export.load(str(path), extra_files=extra)

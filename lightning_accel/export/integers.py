@@ -40,10 +40,17 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             readers.setdefault(tables.get(node.input[0], node.input[0]), []).append(node)
+    products = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulInteger"}
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
     for path_of, part in trained.items():
         for name, (integers, scale, axis) in part.weights.items():
+            counts["weights"] += 1
+            counts["integers"] += integers.numel()
+            if own := next((key for key in products if key == name or key.endswith(f".{name}")), None):
+                _same(f"integers of `{name}`", constants[own], integers.numpy())
+                _check_product(name, products[own], scale.numpy(), model, constants)
+                continue
             stored = _stored(name, integers.numpy(), constants, readers)
             if stored is None:
                 raise VerificationError(
@@ -60,8 +67,6 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
                 raise VerificationError(
                     f"The scales of `{name}` must go along axis {axis}, but another one is in the file."
                 )
-            counts["weights"] += 1
-            counts["integers"] += integers.numel()
     wanted = Counter((np.float32(s), z) for part in trained.values() for s, z in part.activations.values())
     found: Counter[tuple[np.float32, int]] = Counter()
     for node in quantizers:
@@ -85,6 +90,28 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
         )
     counts["activations"] = sum(wanted.values())
     return counts
+
+
+def _check_product(
+    name: str, product: onnx.NodeProto, scale: np.ndarray, model: onnx.ModelProto, constants: Mapping[str, np.ndarray]
+) -> None:
+    """A layer with the range of the moment: who quantizes its input, and what its sums are scaled by."""
+    source = next(
+        (n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear" and n.output[0] == product.input[0]), None
+    )
+    if source is None or list(product.input[2:]) != [source.output[2]]:
+        raise VerificationError(
+            f"MatMulInteger of `{name}` must read what DynamicQuantizeLinear makes, and a weight with zero point 0, but doesn't."
+        )
+    factors = [
+        constants[other]
+        for node in model.graph.node
+        if node.op_type == "Mul" and source.output[1] in node.input
+        for other in node.input
+        if other in constants
+    ]
+    if not any(_equal(found, scale) for found in factors):
+        _same(f"scales of `{name}`", factors[0] if factors else np.zeros(0), scale)
 
 
 def _stored(

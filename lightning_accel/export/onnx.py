@@ -27,6 +27,7 @@ from lightning_accel.call_shapes import (
 )
 from lightning_accel.export import onnx_file
 from lightning_accel.export.surrounded import surrounded
+from lightning_accel.export.translations import TRANSLATIONS
 from lightning_accel.inputs import (
     Call,
     canonical_call,
@@ -183,7 +184,13 @@ def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:
     try:
         written = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, input_names=names_in, output_names=names_out, verbose=False
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names_in,
+            output_names=names_out,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error

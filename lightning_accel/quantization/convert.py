@@ -4,6 +4,7 @@ Nothing is computed anew here: integers, scales, zero points and biases come fro
 evaluation use, so what is written is what was simulated.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
 
-from lightning_accel.quantization.folding import FoldedEmbedding, FoldedOperator
+from lightning_accel.quantization.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
 from lightning_accel.quantization.modules import ActivationFakeQuant
 from lightning_accel.quantization.prepare import QuantizedForward
 
@@ -58,10 +59,9 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
                 key += "'"
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
-        elif isinstance(part, FoldedOperator | FoldedEmbedding):
+        elif write := _WRITERS.get(type(part)):
             name = node.target.removeprefix("folded_")
-            write = _quantize_operator if isinstance(part, FoldedOperator) else _quantize_embedding
-            trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)  # type: ignore[arg-type]
+            trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     _drop_unused_tensors(graph_module)
@@ -115,6 +115,24 @@ def _quantize_operator(
     return integers.cpu(), scale.cpu(), part.axis
 
 
+def _quantize_dynamic(
+    graph_module: GraphModule, node: Node, part: DynamicLinear, name: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    weight = dict(graph_module.named_parameters(remove_duplicate=False))[str(node.args[1].target)]  # type: ignore[union-attr]
+    integers, scale = part.fold(weight)
+    graph_module.register_buffer(f"{name}_weight_int8", integers)
+    graph_module.register_buffer(f"{name}_weight_scale", scale)
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        stored = [graph.get_attr(f"{name}_weight_{kind}") for kind in ("int8", "scale")]
+        operator = torch.ops.lightning_accel.dynamic_linear.default
+        result = graph.call_function(operator, (node.args[0], *stored, node.args[2]))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return integers.cpu(), scale.cpu(), 1
+
+
 def _quantize_embedding(
     graph_module: GraphModule, node: Node, part: FoldedEmbedding, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -132,6 +150,13 @@ def _quantize_embedding(
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return values.to(torch.int8).cpu(), scale.cpu(), 0
+
+
+_WRITERS: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor, int]]] = {
+    FoldedOperator: _quantize_operator,
+    DynamicLinear: _quantize_dynamic,
+    FoldedEmbedding: _quantize_embedding,
+}
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.quantization.fake_quant import TINY, per_channel, quantize_weight, stored
+from lightning_accel.dynamic_linear import dynamic_linear
+from lightning_accel.quantization.fake_quant import TINY, per_channel, quantize_weight, stored, straight
 from lightning_accel.quantization.ranges import RangeBank
 
 aten = torch.ops.aten
@@ -72,6 +73,28 @@ class FoldedOperator(nn.Module):
             return y
         gamma, beta, mean, variance = norm
         return aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer with integer weights whose input is quantized by the range of the moment, in each call anew."""
+
+    def __init__(self, bank: RangeBank, name: str) -> None:
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers ``(in, out)``, int8, and scales ``(out,)`` that ship."""
+        integers, scale = quantize_weight(weight, 0, self.bank.target)
+        return integers.t().contiguous().to(torch.int8), scale
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Output of the layer; the gradient, if there is one, is that of the float layer."""
+        if not self.bank.active or self.name in self.bank.off:
+            return aten.linear.default(x, weight, bias)
+        integers, scale = self.fold(weight)
+        with torch.no_grad():
+            result = dynamic_linear(x.float(), integers, scale, bias)
+        return straight(aten.linear.default(x, weight, bias), result) if torch.is_grad_enabled() else result
 
 
 class FoldedEmbedding(nn.Module):

@@ -6,11 +6,13 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from lightning_accel.quantization.folding import FoldedEmbedding, FoldedOperator
+from lightning_accel.quantization.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
 from lightning_accel.quantization.graph import clip_of, writes
 from lightning_accel.quantization.modules import ActivationFakeQuant, WeightFakeQuant
 from lightning_accel.quantization.quantizer import Plan, Point, aten
 from lightning_accel.quantization.ranges import RangeBank
+
+DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
 
 
 def place_fake_quants(
@@ -36,7 +38,9 @@ def place_fake_quants(
     placed: dict[tuple[Node, int, int], Node] = {}
     for point in plan.points:
         if point.weight:
-            if training:
+            if plan.dynamic and point.node.target is aten.linear.default:
+                _make_dynamic(graph_module, point, bank)
+            elif training:
                 _place_weight(graph_module, point, bank)
             continue
         row = rows[tensors[point.key]]
@@ -60,7 +64,7 @@ def place_fake_quants(
             _take_over_rectifier(graph_module, node)
     if not training:
         for point in plan.points:
-            if point.weight:
+            if point.weight and not (plan.dynamic and point.node.target is aten.linear.default):
                 _fold(graph_module, point, bank)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
@@ -109,6 +113,21 @@ def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> N
     point.node.update_arg(point.index, made)  # type: ignore[arg-type]  # a weight is an operand, not a result
 
 
+def _make_dynamic(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+    name = _free_name(graph_module, point)
+    graph_module.add_module(name, DynamicLinear(bank, point.operator))
+    bias = point.node.args[2] if len(point.node.args) > 2 else None
+    with graph_module.graph.inserting_before(point.node):
+        _replace(point.node, graph_module.graph.call_module(name, (*point.node.args[:2], bias)))
+
+
+def _free_name(graph_module: GraphModule, point: Point) -> str:
+    name = "folded_" + point.operator.replace(".", "_")
+    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
+        name += "_"
+    return name
+
+
 def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
     source: Any = node.args[0]
     clip = clip_of(source)
@@ -121,9 +140,7 @@ def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
 
 def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
     """Replace an operator, and the batch norm that alone reads it, by one with integer weights."""
-    node, name = point.node, "folded_" + point.operator.replace(".", "_")
-    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
-        name += "_"
+    node, name = point.node, _free_name(graph_module, point)
     graph = graph_module.graph
     if node.target is aten.embedding.default:
         graph_module.add_module(name, FoldedEmbedding(bank, point.operator))

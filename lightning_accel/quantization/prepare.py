@@ -19,12 +19,14 @@ from lightning_accel.call_shapes import InputGuard, plain_call
 from lightning_accel.inputs import canonical_call, own_signature
 from lightning_accel.quantization.attention import take_apart_attention
 from lightning_accel.quantization.capture import Bindings, capture
-from lightning_accel.quantization.placing import freeze_norms, place_fake_quants
+from lightning_accel.quantization.placing import DYNAMIC, freeze_norms, place_fake_quants
 from lightning_accel.quantization.quantizer import Plan, plan_points
 from lightning_accel.quantization.ranges import RangeBank
 from lightning_accel.quantization.targets import ATTENTION, Target
 from lightning_accel.structure import Change
 
+ACTIVATIONS = ("static", "dynamic", "float")
+_NOT_LINEAR = "the range of the moment is for linear layers"
 _Modes = tuple[bool, ...]  # the mode of each submodule
 
 
@@ -39,7 +41,8 @@ class QuantizedForward:
         exclude: globs of operators; wins.
         path: the module's name, for messages.
         ranges: how ranges are learned, see :class:`~lightning_accel.quantization.ranges.RangeBank`.
-        activations: ``False`` quantizes weights alone.
+        activations: ``"static"``: one range for all calls; ``"dynamic"``: the inputs of linear layers, by the range of the moment;
+            ``"float"``: not at all, weights alone are integers.
 
     Raises:
         CaptureError: the module can't be captured.
@@ -55,8 +58,15 @@ class QuantizedForward:
         exclude: Sequence[str] = (),
         path: str = "",
         ranges: str = "moving_average",
-        activations: bool = True,
+        activations: str = "static",
     ) -> None:
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {activations!r}.")
+        if activations == "dynamic" and target.signed_activations:
+            raise ValueError(
+                f'Argument `activations` must be "static" or "float" for the target {target.name!r}, but got "dynamic": ONNX quantizes by '
+                'the range of the moment to uint8 alone. Use the target "onnxruntime".'
+            )
         self.module, self.inputs, self.path, self.target = module, inputs, path, target
         self.ranges, self.activations = ranges, activations
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -88,17 +98,21 @@ class QuantizedForward:
 
     def _capture(self, training: bool | None) -> GraphModule:
         graph = capture(self.module, self.inputs, training, self.path)
-        if ATTENTION in self.target.operators and self.activations:
+        if ATTENTION in self.target.operators and self.activations == "static":
             take_apart_attention(graph)
         return graph
 
     def _plan_of(self, graph: GraphModule, training: bool) -> Plan:
         plan = plan_points(graph, self.target, self.include, self.exclude, training=training)
-        if not self.activations:
-            weighted = {p.operator for p in plan.points if p.weight}
-            rest = {p.operator for p in plan.points} - weighted
-            plan.points = [p for p in plan.points if p.weight]
-            plan.kept_float |= dict.fromkeys(rest, "it has no weight")
+        if self.activations != "static":
+            plan.dynamic = self.activations == "dynamic"
+            all_weights = [p for p in plan.points if p.weight]
+            points = [p for p in all_weights if not plan.dynamic or p.node.target in DYNAMIC]
+            for point in plan.points:
+                if point.operator not in {p.operator for p in points}:
+                    weighted = point.operator in {p.operator for p in all_weights}
+                    plan.kept_float[point.operator] = _NOT_LINEAR if weighted else "it has no weight"
+            plan.points = points
         return plan
 
     def _build_mixed(self, modes: "_Modes") -> None:

@@ -57,7 +57,7 @@ def quantize_(
     part: str | list[str] | None = None,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
-    weights_only: bool = False,
+    activations: str = "static",
     inputs: InputsFunction | None = None,
     dynamic: Axes | None = None,
 ) -> nn.Module:
@@ -72,7 +72,9 @@ def quantize_(
         part: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
-        weights_only: store weights as integers, compute in float: a file a quarter as large, no speed-up.
+        activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: linear layers alone are quantized, their inputs
+            by the range of the moment in each call, and of the batches only the first is looked at, for its shapes;
+            ``"float"``: weights are stored as integers, computed is in float: a file a quarter as large, no speed-up.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
 
@@ -101,12 +103,13 @@ def quantize_(
             as_patterns("exclude", exclude),
             path,
             ranges,
-            activations=not weights_only,
+            activations=activations,
         )
     for forward in forwards.values():
         forward.module.__dict__["forward"] = forward
     try:
         with isolated_random():
+            batches = batches if activations == "static" else 1
             calls = (call_from_batch(caller, _on(batch, module), inputs) for batch in islice(data, batches))
             calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
@@ -184,6 +187,7 @@ class PostTrainingQuantization(QuantizingCallback):
         exclude: globs of operators that stay float.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, see :func:`quantize_`.
+        activations: ``"static"``, ``"dynamic"`` or ``"float"``, see :func:`quantize_`.
         name: the state's name in the checkpoint.
 
     Raises:
@@ -205,6 +209,7 @@ class PostTrainingQuantization(QuantizingCallback):
         exclude: str | list[str] | None = None,
         inputs: InputsFunction | None = None,
         dynamic: dict[str, dict[int, str]] | None = None,
+        activations: str = "static",
         name: str = "ptq",
     ) -> None:
         super().__init__(
@@ -216,6 +221,7 @@ class PostTrainingQuantization(QuantizingCallback):
             ranges=ranges,
             inputs=inputs,
             dynamic=dynamic,
+            activations=activations,
             name=name,
             start=1.0,
         )

@@ -115,12 +115,14 @@ class Plan:
         kept_float: name of an operator -> why it stays float.
         counts: how often each kind of operator runs in each module.
         groups: name of an operator -> its key in ``counts``.
+        dynamic: whether linear layers quantize their input by the range of the moment.
     """
 
     points: list[Point] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     groups: dict[str, tuple[str, str]] = field(default_factory=dict)
+    dynamic: bool = False
 
     def tensors(self) -> dict[str, str]:
         """Which activations share a range: key of each that is one -> key of the tensor (its first reader's)."""
@@ -274,6 +276,19 @@ def _kind_of(node: Any) -> str:
     return CONVOLUTION if kind == TRANSPOSED else kind
 
 
+def _reads_input(node: Node) -> bool:
+    """Whether a value depends on what the network is given."""
+    seen, open_nodes = {node}, [node]
+    while open_nodes:
+        found = open_nodes.pop()
+        if found.op == "placeholder":
+            return True
+        new = [n for n in found.all_input_nodes if n not in seen]
+        seen.update(new)
+        open_nodes += new
+    return False
+
+
 def _is_float(value: Any) -> bool:
     value = value.meta.get("val") if isinstance(value, Node) else None
     return isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -299,6 +314,8 @@ def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Targ
             return "its weight isn't a parameter, but computed"
         if kind == TRANSPOSED and len(node.args) > 6 and node.args[6] != 1:
             return "a transposed convolution with groups has no scale for each output channel"
+        if kind == EMBEDDING and not _reads_input(operands[1 - position]):
+            return "it looks up the same rows in each call, which the file holds as a constant"
         if kind != EMBEDDING and shapes[1 - position] is None:
             return "its input isn't floating point"
         if target.outputs and node.target in CONVOLUTIONS and reads_of(result_of(node), "output"):

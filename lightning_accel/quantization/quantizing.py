@@ -34,6 +34,7 @@ class QuantizingCallback(CompressionCallback):
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``.
         name: the state's name in the checkpoint.
         start: epoch or share of the run at which it begins.
+        activations: ``"static"``, ``"dynamic"`` or ``"float"``.
     """
 
     captures = True
@@ -51,6 +52,7 @@ class QuantizingCallback(CompressionCallback):
         dynamic: Axes | None,
         name: str,
         start: int | float,
+        activations: str = "static",
     ) -> None:
         super().__init__(name=name, start=start)
         if calibration_batches < 1:
@@ -61,7 +63,7 @@ class QuantizingCallback(CompressionCallback):
         self.paths = list(as_patterns("module", module)) or [""]
         self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
         self.calibration_batches, self.ranges, self.inputs = calibration_batches, ranges, inputs
-        self.dynamic = dynamic or {}
+        self.dynamic, self.activations = dynamic or {}, activations
         self._prepared: dict[str, QuantizedForward] = {}  # captured in preflight, placed at `start`
         self._placed: dict[str, QuantizedForward] = {}
 
@@ -126,7 +128,14 @@ class QuantizingCallback(CompressionCallback):
                 continue
             owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
             forward = QuantizedForward(
-                owner, described(owner, call, self.dynamic), self.target, self.include, self.exclude, path, self.ranges
+                owner,
+                described(owner, call, self.dynamic),
+                self.target,
+                self.include,
+                self.exclude,
+                path,
+                self.ranges,
+                self.activations,
             )
             self._prepared[path] = forward
             for operator, reason in forward.kept_float.items():

@@ -2,13 +2,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
 from benchmarks.zoo import network, samples
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.integers import check_integers
+from lightning_accel.export.proof import prove_file
+from lightning_accel.export.tolerances import EMULATED_INT8
+from lightning_accel.inputs import own_signature
 from lightning_accel.quantization.prepare import quantized_forwards
 from tests.models import Classifier, images, loader
 
@@ -39,7 +44,7 @@ def test_what_is_written_is_what_was_quantized(target, tmp_path):
 def test_weights_alone_make_a_small_file_that_computes_in_float(tmp_path):
     module, (x,) = network("vit"), samples("vit", 16)
     plain = la.export_onnx(module, x, tmp_path / "float.onnx").path.stat().st_size
-    copy = la.quantize(module, [x], target="onnxruntime", weights_only=True)
+    copy = la.quantize(module, [x], target="onnxruntime", activations="float")
     assert quantized_forwards(copy)[""].bank.keys == []
     export = la.export_onnx(copy, x, tmp_path / "int8.onnx")
     assert export.path.stat().st_size < plain / 3
@@ -49,6 +54,60 @@ def test_weights_alone_make_a_small_file_that_computes_in_float(tmp_path):
     for emulate in (True, False):
         got = OnnxRuntimeRunner(export.path, emulate=emulate)(x.numpy())
         assert np.abs(got - want).max() <= 1e-5 * np.ptp(want)
+
+
+@pytest.mark.parametrize("name", ["mlp", "encoder", "bert"])
+def test_linear_layers_by_the_range_of_the_moment(name, tmp_path):
+    module, inputs = network(name), samples(name, 16)
+    copy = la.quantize(module, [inputs], target="onnxruntime", activations="dynamic", inputs=tuple)
+    forward = quantized_forwards(copy)[""]
+    assert forward.bank.keys == []
+    assert {n for n, m in module.named_modules() if type(m) is nn.Linear and "out_proj" not in n} <= {
+        *forward.quantized
+    }
+    call = dict(zip(own_signature(module).parameters, inputs, strict=True))
+    export = la.export_onnx(copy, inputs, tmp_path / "m.onnx")
+    assert check_integers(export.path, export.trained)["weights"] == len(forward.quantized)
+    feeds = {n: x.numpy() for n, x in call.items()}
+    network_of = module_network(copy, export, (inputs, {}))
+    _, nodes = prove_file(export, network_of, feeds, tolerance=EMULATED_INT8)
+    assert nodes["compared"] == nodes["of"]
+    assert nodes["largest_error"] < 1e-6
+    with torch.no_grad():
+        want, exact = copy(*inputs), module(*inputs)
+    assert 0 < (want - exact).square().mean() < 2e-3 * exact.var()
+    with la.load_runner(export.path, "onnxruntime") as runner:
+        got = next(iter(runner.run(feeds).values()))
+    assert np.median(np.abs(got - want.numpy())) < 1e-3 * np.ptp(want.numpy())
+    torch.export.save(export.captured, tmp_path / "m.pt2")
+    with la.load_runner(tmp_path / "m.pt2", "pytorch") as runner:
+        np.testing.assert_array_equal(next(iter(runner.run(feeds).values())), want.numpy())
+
+
+def test_the_range_of_the_moment_is_that_of_onnx(tmp_path):
+    """Against ONNX's own reference evaluator, on values with a range far off zero, and on zeros."""
+    layer = nn.Linear(700, 5)
+    copy = la.quantize(layer, [torch.zeros(2, 700)], target="onnxruntime", activations="dynamic")
+    export = la.export_onnx(copy, torch.zeros(2, 700), tmp_path / "m.onnx")
+    reference = ReferenceEvaluator(str(export.path))
+    for x in (torch.randn(4, 700) - 3, torch.rand(3, 700) + 1, torch.zeros(2, 700), -torch.rand(2, 700)):
+        (want,) = reference.run(None, {"input": x.numpy()})
+        np.testing.assert_allclose(copy(x).detach().numpy(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_dynamic_network_can_be_trained_on_and_says_what_it_cannot():
+    layer = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match='`activations` must be "static" or "float" for the target \'portable\''):
+        la.quantize(layer, [torch.zeros(2, 3, 2)], target="portable", activations="dynamic")
+    with pytest.raises(ValueError, match="`activations` must be one of"):
+        la.quantize(layer, [torch.zeros(2, 3, 2)], target="onnxruntime", activations="sometimes")
+    copy = la.quantize(layer, [torch.zeros(2, 3, 2)], target="onnxruntime", activations="dynamic")
+    assert quantized_forwards(copy)[""].kept_float == {"0": "the range of the moment is for linear layers"}
+    x = torch.randn(4, 3, 2)
+    copy.train()(x).square().sum().backward()
+    layer.train()(x).square().sum().backward()
+    error = (copy[2].weight.grad - layer[2].weight.grad).norm() / layer[2].weight.grad.norm()
+    assert 0 < error < 0.1
 
 
 def test_a_submodule_alone():
