@@ -60,6 +60,12 @@ def test_every_difference_of_a_file_is_traced():
     assert lines[-1].endswith(": reached"), lines
 
 
+def test_integer_kernels_compute_what_was_prepared():
+    lines = quick("int8_kernels").stdout.splitlines()
+    assert sum(line.startswith(("| ResNet-8 w16 |", "| depthwise |")) for line in lines) == 8
+    assert lines[-1].startswith("largest difference: ")
+
+
 def test_trainings():
     process = quick("prune_fashion")
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"row"')]
