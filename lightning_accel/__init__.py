@@ -53,6 +53,9 @@ _PUBLIC = {
     "load_runner": "engines.base",
     "build_engine": "engines.tensorrt",
     "benchmark": "benchmarking.measure",
+    "benchmark_bundle": "export.bundle_benchmark",
+    "Budgets": "benchmarking.decision",
+    "BenchmarkSettings": "benchmarking.comparison",
     "plan": "planning",
 }
 

@@ -1,0 +1,291 @@
+"""The benchmark of a bundle: every way to run the network side by side, each with its accuracy, and the one that ships."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
+from lightning_accel.benchmarking.decision import Budgets, decide
+from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.rounds import Measured, Row, measure_ways
+from lightning_accel.benchmarking.ways import BASELINE, REFERENCE, Way, ways_of
+from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.export import tolerances
+from lightning_accel.export.bundle import check_destination, record_comparison
+from lightning_accel.export.prepared import prepared
+from lightning_accel.export.reverify import SAMPLES, split_samples
+from lightning_accel.export.verification import Feeds, Network, verify
+
+_KEPT = 512  # samples on which kernels are held against the file
+_FLOAT = ("fp32", "fp16", "bf16")
+
+
+def benchmark_bundle(
+    folder: str | Path,
+    samples: Feeds | None = None,
+    labels: np.ndarray | None = None,
+    *,
+    budgets: Budgets | None = None,
+    everything: bool = False,
+    ways: Sequence[str] | None = None,
+    settings: BenchmarkSettings | None = None,
+    record: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run a bundle's network in all the ways that people run networks, side by side; decide which one ships.
+
+    Args:
+        folder: the bundle.
+        samples: held-out inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, predictions
+            are compared with those, else with the baseline's. ``None`` takes the samples in the bundle, if it was
+            written with any; without them only speed is measured, and only plain float32 can ship.
+        labels: class of each sample, integers ``(S,)``; for logits of each position ``(S, ...)``.
+        budgets: what may be lost and what it may cost; ``None`` decides nothing.
+        everything: all ways instead of the half dozen that matter.
+        ways: names of the ways instead; the baseline is always among them.
+        settings: batch sizes, callers, times, threads.
+        record: write ``comparison.json`` into the bundle, and the decision into its manifest as the default.
+        progress: told what is being done.
+
+    Returns:
+        What was measured. After Ctrl-C what was measured until then, and no decision.
+
+    Raises:
+        FileNotFoundError: there is no bundle, or one of its files is missing.
+        ValueError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it.
+
+    Example:
+        >>> comparison = benchmark_bundle("artifacts", budgets=Budgets(max_drop=0.5))  # doctest: +SKIP
+        >>> comparison.decision["why"]  # doctest: +SKIP
+        'openvino int8 ships: 2.61x [2.55, 2.68] as fast as fp32 in ONNX Runtime at batch 32; ...'
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if record:
+        check_destination(folder)
+    source = "given"
+    if samples is None and (folder / SAMPLES).is_file():
+        source = "kept in the bundle"
+        with np.load(folder / SAMPLES, allow_pickle=False) as kept:
+            samples = dict(kept)
+    comparison = compare_ways(
+        folder,
+        manifest,
+        samples,
+        labels,
+        source=source,
+        budgets=budgets,
+        everything=everything,
+        names=ways,
+        settings=settings,
+        progress=progress,
+    )
+    if record:
+        record_comparison(folder, comparison.to_dict(), shipped_line(comparison))
+    return comparison
+
+
+def compare_ways(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    samples: Feeds | None,
+    labels: np.ndarray | None = None,
+    *,
+    source: str,
+    budgets: Budgets | None = None,
+    everything: bool = False,
+    names: Sequence[str] | None = None,
+    settings: BenchmarkSettings | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Measure and decide, without writing anything; arguments as in :func:`benchmark_bundle`.
+
+    Args:
+        folder: the files.
+        manifest: ``engines``, ``model``, ``precision``, ``inputs`` and ``outputs`` are read.
+        samples: inputs, and outputs or none of them.
+        labels: of the samples.
+        source: where the samples come from, for the report.
+        budgets: limits of the decision.
+        everything: all ways.
+        names: these ways.
+        settings: how it is measured.
+        progress: told what is being done.
+    """
+    settings = settings or BenchmarkSettings()
+    if budgets is not None and budgets.batch not in (None, *settings.batches):
+        raise ValueError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
+    chosen = _chosen(ways_of(folder, manifest), everything, names)
+    with load_runner(_proven(folder, manifest, "fp32"), "onnxruntime", emulate=True) as runner:
+        known = samples is not None
+        feeds, wanted = split_samples(samples, manifest) if samples is not None else (_synthetic(runner), {})
+        _check(runner, feeds, labels if known else None)
+    if labels is not None and not known:
+        raise ValueError(
+            "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
+        )
+    machine = environment()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = [prepared(way, Path(scratch)) for way in chosen]
+        measured = measure_ways(made, feeds, settings, baseline=BASELINE, keep=_KEPT if known else 0, progress=progress)
+        for row in measured.rows:
+            _describe(row, folder)
+    against = "nothing: there were no held-out samples"
+    if known:
+        against = "the trained network" if wanted else BASELINE
+        _score(measured, wanted, labels)
+        _hold_kernels(measured, folder, manifest, feeds)
+    count = len(next(iter(feeds.values())))
+    told = {
+        **asdict(settings),
+        "samples": count if known else 0,
+        "data": f"{count:,} held-out samples, {source}" if known else "random inputs: neither accuracy nor agreement",
+        "agreement_with": against,
+        "spinning": "off",
+    }
+    nulls = {key: pick((n[key] for n in measured.null), default=None) for key, pick in (("low", min), ("high", max))}
+    comparison = Comparison(
+        environment=machine,
+        settings=told,
+        baseline=BASELINE,
+        null={"value": measured.null[0]["value"] if measured.null else None, **nulls, "points": measured.null},
+        noisy=any(n["noisy"] for n in measured.null),
+        ways=[row.result for row in measured.rows],
+        interrupted=measured.interrupted,
+    )
+    if budgets is not None and not measured.interrupted:
+        comparison.decision = decide(comparison, budgets)
+    return comparison
+
+
+def shipped_line(comparison: Comparison) -> dict[str, str] | None:
+    """What the manifest has to name as its default after a decision; ``None`` leaves it as it is."""
+    name = (comparison.decision or {}).get("ship")
+    if name is None:
+        return None
+    way = comparison[name]
+    assert way.file is not None
+    return {"engine": way.engine, "file": way.file, "precision": way.precision}
+
+
+def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) -> list[Way]:
+    known = [way.name for way in ways]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"Argument `ways` must be among {known}, but got {unknown}.")
+    if names is not None:
+        return [way for way in ways if way.name in (BASELINE, *names)]
+    return [way for way in ways if everything or way.common]
+
+
+def _proven(folder: Path, manifest: Mapping[str, Any], precision: str) -> Path:
+    """The file that was held against the trained network, of which a way in this precision is made."""
+    reference = folder / REFERENCE
+    return reference if precision in _FLOAT and reference.is_file() else folder / manifest["model"]
+
+
+def _synthetic(runner: Runner) -> dict[str, np.ndarray]:
+    """Random inputs, where nothing but speed is asked for; integers are zeros, which are in every vocabulary."""
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for spec in runner.inputs:
+        if None in spec.shape[1:]:
+            raise ValueError(
+                f"Argument `samples` must be given for input `{spec.name}`, whose shape {spec.shape} is open. Pass `--data FILE.npz`, or "
+                "export with ModelExport(keep_samples=16)."
+            )
+        shape = [32 if size is None else size for size in spec.shape]
+        floating = np.issubdtype(spec.dtype, np.floating)
+        feeds[spec.name] = rng.normal(size=shape).astype(spec.dtype) if floating else np.zeros(shape, spec.dtype)
+    return feeds
+
+
+def _check(runner: Runner, feeds: Feeds, labels: np.ndarray | None) -> None:
+    """What doesn't fit is told before anything is measured."""
+    for spec in runner.inputs:
+        spec.check(feeds[spec.name])
+    counts = {name: len(array) for name, array in feeds.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(
+            f"Argument `samples` must hold the same number of samples (at least 1) of each input, but got {counts}."
+        )
+    if labels is None:
+        return
+    if not np.issubdtype(labels.dtype, np.integer) or len(labels) not in counts.values():
+        raise ValueError(
+            f"Argument `labels` must hold an integer for each of the {next(iter(counts.values()))} samples, but got "
+            f"{labels.dtype} of shape {labels.shape}."
+        )
+    outputs = next(iter(runner.run({name: array[:1] for name, array in feeds.items()}).values()))
+    shape = outputs.shape[2:]
+    if outputs.ndim < 2 or labels.shape[1:] != shape:
+        raise ValueError(
+            f"Argument `labels` must have the shape (S, {', '.join(map(str, shape))}) of predictions, but got {labels.shape}, "
+            f"where the first output has the shape {outputs.shape}."
+        )
+    if labels.min() < 0 or labels.max() >= outputs.shape[1]:
+        raise ValueError(
+            f"Argument `labels` must be from 0 to {outputs.shape[1] - 1}, the classes of the first output, but got "
+            f"{labels.min()} to {labels.max()}."
+        )
+
+
+def _describe(row: Row, folder: Path) -> None:
+    file = row.way.file
+    if file is None or not file.is_file():
+        return
+    if file.is_relative_to(folder):
+        row.result.file = file.relative_to(folder).as_posix()
+    weights = file.with_name(f"{file.name}.data")
+    row.result.file_bytes = file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
+
+
+def _score(measured: Measured, wanted: Feeds, labels: np.ndarray | None) -> None:
+    """Accuracy and agreement, from the classes that each way predicts."""
+    right = next((row.outputs.get("classes") for row in measured.rows if row.way.name == BASELINE), None)
+    if wanted:
+        logits = next(iter(wanted.values()))
+        right = logits.argmax(1) if logits.ndim >= 2 and logits.shape[1] > 1 else None
+    for row in measured.rows:
+        classes = row.outputs.get("classes")
+        if classes is None:
+            continue
+        if right is not None:
+            row.result.agreement = float((classes == right).mean())
+        if labels is not None:
+            row.result.accuracy = float((classes == labels).mean())
+
+
+def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
+    """Law of the bundle: an engine ships only if its kernels, on this machine, compute what the proven file says."""
+    few = {name: array[:_KEPT] for name, array in feeds.items()}
+    count = len(next(iter(few.values())))
+    right: dict[Path, Feeds] = {}
+    for row in measured.rows:
+        got = {n.removeprefix("output "): a for n, a in row.outputs.items() if n.startswith("output ")}
+        if not got or row.way.unshippable:
+            continue
+        file = _proven(folder, manifest, row.way.precision)
+        if file not in right:
+            with load_runner(file, "onnxruntime", emulate=True) as runner:
+                right[file] = runner.run(few)
+        check = verify(
+            _answering(right[file]),
+            _answering(got),
+            few,
+            engine=row.way.name,
+            tolerance=tolerances.ENGINES[row.way.precision],
+            batch_sizes=(count,),
+        )
+        names = ("samples", "median_error", "p99_error", "max_error", "failures", "passed")
+        row.result.kernels = {name: value for name, value in check.to_dict().items() if name in names}
+
+
+def _answering(outputs: Feeds) -> Network:
+    """The network whose outputs are known for all samples at once."""
+    return lambda feeds: outputs
