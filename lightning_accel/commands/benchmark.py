@@ -131,6 +131,8 @@ def settings_of(arguments: argparse.Namespace) -> BenchmarkSettings:
         "threads": arguments.threads,
         "limit_s": arguments.limit,
     }
+    if arguments.seconds is not None and arguments.seconds > 0:  # twenty turns, and a warm-up that fits
+        given |= {"turn_s": min(0.1, arguments.seconds / 20), "warmup_s": min(0.3, arguments.seconds / 4)}
     return BenchmarkSettings(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -12,17 +12,16 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, Compariso
 from lightning_accel.benchmarking.decision import Budgets, decide
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.rounds import Measured, Row, measure_ways
-from lightning_accel.benchmarking.ways import BASELINE, REFERENCE, Way, ways_of
+from lightning_accel.benchmarking.ways import BASELINE, Way, ways_of
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import check_destination, record_comparison
 from lightning_accel.export.prepared import prepared
-from lightning_accel.export.reverify import SAMPLES, split_samples
+from lightning_accel.export.reverify import SAMPLES, proven_file, split_samples
 from lightning_accel.export.verification import Feeds, Network, verify
 
 _KEPT = 512  # samples on which kernels are held against the file
-_FLOAT = ("fp32", "fp16", "bf16")
 
 
 def benchmark_bundle(
@@ -122,7 +121,7 @@ def compare_ways(
     if budgets is not None and budgets.batch not in (None, *settings.batches):
         raise ValueError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
     chosen = _chosen(ways_of(folder, manifest), everything, names)
-    with load_runner(_proven(folder, manifest, "fp32"), "onnxruntime", emulate=True) as runner:
+    with load_runner(folder / proven_file(manifest, "fp32"), "onnxruntime", emulate=True) as runner:
         known = samples is not None
         feeds, wanted = split_samples(samples, manifest) if samples is not None else (_synthetic(runner), {})
         _check(runner, feeds, labels if known else None)
@@ -181,12 +180,6 @@ def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) 
     if names is not None:
         return [way for way in ways if way.name in (BASELINE, *names)]
     return [way for way in ways if everything or way.common]
-
-
-def _proven(folder: Path, manifest: Mapping[str, Any], precision: str) -> Path:
-    """The file that was held against the trained network, of which a way in this precision is made."""
-    reference = folder / REFERENCE
-    return reference if precision in _FLOAT and reference.is_file() else folder / manifest["model"]
 
 
 def _synthetic(runner: Runner) -> dict[str, np.ndarray]:
@@ -270,7 +263,7 @@ def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any],
         got = {n.removeprefix("output "): a for n, a in row.outputs.items() if n.startswith("output ")}
         if not got or row.way.unshippable:
             continue
-        file = _proven(folder, manifest, row.way.precision)
+        file = folder / proven_file(manifest, row.way.precision)
         if file not in right:
             with load_runner(file, "onnxruntime", emulate=True) as runner:
                 right[file] = runner.run(few)

@@ -18,7 +18,7 @@ from lightning_accel.export import tolerances
 from lightning_accel.export.verification import Verification, verify
 
 SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
-_HALF = ("fp16", "bf16")
+_FLOAT = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def verify_bundle(
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
     proofs: list[EngineProof] = []
     with ExitStack() as stack:
-        files = {_proven(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
-        files.add(_proven(manifest, manifest["precision"]))
+        files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
+        files.add(proven_file(manifest, manifest["precision"]))
         right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
         if wanted:
-            file = _proven(manifest, manifest["precision"])
+            file = proven_file(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
             known = _Known(feeds, wanted)
             check = verify(
@@ -124,7 +124,7 @@ def verify_bundle(
                 proofs.append(EngineProof(engine, line["file"], None, str(error)))
                 continue
             check = verify(
-                right[_proven(manifest, line["precision"])].run,
+                right[proven_file(manifest, line["precision"])].run,
                 runner.run,
                 feeds,
                 engine=f"{engine} (its kernels)",
@@ -146,12 +146,12 @@ def _lines(manifest: Mapping[str, Any], engines: Sequence[str] | None) -> Iterat
         yield default["engine"], default, True
 
 
-def _proven(manifest: Mapping[str, Any], precision: str) -> str:
+def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
     """The file that was held against the trained network, of which an engine in this precision is made.
 
-    Half precision is made of the float reference, also where an int8 bundle's fp16 engine was the faster one.
+    What isn't int8 is made of the float reference, where there is one: an int8 bundle may ship float32, or an fp16 engine.
     """
-    return REFERENCE if precision in _HALF and REFERENCE in manifest["files"] else str(manifest["model"])
+    return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
 class _Known:
