@@ -62,10 +62,10 @@ def ways_of(folder: Path, manifest: Mapping[str, Any]) -> list[Way]:
 
     Args:
         folder: the bundle.
-        manifest: its ``engines``, ``model`` and ``precision`` are read.
+        manifest: its ``engines``, ``files``, ``model`` and ``precision`` are read.
     """
     precision, model = str(manifest["precision"]), folder / manifest["model"]
-    reference = folder / REFERENCE if (folder / REFERENCE).is_file() else model
+    reference = folder / REFERENCE if REFERENCE in manifest["files"] else model
     ways = _of_pytorch(folder, manifest)
     for engine in ("onnxruntime", "openvino"):
         ways.append(Way(f"{engine} fp32", engine, "fp32", reference, common=True))

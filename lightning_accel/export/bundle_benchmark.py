@@ -107,7 +107,7 @@ def compare_ways(
 
     Args:
         folder: the files.
-        manifest: ``engines``, ``model``, ``precision``, ``inputs`` and ``outputs`` are read.
+        manifest: ``engines``, ``files``, ``model``, ``precision``, ``inputs`` and ``outputs`` are read.
         samples: inputs, and outputs or none of them.
         labels: of the samples.
         source: where the samples come from, for the report.
