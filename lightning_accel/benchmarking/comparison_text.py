@@ -1,6 +1,6 @@
 """A comparison as text: what each way is, how fast it is, what couldn't be run and why, what ships."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison, Point, WayResult
@@ -76,20 +76,27 @@ def _lines(comparison: Comparison) -> list[str]:
         for way in comparison.ways
         if way.kernels is not None and not way.kernels["passed"]
     ]
+    if any(way.engine == "pytorch" and way.precision == "int8" and way.points for way in comparison.ways):
+        lines.append("pytorch computes the int8 network in float, as it was trained")
     for null in comparison.null["points"]:
-        noisy = ": too noisy for fine distinctions" if null["noisy"] else ""
-        lines.append(
-            f"null run, batch {null['batch']}, {null['callers']} callers: {null['value']:.3f}x "
-            f"[{null['low']:.3f}, {null['high']:.3f}]{noisy}"
-        )
+        lines.append(null_line(null))
     lines.append(
-        f"speed-ups are over {comparison.baseline}, {settings['threads']} threads each, idle threads asleep; each way in a process of "
-        f"its own, in turns; load {_load(comparison.environment)}"
+        f"speed-ups are over {comparison.baseline}; threads of each way: {settings['threads']}, idle ones asleep; each way in a process "
+        f"of its own, in turns; load {_load(comparison.environment)}"
     )
     lines.append(f"{settings['data']}; agreement is with {settings['agreement_with']}")
     if comparison.interrupted:
         lines.append("interrupted: what is missing was not measured")
     return lines
+
+
+def null_line(null: Mapping[str, Any]) -> str:
+    """What the null run gives at one point, and whether that is too noisy, and why."""
+    callers = f"{null['callers']} caller{'s' if null['callers'] > 1 else ''}"
+    says = f"null run, batch {null['batch']}, {callers}: {null['value']:.3f}x [{null['low']:.3f}, {null['high']:.3f}]"
+    if null["waiting"] is not None and null["waiting"] >= 0.01:
+        says += f", while other processes had the CPUs for {null['waiting']:.0%} of the time"
+    return says + (": too noisy for fine distinctions" if null["noisy"] else "")
 
 
 def _load(environment: dict[str, Any]) -> str:

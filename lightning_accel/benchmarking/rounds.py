@@ -21,14 +21,15 @@ _Key = tuple[int, int]  # batch size and number of callers
 
 @dataclass
 class _Turn:
-    """What one way did in one round: latencies of its calls in ms, and the length of the turn in ms."""
+    """What one way did in one round: latencies of its calls, the length of the turn, and its threads' waiting, in ms."""
 
-    times: list[float]
+    times_ms: list[float]
     wall_ms: float
+    waited_ms: float | None
 
     def call_ms(self, callers: int) -> float:
         """Time of a call: with several callers what the engine needs for each, not how long it waits for the others."""
-        return float(np.median(self.times)) if callers == 1 else self.wall_ms / len(self.times)
+        return float(np.median(self.times_ms)) if callers == 1 else self.wall_ms / len(self.times_ms)
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Measured:
 
     Args:
         rows: one for each way, in the order given.
-        null: of each point: batch size, callers, ratio and interval, and whether it is noisy.
+        null: of each point: batch size, callers, ratio and interval, ``waiting``, and whether it is noisy.
         interrupted: whether it was stopped by Ctrl-C.
     """
 
@@ -120,7 +121,7 @@ def measure_ways(
         row.result.points = [_point(row, base, key, rng) for key in row.turns if row.turns[key]]
         if interrupted and row.result.status == "ran" and not row.result.points:
             row.result.status, row.result.reason = "out of time", "interrupted before it was measured"
-    return Measured(rows, _null(base, second, rng), interrupted)
+    return Measured(rows, _null(rows, base, second, settings, rng), interrupted)
 
 
 def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, str]:
@@ -170,14 +171,14 @@ def _run_rounds(rows: Sequence[Row], settings: BenchmarkSettings, progress: Call
                 except WayEndedError as ended:
                     row.end(ended.status, f"{ended.reason}, at batch {batch} with {callers} at once")
                     continue
-                row.turns.setdefault((batch, callers), {})[number] = _Turn(told["times_ms"], told["wall_ms"])
+                row.turns.setdefault((batch, callers), {})[number] = _Turn(**told)
 
 
 def _point(row: Row, base: Row, key: _Key, rng: np.random.Generator) -> Point:
     batch, callers = key
     turns = row.turns[key]
-    times = np.concatenate([turn.times for turn in turns.values()])
-    rates = [1e3 * batch * len(turn.times) / turn.wall_ms for turn in turns.values()]
+    times = np.concatenate([turn.times_ms for turn in turns.values()])
+    rates = [1e3 * batch * len(turn.times_ms) / turn.wall_ms for turn in turns.values()]
     ratio = Ratio(1.0, 1.0, 1.0) if row is base else _ratio(base, row, key, rng)
     return Point(
         batch=batch,
@@ -204,10 +205,26 @@ def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | 
     return median_ratio(of_base, of_row, rng)
 
 
-def _null(base: Row, second: Row, rng: np.random.Generator) -> list[dict[str, Any]]:
+def _null(
+    rows: Sequence[Row], base: Row, second: Row, settings: BenchmarkSettings, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     points = []
     for key in second.turns:
         if (ratio := _ratio(base, second, key, rng)) is not None:
-            noisy = ratio.low < 1 - NOISY or ratio.high > 1 + NOISY
-            points.append({"batch": key[0], "callers": key[1], **vars(ratio), "noisy": noisy})
+            waiting = _waiting(rows, key, settings)
+            noisy = ratio.low < 1 - NOISY or ratio.high > 1 + NOISY or (waiting or 0.0) > NOISY
+            points.append({"batch": key[0], "callers": key[1], **vars(ratio), "waiting": waiting, "noisy": noisy})
     return points
+
+
+def _waiting(rows: Sequence[Row], key: _Key, settings: BenchmarkSettings) -> float | None:
+    """Share of the time for which threads waited while others had the CPUs.
+
+    Both ways of a null run suffer alike, so that it doesn't show: but a call that is shorter than what the system gives a
+    process at a time gets through undisturbed, and a longer one doesn't. Several callers also wait for each other.
+    """
+    turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
+    waits = [turn.waited_ms for turn in turns if turn.waited_ms is not None]
+    if key[1] > 1 or len(waits) < len(turns) or not turns:
+        return None
+    return min(1.0, sum(waits) / (settings.threads * sum(turn.wall_ms for turn in turns)))

@@ -45,12 +45,14 @@ class Worker:
         return {"calls": len(self._turn(batch, callers, seconds)[0])}
 
     def do_turn(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
-        """Run for some time: latency of each call, and the time that all took together, in ms.
+        """Run for some time: latency of each call, the time that all took together, and how long threads had to wait, in ms.
 
         The first call of each caller isn't counted: it finds the caches full of what ran before it.
         """
+        before = _waited_ms()
         times, wall = self._turn(batch, callers, seconds)
-        return {"times_ms": times, "wall_ms": wall}
+        waited = None if before is None else (_waited_ms() or 0.0) - before
+        return {"times_ms": times, "wall_ms": wall, "waited_ms": waited}
 
     def do_memory(self) -> dict[str, Any]:
         """Largest resident memory of this process so far, in bytes."""
@@ -132,6 +134,15 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
                 'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
             )
     return load_runner(way["file"], way["engine"], threads=threads, **options)
+
+
+def _waited_ms() -> float | None:
+    """How long the threads of this process, all together, were ready to run while others had the CPUs; only Linux tells."""
+    try:
+        fields = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
+    except OSError:  # a thread that has just ended
+        return None
+    return sum(float(field[1]) for field in fields) / 1e6 if fields else None
 
 
 def _peak_memory() -> int | None:

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import numpy as np
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
 from lightning_accel.benchmarking.decision import Budgets, decide
 from lightning_accel.benchmarking.environment import environment
-from lightning_accel.benchmarking.rounds import Measured, Row, measure_ways
+from lightning_accel.benchmarking.rounds import Measured, measure_ways
 from lightning_accel.benchmarking.ways import BASELINE, Way, ways_of
-from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import check_destination, record_comparison
+from lightning_accel.export.held_comparison import assembled, check_samples, describe, score, synthetic_samples
 from lightning_accel.export.prepared import prepared
 from lightning_accel.export.reverify import SAMPLES, proven_file, split_samples
 from lightning_accel.export.verification import Feeds, Network, verify
@@ -123,8 +123,8 @@ def compare_ways(
     chosen = _chosen(ways_of(folder, manifest), everything, names)
     with load_runner(folder / proven_file(manifest, "fp32"), "onnxruntime", emulate=True) as runner:
         known = samples is not None
-        feeds, wanted = split_samples(samples, manifest) if samples is not None else (_synthetic(runner), {})
-        _check(runner, feeds, labels if known else None)
+        feeds, wanted = split_samples(samples, manifest) if samples is not None else (synthetic_samples(runner), {})
+        check_samples(runner, feeds, labels if known else None)
     if labels is not None and not known:
         raise ValueError(
             "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
@@ -134,29 +134,14 @@ def compare_ways(
         made = [prepared(way, Path(scratch)) for way in chosen]
         measured = measure_ways(made, feeds, settings, baseline=BASELINE, keep=_KEPT if known else 0, progress=progress)
         for row in measured.rows:
-            _describe(row, folder)
+            describe(row, folder)
     against = "nothing: there were no held-out samples"
     if known:
         against = "the trained network" if wanted else BASELINE
-        _score(measured, wanted, labels)
+        score(measured, BASELINE, wanted, labels)
         _hold_kernels(measured, folder, manifest, feeds)
-    count = len(next(iter(feeds.values())))
-    told = {
-        **asdict(settings),
-        "samples": count if known else 0,
-        "data": f"{count:,} held-out samples, {source}" if known else "random inputs: neither accuracy nor agreement",
-        "agreement_with": against,
-        "spinning": "off",
-    }
-    nulls = {key: pick((n[key] for n in measured.null), default=None) for key, pick in (("low", min), ("high", max))}
-    comparison = Comparison(
-        environment=machine,
-        settings=told,
-        baseline=BASELINE,
-        null={"value": measured.null[0]["value"] if measured.null else None, **nulls, "points": measured.null},
-        noisy=any(n["noisy"] for n in measured.null),
-        ways=[row.result for row in measured.rows],
-        interrupted=measured.interrupted,
+    comparison = assembled(
+        measured, feeds, settings, baseline=BASELINE, machine=machine, source=source if known else None, against=against
     )
     if budgets is not None and not measured.interrupted:
         comparison.decision = decide(comparison, budgets)
@@ -180,78 +165,6 @@ def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) 
     if names is not None:
         return [way for way in ways if way.name in (BASELINE, *names)]
     return [way for way in ways if everything or way.common]
-
-
-def _synthetic(runner: Runner) -> dict[str, np.ndarray]:
-    """Random inputs, where nothing but speed is asked for; integers are zeros, which are in every vocabulary."""
-    rng = np.random.default_rng(0)
-    feeds = {}
-    for spec in runner.inputs:
-        if None in spec.shape[1:]:
-            raise ValueError(
-                f"Argument `samples` must be given for input `{spec.name}`, whose shape {spec.shape} is open. Pass `--data FILE.npz`, or "
-                "export with ModelExport(keep_samples=16)."
-            )
-        shape = [32 if size is None else size for size in spec.shape]
-        floating = np.issubdtype(spec.dtype, np.floating)
-        feeds[spec.name] = rng.normal(size=shape).astype(spec.dtype) if floating else np.zeros(shape, spec.dtype)
-    return feeds
-
-
-def _check(runner: Runner, feeds: Feeds, labels: np.ndarray | None) -> None:
-    """What doesn't fit is told before anything is measured."""
-    for spec in runner.inputs:
-        spec.check(feeds[spec.name])
-    counts = {name: len(array) for name, array in feeds.items()}
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(
-            f"Argument `samples` must hold the same number of samples (at least 1) of each input, but got {counts}."
-        )
-    if labels is None:
-        return
-    if not np.issubdtype(labels.dtype, np.integer) or len(labels) not in counts.values():
-        raise ValueError(
-            f"Argument `labels` must hold an integer for each of the {next(iter(counts.values()))} samples, but got "
-            f"{labels.dtype} of shape {labels.shape}."
-        )
-    outputs = next(iter(runner.run({name: array[:1] for name, array in feeds.items()}).values()))
-    shape = outputs.shape[2:]
-    if outputs.ndim < 2 or labels.shape[1:] != shape:
-        raise ValueError(
-            f"Argument `labels` must have the shape (S, {', '.join(map(str, shape))}) of predictions, but got {labels.shape}, "
-            f"where the first output has the shape {outputs.shape}."
-        )
-    if labels.min() < 0 or labels.max() >= outputs.shape[1]:
-        raise ValueError(
-            f"Argument `labels` must be from 0 to {outputs.shape[1] - 1}, the classes of the first output, but got "
-            f"{labels.min()} to {labels.max()}."
-        )
-
-
-def _describe(row: Row, folder: Path) -> None:
-    file = row.way.file
-    if file is None or not file.is_file():
-        return
-    if file.is_relative_to(folder):
-        row.result.file = file.relative_to(folder).as_posix()
-    weights = file.with_name(f"{file.name}.data")
-    row.result.file_bytes = file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
-
-
-def _score(measured: Measured, wanted: Feeds, labels: np.ndarray | None) -> None:
-    """Accuracy and agreement, from the classes that each way predicts."""
-    right = next((row.outputs.get("classes") for row in measured.rows if row.way.name == BASELINE), None)
-    if wanted:
-        logits = next(iter(wanted.values()))
-        right = logits.argmax(1) if logits.ndim >= 2 and logits.shape[1] > 1 else None
-    for row in measured.rows:
-        classes = row.outputs.get("classes")
-        if classes is None:
-            continue
-        if right is not None:
-            row.result.agreement = float((classes == right).mean())
-        if labels is not None:
-            row.result.accuracy = float((classes == labels).mean())
 
 
 def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
