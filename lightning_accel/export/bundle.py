@@ -139,7 +139,8 @@ def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
 def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> None:
     """Put a comparison into a bundle as ``comparison.json``, and what was decided into its manifest.
 
-    The bundle is put together anew beside its place, of the same files, and takes its place in one step.
+    The bundle is put together anew beside its place, of the same files, and takes its place in one step. What else lies in
+    the folder stays, and is listed from then on.
 
     Args:
         folder: the bundle.
@@ -154,9 +155,10 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
     check_files(folder, manifest)
     content = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
     with staged(folder) as new:
-        for name in manifest["files"]:
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(folder / name, new / name)
+        for file in (file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
+            place = new / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(file, place)
         write_comparison(new, comparison)
         write_manifest(new, {**content, **decided(comparison, default)})
 

@@ -19,6 +19,7 @@ from lightning_accel.export.bundle import check_destination, record_comparison
 from lightning_accel.export.held_comparison import assembled, check_samples, describe, score, synthetic_samples
 from lightning_accel.export.prepared import prepared
 from lightning_accel.export.reverify import SAMPLES, proven_file, split_samples
+from lightning_accel.export.saturation import saturates
 from lightning_accel.export.verification import Feeds, Network, verify
 
 _KEPT = 512  # samples on which kernels are held against the file
@@ -190,6 +191,8 @@ def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any],
         )
         names = ("samples", "median_error", "p99_error", "max_error", "failures", "passed")
         row.result.kernels = {name: value for name, value in check.to_dict().items() if name in names}
+        if row.way.precision == "int8" and (reason := saturates(file, row.way.engine, environment()["cpu_flags"])):
+            row.result.kernels |= {"passed": False, "failures": [*check.failures, reason]}
 
 
 def _answering(outputs: Feeds) -> Network:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.export.bundle import write_manifest
 from lightning_accel.export.bundle_benchmark import benchmark_bundle
+from lightning_accel.export.saturation import saturates
 from lightning_accel.quantization.targets import target_of
 from tests.models import Classifier, images
 from tests.quantization.test_prepare import quantized
@@ -105,6 +107,30 @@ def test_float32_is_recorded_as_the_default_and_verified_with_the_others(bundle,
     assert "onnxruntime (reference.onnx): passed: 16 samples" in capsys.readouterr().out
 
 
+def test_weights_that_a_cpu_saturates_with_are_refused_whatever_the_samples_show(shipped, tmp_path):
+    old, new = ({"avx2": True, "avx512_vnni": vnni, "avx_vnni": False} for vnni in (False, True))
+    portable = shipped / "bundle" / "model.onnx"  # weights up to 63
+    assert saturates(portable, "onnxruntime", old) == ""
+    model = onnx.load(portable)
+    weight = next(t for t in model.graph.initializer if t.name.endswith("head_weight_int8"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(model, tmp_path / "full.onnx")
+    assert saturates(tmp_path / "full.onnx", "openvino", old).startswith(
+        "weights up to 126 saturate in the int8 kernels"
+    )
+    assert saturates(tmp_path / "full.onnx", "openvino", new) == ""
+    assert saturates(tmp_path / "full.onnx", "pytorch", old) == ""
+    assert saturates(tmp_path / "full.onnx", "openvino", dict.fromkeys(old)) == ""  # a system that doesn't tell
+
+
+def test_what_else_lies_in_the_folder_stays(bundle):
+    (bundle / "notes").mkdir()
+    (bundle / "notes" / "mine.txt").write_text("keep me")
+    benchmark_bundle(bundle, ways=["onnxruntime fp32"], settings=FEW)
+    assert (bundle / "notes" / "mine.txt").read_text() == "keep me"
+    resolve_bundle(bundle, None)
+
+
 def test_nothing_fits_is_an_exit_code_and_changes_no_default(bundle, capsys):
     before = read_manifest(bundle)["default"]
     assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8", "--max-bytes", "10"]) == 1
@@ -154,21 +180,19 @@ def test_kernels_that_compute_something_else_are_refused(tmp_path):
     assert "its kernels don't compute here what the file says" in found.decision["refused"]["openvino int8"]
 
 
-def test_all_the_ways_in_pytorch(tmp_path):
+def test_pytorch_and_what_is_made_or_missing(tmp_path):
     bundle = write_by_hand(tmp_path, Classifier().eval(), images(16).tensors[0], "pytorch")
     ways = [
         "pytorch eager",
         "pytorch inference_mode",
-        "pytorch channels_last",
         "onnxruntime int8",
         "onnxruntime dynamic int8",
         "onnxruntime cuda fp32",
         "onnxruntime tensorrt fp32",
-        "torchao dynamic int8",
     ]
     found = benchmark_bundle(bundle, budgets=la.Budgets(), ways=ways, settings=FEW)
     status = {way.name: way.status for way in found.ways}
-    for name in ("pytorch eager", "pytorch inference_mode", "pytorch channels_last"):
+    for name in ("pytorch eager", "pytorch inference_mode"):
         assert status[name] == "ran", found[name].reason
         assert found[name].agreement == 1.0
         assert found[name].peak_memory_bytes > 2 * found["onnxruntime fp32"].peak_memory_bytes  # torch itself
