@@ -141,7 +141,7 @@ def _clearly(comparison: Comparison, batch: int) -> float:
     null = next((n for n in comparison.null["points"] if (n["batch"], n["callers"]) == (batch, 1)), None)
     if null is None:
         return 1.0
-    return max(1.0, float(null["high"])) / (1 - min(null["waiting"] or 0.0, 0.99))
+    return max(1.0, float(null["high"])) / (1 - (null["waiting"] or 0.0))
 
 
 def _ratio_of(way: WayResult, batch: int) -> str:

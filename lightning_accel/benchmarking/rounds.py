@@ -21,11 +21,12 @@ _Key = tuple[int, int]  # batch size and number of callers
 
 @dataclass
 class _Turn:
-    """What one way did in one round: latencies of its calls, the length of the turn, and its threads' waiting, in ms."""
+    """What one way did in one round, in ms: latencies, length of the turn, time its threads ran and waited for a CPU."""
 
     times_ms: list[float]
     wall_ms: float
-    waited_ms: float | None
+    ran_ms: float
+    waited_ms: float
 
     def call_ms(self, callers: int) -> float:
         """Time of a call: with several callers what the engine needs for each, not how long it waits for the others."""
@@ -121,7 +122,7 @@ def measure_ways(
         row.result.points = [_point(row, base, key, rng) for key in row.turns if row.turns[key]]
         if interrupted and row.result.status == "ran" and not row.result.points:
             row.result.status, row.result.reason = "out of time", "interrupted before it was measured"
-    return Measured(rows, _null(rows, base, second, settings, rng), interrupted)
+    return Measured(rows, _null(rows, base, second, rng), interrupted)
 
 
 def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, str]:
@@ -205,26 +206,22 @@ def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | 
     return median_ratio(of_base, of_row, rng)
 
 
-def _null(
-    rows: Sequence[Row], base: Row, second: Row, settings: BenchmarkSettings, rng: np.random.Generator
-) -> list[dict[str, Any]]:
+def _null(rows: Sequence[Row], base: Row, second: Row, rng: np.random.Generator) -> list[dict[str, Any]]:
     points = []
     for key in second.turns:
         if (ratio := _ratio(base, second, key, rng)) is not None:
-            waiting = _waiting(rows, key, settings)
+            waiting = _waiting(rows, key)
             noisy = ratio.low < 1 - NOISY or ratio.high > 1 + NOISY or (waiting or 0.0) > NOISY
             points.append({"batch": key[0], "callers": key[1], **vars(ratio), "waiting": waiting, "noisy": noisy})
     return points
 
 
-def _waiting(rows: Sequence[Row], key: _Key, settings: BenchmarkSettings) -> float | None:
-    """Share of the time for which threads waited while others had the CPUs.
+def _waiting(rows: Sequence[Row], key: _Key) -> float | None:
+    """Share of the time in which threads could have run for which others had the CPUs; ``None`` if it isn't known.
 
     Both ways of a null run suffer alike, so that it doesn't show: but a call that is shorter than what the system gives a
     process at a time gets through undisturbed, and a longer one doesn't. Several callers also wait for each other.
     """
     turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
-    waits = [turn.waited_ms for turn in turns if turn.waited_ms is not None]
-    if key[1] > 1 or len(waits) < len(turns) or not turns:
-        return None
-    return min(1.0, sum(waits) / (settings.threads * sum(turn.wall_ms for turn in turns)))
+    ran, waited = sum(turn.ran_ms for turn in turns), sum(turn.waited_ms for turn in turns)
+    return None if key[1] > 1 or not ran else waited / (ran + waited)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ class Worker:
         return {"calls": len(self._turn(batch, callers, seconds)[0])}
 
     def do_turn(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
-        """Run for some time: latency of each call, the time that all took together, and how long threads had to wait, in ms.
+        """Run for some time: latency of each call and time of all together; how long threads ran and waited for a CPU, in ms.
 
         The first call of each caller isn't counted: it finds the caches full of what ran before it.
         """
-        before = _waited_ms()
+        ran, waited = _ran_and_waited_ms()
         times, wall = self._turn(batch, callers, seconds)
-        waited = None if before is None else (_waited_ms() or 0.0) - before
-        return {"times_ms": times, "wall_ms": wall, "waited_ms": waited}
+        after = _ran_and_waited_ms()
+        return {"times_ms": times, "wall_ms": wall, "ran_ms": after[0] - ran, "waited_ms": after[1] - waited}
 
     def do_memory(self) -> dict[str, Any]:
         """Largest resident memory of this process so far, in bytes."""
@@ -136,13 +137,17 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
     return load_runner(way["file"], way["engine"], threads=threads, **options)
 
 
-def _waited_ms() -> float | None:
-    """How long the threads of this process, all together, were ready to run while others had the CPUs; only Linux tells."""
-    try:
-        fields = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
-    except OSError:  # a thread that has just ended
-        return None
-    return sum(float(field[1]) for field in fields) / 1e6 if fields else None
+def _ran_and_waited_ms() -> tuple[float, float]:
+    """How long the threads of this process, all together, ran, and how long they could have but others had the CPUs.
+
+    Only Linux tells; elsewhere both are 0.
+    """
+    ran = waited = 0.0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            fields = path.read_text().split()
+            ran, waited = ran + float(fields[0]) / 1e6, waited + float(fields[1]) / 1e6
+    return ran, waited
 
 
 def _peak_memory() -> int | None:

@@ -234,3 +234,24 @@ print(*{{name.split(".")[0] for name in sys.modules}})
 
 def test_the_loop_of_the_test_is_a_valid_network(tmp_path):
     onnx.checker.check_model(onnx.load(endless(tmp_path / "endless.onnx")), full_check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a process waited for a CPU")
+def test_other_processes_that_take_the_cpus_are_noticed(tmp_path):
+    ways = [way("one", deep(tmp_path / "1.onnx", 600))]
+    core = min(os.sched_getaffinity(0))
+    settings = BenchmarkSettings(batches=(8,), callers=(1,), seconds=0.6, turn_s=0.03, warmup_s=0.0, threads=1)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})  # its children inherit it: all of them share one core
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        (null,) = measure_ways(ways, X, settings, baseline="one").null
+    finally:
+        os.sched_setaffinity(0, before)
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert (
+        null["waiting"] > 0.3
+    )  # of one core shared by four a quarter is left; who has just slept gets more for a while
+    assert null["noisy"]
