@@ -67,6 +67,12 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
         )
     limits = {**asdict(budgets), "batch": batch}
     floor = next((way for way in comparison.ways if way.name == comparison.baseline), None)
+    if floor is None or floor.status != "ran":
+        reason = "it is not among the ways" if floor is None else f"{floor.status}: {floor.reason}"
+        why = (
+            f"Nothing is decided: {comparison.baseline}, which all others are held against, wasn't measured: {reason}."
+        )
+        return {"ship": None, "why": why, "budgets": limits, "refused": {}}
     refused, excess = {}, {}
     for way in comparison.ways:
         reason, over = _refusal(way, floor, budgets, batch)
@@ -90,7 +96,7 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
     return {"ship": best.name, "why": _why(best, floor, batch), **result}
 
 
-def _refusal(way: WayResult, floor: WayResult | None, budgets: Budgets, batch: int) -> tuple[str, float]:
+def _refusal(way: WayResult, floor: WayResult, budgets: Budgets, batch: int) -> tuple[str, float]:
     """Why a way doesn't ship, and by which share it is beyond the budgets, if that is the only reason."""
     point = way.point(batch)
     if way.status != "ran":
@@ -99,7 +105,7 @@ def _refusal(way: WayResult, floor: WayResult | None, budgets: Budgets, batch: i
         return f"not shippable: {way.unshippable}", 0.0
     if point is None:
         return f"not measured at batch {batch}", 0.0
-    is_floor = floor is not None and way.name == floor.name
+    is_floor = way.name == floor.name
     if way.kernels is None and not is_floor:
         return (
             "no held-out samples to hold its kernels against the file on: pass --data, or export with keep_samples",
@@ -124,9 +130,9 @@ def _refusal(way: WayResult, floor: WayResult | None, budgets: Budgets, batch: i
     return "; ".join(reasons), max(over, default=0.0)
 
 
-def _drop(way: WayResult, floor: WayResult | None) -> float | None:
+def _drop(way: WayResult, floor: WayResult) -> float | None:
     """Percentage points lost against float32, rounded so that a budget of exactly that much is kept."""
-    if floor is None or way.score is None or floor.score is None:
+    if way.score is None or floor.score is None:
         return None
     return round(100 * (floor.score - way.score), 6)
 
@@ -164,14 +170,14 @@ def _plain_is_best(others: list[WayResult], batch: int, quiet: float) -> str:
     )
 
 
-def _why(way: WayResult, floor: WayResult | None, batch: int) -> str:
+def _why(way: WayResult, floor: WayResult, batch: int) -> str:
     says = [f"{way.name} ships: {_ratio_of(way, batch)} as fast as fp32 in ONNX Runtime at batch {batch}"]
     drop = _drop(way, floor)
     if drop is not None:
         what = "accuracy" if way.accuracy is not None else "agreement (there are no labels)"
         change = f"drops by {drop:.2f} points" if drop > 0 else f"is {-drop:.2f} points higher" if drop < 0 else "stays"
         says.append(f"its {what} {change} on {way.samples:,} samples")
-    if floor is not None and way.file_bytes and floor.file_bytes:
+    if way.file_bytes and floor.file_bytes:
         says.append(f"its file has {way.file_bytes:,} bytes instead of {floor.file_bytes:,}")
     text = "; ".join(says) + "."
     point = way.point(batch)

@@ -1,5 +1,6 @@
 """The benchmark of a bundle: every way to run the network side by side, each with its accuracy, and the one that ships."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def compare_ways(
     if known:
         against = "the trained network" if wanted else BASELINE
         score(measured, BASELINE, wanted, labels)
-        _hold_kernels(measured, folder, manifest, feeds)
+        hold_kernels(measured, folder, manifest, feeds)
     comparison = assembled(
         measured, feeds, settings, baseline=BASELINE, machine=machine, source=source if known else None, against=against
     )
@@ -168,8 +169,15 @@ def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) 
     return [way for way in ways if everything or way.common]
 
 
-def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
-    """Law of the bundle: an engine ships only if its kernels, on this machine, compute what the proven file says."""
+def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
+    """An engine ships only if its kernels, on this machine, compute what the proven file says.
+
+    Args:
+        measured: rows with what they computed; those that can ship get ``kernels``.
+        folder: the bundle.
+        manifest: its model and files.
+        feeds: the samples.
+    """
     few = {name: array[:_KEPT] for name, array in feeds.items()}
     count = len(next(iter(few.values())))
     right: dict[Path, Feeds] = {}
@@ -190,7 +198,9 @@ def _hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any],
             batch_sizes=(count,),
         )
         names = ("samples", "median_error", "p99_error", "max_error", "failures", "passed")
-        row.result.kernels = {name: value for name, value in check.to_dict().items() if name in names}
+        found = {name: value for name, value in check.to_dict().items() if name in names}
+        # JSON has no infinity, which is the error of what isn't a number; the failures say so in words.
+        row.result.kernels = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in found.items()}
         if row.way.precision == "int8" and (reason := saturates(file, row.way.engine, environment()["cpu_flags"])):
             row.result.kernels |= {"passed": False, "failures": [*check.failures, reason]}
 

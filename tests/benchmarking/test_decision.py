@@ -114,6 +114,18 @@ def test_nothing_fits_names_the_nearest():
     )
 
 
+def test_without_the_baseline_nothing_is_decided():
+    found = comparison(way("openvino int8", 2.0))
+    found.ways[0].status, found.ways[0].reason = "out of time", "too slow"
+    decision = decide(found, Budgets())
+    assert decision["ship"] is None
+    assert (
+        "onnxruntime fp32, which all others are held against, wasn't measured: out of time: too slow" in decision["why"]
+    )
+    del found.ways[0]
+    assert "it is not among the ways" in decide(found, Budgets())["why"]
+
+
 def test_agreement_stands_in_for_accuracy_and_that_is_said():
     ways = [way("openvino int8", 2.0, accuracy=None)]
     found = comparison(*ways)

@@ -13,14 +13,17 @@ import torch
 
 import lightning_accel as la
 from benchmarks.zoo import network, samples
-from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, WayResult
+from lightning_accel.benchmarking.rounds import Measured, Row
+from lightning_accel.benchmarking.ways import Way
 from lightning_accel.commands import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.export.bundle import write_manifest
-from lightning_accel.export.bundle_benchmark import benchmark_bundle
+from lightning_accel.export.bundle_benchmark import benchmark_bundle, hold_kernels
 from lightning_accel.export.saturation import saturates
 from lightning_accel.quantization.targets import target_of
+from tests.engines.onnx_models import linear
 from tests.models import Classifier, images
 from tests.quantization.test_prepare import quantized
 
@@ -121,6 +124,19 @@ def test_weights_that_a_cpu_saturates_with_are_refused_whatever_the_samples_show
     assert saturates(tmp_path / "full.onnx", "openvino", new) == ""
     assert saturates(tmp_path / "full.onnx", "pytorch", old) == ""
     assert saturates(tmp_path / "full.onnx", "openvino", dict.fromkeys(old)) == ""  # a system that doesn't tell
+
+
+def test_what_is_no_number_is_a_failure_and_still_json(tmp_path):
+    linear(tmp_path / "model.onnx")
+    way = Way("openvino fp32", "openvino", "fp32", tmp_path / "model.onnx")
+    row = Row(
+        way, WayResult(way.name, way.engine, way.precision), outputs={"output y": np.full((5, 2), np.nan, np.float32)}
+    )
+    feeds = {"x": np.ones((5, 3), np.float32)}
+    hold_kernels(Measured([row], []), tmp_path, {"model": "model.onnx", "files": {}}, feeds)
+    assert not row.result.kernels["passed"]
+    assert any("the largest error is inf" in failure for failure in row.result.kernels["failures"])
+    assert json.loads(json.dumps(row.result.kernels, allow_nan=False))["max_error"] is None
 
 
 def test_what_else_lies_in_the_folder_stays(bundle):
