@@ -80,9 +80,8 @@ class Point:
         p90_ms: 90th percentile.
         p99_ms: 99th percentile.
         throughput: samples a second, of all callers together.
-        speedup: time of the baseline divided by time of this way: the median over the rounds of the ratio of both
-            within a round. With one caller the time is the median latency of the turn, with several it is the turn's
-            length divided by its calls. ``None`` where the baseline wasn't measured.
+        speedup: time of the baseline divided by time of this way: the median over the rounds of the ratio of both within a
+            round. The time is the length of a turn divided by its calls. ``None`` where the baseline wasn't measured.
         speedup_low: lower end of its 95 % interval.
         speedup_high: upper end.
         rounds: rounds measured.

@@ -45,9 +45,7 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
 
     A way is refused if it didn't run, if a bundle can't load it, if its kernels don't compute what its file says, or if it
     is outside of the budgets. Of the others the one whose speed-up over float32 in ONNX Runtime has the highest lower end
-    ships; but only if that lies above 1 and above the noise, or else plain float32 ships. The noise is what the null run gives, and
-    what other processes can add: while they have the CPUs for a share ``w`` of the time, a long call may take ``1 / (1 - w)`` of
-    what it needs, and a short one just that.
+    ships; but only if that lies above 1 and above what the null run gives, or else plain float32 ships.
 
     Args:
         comparison: what was measured; not changed.
@@ -147,7 +145,7 @@ def _clearly(comparison: Comparison, batch: int) -> float:
     null = next((n for n in comparison.null["points"] if (n["batch"], n["callers"]) == (batch, 1)), None)
     if null is None:
         return 1.0
-    return max(1.0, float(null["high"])) / (1 - (null["waiting"] or 0.0))
+    return max(1.0, float(null["high"]))
 
 
 def _ratio_of(way: WayResult, batch: int) -> str:
@@ -162,7 +160,7 @@ def _plain_is_best(others: list[WayResult], batch: int, quiet: float) -> str:
     if not others:
         return says + "no other way fits."
     best = max(others, key=lambda way: _low(way, batch))
-    noise = f" and above the noise, {quiet:.2f}" if quiet > 1 else ""
+    noise = f" and above what the null run gives ({quiet:.2f})" if quiet > 1 else ""
     return (
         f"{says}no way that fits is clearly faster. The fastest of them, {best.name}, is {_ratio_of(best, batch)} as fast "
         f"at batch {batch}, whose lower end must lie above 1{noise}."

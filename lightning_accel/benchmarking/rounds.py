@@ -28,9 +28,14 @@ class _Turn:
     ran_ms: float
     waited_ms: float
 
-    def call_ms(self, callers: int) -> float:
-        """Time of a call: with several callers what the engine needs for each, not how long it waits for the others."""
-        return float(np.median(self.times_ms)) if callers == 1 else self.wall_ms / len(self.times_ms)
+    @property
+    def call_ms(self) -> float:
+        """Time of a call, as the turn's length has it.
+
+        Not the median: a call that is shorter than what the system gives a process at a time is mostly undisturbed by others,
+        a longer one never is. And several callers also wait for each other.
+        """
+        return self.wall_ms / len(self.times_ms)
 
 
 @dataclass
@@ -202,7 +207,7 @@ def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | 
     both = sorted(before.keys() & after.keys())
     if len(both) < 2:
         return None
-    of_base, of_row = ([turns[n].call_ms(key[1]) for n in both] for turns in (before, after))
+    of_base, of_row = ([turns[n].call_ms for n in both] for turns in (before, after))
     return median_ratio(of_base, of_row, rng)
 
 
@@ -219,8 +224,7 @@ def _null(rows: Sequence[Row], base: Row, second: Row, rng: np.random.Generator)
 def _waiting(rows: Sequence[Row], key: _Key) -> float | None:
     """Share of the time in which threads could have run for which others had the CPUs; ``None`` if it isn't known.
 
-    Both ways of a null run suffer alike, so that it doesn't show: but a call that is shorter than what the system gives a
-    process at a time gets through undisturbed, and a longer one doesn't. Several callers also wait for each other.
+    Both ways of a null run suffer alike, so that its ratio doesn't show it. Several callers also wait for each other.
     """
     turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
     ran, waited = sum(turn.ran_ms for turn in turns), sum(turn.waited_ms for turn in turns)
