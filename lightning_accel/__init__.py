@@ -53,6 +53,10 @@ _PUBLIC = {
     "load_runner": "engines.base",
     "build_engine": "engines.tensorrt",
     "benchmark": "benchmarking.measure",
+    "benchmark_bundle": "export.bundle_benchmark",
+    "compare_bundles": "export.bundle_compare",
+    "Budgets": "benchmarking.decision",
+    "BenchmarkSettings": "benchmarking.comparison",
     "plan": "planning",
 }
 

@@ -47,6 +47,12 @@ def test_int8_in_engines_and_in_training():
     assert re.fullmatch(
         r"geometric mean .* over 2 networks: \d+\.\d+x \(target: at least 1.5, (reached|missed)\)", lines[-1]
     )
+    lines = quick("decision_zoo").stdout.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith(("| CNN w32 |", "| ResNet-8 w16 |"))]
+    assert [row[2] in ("onnxruntime fp32", "onnxruntime int8", "openvino fp32", "openvino int8") for row in rows] == [
+        True
+    ] * 2
+    assert re.fullmatch(r"decisions slower than .*: \d of 2 \(target: 0, (reached|missed)\)", lines[-1])
     lines = quick("qat_fashion").stdout.splitlines()
     assert lines[-1].startswith("QAT - float, target at least -0.1 points")
     rows = [json.loads(line) for line in lines if line.startswith('{"row"')]

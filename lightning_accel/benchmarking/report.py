@@ -127,7 +127,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
             notes.append(note)
         mark = f" [{notes.index(note) + 1}]" if note else ""
         cells.append([row.name + mark, *(MISSING if value is None else value for value in values)])
-    table = _markdown_table(["name", *(title for title, _ in columns)], cells, left=2)
+    table = markdown_table(["name", *(title for title, _ in columns)], cells, left=2)
     return "\n".join([table, *([""] if notes else []), *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
 
 
@@ -189,7 +189,7 @@ def _records(entries: Iterable[Mapping[str, Any]]) -> str:
     """Table with a column for each key that any entry has."""
     entries = list(entries)
     keys = list(dict.fromkeys(key for entry in entries for key in entry))
-    return _markdown_table(
+    return markdown_table(
         [key.replace("_", " ") for key in keys],
         [[_plain(entry[key]) if entry.get(key) is not None else MISSING for key in keys] for entry in entries],
         left=1,
@@ -216,7 +216,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
-def _markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Align cells; the first ``left`` columns to the left, numbers to the right."""
     clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (titles, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*clean, strict=True)]

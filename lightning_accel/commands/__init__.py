@@ -10,7 +10,8 @@ COMMANDS = {
     "verify": "hold a bundle's engines against its file on this machine",
     "build": "build a TensorRT engine from an ONNX file, as trtexec does",
     "doctor": "what is installed, which engines run or only build here, what int8 does on this CPU",
-    "benchmark": "latency of bundles and files, side by side",
+    "benchmark": "every way to run a bundle side by side, and which one ships; or latency of several bundles and files",
+    "compare": "two bundles side by side",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
 }
 DEBUG = "LIGHTNING_ACCEL_DEBUG"

@@ -30,3 +30,24 @@ def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
             f"Argument `--data` must be a .npz file with the inputs {inputs}, but got the one array {path}."
         )
     return {inputs[0]: arrays}
+
+
+def load_labels(path: str | Path) -> np.ndarray:
+    """Read the classes of samples from a ``.npy`` file.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: another kind of file, or one that holds Python objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Argument `--labels` must be a .npy file, but got {path}: nothing is there.")
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(
+            f"Argument `--labels` must be a .npy file of a plain array, but got {path}: {error}"
+        ) from error
+    if not isinstance(labels, np.ndarray):
+        raise ValueError(f"Argument `--labels` must be a .npy file of one array, but got {path}, which holds several.")
+    return labels

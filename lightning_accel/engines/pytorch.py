@@ -75,7 +75,7 @@ class PyTorchRunner(Runner):
             try:
                 if self._threads is not None:
                     torch.set_num_threads(self._threads)
-                with torch.no_grad():
+                with torch.inference_mode():
                     return [_to_numpy(leaf) for leaf in tree_leaves(self._module(*args, **kwargs))]
             finally:
                 if self._threads is not None:

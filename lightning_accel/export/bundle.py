@@ -19,6 +19,7 @@ from lightning_accel.engines.cuda import has_gpu
 from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, read_manifest, seal_of, sha256_of
 from lightning_accel.engines.tensorrt_library import EngineInfo, sidecar_of
 
+COMPARISON = "comparison.json"
 _OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose process numbers are their own
 
 
@@ -133,6 +134,53 @@ def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
     check_files(folder, manifest)
     kept = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
     write_manifest(Path(folder), {**kept, "verified_on": [*kept.get("verified_on", []), dict(result)]})
+
+
+def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> None:
+    """Put a comparison into a bundle as ``comparison.json``, and what was decided into its manifest.
+
+    The bundle is put together anew beside its place, of the same files, and takes its place in one step. What else lies in
+    the folder stays, and is listed from then on.
+
+    Args:
+        folder: the bundle.
+        comparison: content of the file; its ``decision`` goes into the manifest too, if one was made.
+        default: engine and file that ``load_runner`` takes from now on; ``None`` leaves them as they are.
+
+    Raises:
+        ValueError: the bundle changed after it was written.
+    """
+    folder = Path(folder).resolve()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    content = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    with staged(folder) as new:
+        for file in (file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
+            place = new / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(file, place)
+        write_comparison(new, comparison)
+        write_manifest(new, {**content, **decided(comparison, default)})
+
+
+def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
+    """Write ``comparison.json`` into a folder that is not a bundle yet."""
+    (folder / COMPARISON).unlink(missing_ok=True)  # it may be a link to the file in the bundle that is replaced
+    (folder / COMPARISON).write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n")
+
+
+def decided(comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> dict[str, Any]:
+    """What a decision changes in a manifest."""
+    decision = comparison.get("decision")
+    changed: dict[str, Any] = {} if decision is None else {"decision": decision}
+    return changed if default is None else {**changed, "default": dict(default)}
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # a file system without links, or a limit on them
+        shutil.copy2(source, place)
 
 
 def replace_engine(folder: str | Path, build: Callable[[Path, Path], EngineInfo]) -> tuple[EngineInfo, Path]:

@@ -16,6 +16,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel import structure
+from lightning_accel.benchmarking.comparison import BenchmarkSettings
+from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.compression import check_strategy, compression_callbacks
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
@@ -65,6 +67,9 @@ class ModelExport(L.Callback):
         dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
         keep_samples: how many held-out samples are shipped with the trained network's outputs, so that
             ``lightning-accel verify`` needs no data on another machine. They are part of your data.
+        budgets: run the network in the ways that matter, each in a process of its own, and let the fastest within these
+            budgets be the bundle's default, e.g. ``Budgets(max_drop=0.5)``; ``None`` measures and decides nothing more.
+        benchmark: how those ways are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
         name: the callback's name.
 
     Raises:
@@ -91,6 +96,8 @@ class ModelExport(L.Callback):
         metadata: dict[str, Any] | None = None,
         dynamic: dict[str, dict[int, str]] | None = None,
         keep_samples: int = 0,
+        budgets: Budgets | None = None,
+        benchmark: BenchmarkSettings | None = None,
         name: str = "export",
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
@@ -109,10 +116,20 @@ class ModelExport(L.Callback):
             raise ValueError(
                 f"Argument `keep_samples` must be from 0 to `samples` ({samples}), but got {keep_samples!r}."
             )
+        if benchmark is not None and budgets is None:
+            raise ValueError(
+                "Argument `benchmark` must come with `budgets`, which the ways are measured for, but got none."
+            )
+        if budgets is not None and budgets.batch not in (None, *(benchmark or BenchmarkSettings()).batches):
+            sizes = (benchmark or BenchmarkSettings()).batches
+            raise ValueError(
+                f"Argument `budgets` must name a batch size that is measured {sizes}, but got {budgets.batch}."
+            )
         self.dirpath, self.engines, self.precision, self.ckpt = str(dirpath), chosen, precision, str(ckpt)
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
+        self.budgets, self.benchmark = budgets, benchmark
         self.report: dict[str, Any] | None = None
         self.repeat = ""  # command that repeats the export, if it isn't `export`
         self._ready = False
@@ -227,7 +244,7 @@ class ModelExport(L.Callback):
 
     def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the order takes over from the arguments as it is."""
-        names = ("preprocess", "postprocess", "metadata", "dynamic", "keep_samples")
+        names = ("preprocess", "postprocess", "metadata", "dynamic", "keep_samples", "budgets", "benchmark")
         return {"precision": self._wanted_precision(trainer), **{name: getattr(self, name) for name in names}}
 
     @staticmethod

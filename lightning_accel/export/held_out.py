@@ -74,6 +74,23 @@ class HeldOut:
             raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
+    def everything(self, module: nn.Module, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """All samples as named arrays ``(S, ...)``, and their class labels where each batch holds some.
+
+        Raises:
+            ValueError: there is none.
+        """
+        parts: list[dict[str, np.ndarray]] = []
+        labels: list[np.ndarray] = []
+        for call, classes in self.calls(module):
+            parts.append(feeds_of(call, names))
+            if classes is not None:
+                labels.append(classes.numpy())
+        if not parts:
+            raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
+        feeds = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        return feeds, np.concatenate(labels) if len(labels) == len(parts) else None
+
 
 def batch_of(call: Call) -> int:
     """Number of samples in a call."""

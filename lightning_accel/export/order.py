@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from lightning_accel.benchmarking.comparison import BenchmarkSettings
+from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.call_names import Axes
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.surrounded import surrounded
@@ -34,6 +36,8 @@ class Order:
         metadata: notes that travel in the file.
         dynamic: axes beyond the batch that may change.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
+        budgets: run the network in all common ways and decide within these which one is the default; ``None`` for not.
+        benchmark: how those ways are measured; ``None`` for the defaults.
     """
 
     module: L.LightningModule
@@ -53,6 +57,8 @@ class Order:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dynamic: Axes = field(default_factory=dict)
     keep_samples: int = 0
+    budgets: Budgets | None = None
+    benchmark: BenchmarkSettings | None = None
 
     @property
     def whole(self) -> nn.Module:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lightning_accel.benchmarking.comparison import Comparison
+from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import benchmark
 from lightning_accel.benchmarking.plots import plot_comparison
@@ -22,6 +24,7 @@ from lightning_accel.benchmarking.report import Row, comparison_table, render_ma
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import staged, write_manifest
+from lightning_accel.export.deciding import decide_default
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
 from lightning_accel.export.files import MODEL, REFERENCE, SAMPLES, Files, build_line, write_files
 from lightning_accel.export.onnx import OnnxExport, export_onnx
@@ -133,17 +136,22 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "environment": environment(),
             "notes": [*order.marks, *_notes(order, samples, files.proofs, measured, threads)],
         }
-        _write_reports(folder, report, list(rows.values()))
         default = next((line for line in engines if line["runs_here"]), engines[0])
+        content: dict[str, Any] = {
+            "default": {"engine": default["engine"], "file": default["file"]},
+            "engines": {line["engine"]: line for line in engines},
+            "model": MODEL,
+            "precision": order.precision,
+            "inputs": list(shipped.input_names),
+            "outputs": list(shipped.output_names),
+        }
+        if order.budgets is not None:
+            content |= decide_default(order, files, folder, content, report, labelled=bool(counts))
+        _write_reports(folder, report, list(rows.values()))
         write_manifest(
             folder,
             {
-                "default": {"engine": default["engine"], "file": default["file"]},
-                "engines": {line["engine"]: line for line in engines},
-                "model": MODEL,
-                "precision": order.precision,
-                "inputs": list(shipped.input_names),
-                "outputs": list(shipped.output_names),
+                **content,
                 "axes": {n: {str(a): s for a, s in of_input.items()} for n, of_input in shipped.axes.items()},
                 "metadata": dict(order.metadata),
                 "complete": not order.marks,
@@ -270,12 +278,17 @@ def _write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> Non
     plot_comparison(rows, folder / "report.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     readable = {**report, "verification": [_readable(line) for line in report["verification"]]}
-    (folder / "report.md").write_text(render_markdown(readable) + "\n![accuracy and latency](report.png)\n")
+    text = render_markdown({name: value for name, value in readable.items() if name != "comparison"})
+    if "comparison" in report:
+        text += f"\n## Ways to run it\n\n{render_comparison(Comparison.from_dict(report['comparison']))}\n"
+    (folder / "report.md").write_text(f"{text}\n![accuracy and latency](report.png)\n")
 
 
 def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
     """The report's table and where the rest is, for the terminal."""
     lines = [comparison_table([Row(**row) for row in report["rows"]])]
+    if decision := report.get("comparison", {}).get("decision"):
+        lines.append(f"Decision: {decision['why']}")
     lines += [f"TensorRT: {e['status']}" for e in report["engines"] if e["engine"] == "tensorrt"]
     if any(not line["runs_here"] for line in report["engines"]):
         data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"

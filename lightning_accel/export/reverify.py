@@ -4,7 +4,7 @@ The file in the bundle was proven to be the network when it was written. What it
 these versions, is held against that file, run as it is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning_accel.export import tolerances
 from lightning_accel.export.verification import Verification, verify
 
 SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
-_HALF = ("fp16", "bf16")
+_FLOAT = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def verify_bundle(
     shipped = list(manifest["engines"])
     if unknown := [engine for engine in engines or () if engine not in shipped]:
         raise ValueError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
-    feeds, wanted = _split(_samples_of(folder, samples), manifest)
+    feeds, wanted = split_samples(_samples_of(folder, samples), manifest)
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
     proofs: list[EngineProof] = []
     with ExitStack() as stack:
-        files = {_proven(manifest, manifest["engines"][engine]["precision"]) for engine in shipped}
-        files.add(_proven(manifest, manifest["precision"]))
+        files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
+        files.add(proven_file(manifest, manifest["precision"]))
         right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
         if wanted:
-            file = _proven(manifest, manifest["precision"])
+            file = proven_file(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
             known = _Known(feeds, wanted)
             check = verify(
@@ -117,15 +117,14 @@ def verify_bundle(
                 batch_sizes=(known.count,),
             )
             proofs.append(EngineProof("file as written, against what was trained", file, check))
-        for engine in engines or shipped:
-            line = manifest["engines"][engine]
+        for engine, line, is_default in _lines(manifest, engines):
             try:
-                runner = stack.enter_context(load_runner(folder, engine))
+                runner = stack.enter_context(load_runner(folder, None if is_default else engine))
             except (RuntimeError, ModuleNotFoundError) as error:  # no GPU, another version, a package that isn't here
                 proofs.append(EngineProof(engine, line["file"], None, str(error)))
                 continue
             check = verify(
-                right[_proven(manifest, line["precision"])].run,
+                right[proven_file(manifest, line["precision"])].run,
                 runner.run,
                 feeds,
                 engine=f"{engine} (its kernels)",
@@ -137,12 +136,22 @@ def verify_bundle(
     return proofs
 
 
-def _proven(manifest: Mapping[str, Any], precision: str) -> str:
+def _lines(manifest: Mapping[str, Any], engines: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Engine, file and precision of each engine; and of the default, where a decision made it another file than the engine's."""
+    for engine in engines or manifest["engines"]:
+        yield engine, manifest["engines"][engine], False
+    default = manifest.get("default", {})
+    own = manifest["engines"].get(default.get("engine"), {})
+    if "precision" in default and default["file"] != own.get("file") and engines is None:
+        yield default["engine"], default, True
+
+
+def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
     """The file that was held against the trained network, of which an engine in this precision is made.
 
-    Half precision is made of the float reference, also where an int8 bundle's fp16 engine was the faster one.
+    What isn't int8 is made of the float reference, where there is one: an int8 bundle may ship float32, or an fp16 engine.
     """
-    return REFERENCE if precision in _HALF and REFERENCE in manifest["files"] else str(manifest["model"])
+    return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
 class _Known:
@@ -167,7 +176,7 @@ def _samples_of(folder: Path, samples: Mapping[str, np.ndarray] | None) -> dict[
         return dict(kept)
 
 
-def _split(
+def split_samples(
     samples: Mapping[str, np.ndarray], manifest: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Inputs, and outputs if they are all there.

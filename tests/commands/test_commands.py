@@ -233,6 +233,7 @@ rtx = ["--engine", "tensorrt_rtx", "--level", "0"]
 codes = [main(["verify", bundle, "--engine", "onnxruntime"])]
 codes.append(main(["build", bundle + "/reference.onnx", "--out", out + "/m.engine", *rtx]))
 codes.append(main(["benchmark", bundle, "--batch", "2", "--seconds", "0.1"]))
+codes.append(main(["compare", bundle, bundle, "--batch", "2", "--callers", "1", "--seconds", "0.1"]))
 codes.append(main(["bundle", bundle, "--triton", out + "/models", "--engine", "onnxruntime"]))
 import numpy as np, lightning_accel as la
 twice = lambda feeds: {"y": feeds["x"] * 2}
@@ -246,11 +247,11 @@ def test_all_of_it_works_where_torch_and_lightning_cannot_be_imported(bundle, tm
     command = [sys.executable, "-W", "error", "-c", BLOCKED, str(bundle), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "CODES [0, 0, 0, 0, 0, 0]"
+    assert done.stdout.splitlines()[-1] == "CODES [0, 0, 0, 0, 0, 0, 0]"
 
 
 def test_help_names_them(capsys):
-    for name in ("verify", "build", "benchmark", "bundle"):
+    for name in ("verify", "build", "benchmark", "bundle", "compare"):
         assert main([name, "--help"]) == 0
         assert f"usage: lightning-accel {name}" in capsys.readouterr().out
     assert main(["verify"]) == 2

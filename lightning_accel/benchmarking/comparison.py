@@ -1,0 +1,199 @@
+"""What a comparison of ways is asked to do, and what it finds: the content of ``comparison.json``."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+SCHEMA = 1
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """How it is measured.
+
+    Args:
+        batches: samples in a call; each size is measured.
+        callers: threads that call at once; each number is measured.
+        seconds: time for which each way is called, at each batch size and number of callers.
+        turn_s: time of one turn: a round is one turn of each way, in an order shuffled anew.
+        warmup_s: time for which each way is called before the first round.
+        min_rounds: rounds that are measured even if calls take longer than turns.
+        limit_s: time that a way may take in all, with loading and warming up.
+        threads: threads of each engine.
+        seed: of the orders and of the resampling.
+
+    Raises:
+        ValueError: a number that makes no measurement.
+    """
+
+    batches: tuple[int, ...] = (1, 32)
+    callers: tuple[int, ...] = (1, 4)
+    seconds: float = 2.0
+    turn_s: float = 0.1
+    warmup_s: float = 0.3
+    min_rounds: int = 8
+    limit_s: float = 60.0
+    threads: int = field(default_factory=usable_cores)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "callers"):
+            values = getattr(self, name)
+            if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+                raise ValueError(f"Argument `{name}` must hold integers of at least 1, but got {values!r}.")
+            if len(set(values)) != len(values):
+                raise ValueError(f"Argument `{name}` must hold each number once, but got {values!r}.")
+        if 1 not in self.callers:
+            raise ValueError(
+                f"Argument `callers` must hold 1, whose latency the decision is made on, but got {self.callers!r}."
+            )
+        for name in ("seconds", "turn_s", "limit_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Argument `{name}` must be above 0, but got {getattr(self, name)}.")
+        if not self.warmup_s >= 0:
+            raise ValueError(f"Argument `warmup_s` must be at least 0, but got {self.warmup_s}.")
+        if self.min_rounds < 2:
+            raise ValueError(f"Argument `min_rounds` must be at least 2, but got {self.min_rounds}.")
+        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
+            raise ValueError(f"Argument `threads` must be an integer of at least 1, but got {self.threads!r}.")
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """Batch size and number of callers of each measurement."""
+        return [(batch, callers) for batch in self.batches for callers in self.callers]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way at one batch size and number of callers.
+
+    Args:
+        batch: samples in a call.
+        callers: threads that called at once.
+        p50_ms: median latency of a call in ms, as each caller sees it.
+        p90_ms: 90th percentile.
+        p99_ms: 99th percentile.
+        throughput: samples a second, of all callers together.
+        speedup: time of the baseline divided by time of this way: the median over the rounds of the ratio of both within a
+            round. The time is the length of a turn divided by its calls. ``None`` where the baseline wasn't measured.
+        speedup_low: lower end of its 95 % interval.
+        speedup_high: upper end.
+        rounds: rounds measured.
+        calls: calls measured.
+    """
+
+    batch: int
+    callers: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    throughput: float
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    rounds: int
+    calls: int
+
+
+@dataclass
+class WayResult:
+    """What was found about one way; ``None`` is what was not measured.
+
+    Args:
+        name: name of the way.
+        engine: what ran it.
+        precision: of its file.
+        status: ``"ran"``, ``"not here"``, ``"failed"`` or ``"out of time"``.
+        reason: why, if it isn't ``"ran"``.
+        file: its file, below the bundle where it lies there.
+        file_bytes: size of that file in bytes, with the weights beside it.
+        peak_memory_bytes: largest resident memory of its process, once it was warm, in bytes.
+        first_ms: time from a fresh process to its first result: imports, loading, one sample; in ms.
+        accuracy: share of the labels that it predicts.
+        agreement: share of predictions that are those of the trained network, or of the baseline where that isn't known.
+        samples: held-out samples behind both.
+        kernels: what its kernels compute held against the file as it is written: ``passed``, ``failures`` and the errors.
+        unshippable: why it can't be the bundle's default; empty if it can.
+        points: what was measured, one for each batch size and number of callers.
+    """
+
+    name: str
+    engine: str
+    precision: str
+    status: str = "ran"
+    reason: str = ""
+    file: str | None = None
+    file_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    first_ms: float | None = None
+    accuracy: float | None = None
+    agreement: float | None = None
+    samples: int | None = None
+    kernels: dict[str, Any] | None = None
+    unshippable: str = ""
+    points: list[Point] = field(default_factory=list)
+
+    def point(self, batch: int, callers: int = 1) -> Point | None:
+        """The measurement at a batch size and number of callers, if there is one."""
+        return next((p for p in self.points if (p.batch, p.callers) == (batch, callers)), None)
+
+    @property
+    def score(self) -> float | None:
+        """Accuracy, or agreement where there are no labels."""
+        return self.agreement if self.accuracy is None else self.accuracy
+
+
+@dataclass
+class Comparison:
+    """All ways, the machine, and what was decided.
+
+    Args:
+        environment: the machine, see :func:`~lightning_accel.benchmarking.environment.environment`.
+        settings: those of :class:`BenchmarkSettings`, what the samples are, and what predictions were compared with.
+        baseline: name of the way that speed-ups refer to.
+        null: the baseline held against itself in a second process: ``value``, ``low`` and ``high`` at each of the ``points``.
+        noisy: whether the interval of a null ratio leaves 0.9 to 1.1.
+        ways: one row for each.
+        decision: what ships, see :func:`~lightning_accel.benchmarking.decision.decide`; ``None`` if nothing was asked.
+        interrupted: whether it was stopped before everything was measured.
+    """
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    baseline: str
+    null: dict[str, Any]
+    noisy: bool
+    ways: list[WayResult]
+    decision: dict[str, Any] | None = None
+    interrupted: bool = False
+
+    def __getitem__(self, name: str) -> WayResult:
+        for way in self.ways:
+            if way.name == name:
+                return way
+        raise KeyError(f"No way {name!r}, only {[way.name for way in self.ways]}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``comparison.json``."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
+        """What :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: another schema.
+        """
+        if values.get("schema") != SCHEMA:
+            raise ValueError(
+                f"The comparison must have schema {SCHEMA}, but got {values.get('schema')!r}. Measure again."
+            )
+        ways = [WayResult(**{**way, "points": [Point(**point) for point in way["points"]]}) for way in values["ways"]]
+        known = {one.name for one in fields(cls)}
+        return cls(**{**{key: value for key, value in values.items() if key in known}, "ways": ways})

@@ -1,0 +1,194 @@
+"""The decision: which way ships, given what may be lost and what it may cost; and why each of the others doesn't."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_accel.benchmarking.comparison import Comparison, WayResult
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a way may cost to be shipped; ``None`` is no limit.
+
+    Args:
+        max_drop: percentage points of accuracy that it may lose against the float32 network in ONNX Runtime; of agreement
+            with the trained network, where there are no labels.
+        max_latency_ms: largest median latency of a call with ``batch`` samples, one caller, in ms.
+        max_bytes: largest size of the file in bytes.
+        batch: batch size at which latency counts; ``None`` means the largest that is measured.
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Example:
+        >>> Budgets(max_drop=0.5).max_drop  # half a point, e.g. from 92.0 % to 91.5 %
+        0.5
+    """
+
+    max_drop: float = 1.0
+    max_latency_ms: float | None = None
+    max_bytes: int | None = None
+    batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop <= 100:
+            raise ValueError(f"Argument `max_drop` must be from 0 to 100 percentage points, but got {self.max_drop}.")
+        for name in ("max_latency_ms", "max_bytes", "batch"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Argument `{name}` must be above 0 or None, but got {value}.")
+
+
+def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
+    """Name the way to ship.
+
+    A way is refused if it didn't run, if a bundle can't load it, if its kernels don't compute what its file says, or if it
+    is outside of the budgets. Of the others the one whose speed-up over float32 in ONNX Runtime has the highest lower end
+    ships; but only if that lies above 1 and above what the null run gives, or else plain float32 ships.
+
+    Args:
+        comparison: what was measured; not changed.
+        budgets: the limits.
+
+    Returns:
+        ``ship`` (name of the way, or ``None`` if nothing fits), ``why``, ``budgets``, ``refused`` (name -> reason).
+
+    Raises:
+        ValueError: latency counts at a batch size that wasn't measured.
+    """
+    sizes = comparison.settings["batches"]
+    batch = max(sizes) if budgets.batch is None else budgets.batch
+    if batch not in sizes:
+        raise ValueError(
+            f"Argument `batch` must be one of the sizes that are measured, {list(sizes)}, but got {batch}."
+        )
+    limits = {**asdict(budgets), "batch": batch}
+    floor = next((way for way in comparison.ways if way.name == comparison.baseline), None)
+    if floor is None or floor.status != "ran":
+        reason = "it is not among the ways" if floor is None else f"{floor.status}: {floor.reason}"
+        why = (
+            f"Nothing is decided: {comparison.baseline}, which all others are held against, wasn't measured: {reason}."
+        )
+        return {"ship": None, "why": why, "budgets": limits, "refused": {}}
+    refused, excess = {}, {}
+    for way in comparison.ways:
+        reason, over = _refusal(way, floor, budgets, batch)
+        if reason:
+            refused[way.name] = reason
+            if over:
+                excess[way.name] = over
+    fitting = [way for way in comparison.ways if way.name not in refused]
+    result = {"budgets": limits, "refused": refused}
+    if not fitting:
+        nearest = min(excess, key=lambda name: excess[name], default=None)
+        near = "" if nearest is None else f" The nearest is {nearest}: {refused[nearest]}."
+        return {"ship": None, "why": f"No way fits the budgets.{near}", **result}
+    best = max(fitting, key=lambda way: _low(way, batch))
+    plain = next((way for way in fitting if way.name == comparison.baseline), None)
+    if plain is not None:
+        quiet = _clearly(comparison, batch)
+        others = [way for way in fitting if way is not plain]
+        if best is plain or _low(best, batch) <= quiet:
+            return {"ship": plain.name, "why": _plain_is_best(others, batch, quiet), **result}
+    return {"ship": best.name, "why": _why(best, floor, batch), **result}
+
+
+def _refusal(way: WayResult, floor: WayResult, budgets: Budgets, batch: int) -> tuple[str, float]:
+    """Why a way doesn't ship, and by which share it is beyond the budgets, if that is the only reason."""
+    point = way.point(batch)
+    if way.status != "ran":
+        return f"{way.status}: {way.reason}", 0.0
+    if way.unshippable:
+        return f"not shippable: {way.unshippable}", 0.0
+    if point is None:
+        return f"not measured at batch {batch}", 0.0
+    is_floor = way.name == floor.name
+    if way.kernels is None and not is_floor:
+        return (
+            "no held-out samples to hold its kernels against the file on: pass --data, or export with keep_samples",
+            0.0,
+        )
+    if way.kernels is not None and not way.kernels["passed"]:
+        return f"its kernels don't compute here what the file says: {'; '.join(way.kernels['failures'])}", 0.0
+    reasons, over = [], []
+    drop = _drop(way, floor)
+    if drop is None and not is_floor:
+        return "its outputs are no logits, so that neither accuracy nor agreement can be held against `max_drop`", 0.0
+    if drop is not None and drop > budgets.max_drop:
+        what = "accuracy" if way.accuracy is not None else "agreement"
+        reasons.append(f"{what} drops by {drop:.2f} points, more than {budgets.max_drop:g}")
+        over.append(drop / max(budgets.max_drop, 0.01))
+    if budgets.max_latency_ms is not None and point.p50_ms > budgets.max_latency_ms:
+        reasons.append(f"p50 at batch {batch} is {point.p50_ms:.3f} ms, more than {budgets.max_latency_ms:g}")
+        over.append(point.p50_ms / budgets.max_latency_ms)
+    if budgets.max_bytes is not None and (way.file_bytes or 0) > budgets.max_bytes:
+        reasons.append(f"its file has {way.file_bytes:,} bytes, more than {budgets.max_bytes:,}")
+        over.append((way.file_bytes or 0) / budgets.max_bytes)
+    return "; ".join(reasons), max(over, default=0.0)
+
+
+def _drop(way: WayResult, floor: WayResult) -> float | None:
+    """Percentage points lost against float32, rounded so that a budget of exactly that much is kept."""
+    if way.score is None or floor.score is None:
+        return None
+    return round(100 * (floor.score - way.score), 6)
+
+
+def _low(way: WayResult, batch: int) -> float:
+    point = way.point(batch)
+    return 0.0 if point is None or point.speedup_low is None else point.speedup_low
+
+
+def _clearly(comparison: Comparison, batch: int) -> float:
+    """The speed-up above which a way is clearly faster than float32."""
+    null = next((n for n in comparison.null["points"] if (n["batch"], n["callers"]) == (batch, 1)), None)
+    if null is None:
+        return 1.0
+    return max(1.0, float(null["high"]))
+
+
+def _ratio_of(way: WayResult, batch: int) -> str:
+    point = way.point(batch)
+    if point is None or point.speedup is None:
+        return "not compared with fp32"
+    return f"{point.speedup:.2f}x [{point.speedup_low:.2f}, {point.speedup_high:.2f}]"
+
+
+def _plain_is_best(others: list[WayResult], batch: int, quiet: float) -> str:
+    says = "Plain fp32 in ONNX Runtime ships: "
+    if not others:
+        return says + "no other way fits."
+    best = max(others, key=lambda way: _low(way, batch))
+    noise = f" and above what the null run gives ({quiet:.2f})" if quiet > 1 else ""
+    return (
+        f"{says}no way that fits is clearly faster. The fastest of them, {best.name}, is {_ratio_of(best, batch)} as fast "
+        f"at batch {batch}, whose lower end must lie above 1{noise}."
+        f"{' On a quiet machine another may ship.' if quiet > 1.1 else ''}"
+    )
+
+
+def _why(way: WayResult, floor: WayResult, batch: int) -> str:
+    says = [f"{way.name} ships: {_ratio_of(way, batch)} as fast as fp32 in ONNX Runtime at batch {batch}"]
+    drop = _drop(way, floor)
+    if drop is not None:
+        what = "accuracy" if way.accuracy is not None else "agreement (there are no labels)"
+        change = f"drops by {drop:.2f} points" if drop > 0 else f"is {-drop:.2f} points higher" if drop < 0 else "stays"
+        says.append(f"its {what} {change} on {way.samples:,} samples")
+    if way.file_bytes and floor.file_bytes:
+        says.append(f"its file has {way.file_bytes:,} bytes instead of {floor.file_bytes:,}")
+    text = "; ".join(says) + "."
+    point = way.point(batch)
+    if point is not None and (point.speedup_low or 0) <= 1:
+        text += " It is not clearly faster than fp32, which does not fit the budgets."
+    return text
+
+
+def resolution(samples: int | None, budgets: Mapping[str, Any]) -> str:
+    """What to say where one sample weighs more than the drop that is allowed; empty otherwise."""
+    if not samples or 100 / samples <= budgets["max_drop"]:
+        return ""
+    return (
+        f"One of the {samples} samples weighs {100 / samples:.2f} points, more than the drop of {budgets['max_drop']:g} that is "
+        "allowed: decide on more held-out data."
+    )

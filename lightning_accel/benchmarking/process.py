@@ -1,0 +1,122 @@
+"""A way in a process of its own, as seen from the one that measures: asks with a time limit, survives its death."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning_accel
+
+WORKER = "lightning_accel.benchmarking.worker"
+
+
+class WayEndedError(RuntimeError):
+    """A way can't go on; ``status`` is that of its row.
+
+    Args:
+        status: ``"not here"``, ``"failed"`` or ``"out of time"``.
+        reason: why, in one line.
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class WayProcess:
+    """Start a worker and talk to it.
+
+    Args:
+        threads: threads of whatever reads it from the environment; also of OpenMP, whose idle threads sleep.
+        limit_s: time that all answers together may take, in seconds.
+    """
+
+    def __init__(self, *, threads: int, limit_s: float) -> None:
+        self.left_s, self._limit_s = limit_s, limit_s
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", WORKER],  # -P: a file `onnx.py` where the command is run is not the package
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=_environment(threads),
+            start_new_session=True,  # Ctrl-C reaches the process that measures alone; compilers end with the worker
+        )
+        self._replies: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for the reply.
+
+        Args:
+            request: one of the worker's.
+            arguments: its arguments, JSON values.
+
+        Raises:
+            WayEndedError: it failed, can't run here, died, or took longer than what is left of the limit.
+        """
+        started = time.perf_counter()
+        with suppress(BrokenPipeError):  # it has died: the missing reply tells how
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+            self._process.stdin.flush()
+        try:
+            line = self._replies.get(timeout=max(self.left_s, 0.0))
+        except queue.Empty:
+            raise WayEndedError(
+                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a way"
+            ) from None
+        finally:
+            self.left_s -= time.perf_counter() - started
+        if not line:
+            raise WayEndedError("failed", self._death())
+        reply: dict[str, Any] = json.loads(line)
+        if "not_here" in reply:
+            raise WayEndedError("not here", " ".join(reply["not_here"].split()))
+        if "failed" in reply:
+            raise WayEndedError("failed", " ".join(reply["failed"].split())[:500])
+        return reply
+
+    def close(self) -> None:
+        """End the process and all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]  # both are pipes
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed while it waited
+            for line in self._process.stdout:
+                self._replies.put(line)
+        self._replies.put("")
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"its process died with {how}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """This process's environment, with the threads fixed and idle ones asleep, and this very package to import."""
+    own = str(Path(lightning_accel.__file__).parents[1])
+    path = os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    return {**os.environ, **counts, **waiting, "PYTHONPATH": path}

@@ -1,0 +1,231 @@
+"""Rounds: the ways take turns, each in its own process, so that only one runs at a time and all meet the machine's moods."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Point, WayResult
+from lightning_accel.benchmarking.measure import NOISY, Ratio, median_ratio
+from lightning_accel.benchmarking.process import WayEndedError, WayProcess
+from lightning_accel.benchmarking.ways import Way
+
+_PREDICT_BATCH = 32
+_Key = tuple[int, int]  # batch size and number of callers
+
+
+@dataclass
+class _Turn:
+    """What one way did in one round, in ms: latencies, length of the turn, time its threads ran and waited for a CPU."""
+
+    times_ms: list[float]
+    wall_ms: float
+    ran_ms: float
+    waited_ms: float
+
+    @property
+    def call_ms(self) -> float:
+        """Time of a call, as the turn's length has it.
+
+        Not the median: a call that is shorter than what the system gives a process at a time is mostly undisturbed by others,
+        a longer one never is. And several callers also wait for each other.
+        """
+        return self.wall_ms / len(self.times_ms)
+
+
+@dataclass
+class Row:
+    """A way while it is measured."""
+
+    way: Way
+    result: WayResult
+    process: WayProcess | None = None
+    turns: dict[_Key, dict[int, _Turn]] = field(default_factory=dict)  # by round
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def end(self, status: str, reason: str) -> None:
+        """Take it out; what it measured before stays."""
+        self.result.status, self.result.reason = status, reason
+        self.close()
+
+    def close(self) -> None:
+        """End its process."""
+        if self.process is not None:
+            self.process.close()
+            self.process = None
+
+
+@dataclass
+class Measured:
+    """All rows, and the baseline's second process.
+
+    Args:
+        rows: one for each way, in the order given.
+        null: of each point: batch size, callers, ratio and interval, ``waiting``, and whether it is noisy.
+        interrupted: whether it was stopped by Ctrl-C.
+    """
+
+    rows: list[Row]
+    null: list[dict[str, Any]]
+    interrupted: bool = False
+
+
+def measure_ways(
+    ways: Sequence[Way],
+    samples: Mapping[str, np.ndarray],
+    settings: BenchmarkSettings,
+    *,
+    baseline: str,
+    keep: int = 512,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Measure the latency of several ways to run the same network, and collect what they compute.
+
+    Each way, and the baseline a second time, is loaded in a process of its own and warmed up for some time. Then come the
+    rounds: in each every way has one turn, in an order shuffled anew, while the other processes sleep. A way that fails,
+    dies or takes longer than its limit becomes a row that says so; the others go on. Ctrl-C ends the measurement and
+    keeps what was measured.
+
+    Args:
+        ways: what to run; a way with ``missing`` is a row and nothing else.
+        samples: inputs by name, each ``(S, ...)``. Calls take the first of them, from the beginning again if there are fewer.
+        settings: batch sizes, callers and times.
+        baseline: name of the way that speed-ups refer to.
+        keep: samples whose outputs are kept; classes are kept of all.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: two ways of one name, or no way of the baseline's.
+    """
+    names = [way.name for way in ways]
+    if len(set(names)) != len(names):
+        raise ValueError(f"Argument `ways` must have different names, but got {names}.")
+    if baseline not in names:
+        raise ValueError(f"Argument `baseline` must be one of {names}, but got {baseline!r}.")
+    rows = [Row(way, WayResult(way.name, way.engine, way.precision, unshippable=way.unshippable)) for way in ways]
+    base = rows[names.index(baseline)]
+    second = Row(base.way, WayResult("null", base.way.engine, base.way.precision))
+    interrupted = False
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        for row in (*rows, second):
+            stack.callback(row.close)
+        try:
+            files = _write_inputs(samples, Path(scratch))
+            for row in (*rows, second):
+                progress(f"start {row.result.name}")
+                _start(row, files, settings, Path(scratch), 0 if row is second else keep)
+            _run_rounds([*rows, second], settings, progress)
+        except KeyboardInterrupt:
+            interrupted = True
+    rng = np.random.default_rng(settings.seed)
+    for row in rows:
+        row.result.points = [_point(row, base, key, rng) for key in row.turns if row.turns[key]]
+        if interrupted and row.result.status == "ran" and not row.result.points:
+            row.result.status, row.result.reason = "out of time", "interrupted before it was measured"
+    return Measured(rows, _null(rows, base, second, rng), interrupted)
+
+
+def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, str]:
+    files = {name: str(folder / f"input{index}.npy") for index, name in enumerate(samples)}
+    for name, array in samples.items():
+        np.save(files[name], array, allow_pickle=False)
+    return files
+
+
+def _start(row: Row, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int) -> None:
+    """Load a way, warm it up, look at its memory, and collect what it computes."""
+    way, result = row.way, row.result
+    if way.missing:
+        row.end("not here", way.missing)
+        return
+    told = {"engine": way.engine, "mode": way.mode, "file": str(way.file), "options": dict(way.options)}
+    try:
+        row.process = process = WayProcess(threads=settings.threads, limit_s=settings.limit_s)
+        result.first_ms = process.ask("start", way=told, inputs=files, threads=settings.threads)["first_ms"]
+        for batch, callers in settings.points:
+            process.ask("warm", batch=batch, callers=callers, seconds=settings.warmup_s)
+        result.peak_memory_bytes = process.ask("memory")["peak_memory_bytes"]
+        if keep:
+            out = scratch / "outputs.npz"
+            result.samples = process.ask("predict", batch=_PREDICT_BATCH, keep=keep, out=str(out))["samples"]
+            with np.load(out, allow_pickle=False) as arrays:
+                row.outputs = dict(arrays)
+    except WayEndedError as ended:
+        row.end(ended.status, ended.reason)
+
+
+def _run_rounds(rows: Sequence[Row], settings: BenchmarkSettings, progress: Callable[[str], None]) -> None:
+    rng = np.random.default_rng(settings.seed)
+    rounds = max(settings.min_rounds, round(settings.seconds / settings.turn_s))
+    for batch, callers in settings.points:
+        progress(f"batch {batch}, {callers} caller{'s' if callers > 1 else ''}")
+        end = time.perf_counter() + 1.5 * settings.seconds * sum(row.process is not None for row in rows)
+        for number in range(rounds):
+            if number >= settings.min_rounds and time.perf_counter() > end:
+                break
+            for index in rng.permutation(len(rows)):
+                row = rows[index]
+                if row.process is None:
+                    continue
+                try:
+                    told = row.process.ask("turn", batch=batch, callers=callers, seconds=settings.turn_s)
+                except WayEndedError as ended:
+                    row.end(ended.status, f"{ended.reason}, at batch {batch} with {callers} at once")
+                    continue
+                row.turns.setdefault((batch, callers), {})[number] = _Turn(**told)
+
+
+def _point(row: Row, base: Row, key: _Key, rng: np.random.Generator) -> Point:
+    batch, callers = key
+    turns = row.turns[key]
+    times = np.concatenate([turn.times_ms for turn in turns.values()])
+    rates = [1e3 * batch * len(turn.times_ms) / turn.wall_ms for turn in turns.values()]
+    ratio = Ratio(1.0, 1.0, 1.0) if row is base else _ratio(base, row, key, rng)
+    return Point(
+        batch=batch,
+        callers=callers,
+        p50_ms=float(np.percentile(times, 50)),
+        p90_ms=float(np.percentile(times, 90)),
+        p99_ms=float(np.percentile(times, 99)),
+        throughput=float(np.median(rates)),
+        speedup=None if ratio is None else ratio.value,
+        speedup_low=None if ratio is None else ratio.low,
+        speedup_high=None if ratio is None else ratio.high,
+        rounds=len(turns),
+        calls=len(times),
+    )
+
+
+def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | None:
+    """Time of the baseline divided by that of the row, over the rounds in which both had a turn."""
+    before, after = base.turns.get(key, {}), row.turns.get(key, {})
+    both = sorted(before.keys() & after.keys())
+    if len(both) < 2:
+        return None
+    of_base, of_row = ([turns[n].call_ms for n in both] for turns in (before, after))
+    return median_ratio(of_base, of_row, rng)
+
+
+def _null(rows: Sequence[Row], base: Row, second: Row, rng: np.random.Generator) -> list[dict[str, Any]]:
+    points = []
+    for key in second.turns:
+        if (ratio := _ratio(base, second, key, rng)) is not None:
+            waiting = _waiting(rows, key)
+            noisy = ratio.low < 1 - NOISY or ratio.high > 1 + NOISY or (waiting or 0.0) > NOISY
+            points.append({"batch": key[0], "callers": key[1], **vars(ratio), "waiting": waiting, "noisy": noisy})
+    return points
+
+
+def _waiting(rows: Sequence[Row], key: _Key) -> float | None:
+    """Share of the time in which threads could have run for which others had the CPUs; ``None`` if it isn't known.
+
+    Both ways of a null run suffer alike, so that its ratio doesn't show it. Several callers also wait for each other.
+    """
+    turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
+    ran, waited = sum(turn.ran_ms for turn in turns), sum(turn.waited_ms for turn in turns)
+    return None if key[1] > 1 or not ran else waited / (ran + waited)

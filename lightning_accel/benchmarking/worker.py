@@ -1,0 +1,180 @@
+"""The process of one way: loads it, and runs it when it is told that its turn has come.
+
+Requests come as lines of JSON on the standard input, replies go out as lines of JSON; between them the process sleeps.
+It imports what its engine needs and nothing else, so that memory and first inference are the engine's own.
+"""
+
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.engines.base import Runner, load_runner
+
+NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # what is missing is named in the message; it is no failure
+
+
+class Worker:
+    """Answers the requests; each method whose name begins with ``do_`` is one."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, np.ndarray] = {}
+        self.run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+        self.pools: dict[int, ThreadPoolExecutor] = {}
+        self.feeds: dict[int, dict[str, np.ndarray]] = {}
+
+    def do_start(self, way: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any]:
+        """Load the way and run one sample; the time of both together is the first inference's."""
+        self.inputs = {name: np.load(path, mmap_mode="r") for name, path in inputs.items()}
+        first = self._feeds(1)
+        started = time.perf_counter()
+        self.run = _load(way, threads).run
+        self.run(first)
+        return {"first_ms": 1e3 * (time.perf_counter() - started)}
+
+    def do_warm(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
+        """Run for some time without counting."""
+        return {"calls": len(self._turn(batch, callers, seconds)[0])}
+
+    def do_turn(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
+        """Run for some time: latency of each call and time of all together; how long threads ran and waited for a CPU, in ms.
+
+        The first call of each caller isn't counted: it finds the caches full of what ran before it.
+        """
+        ran, waited = _ran_and_waited_ms()
+        times, wall = self._turn(batch, callers, seconds)
+        after = _ran_and_waited_ms()
+        return {"times_ms": times, "wall_ms": wall, "ran_ms": after[0] - ran, "waited_ms": after[1] - waited}
+
+    def do_memory(self) -> dict[str, Any]:
+        """Largest resident memory of this process so far, in bytes."""
+        return {"peak_memory_bytes": _peak_memory()}
+
+    def do_predict(self, batch: int, keep: int, out: str) -> dict[str, Any]:
+        """Run all samples; write the outputs of the first ``keep``, and the classes of all if the outputs are logits."""
+        total = len(next(iter(self.inputs.values())))
+        kept: dict[str, list[np.ndarray]] = {}
+        classes: list[np.ndarray] = []
+        for start in range(0, total, batch):
+            outputs = self.run({n: np.array(a[start : start + batch]) for n, a in self.inputs.items()})
+            for name, array in outputs.items():
+                if start < keep:
+                    kept.setdefault(name, []).append(array[: keep - start])
+            logits = next(iter(outputs.values()))
+            if logits.ndim >= 2 and logits.shape[1] > 1:
+                classes.append(logits.argmax(1))
+        arrays = {f"output {name}": np.concatenate(parts) for name, parts in kept.items()}
+        if classes:
+            arrays["classes"] = np.concatenate(classes)
+        np.savez(out, allow_pickle=False, **arrays)
+        return {"samples": total}
+
+    def _feeds(self, batch: int) -> dict[str, np.ndarray]:
+        """The first ``batch`` samples, from the beginning again if there are fewer."""
+        if batch not in self.feeds:
+            self.feeds[batch] = {n: np.resize(a[:batch], (batch, *a.shape[1:])) for n, a in self.inputs.items()}
+        return self.feeds[batch]
+
+    def _turn(self, batch: int, callers: int, seconds: float) -> tuple[list[float], float]:
+        feeds = self._feeds(batch)
+        self.run(feeds)  # what can't run at this size fails here, not in one of several threads
+        # Threads are kept: OpenMP makes a team for each thread that calls it, in that thread's first call.
+        pool = self.pools.setdefault(callers, ThreadPoolExecutor(callers))
+        ready = threading.Barrier(callers)
+
+        def call_until_the_end() -> tuple[list[float], float, float]:
+            if callers > 1:
+                self.run(feeds)
+            ready.wait()
+            started = before = time.perf_counter_ns()
+            times = []
+            while True:
+                self.run(feeds)
+                now = time.perf_counter_ns()
+                times.append(max(now - before, 1) / 1e6)  # a clock may not see a very short call
+                before = now
+                if now - started >= 1e9 * seconds:
+                    return times, started, now
+
+        gc.collect()
+        gc.disable()  # a collection would be charged to whichever call it falls on
+        try:
+            if callers == 1:  # in the main thread, as in most programs
+                parts = [call_until_the_end()]
+            else:
+                parts = [future.result() for future in [pool.submit(call_until_the_end) for _ in range(callers)]]
+        finally:
+            gc.enable()
+        wall = max(end for *_, end in parts) - min(start for _, start, _ in parts)
+        return [t for times, *_ in parts for t in times], wall / 1e6
+
+
+def _load(way: Mapping[str, Any], threads: int) -> Runner:
+    options = dict(way["options"])
+    if way["engine"] == "tensorrt":
+        return load_runner(way["file"], "tensorrt")
+    if way["mode"] not in ("", "inference_mode"):
+        from lightning_accel.benchmarking.torch_ways import TorchWay
+
+        return TorchWay(way["file"], mode=way["mode"], threads=threads)
+    if providers := options.get("providers"):
+        import onnxruntime
+
+        if not set(providers) <= set(onnxruntime.get_available_providers()):
+            raise NotImplementedError(
+                f"this ONNX Runtime has no {', '.join(providers)}, only {', '.join(onnxruntime.get_available_providers())}: "
+                'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
+            )
+    return load_runner(way["file"], way["engine"], threads=threads, **options)
+
+
+def _ran_and_waited_ms() -> tuple[float, float]:
+    """How long the threads of this process, all together, ran, and how long they could have but others had the CPUs.
+
+    Only Linux tells; elsewhere both are 0.
+    """
+    ran = waited = 0.0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            fields = path.read_text().split()
+            ran, waited = ran + float(fields[0]) / 1e6, waited + float(fields[1]) / 1e6
+    return ran, waited
+
+
+def _peak_memory() -> int | None:
+    # `getrusage` would tell the memory of the process that started this one, where that was larger.
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not come between the replies
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = getattr(worker, f"do_{request.pop('do')}")(**request)
+        except NOT_HERE as error:
+            reply = {"not_here": str(error)}
+        except Exception as error:  # engines raise what they like; it becomes the row's reason
+            reply = {"failed": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
