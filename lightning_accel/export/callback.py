@@ -19,6 +19,7 @@ from lightning_accel import structure
 from lightning_accel.compression import check_strategy, compression_callbacks
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
+from lightning_accel.export.curves import Curves
 from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.integers import check_integers
@@ -28,8 +29,10 @@ from lightning_accel.export.order import Order
 from lightning_accel.export.pipeline import ENGINES, summary, write_bundle
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.export.proof import prove_file
+from lightning_accel.export.provenance import run_of
 from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.untrained import predictions_of
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
 from lightning_accel.quantization.prepare import quantized_forwards
@@ -116,6 +119,9 @@ class ModelExport(L.Callback):
         self.report: dict[str, Any] | None = None
         self.repeat = ""  # command that repeats the export, if it isn't `export`
         self._ready = False
+        self._curves, self._run = Curves(), dict[str, Any]()
+        self._untrained: dict[str, Any] | None = None  # what int8 predicted before it was trained
+        self._quantizing: list[QuantizingCallback] = []  # those whose fake-quant has yet to begin
 
     @property
     @override
@@ -124,7 +130,13 @@ class ModelExport(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"dirpath": self.dirpath}
+        kept = {"curves": self._curves.points, "run": self._run, "untrained": self._untrained}
+        return {"dirpath": self.dirpath, **kept}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._curves.points = list(state_dict.get("curves", []))
+        self._untrained = state_dict.get("untrained")
 
     @property
     def checkpoint_path(self) -> str:
@@ -136,6 +148,7 @@ class ModelExport(L.Callback):
         if stage != "fit":
             return
         self._ready = False
+        self._curves, self._run, self._untrained = Curves(), run_of(trainer, pl_module), None
         if trainer.is_global_zero:
             check_destination(self.dirpath)
         self.check_plan(trainer)
@@ -148,6 +161,27 @@ class ModelExport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._ready:
             self._preflight(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Before a first step there is nothing trained to quantize; an average of weights is no rival of single ones.
+        rivals = not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
+        waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
+        self._quantizing = waiting if rivals and trainer.is_global_zero else []
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if any(callback.quantizing for callback in self._quantizing):  # calibrated, and not yet trained a step
+            self._quantizing = []
+            part = surrounded(self._part(trainer, pl_module), self.preprocess, self.postprocess)
+            found = predictions_of(part, held_out(trainer, self.data, self.inputs))
+            self._untrained = None if found is None else {"step": trainer.global_step, **found.to_dict()}
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._curves.record(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -198,7 +232,7 @@ class ModelExport(L.Callback):
         """
         if ckpt == "best":
             ckpt = self._best(trainer)
-        unfinished, history = self._load(trainer, pl_module, ckpt)
+        unfinished, history, told = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
             raise RuntimeError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
@@ -220,6 +254,7 @@ class ModelExport(L.Callback):
             compression=_measured(trainer, pl_module),
             command=self._command(ckpt),
             marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
+            **told,
             **self._settings(trainer),
         )
         self.report = write_bundle(order, self.dirpath)
@@ -240,11 +275,18 @@ class ModelExport(L.Callback):
             )
         return next(path for path in kept if path)
 
-    def _load(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> tuple[list[str], list[str]]:
-        """Bring the module to a checkpoint's weights; returns why it isn't finished, and what was done to it when."""
+    def _load(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str
+    ) -> tuple[list[str], list[str], dict[str, Any]]:
+        """Bring the module to a checkpoint's weights.
+
+        Returns:
+            Why it isn't finished, what was done to it when, and what the report tells of the run, by the order's names.
+        """
         if ckpt == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
-            return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
+            unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
+            return unfinished, _history(states, trainer.global_step), self._told(self.state_dict(), states)
         checkpoint = structure.read_checkpoint(ckpt)
         states = checkpoint.get("callbacks", {})
         reasons = []
@@ -255,7 +297,13 @@ class ModelExport(L.Callback):
                 reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
         if not reasons or self.incomplete == "mark":
             structure.load_into(pl_module, checkpoint)
-        return reasons, _history(states, checkpoint.get("global_step", 0))
+        told = self._told(states.get(self.state_key, {}), states)
+        return reasons, _history(states, checkpoint.get("global_step", 0)), told
+
+    @staticmethod
+    def _told(state: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        told = {"curves": state.get("curves") or [], "run": state.get("run") or {}, "untrained": state.get("untrained")}
+        return {**told, "timeline": _timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
         """Contradictions between callbacks, and engines that aren't there, before training."""
@@ -431,6 +479,19 @@ def _check_engine(target: Target, engine: str, concatenates: bool) -> None:
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
     """The teacher of a DistillationModule: the network one would ship without compression."""
     return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None
+
+
+def _timeline(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Name, first and last optimizer step of each phase."""
+    return [
+        {
+            "phase": key.removeprefix("lightning_accel."),
+            "start": int(state["steps"][0]),
+            "end": int(state["steps"][1]) if state["steps"][1] > state["steps"][0] else None,
+        }
+        for key, state in states.items()
+        if "steps" in state
+    ]
 
 
 def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:

@@ -34,6 +34,10 @@ class Order:
         metadata: notes that travel in the file.
         dynamic: axes beyond the batch that may change.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
+        timeline: ``phase``, ``start`` and ``end`` (optimizer steps; ``None``: no end of its own) of each callback.
+        curves: what the run logged, once an epoch, for the report.
+        run: the command and configuration of the run, for the report.
+        untrained: what the int8 network predicted before it was trained, see :mod:`~lightning_accel.export.untrained`.
     """
 
     module: L.LightningModule
@@ -53,6 +57,10 @@ class Order:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dynamic: Axes = field(default_factory=dict)
     keep_samples: int = 0
+    timeline: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    untrained: Mapping[str, Any] | None = None
 
     @property
     def whole(self) -> nn.Module:

@@ -218,7 +218,7 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     @override
     def unfinished(self) -> str:
-        if self._placed and all(f.bank.active for f in self._placed.values()):
+        if self.quantizing:
             return ""
         seen = min((f.bank.batches for f in self._placed.values()), default=0)
         return (

@@ -86,6 +86,11 @@ class QuantizingCallback(CompressionCallback):
         if not builds_layers_late(pl_module):
             self.prepare(trainer, pl_module)
 
+    @property
+    def quantizing(self) -> bool:
+        """Whether the network computes with fake-quant by now."""
+        return bool(self._placed) and all(forward.bank.active for forward in self._placed.values())
+
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
         self._prepared = {}  # captured with the shapes of before: captured again where it is needed

@@ -1,7 +1,9 @@
+import csv
 import json
 import math
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +44,32 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert [row["name"] for row in report["rows"]] == [
         "teacher",
         "student fp32",
+        "student int8, not trained (PTQ)",
         "student int8",
         "student int8, tensorrt",
     ]
-    assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in report["rows"][:3])
-    assert report["rows"][3]["p50_ms"] is None
+    teacher, floating, untrained, int8, engine = report["rows"]
+    assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in (teacher, floating, int8))
+    assert engine["p50_ms"] is None
+    assert (untrained["total"], untrained["p50_ms"], report["ships"]) == (96, None, "student int8")
+    (earned,) = (note for note in report["notes"] if "earned its cost" in note or "cost accuracy" in note)
+    assert f"{100 * (int8['accuracy'] - untrained['accuracy']):+.2f} points" in earned
+    assert "at step 40," in earned  # 32 steps in two epochs, then 8 calibration batches
+    assert report["quantization"] == {"net.conv1": "int8", "net.conv2": "int8", "net.head": "int8", "net.add1": "int8"}
+    assert [point["step"] for point in report["curves"]] == [16, 32, 48, 64]
+    logged = [point["metrics"] for point in report["curves"]]
+    with next((tmp_path / "logs").rglob("metrics.csv")).open() as file:
+        written = [float(line["val_accuracy"]) for line in csv.DictReader(file) if line["val_accuracy"]]
+    assert [metrics["val_accuracy"] for metrics in logged] == pytest.approx(written)
+    assert logged[-1]["sparsity"] == pytest.approx(0.5, abs=0.003)
+    assert not any(name.startswith("sparsity/") for name in logged[-1])
+    assert report["timeline"] == [
+        {"phase": "WeightPruning.weights", "start": 0, "end": 32},
+        {"phase": "QuantizationAwareTraining.qat", "start": 32, "end": None},
+    ]
+    page = (bundle / "report.html").read_text()
+    assert "student int8, not trained (PTQ)" in page
+    assert earned in unescape(page)
     assert report["engines"][1]["status"] == "built here, not run" or torch.cuda.is_available()
     assert report["compression"]["sparsity (weights)"]["all"] == pytest.approx(0.5, abs=0.003)
     assert report["proofs"]["integers"]["weights"] == 3
@@ -59,6 +82,7 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
         "model.onnx",
         "reference.onnx",
         "report.json",
+        "report.html",
         "report.md",
         "report.png",
         "engines/model.engine",
