@@ -117,6 +117,7 @@ class ModelExport(L.Callback):
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.report: dict[str, Any] | None = None
+        self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
         self._ready = False
         self._curves, self._run = Curves(), dict[str, Any]()
@@ -212,7 +213,7 @@ class ModelExport(L.Callback):
             return
         self.export(trainer, pl_module, self.ckpt)
         assert self.report is not None
-        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step)
+        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step, self._exported)
         print(f"\n{summary(self.report, self.dirpath)}")
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> dict[str, Any]:
@@ -232,6 +233,7 @@ class ModelExport(L.Callback):
         """
         if ckpt == "best":
             ckpt = self._best(trainer)
+        self._exported = self.checkpoint_path if ckpt == "last" else ckpt
         unfinished, history, told = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
             raise RuntimeError(
