@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_accel.compression import CompressionCallback, compression_callbacks, timeline_of
+from lightning_accel.conflicts import conflicts
 from lightning_accel.inputs import has_forward, owner_and_call
 from lightning_accel.pruning.copies import count_macs, parameter_count, skeleton
 from lightning_accel.schedules import Timeline
@@ -54,6 +55,7 @@ class Plan:
         sizes: parameters and MACs for one sample, today and as predicted for the end, by name.
         phases: what each callback will do, in order of time.
         warnings: what is worth a second look.
+        conflicts: phases that work against each other, and what mends it.
     """
 
     steps_per_epoch: float
@@ -61,6 +63,7 @@ class Plan:
     sizes: dict[str, dict[str, int]]
     phases: list[Phase] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -78,8 +81,8 @@ class Plan:
             lines += [f"  brings: {phase.worth}"] if phase.worth else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
-        if self.warnings:
-            lines += ["", *(f"warning: {text}" for text in self.warnings)]
+        told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
+        lines += ["", *told] if told else []
         return "\n".join(lines)
 
 
@@ -141,7 +144,7 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     rates = _learning_rates(trainer, timeline)
     sizes = {"today": {"parameters": parameter_count(pl_module), **_macs(trainer, pl_module, callbacks)}}
     sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}
-    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes)
+    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=conflicts(trainer, pl_module))
     for callback in sorted(callbacks, key=lambda c: c.steps[0]):
         first, last = callback.steps
         begin, end = first / timeline.steps_per_epoch, last / timeline.steps_per_epoch

@@ -319,6 +319,11 @@ class ModelExport(L.Callback):
                 f'Argument `ckpt` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
                 f"{self.ckpt!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt`."
             )
+        if self.ckpt == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                'Argument `ckpt` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
+                "says what the best is."
+            )
         if self.precision == "int8" and not qat:
             raise ValueError(
                 'Argument `precision` must be "fp32" or None without a callback that quantizes, but got "int8".'
