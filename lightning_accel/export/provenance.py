@@ -26,7 +26,7 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     saved = [c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)]  # type: ignore[attr-defined]
     if saved:
-        return {"command": command, "config": saved[0].parser.dump(saved[0].config, skip_none=False)}
+        return {"command": command, "config": saved[0].parser.dump(saved[0].config, skip_unset=False)}
     settings = {type(pl_module).__name__: _plain(pl_module.hparams)}
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None:
