@@ -38,6 +38,7 @@ from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import quantization_map, quantized_forwards
 
 RIVAL = "network fp16, tensorrt"
+REPORT_SCHEMA = 1  # docs/report.md
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
@@ -124,6 +125,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
         null = [measured.null.low, measured.null.high]
         measurement = {"null_ratio": null, "rounds": measured.rounds, "noisy": measured.noisy}
         report: dict[str, Any] = {
+            "schema": REPORT_SCHEMA,
             "title": f"{type(order.module).__name__.removeprefix('Distilled')}, as it ships",
             "command": order.command,
             "rows": [row.to_dict() for row in rows.values()],

@@ -24,6 +24,7 @@ from tests.models import Classifier, Residual, images, loader
 from tests.quantization.test_callback import Text, sentences
 
 VAL = {"batch_size": 32}
+ROOT = Path(__file__).parents[2]
 
 
 def val(count=96, seed=77):
@@ -70,6 +71,11 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
         {"phase": "WeightPruning.weights", "start": 0, "end": 32},
         {"phase": "QuantizationAwareTraining.qat", "start": 32, "end": None},
     ]
+    assert report["schema"] == 1
+    told = re.findall(
+        r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M))
+    )
+    assert set(report) <= set(told)
     page = (bundle / "report.html").read_text()
     assert "student int8, not trained (PTQ)" in page
     assert earned in unescape(page)
