@@ -63,7 +63,8 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
         for place, point in enumerate(way.get("points") or [{}]):
             marked += [len(lines)] if way["name"] == decision.get("ship") else []
             once = place == 0  # what doesn't depend on batch and callers stands in the first line
-            ends = (point.get("speedup_low"), point.get("speedup_high"))
+            itself = way["name"] == comparison["baseline"]
+            ends = (None, None) if itself else (point.get("speedup_low"), point.get("speedup_high"))
             lines.append(
                 [
                     way["name"],

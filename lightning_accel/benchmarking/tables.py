@@ -35,7 +35,7 @@ def table(
         line = [tag("td", cell, class_=kinds.get(i)) for i, cell in enumerate(cells)]
         line[0] = tag("th", cells[0], scope="row")
         body.append(tag("tr", *line, class_="ships" if number in marked else None))
-    whole = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
+    whole = tag("table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body))
     return tag("div", whole, class_="scroll", role="region", aria_label=caption, tabindex=0)
 
 
