@@ -12,12 +12,15 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightning_accel.compression import CompressionCallback, compression_callbacks, timeline_of
+from lightning_accel.conflicts import conflicts
 from lightning_accel.inputs import has_forward, owner_and_call
 from lightning_accel.pruning.copies import count_macs, parameter_count, skeleton
+from lightning_accel.quantization.quantizing import QuantizingCallback
 from lightning_accel.schedules import Timeline
 
 _HIGH = 0.1  # share of the peak learning rate above which what is learned late starts too early
 _LOW = 0.01  # share below which what is pruned last is hardly made up for
+_BYTES = "bytes of weights"
 _LONGEST = 500_000  # steps over which learning rates are simulated
 
 
@@ -51,9 +54,10 @@ class Plan:
     Args:
         steps_per_epoch: optimizer steps.
         total_steps: of the run.
-        sizes: parameters and MACs for one sample, today and as predicted for the end, by name.
+        sizes: parameters, MACs for one sample and bytes of weights, today and as predicted for the end, by name.
         phases: what each callback will do, in order of time.
         warnings: what is worth a second look.
+        conflicts: phases that work against each other, and what mends it.
     """
 
     steps_per_epoch: float
@@ -61,6 +65,7 @@ class Plan:
     sizes: dict[str, dict[str, int]]
     phases: list[Phase] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -78,8 +83,8 @@ class Plan:
             lines += [f"  brings: {phase.worth}"] if phase.worth else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
-        if self.warnings:
-            lines += ["", *(f"warning: {text}" for text in self.warnings)]
+        told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
+        lines += ["", *told] if told else []
         return "\n".join(lines)
 
 
@@ -141,7 +146,9 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     rates = _learning_rates(trainer, timeline)
     sizes = {"today": {"parameters": parameter_count(pl_module), **_macs(trainer, pl_module, callbacks)}}
     sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}
-    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes)
+    sizes |= {f"after {type(c).__name__}": {} for c in callbacks if isinstance(c, QuantizingCallback)}
+    _add_bytes(sizes, pl_module, callbacks)
+    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=conflicts(trainer, pl_module))
     for callback in sorted(callbacks, key=lambda c: c.steps[0]):
         first, last = callback.steps
         begin, end = first / timeline.steps_per_epoch, last / timeline.steps_per_epoch
@@ -164,6 +171,20 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
                 "End it earlier."
             )
     return made
+
+
+def _add_bytes(
+    sizes: dict[str, dict[str, int]], pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]
+) -> None:
+    """Size of the weights in a file: 4 bytes for each parameter, 1 for those that are stored as int8."""
+    for size in sizes.values():
+        if "parameters" in size:
+            size[_BYTES] = 4 * size["parameters"]
+    left = min(size["parameters"] for size in sizes.values() if "parameters" in size)  # channels leave first
+    for callback in callbacks:
+        if isinstance(callback, QuantizingCallback):
+            share = callback.int8_share(pl_module)  # as it is today; channels may shift it a little
+            sizes[f"after {type(callback).__name__}"][_BYTES] = round(left * (4 - 3 * share))
 
 
 def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:

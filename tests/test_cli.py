@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 import lightning_accel as la
 from lightning_accel import cli
+from lightning_accel.benchmarking.report import Row
+from lightning_accel.export.logging import scalars
 from tests.models import Classifier, images
 
 pytestmark = [
@@ -26,7 +28,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SWEEP = ROOT / "configs" / "sweep.yaml"  # of W&B, not of the Trainer
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path != SWEEP)
 WHOLE = [path for path in CONFIGS if "model" in yaml.safe_load(path.read_text())]
 OVERLAYS = [path for path in CONFIGS if path not in WHOLE]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -137,6 +140,28 @@ def test_overlays_compose_with_each_other_and_with_the_command_line(capsys, monk
     assert config["trainer"]["logger"]["init_args"]["offline"] is True
 
 
+@pytest.mark.parametrize("end", [0, -1])
+def test_the_sweep_is_a_command_line_that_parses(capsys, monkeypatch, end):
+    """As W&B's agent makes it: the macros replaced, one option for each parameter, its smallest or largest value."""
+    monkeypatch.chdir(ROOT)
+    sweep = yaml.safe_load(SWEEP.read_text())
+    assert sweep["program"] == "lightning-accel"
+    values = {name: of.get("values", [of.get("min"), of.get("max")])[end] for name, of in sweep["parameters"].items()}
+    options = [f"--{name}={value}" for name, value in values.items()]
+    program, command, *words = (w for word in sweep["command"] for w in (options if word == "${args}" else [word]))
+    assert (program, command) == ("${program}", "fit")
+    config = config_of(capsys, *words)
+    for name, value in values.items():
+        found = config
+        for key in name.split("."):
+            found = found[key]
+        assert found == value
+    assert config["trainer"]["logger"]["init_args"]["offline"] is False
+    report = {"ships": "x", "rows": [{**Row("x", accuracy=0.5, p50_ms=1.0, file_bytes=1, speedup=1.0).to_dict()}]}
+    assert sweep["metric"]["name"] in scalars(report)
+    assert sweep["metric"]["goal"] == "maximize"
+
+
 @pytest.mark.parametrize(
     ("name", "required"),
     [
@@ -222,11 +247,16 @@ def trained(tmp_path_factory):
 def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
     folder, process = trained
     lines = process.stdout.strip().splitlines()
-    assert lines[-1] == f"Report: {folder / 'bundle' / 'report.md'}"
+    assert lines[-1] == f"Report: {folder / 'bundle' / 'report.html'}"
     assert any(line.startswith("| student int8") for line in lines)
     assert "LeafSpec" not in process.stderr
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     assert manifest["complete"]
+    run = json.loads((folder / "bundle" / "report.json").read_text())["run"]
+    assert run["command"] == f"cli.py fit -c {folder / 'run.yaml'}"
+    assert yaml.safe_load(run["config"])["trainer"]["max_epochs"] == run_config(folder)["trainer"]["max_epochs"]
+    saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
+    assert yaml.safe_load(run["config"]) == saved  # what SaveConfigCallback keeps
     assert la.load_runner(folder / "bundle")(images(4)[:][0].numpy()).shape == (4, 4)
 
 

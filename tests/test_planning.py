@@ -65,6 +65,9 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
         "highest; ranges final from step 31"
     )
     assert qat["net.head"] == "stays float: excluded"
+    integers = 8 * 27 + 8 * 72  # the weights of two convolutions; the head is excluded
+    parameters = made.sizes["today"]["parameters"]
+    assert made.sizes["after QuantizationAwareTraining"] == {"bytes of weights": 4 * parameters - 3 * integers}
     assert "sparse kernels" in made.phases[0].worth
     text = str(made)
     assert "WeightPruning: from epoch 1 (step 8) to epoch 2 (step 16), learning rate 0.05 (100% of the highest)" in text
@@ -109,6 +112,9 @@ def test_channels_that_leave_and_what_is_left(trainer):
     )
     assert ratio == pytest.approx(made.sizes["today"]["MACs a sample"] / left, rel=0.35)
     assert ratio >= 2
+    assert (
+        made.sizes["after ChannelPruning"]["bytes of weights"] == 4 * made.sizes["after ChannelPruning"]["parameters"]
+    )
     assert made.sizes["after ChannelPruning"]["parameters"] < made.sizes["today"]["parameters"]
 
 
@@ -148,7 +154,9 @@ def test_the_command_line_plans_what_yaml_says(tmp_path, capsys, monkeypatch):
     assert cli.main(["plan", "-c", str(tmp_path / "run.yaml")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "32 optimizer steps, 8 an epoch" in lines
-    assert f"today: {8 * 27 + 16 + 8 * 72 + 8 + 16 + 36} parameters, {64 * 8 * (27 + 72) + 32:,} MACs a sample" in lines
+    count = 8 * 27 + 16 + 8 * 72 + 8 + 16 + 36
+    macs = 64 * 8 * (27 + 72) + 32
+    assert f"today: {count} parameters, {macs:,} MACs a sample, {4 * count:,} bytes of weights" in lines
     order = [line.partition(":")[0] for line in lines if ": from epoch" in line]
     assert order == ["ChannelPruning", "WeightPruning", "QuantizationAwareTraining"]
     said = {" ".join(line.split()) for line in lines}

@@ -135,10 +135,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report of a run; a section appears only where there is something to say.
 
     Args:
-        report: ``title``, ``command`` (that repeats the run), ``rows`` (dicts of :class:`Row`), ``verification``,
-            ``engines`` and ``compression`` (see ``report.json``), ``phases``, ``environment``, ``notes``.
+        report: ``title``, ``summary`` (lines), ``command`` (that repeats the export), ``rows`` (dicts of :class:`Row`),
+            ``verification``, ``engines``, ``compression`` and ``quantization`` (see ``report.json``), ``phases``,
+            ``run``, ``environment``, ``notes``.
     """
     parts = [f"# {report.get('title') or 'Report'}"]
+    if lines := report.get("summary"):
+        parts.append("\n".join(f"- {line}" for line in lines))
     if command := report.get("command"):
         parts.append(f"```\n{command}\n```")
     if rows := report.get("rows"):
@@ -148,6 +151,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             parts += [f"## {title}", _records(entries)]
     if compression := report.get("compression"):
         parts += ["## Compression, measured", _nested(compression)]
+    if quantization := report.get("quantization"):
+        parts += ["## Quantization, operator by operator", _nested(quantization)]
+    if run := report.get("run"):
+        parts += ["## The run", f"```\n{run['command']}\n```"]
+        parts += (
+            [f"```yaml\n{run['config'].strip()}\n```"] if run.get("config") else [_nested(run.get("settings") or {})]
+        )
     for title, key in (("Phases", "phases"), ("Notes", "notes")):
         if lines := report.get(key):
             parts += [f"## {title}", "\n".join(f"- {line}" for line in ([lines] if isinstance(lines, str) else lines))]
@@ -191,7 +201,7 @@ def _records(entries: Iterable[Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for entry in entries for key in entry))
     return markdown_table(
         [key.replace("_", " ") for key in keys],
-        [[_plain(entry[key]) if entry.get(key) is not None else MISSING for key in keys] for entry in entries],
+        [[plain(entry[key]) if entry.get(key) is not None else MISSING for key in keys] for entry in entries],
         left=1,
     )
 
@@ -202,17 +212,18 @@ def _nested(values: Mapping[str, Any], indent: str = "") -> str:
         if isinstance(value, Mapping) and value:
             lines += [f"{indent}- {key}", _nested(value, indent + "  ")]
         else:
-            lines.append(f"{indent}- {key}: {MISSING if value is None else _plain(value)}")
+            lines.append(f"{indent}- {key}: {MISSING if value is None else plain(value)}")
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value in words, numbers with four digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(plain, value))
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 

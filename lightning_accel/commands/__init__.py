@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "verify": "hold a bundle's engines against its file on this machine",
     "build": "build a TensorRT engine from an ONNX file, as trtexec does",
+    "check": "can a module be exported, quantized and built, and what stands in the way: check package.MyLit --ckpt FILE",
     "doctor": "what is installed, which engines run or only build here, what int8 does on this CPU",
     "benchmark": "every way to run a bundle side by side, and which one ships; or latency of several bundles and files",
     "compare": "two bundles side by side",

@@ -23,6 +23,8 @@ _EXTRAS = {
     "matplotlib": "report",
 }
 
+_UNLOADABLE = "installed, but can't be loaded"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Look and print.
 
     Returns:
-        0, or 1 if something is broken: no ONNX Runtime, or two of them over each other.
+        0, or 1 if something is broken: no ONNX Runtime, two of them over each other, an engine that can't be loaded.
     """
     found = diagnose(probe=not arguments.no_probe)
     print(_screen(found))
@@ -63,6 +65,7 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
     if not {"onnxruntime", "onnxruntime-gpu"} & installed:
         broken.append('no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"')
     engines = {name: _engine(name) for name in ("onnxruntime", "openvino", *LIBRARIES)}
+    broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(_UNLOADABLE)]
     int8 = []
     for engine in ("onnxruntime", "openvino") if probe else ():
         for activations, weight_max in (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63)):
@@ -86,12 +89,14 @@ def _engine(name: str) -> str:
         except ModuleNotFoundError:
             return "not installed"
         except (ImportError, OSError, RuntimeError) as error:
-            return f"installed, but can't be loaded: {error}"
+            return f"{_UNLOADABLE}: {error}"
         return "builds and runs here" if has_gpu() else "builds here, runs on an NVIDIA GPU"
     try:
         module = import_module(name)
-    except ModuleNotFoundError:
-        return "not installed"
+    except ModuleNotFoundError as error:
+        return "not installed" if error.name == name else f"{_UNLOADABLE}: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{_UNLOADABLE}: {error}"
     if name == "onnxruntime":
         providers = [p.removesuffix("ExecutionProvider") for p in module.get_available_providers()]
         return f"runs here ({', '.join(providers)})"

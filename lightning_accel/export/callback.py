@@ -21,6 +21,7 @@ from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.compression import check_strategy, compression_callbacks
 from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
+from lightning_accel.export.curves import Curves
 from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.integers import check_integers
@@ -30,8 +31,10 @@ from lightning_accel.export.order import Order
 from lightning_accel.export.pipeline import ENGINES, summary, write_bundle
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.export.proof import prove_file
+from lightning_accel.export.provenance import run_of
 from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.untrained import predictions_of
 from lightning_accel.extras import require
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
 from lightning_accel.quantization.prepare import quantized_forwards
@@ -131,8 +134,12 @@ class ModelExport(L.Callback):
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.budgets, self.benchmark = budgets, benchmark
         self.report: dict[str, Any] | None = None
+        self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
         self._ready = False
+        self._curves, self._run = Curves(), dict[str, Any]()
+        self._untrained: dict[str, Any] | None = None  # what int8 predicted before it was trained
+        self._quantizing: list[QuantizingCallback] = []  # those whose fake-quant has yet to begin
 
     @property
     @override
@@ -141,7 +148,13 @@ class ModelExport(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"dirpath": self.dirpath}
+        kept = {"curves": self._curves.points, "run": self._run, "untrained": self._untrained}
+        return {"dirpath": self.dirpath, **kept}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._curves.points = list(state_dict.get("curves", []))
+        self._untrained = state_dict.get("untrained")
 
     @property
     def checkpoint_path(self) -> str:
@@ -153,6 +166,7 @@ class ModelExport(L.Callback):
         if stage != "fit":
             return
         self._ready = False
+        self._curves, self._run, self._untrained = Curves(), run_of(trainer, pl_module), None
         if trainer.is_global_zero:
             check_destination(self.dirpath)
         self.check_plan(trainer)
@@ -165,6 +179,27 @@ class ModelExport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._ready:
             self._preflight(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Before a first step there is nothing trained to quantize; an average of weights is no rival of single ones.
+        rivals = not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
+        waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
+        self._quantizing = waiting if rivals and trainer.is_global_zero else []
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if any(callback.quantizing for callback in self._quantizing):  # calibrated, and not yet trained a step
+            self._quantizing = []
+            part = surrounded(self._part(trainer, pl_module), self.preprocess, self.postprocess)
+            found = predictions_of(part, held_out(trainer, self.data, self.inputs))
+            self._untrained = None if found is None else {"step": trainer.global_step, **found.to_dict()}
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._curves.record(trainer)
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -195,7 +230,7 @@ class ModelExport(L.Callback):
             return
         self.export(trainer, pl_module, self.ckpt)
         assert self.report is not None
-        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step)
+        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step, self._exported)
         print(f"\n{summary(self.report, self.dirpath)}")
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> dict[str, Any]:
@@ -215,7 +250,8 @@ class ModelExport(L.Callback):
         """
         if ckpt == "best":
             ckpt = self._best(trainer)
-        unfinished, history = self._load(trainer, pl_module, ckpt)
+        self._exported = self.checkpoint_path if ckpt == "last" else ckpt
+        unfinished, history, told = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
             raise RuntimeError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
@@ -237,6 +273,7 @@ class ModelExport(L.Callback):
             compression=_measured(trainer, pl_module),
             command=self._command(ckpt),
             marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
+            **told,
             **self._settings(trainer),
         )
         self.report = write_bundle(order, self.dirpath)
@@ -257,11 +294,18 @@ class ModelExport(L.Callback):
             )
         return next(path for path in kept if path)
 
-    def _load(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> tuple[list[str], list[str]]:
-        """Bring the module to a checkpoint's weights; returns why it isn't finished, and what was done to it when."""
+    def _load(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str
+    ) -> tuple[list[str], list[str], dict[str, Any]]:
+        """Bring the module to a checkpoint's weights.
+
+        Returns:
+            Why it isn't finished, what was done to it when, and what the report tells of the run, by the order's names.
+        """
         if ckpt == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
-            return [s["unfinished"] for s in states.values() if s["unfinished"]], _history(states, trainer.global_step)
+            unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
+            return unfinished, _history(states, trainer.global_step), self._told(self.state_dict(), states)
         checkpoint = structure.read_checkpoint(ckpt)
         states = checkpoint.get("callbacks", {})
         reasons = []
@@ -272,7 +316,13 @@ class ModelExport(L.Callback):
                 reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
         if not reasons or self.incomplete == "mark":
             structure.load_into(pl_module, checkpoint)
-        return reasons, _history(states, checkpoint.get("global_step", 0))
+        told = self._told(states.get(self.state_key, {}), states)
+        return reasons, _history(states, checkpoint.get("global_step", 0)), told
+
+    @staticmethod
+    def _told(state: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        told = {"curves": state.get("curves") or [], "run": state.get("run") or {}, "untrained": state.get("untrained")}
+        return {**told, "timeline": _timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
         """Contradictions between callbacks, and engines that aren't there, before training."""
@@ -285,6 +335,11 @@ class ModelExport(L.Callback):
             raise ValueError(
                 f'Argument `ckpt` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
                 f"{self.ckpt!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt`."
+            )
+        if self.ckpt == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                'Argument `ckpt` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
+                "says what the best is."
             )
         if self.precision == "int8" and not qat:
             raise ValueError(
@@ -443,6 +498,19 @@ def _check_engine(target: Target, engine: str, concatenates: bool) -> None:
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
     """The teacher of a DistillationModule: the network one would ship without compression."""
     return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None
+
+
+def _timeline(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Name, first and last optimizer step of each phase."""
+    return [
+        {
+            "phase": key.removeprefix("lightning_accel."),
+            "start": int(state["steps"][0]),
+            "end": int(state["steps"][1]) if state["steps"][1] > state["steps"][0] else None,
+        }
+        for key, state in states.items()
+        if "steps" in state
+    ]
 
 
 def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:

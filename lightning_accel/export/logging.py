@@ -1,42 +1,103 @@
-"""Logging: the comparison, the plot and the bundle, to every logger as far as it can show them."""
+"""Logging: numbers, tables, pictures and the bundle itself, to every logger as far as it can show them."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_accel.extras import require
 
 _COLUMNS = ("name", "engine", "accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup", "note")
+_SHIPPED = {
+    "accuracy": "accuracy",
+    "p50_ms": "latency_ms",
+    "file_bytes": "bytes",
+    "parameters": "parameters",
+    "speedup": "speedup",
+}
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float]:
-    """The comparison as flat metrics: ``export/student_int8/accuracy``, for instance."""
+    """The comparison as flat metrics.
+
+    Returns:
+        ``export/student_int8/accuracy`` and the like for each row; ``shipped/accuracy``, ``shipped/latency_ms``, ``shipped/bytes``,
+        ``shipped/parameters`` and ``shipped/speedup`` for the one that ships: names that stay, whatever ships, for a sweep to
+        compare runs by. What wasn't measured is left out.
+    """
     metrics = {}
     for row in report["rows"]:
         name = row["name"].replace(" ", "_").replace(",", "")
         for column in ("accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup"):
             if row[column] is not None:
                 metrics[f"export/{name}/{column}"] = float(row[column])
+        if row["name"] == report["ships"]:
+            found = {new: row[column] for column, new in _SHIPPED.items() if row[column] is not None}
+            metrics |= {f"shipped/{name}": float(value) for name, value in found.items()}
     return metrics
 
 
-def log_bundle(loggers: Iterable[Logger], report: Mapping[str, Any], dirpath: str | Path, step: int) -> None:
-    """Log a bundle: scalars everywhere; table, plot and artifact to W&B.
+def log_bundle(
+    loggers: Iterable[Logger],
+    report: Mapping[str, Any],
+    dirpath: str | Path,
+    step: int,
+    checkpoint: str | Path | None = None,
+) -> None:
+    """Log a bundle: scalars everywhere, and what else a logger can show.
+
+    W&B gets the table, plots, the page, and the bundle as an artifact made from the checkpoint; TensorBoard the plot and the
+    report as text; a ``CSVLogger`` the page beside its ``metrics.csv``. One of another kind is named in a message.
 
     Args:
         loggers: of the trainer, not finalized yet.
         report: from the export.
         dirpath: the bundle.
         step: optimizer step.
+        checkpoint: file that the bundle was made from; W&B's artifact refers to it, it isn't uploaded.
     """
+    folder = Path(dirpath)
     for logger in loggers:
         logger.log_metrics(scalars(report), step)
         if isinstance(logger, WandbLogger):
-            import wandb
+            _log_wandb(logger, report, folder, step, checkpoint)
+        elif isinstance(logger, TensorBoardLogger):
+            image = require("matplotlib.image", "report", "The report in TensorBoard").imread(folder / "report.png")
+            logger.experiment.add_image("report", image[..., :3], step, dataformats="HWC")
+            logger.experiment.add_text("report", (folder / "report.md").read_text(encoding="utf-8"), step)
+        elif isinstance(logger, CSVLogger):
+            Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "report.html", Path(logger.log_dir) / "report.html")
+        else:
+            rank_zero_info(f"The report isn't logged to {type(logger).__name__}: it has the scalars alone.")
 
-            rows = [[row[column] for column in _COLUMNS] for row in report["rows"]]
-            logger.log_table("comparison", columns=list(_COLUMNS), data=rows)
-            logger.log_image("report", [str(Path(dirpath) / "report.png")])
-            artifact = wandb.Artifact(f"{logger.experiment.id}-bundle", type="model", metadata=scalars(report))
-            artifact.add_dir(str(dirpath))
-            logger.experiment.log_artifact(artifact)
+
+def _log_wandb(
+    logger: WandbLogger, report: Mapping[str, Any], folder: Path, step: int, checkpoint: str | Path | None
+) -> None:
+    import wandb
+
+    run = logger.experiment
+    rows = [[row[column] for column in _COLUMNS] for row in report["rows"]]
+    logger.log_table("comparison", columns=list(_COLUMNS), data=rows)
+    logger.log_image("report", [str(folder / "report.png")])
+    drawn = [[row["name"], row["p50_ms"], row["accuracy"], row["file_bytes"]] for row in report["rows"]]
+    table = wandb.Table(["name", "latency, ms", "accuracy", "bytes"], [row for row in drawn if None not in row])
+    plots = {
+        "accuracy_latency": wandb.plot.scatter(table, "latency, ms", "accuracy", "Accuracy against latency"),
+        "accuracy_size": wandb.plot.scatter(table, "bytes", "accuracy", "Accuracy against size"),
+    }
+    run.log({**plots, "page": wandb.Html(str(folder / "report.html"), inject=False)})
+    metadata: dict[str, Any] = {"step": step, "ships": report["ships"], **scalars(report)}
+    if checkpoint is not None:
+        source = wandb.Artifact(f"{run.id}-checkpoint", type="checkpoint", metadata={"step": step})
+        source.add_reference(Path(checkpoint).resolve().as_uri(), name=Path(checkpoint).name)
+        # Used by the run, so that the bundle's lineage leads to it; offline, W&B can only be told that the run made both.
+        (run.log_artifact if run.offline else run.use_artifact)(source)
+        metadata |= {"checkpoint": source.name, "checkpoint_digest": source.digest}
+    artifact = wandb.Artifact(f"{run.id}-bundle", type="model", metadata=metadata)
+    artifact.add_dir(str(folder))
+    run.log_artifact(artifact)

@@ -38,6 +38,10 @@ class Order:
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
         budgets: run the network in all common ways and decide within these which one is the default; ``None`` for not.
         benchmark: how those ways are measured; ``None`` for the defaults.
+        timeline: ``phase``, ``start`` and ``end`` (optimizer steps; ``None``: no end of its own) of each callback.
+        curves: what the run logged, once an epoch, for the report.
+        run: the command and configuration of the run, for the report.
+        untrained: what the int8 network predicted before it was trained, see :mod:`~lightning_accel.export.untrained`.
     """
 
     module: L.LightningModule
@@ -59,6 +63,10 @@ class Order:
     keep_samples: int = 0
     budgets: Budgets | None = None
     benchmark: BenchmarkSettings | None = None
+    timeline: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    untrained: Mapping[str, Any] | None = None
 
     @property
     def whole(self) -> nn.Module:

@@ -18,7 +18,9 @@ from torch import nn
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.facts import decision_of, facts
 from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.benchmarking.page import render_html
 from lightning_accel.benchmarking.plots import plot_comparison
 from lightning_accel.benchmarking.report import Row, comparison_table, render_markdown
 from lightning_accel.engines.base import Runner, load_runner
@@ -33,11 +35,13 @@ from lightning_accel.export.revision import git_revision
 from lightning_accel.export.rival import build_rival, decide, verify_rival
 from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import Tolerance
+from lightning_accel.export.untrained import beside_untrained
 from lightning_accel.export.verification import Verification, VerificationError, verify
 from lightning_accel.inputs import mode
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.prepare import quantization_map, quantized_forwards
 
 RIVAL = "network fp16, tensorrt"
+REPORT_SCHEMA = 1  # docs/report.md
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
@@ -77,11 +81,12 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             paths[f"{name} fp32"] = folder / REFERENCE
             rows[f"{name} fp32"] = Row(f"{name} fp32", "onnxruntime", parameters=parameters)
         engines = [build_line(engine, files, folder) for engine in order.engines]
-        shipped_rows = {}
+        shipped_rows, labels = {}, {}
         for line in engines:
             label = f"{name} {order.precision}"
             label = label if label not in rows else f"{label}, {line['engine']}"
             file = folder / line["file"]
+            labels[line["engine"]] = label
             rows[label] = Row(label, line["engine"], parameters=parameters, file_bytes=file.stat().st_size)
             if line["runs_here"]:
                 paths[label] = file
@@ -108,6 +113,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             networks = {label: runner.run for label, runner in runners.items()}
             counts = count_correct(networks, shipped, whole, order.data)
             rows |= {label: replace(rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
+            rows, earned = beside_untrained(rows, f"{name} {order.precision}", order, whole)
             measured = _measure_latency(rows, runners, samples, order.batch_size)
         finally:
             for runner in runners.values():
@@ -122,6 +128,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
         null = [measured.null.low, measured.null.high]
         measurement = {"null_ratio": null, "rounds": measured.rounds, "noisy": measured.noisy}
         report: dict[str, Any] = {
+            "schema": REPORT_SCHEMA,
             "title": f"{type(order.module).__name__.removeprefix('Distilled')}, as it ships",
             "command": order.command,
             "rows": [row.to_dict() for row in rows.values()],
@@ -131,10 +138,14 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "proofs": files.proofs,
             "engines": engines,
             "compression": {**order.compression, **_kept_float(order.module), **files.kept},
+            "quantization": quantization_map(order.module),
             "phases": list(order.history),
+            "timeline": [dict(span) for span in order.timeline],
+            "curves": [dict(point) for point in order.curves],
+            "run": dict(order.run),
             "benchmark": measurement,
             "environment": environment(),
-            "notes": [*order.marks, *_notes(order, samples, files.proofs, measured, threads)],
+            "notes": [*order.marks, *earned, *_notes(order, samples, files.proofs, measured, threads)],
         }
         default = next((line for line in engines if line["runs_here"]), engines[0])
         content: dict[str, Any] = {
@@ -147,6 +158,8 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
         }
         if order.budgets is not None:
             content |= decide_default(order, files, folder, content, report, labelled=bool(counts))
+        ships = content["default"]
+        report["ships"] = f"{name} fp32" if ships["file"] == REFERENCE else labels[ships["engine"]]
         _write_reports(folder, report, list(rows.values()))
         write_manifest(
             folder,
@@ -276,9 +289,15 @@ def _notes(
 
 def _write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> None:
     plot_comparison(rows, folder / "report.png")
+    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    readable = {**report, "verification": [_readable(line) for line in report["verification"]]}
-    text = render_markdown({name: value for name, value in readable.items() if name != "comparison"})
+    first = [decision_of(report), *map(str, facts(report))]
+    readable = {
+        **report,
+        "summary": list(filter(None, first)),
+        "verification": [_readable(line) for line in report["verification"]],
+    }
+    text = render_markdown(readable)
     if "comparison" in report:
         text += f"\n## Ways to run it\n\n{render_comparison(Comparison.from_dict(report['comparison']))}\n"
     (folder / "report.md").write_text(f"{text}\n![accuracy and latency](report.png)\n")
@@ -293,4 +312,4 @@ def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
     if any(not line["runs_here"] for line in report["engines"]):
         data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"
         lines.append(f"Finish the proof on the machine that runs it: lightning-accel verify {dirpath}{data}")
-    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.md'}"])
+    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}"])

@@ -157,10 +157,21 @@ class QuantizationAwareTraining(QuantizingCallback):
         if self._prepared or not self._checked:
             self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
 
+    def fake_quant_step(self, trainer: L.Trainer) -> int:
+        """Optimizer step that is the first with fake-quant; known once training has begun."""
+        return self._start_step + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+
+    def settles(self) -> dict[str, float]:
+        """What becomes final, and the optimizer step in which it does; known once training has begun."""
+        fixed = self.ranges in ("mse", "percentile")  # as calibration found them
+        settled = {"ranges": float(self._start_step) if fixed else self._freeze_steps["freeze_ranges"]}
+        if self.freezes["freeze_batch_norm"] is not None:  # else it also waits for a low learning rate
+            settled["batch norm's statistics"] = self._freeze_steps["freeze_batch_norm"]
+        return settled
+
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        first, total = self._start_step, timeline_of(trainer).total_steps
-        calibrated = first + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+        total, calibrated = timeline_of(trainer).total_steps, self.fake_quant_step(trainer)
         phases = [f"calibration to step {calibrated}", f"fake-quant from step {calibrated}"]
         for argument, what in (("freeze_batch_norm", "batch norm frozen"), ("freeze_ranges", "ranges final")):
             step = self._freeze_steps[argument]
@@ -221,7 +232,7 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     @override
     def unfinished(self) -> str:
-        if self._placed and all(f.bank.active for f in self._placed.values()):
+        if self.quantizing:
             return ""
         seen = min((f.bank.batches for f in self._placed.values()), default=0)
         return (

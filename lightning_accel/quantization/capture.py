@@ -125,7 +125,7 @@ def _explain(
             "unroll time). Leave it out and pad to one size."
         )
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
-    if line := _user_line(error, module):
+    if line := user_line(error, module):
         message += f" (at {line})"
     works = _submodule_that_works(module, description, training)
     if works:
@@ -134,10 +134,10 @@ def _explain(
     return f"{message}. Keep data-dependent Python out of `forward`, or name a submodule with `module=`."
 
 
-def _user_line(error: BaseException, module: nn.Module) -> str:
+def user_line(error: BaseException, module: nn.Module) -> str:
     """The innermost line of the traceback that lies in no installed package."""
     installed = sysconfig.get_paths()["purelib"]
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     found = ""
     seen: BaseException | None = error
     while seen is not None:

@@ -259,3 +259,14 @@ def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:
 
 
 structure.register("quantize", structure.Kind(_replay, _undo, _restore))
+
+
+def quantization_map(module: nn.Module) -> dict[str, str]:
+    """Each operator of the quantized parts, by name: ``"int8"``, or why it stays float; in the module's order."""
+    found: dict[str, str] = {}
+    for path, forward in quantized_forwards(module).items():
+        before = f"{path}." if path else ""
+        found |= {f"{before}{name}": "int8" for name in forward.quantized}
+        found |= {f"{before}{name}": f"float: {why}" for name, why in forward.kept_float.items()}
+    order = {name: index for index, (name, _) in enumerate(module.named_modules())}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))

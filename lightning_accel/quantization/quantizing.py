@@ -91,6 +91,11 @@ class QuantizingCallback(CompressionCallback):
         if not builds_layers_late(pl_module):
             self.prepare(trainer, pl_module)
 
+    @property
+    def quantizing(self) -> bool:
+        """Whether the network computes with fake-quant by now."""
+        return bool(self._placed) and all(forward.bank.active for forward in self._placed.values())
+
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
         self._prepared = {}  # captured with the shapes of before: captured again where it is needed
@@ -150,6 +155,15 @@ class QuantizingCallback(CompressionCallback):
             lines |= {f"{before}{name}": f"{self.target.name} int8" for name in forward.quantized}
             lines |= {f"{before}{name}": f"stays float: {reason}" for name, reason in forward.kept_float.items()}
         return lines
+
+    def int8_share(self, pl_module: L.LightningModule) -> float:
+        """Share of the module's parameters that are stored as integers in the end."""
+        stored: dict[int, int] = {}
+        for path, forward in {**self._prepared, **self._placed}.items():
+            part = dict((pl_module.get_submodule(path) if path else pl_module).named_modules())
+            weights = (getattr(part.get(name), "weight", None) for name in forward.quantized)
+            stored |= {id(weight): weight.numel() for weight in weights if isinstance(weight, torch.Tensor)}
+        return sum(stored.values()) / max(sum(p.numel() for p in pl_module.parameters()), 1)
 
     def place(self, pl_module: L.LightningModule) -> None:
         """Let the captured graphs take over from now on, and write it into the record."""

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -7,6 +10,8 @@ import pytest
 from lightning_accel.benchmarking import int8_probe
 from lightning_accel.commands import doctor, main
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_one_screen_and_the_same_as_json(tmp_path, capsys):
@@ -32,6 +37,17 @@ def test_what_is_broken_is_said(monkeypatch, capsys, installed, code, says):
     monkeypatch.setattr(doctor, "_version", lambda package: "1.0" if package in installed else "")
     assert main(["doctor", "--no-probe"]) == code
     assert says in capsys.readouterr().out
+
+
+def test_an_engine_that_cannot_be_loaded_is_broken(tmp_path):
+    """A real package that fails to import, found before the installed one."""
+    (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from lightning_accel.commands import main; "
+    code += "sys.exit(main(['doctor', '--no-probe']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    says = "openvino: installed, but can't be loaded: libopenvino.so: cannot open shared object file"
+    assert done.stdout.splitlines()[-1] == f"BROKEN: {says}"
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])

@@ -1,7 +1,11 @@
+import ast
+import csv
 import json
 import math
+import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from tests.models import Classifier, Residual, images, loader
 from tests.quantization.test_callback import Text, sentences
 
 VAL = {"batch_size": 32}
+ROOT = Path(__file__).parents[2]
 
 
 def val(count=96, seed=77):
@@ -42,11 +47,38 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert [row["name"] for row in report["rows"]] == [
         "teacher",
         "student fp32",
+        "student int8, not trained (PTQ)",
         "student int8",
         "student int8, tensorrt",
     ]
-    assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in report["rows"][:3])
-    assert report["rows"][3]["p50_ms"] is None
+    teacher, floating, untrained, int8, engine = report["rows"]
+    assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in (teacher, floating, int8))
+    assert engine["p50_ms"] is None
+    assert (untrained["total"], untrained["p50_ms"], report["ships"]) == (96, None, "student int8")
+    (earned,) = (note for note in report["notes"] if "earned its cost" in note or "cost accuracy" in note)
+    points = float(re.search(r"([+-][\d.]+) points", earned)[1])
+    assert points == pytest.approx(100 * (int8["accuracy"] - untrained["accuracy"]), abs=100 / 96 + 0.01)  # a flip
+    assert "at step 40," in earned  # 32 steps in two epochs, then 8 calibration batches
+    assert report["quantization"] == {"net.conv1": "int8", "net.conv2": "int8", "net.head": "int8", "net.add1": "int8"}
+    assert [point["step"] for point in report["curves"]] == [16, 32, 48, 64]
+    logged = [point["metrics"] for point in report["curves"]]
+    with next((tmp_path / "logs").rglob("metrics.csv")).open() as file:
+        written = [float(line["val_accuracy"]) for line in csv.DictReader(file) if line["val_accuracy"]]
+    assert [metrics["val_accuracy"] for metrics in logged] == pytest.approx(written)
+    assert logged[-1]["sparsity"] == pytest.approx(0.5, abs=0.003)
+    assert not any(name.startswith("sparsity/") for name in logged[-1])
+    assert report["timeline"] == [
+        {"phase": "WeightPruning.weights", "start": 0, "end": 32},
+        {"phase": "QuantizationAwareTraining.qat", "start": 32, "end": None},
+    ]
+    assert report["schema"] == 1
+    told = re.findall(
+        r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M))
+    )
+    assert set(report) <= set(told)
+    page = (bundle / "report.html").read_text()
+    assert "student int8, not trained (PTQ)" in page
+    assert earned in unescape(page)
     assert report["engines"][1]["status"] == "built here, not run" or torch.cuda.is_available()
     assert report["compression"]["sparsity (weights)"]["all"] == pytest.approx(0.5, abs=0.003)
     assert report["proofs"]["integers"]["weights"] == 3
@@ -59,6 +91,7 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
         "model.onnx",
         "reference.onnx",
         "report.json",
+        "report.html",
         "report.md",
         "report.png",
         "engines/model.engine",
@@ -440,6 +473,7 @@ t = L.Trainer(max_epochs=2, accelerator="cpu", logger=logger, log_every_n_steps=
 t.fit(la.DistillationModule(Classifier(), Residual(16)), loader(), val())
 summary = dict(logger.experiment.summary)
 print("KEYS", sorted(summary), logger.experiment.dir)
+print("SHIPPED", {{k: v for k, v in summary.items() if k.startswith("shipped/")}})
 import wandb; wandb.finish()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
@@ -448,6 +482,9 @@ import wandb; wandb.finish()
     for name in (
         "comparison",
         "report",
+        "accuracy_latency_table",
+        "accuracy_size_table",
+        "page",
         "sparsity",
         "sparsity/net.conv1.weight",
         "layers/weights",
@@ -455,12 +492,26 @@ import wandb; wandb.finish()
         "export/student_int8/accuracy",
     ):
         assert f"'{name}'" in keys
+    shipped = ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("SHIPPED"))[8:])
+    row = json.loads((tmp_path / "b" / "report.json").read_text())["rows"][-1]
+    assert row["name"] == "student int8"
+    assert shipped == {
+        "shipped/accuracy": row["accuracy"],
+        "shipped/latency_ms": row["p50_ms"],
+        "shipped/bytes": row["file_bytes"],
+        "shipped/parameters": row["parameters"],
+        "shipped/speedup": row["speedup"],
+    }
     (run,) = (path for path in tmp_path.rglob("offline-run-*") if path.is_dir())
     media = {p.name.split("_")[0] for p in run.rglob("files/media/**/*") if p.is_file()}
-    assert {"comparison", "report"} <= media
+    assert {"comparison", "report", "page"} <= media
     log = next(run.glob("*.wandb")).read_bytes()
     assert b"-bundle" in log
     assert b"model.onnx" in log
+    # Where the bundle comes from: the checkpoint, which is referred to by its digest and not uploaded.
+    assert b"-checkpoint" in log
+    assert b"checkpoint_digest" in log
+    assert (tmp_path / "b.ckpt").as_uri().encode() in log
 
 
 def test_wandb_logger_is_the_only_one_that_needs_wandb():

@@ -53,6 +53,8 @@ def test_int8_for_tensorrt_computes_the_rest_in_fp16(trainer, tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
     export = la.ModelExport(tmp_path / "b", engines=["tensorrt", "pytorch"])
     trainer(la.QuantizationAwareTraining("tensorrt", start=0), export, max_epochs=2).fit(Classifier(), loader(), val())
+    # A network that was quantized from its first step on has no trained float one to compare with.
+    assert not any("(PTQ)" in row["name"] for row in export.report["rows"])
     if not has_gpu():
         assert f"lightning-accel verify {tmp_path / 'b'} --data SAMPLES.npz" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "b")
@@ -125,6 +127,7 @@ def test_bf16_is_proven_against_its_float_file_and_built(trainer, tmp_path):
             [la.QuantizationAwareTraining("portable"), la.ModelExport("b", precision="fp16")],
             'must be "int8" or None with QuantizationAwareTraining, but got "fp16"',
         ),
+        ([la.ModelExport("b", ckpt="best")], 'must be "last" or a path without a ModelCheckpoint, but got "best"'),
         (
             [la.QuantizationAwareTraining("portable"), la.ModelExport("b", dynamic={"x": {2: "h"}})],
             "Argument `dynamic` must be empty with QuantizationAwareTraining",

@@ -1,0 +1,46 @@
+"""The Pareto front: the ways that no other way beats in both accuracy and cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way in a plot.
+
+    Args:
+        number: what it is called in the picture; several ways at one place share it.
+        name: of the way.
+        cost: latency in ms, or size in bytes: less is better.
+        accuracy: share in [0, 1]: more is better.
+        low: lower end of the accuracy's interval.
+        high: upper end.
+        ships: whether it is the one that ships.
+    """
+
+    number: str
+    name: str
+    cost: float
+    accuracy: float
+    low: float
+    high: float
+    ships: bool = False
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that none beats, by rising cost; of equal ones all are on it.
+
+    A point is beaten by one that is at least as good in accuracy and in cost, and better in one of them.
+
+    Example:
+        >>> fast, good, bad = (Point("", "", *xy, 0, 1) for xy in [(1, 0.8), (2, 0.9), (3, 0.85)])
+        >>> [p.cost for p in pareto_front([bad, good, fast])]
+        [1, 2]
+    """
+
+    def beats(a: Point, b: Point) -> bool:
+        better = a.cost < b.cost or a.accuracy > b.accuracy
+        return better and a.cost <= b.cost and a.accuracy >= b.accuracy
+
+    front = [point for point in points if not any(beats(other, point) for other in points)]
+    return sorted(front, key=lambda point: point.cost)

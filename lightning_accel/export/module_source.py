@@ -1,0 +1,108 @@
+"""A module and an example of its inputs, from what a command line says."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_accel.inputs import Call, canonical_call, own_signature
+from lightning_accel.structure import load_from_checkpoint
+
+
+def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, Any]) -> nn.Module:
+    """The module of a class, with a checkpoint's weights if there is one, in eval mode.
+
+    Args:
+        class_path: ``package.module.Class``.
+        ckpt: a Lightning checkpoint; its hyper-parameters are used.
+        init: constructor arguments; they go over the hyper-parameters.
+
+    Raises:
+        ValueError: there is no such class, it is no module, or lacks an argument.
+    """
+    where, _, name = class_path.rpartition(".")
+    try:
+        cls = getattr(import_module(where), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Argument `module` must be the path of a class like package.module.Class, but got {class_path!r}: {error}."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(
+            f"Argument `module` must be a LightningModule or nn.Module, but got {class_path!r}, which is none."
+        )
+    if ckpt is not None:
+        if not issubclass(cls, L.LightningModule):
+            raise ValueError(
+                f"Argument `--ckpt` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
+            )
+        return load_from_checkpoint(cls, ckpt, **init)
+    try:
+        signature(cls).bind(**init)
+    except TypeError as error:
+        raise ValueError(
+            f"Argument `--init` must give what {class_path}{signature(cls)} needs, but got {dict(init)}: {error}. Pass --init name=value, "
+            "or --ckpt, whose hyper-parameters are used."
+        ) from error
+    module: nn.Module = cls(**init)
+    return module.eval()
+
+
+def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np.ndarray] | None) -> Call:
+    """An example call of a module's ``forward``: from arrays by name, from shapes, or its ``example_input_array``.
+
+    Args:
+        module: its signature names the inputs.
+        shapes: ``NAME=2x3x32x32``, or ``NAME=2x128:int64``; floats are drawn from a normal distribution, integers are 0 and 1.
+        arrays: data by input name.
+
+    Raises:
+        ValueError: a shape that can't be read, arguments that don't fit, or none of the three.
+    """
+    if arrays is not None or shapes:
+        given = {name: torch.from_numpy(np.array(array)) for name, array in (arrays or {}).items()}
+        given |= dict(map(_of_shape, shapes))
+        known = own_signature(module).parameters
+        given = {name: tensor for name, tensor in given.items() if name in known or arrays is None}
+        try:
+            return canonical_call(own_signature(module), (), given)
+        except TypeError as error:
+            raise ValueError(
+                f"Argument `--shape` or `--data` must give the inputs of `{type(module).__name__}.forward{own_signature(module)}`, but "
+                f"got {sorted(given)}: {error}."
+            ) from error
+    example = getattr(module, "example_input_array", None)
+    if example is None:
+        raise ValueError(
+            f"Argument `--shape` must give the inputs of `{type(module).__name__}.forward{own_signature(module)}`, but got none, and the "
+            "module has no `example_input_array`. Pass --shape NAME=2x3x32x32 for each, or --data with arrays by name."
+        )
+    args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
+    return canonical_call(own_signature(module), args, example if isinstance(example, dict) else {})
+
+
+def required_inputs(module: nn.Module) -> list[str]:
+    """Names of the arguments that ``forward`` can't do without."""
+    return [name for name, p in own_signature(module).parameters.items() if p.default is p.empty]
+
+
+def _of_shape(text: str) -> tuple[str, torch.Tensor]:
+    name, _, rest = text.partition("=")
+    sizes, _, kind = rest.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    try:
+        shape = [int(size) for size in sizes.split("x")]
+    except ValueError:
+        shape = []
+    if not name or not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"Argument `--shape` must read NAME=2x3x32x32 or NAME=2x128:int64, but got {text!r}.")
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        return name, torch.randn(shape, generator=generator).to(dtype)
+    return name, torch.randint(0, 2, shape, generator=generator).to(dtype)

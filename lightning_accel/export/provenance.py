@@ -1,0 +1,40 @@
+"""Provenance: the command and the configuration a run was started with."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+
+_TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    """How this run was started, as plain values.
+
+    Args:
+        trainer: in ``fit``.
+        pl_module: its module.
+
+    Returns:
+        ``command`` (program and arguments of the process), ``config`` (the whole configuration as YAML; ``None`` without a
+        ``LightningCLI``), and without one ``settings``: hyper-parameters of module and datamodule, and of the Trainer.
+    """
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    saved = [c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)]  # type: ignore[attr-defined]
+    if saved:
+        return {"command": command, "config": saved[0].parser.dump(saved[0].config, skip_unset=False)}
+    settings = {type(pl_module).__name__: _plain(pl_module.hparams)}
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None:
+        settings[type(datamodule).__name__] = _plain(datamodule.hparams)
+    settings["Trainer"] = {name: getattr(trainer, name) for name in _TRAINER}
+    settings["callbacks"] = {str(i): type(c).__name__ for i, c in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+    return {"command": command, "config": None, "settings": {name: value for name, value in settings.items() if value}}
+
+
+def _plain(parameters: Any) -> dict[str, Any]:
+    return {str(k): v if isinstance(v, _PLAIN) else f"{type(v).__name__}" for k, v in dict(parameters).items()}

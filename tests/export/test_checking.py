@@ -1,0 +1,220 @@
+"""Whether a module can be shipped, told before it is trained: what stands in the way, with file and line."""
+
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_accel.commands import main
+from lightning_accel.export.checking import check_module
+from lightning_accel.export.module_source import build_call, build_module
+from tests.models import Classifier, loader
+
+ROOT = Path(__file__).parents[2]
+
+
+class Branches(Classifier):
+    """What torch.export can't capture."""
+
+    def forward(self, x):
+        if x.sum() > 0:  # depends on the data
+            x = x + 1
+        return super().forward(x)
+
+
+class Manual(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Recurrent(nn.Module):
+    """Nothing of it can be quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+    def forward(self, ids, *, scale):
+        return self.head(self.words(ids).mean(1)) * scale
+
+
+def of(findings):
+    return {finding.step: finding for finding in findings}
+
+
+def line_of(cls, text):
+    lines, first = inspect.getsourcelines(cls)
+    return f"{inspect.getsourcefile(cls)}:{first + next(i for i, line in enumerate(lines) if text in line)}"
+
+
+def test_nothing_stands_in_the_way_and_the_module_is_left_alone():
+    module = Classifier().train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    found = of(check_module(module, ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
+    assert [(f.step, f.status) for f in found.values()] == [
+        (step, "ok") for step in ("train", "forward", "capture", "export", "quantize", "build onnxruntime")
+    ]
+    assert found["forward"].detail == f"{sum(p.numel() for p in module.parameters()):,} parameters"
+    assert found["quantize"].detail.startswith("portable: 4 operators in int8")
+    assert found["build onnxruntime"].detail == "int8, runs here"
+    assert module.training
+    assert "forward" not in module.__dict__
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_what_cannot_be_captured_is_named_with_its_line():
+    found = of(check_module(Branches(), ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
+    capture = found["capture"]
+    assert capture.status == "stands in the way"
+    assert capture.where == line_of(Branches, "if x.sum()")
+    assert capture.where in str(capture)
+    assert "submodule `net` can be captured" in capture.detail
+    assert {found[step].status for step in ("export", "quantize", "build onnxruntime")} == {"not tried"}
+    assert found["export"].detail == "it needs what `capture` makes"
+
+
+def test_a_forward_that_fails_is_named_with_its_line():
+    found = of(check_module(TwoInputs(), ((torch.zeros(2, 3),), {"scale": torch.ones(())}), engines=[]))
+    assert found["forward"].status == "stands in the way"
+    assert found["forward"].where == line_of(TwoInputs, "self.words(ids)")
+
+
+def test_what_cannot_be_quantized_can_still_be_exported():
+    found = of(check_module(Recurrent(), ((torch.randn(2, 5, 8),), {}), engines=["onnxruntime"]))
+    assert (found["capture"].status, found["export"].status) == ("ok", "ok")
+    assert found["quantize"].status == "stands in the way"
+    assert "must leave an operator to quantize" in found["quantize"].detail
+    assert found["train"].detail.startswith("no LightningModule")
+
+
+def test_manual_optimization_stands_in_the_way_of_training_alone():
+    found = of(check_module(Manual(), ((torch.randn(2, 3, 8, 8),), {}), engines=[]))
+    assert "`automatic_optimization` must be True" in found["train"].detail
+    assert found["quantize"].status == "ok"
+
+
+def test_keywords_and_integers():
+    call = build_call(TwoInputs(), ["ids=2x3:int64", "scale=2x1"], None)
+    assert (call[0][0].dtype, call[0][0].shape, call[1]["scale"].shape) == (torch.int64, (2, 3), (2, 1))
+    found = of(check_module(TwoInputs(), call, target="onnxruntime", engines=["onnxruntime"]))
+    assert {finding.status for finding in found.values()} == {"ok"}
+    call = build_call(TwoInputs(), ["ids=2x3:int64", "scale=1"], None)
+    found = of(check_module(TwoInputs(), call, engines=[]))
+    assert (
+        "Argument `scale` must have the batch of 2 as its first dimension, but got shape (1,)" in found["export"].detail
+    )
+
+
+def test_an_engine_that_is_not_installed_is_not_a_failure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = of(check_module(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), engines=["openvino"]))
+    assert found["build openvino"].status == "not here"
+    assert 'pip install "lightning-accel[openvino]"' in found["build openvino"].detail
+
+
+class Slow(Classifier):
+    def forward(self, x):
+        for _ in range(200):
+            time.sleep(0.05)
+        return super().forward(x)
+
+
+def test_what_takes_too_long_is_interrupted_and_other_alarms_go_on():
+    signal.setitimer(signal.ITIMER_REAL, 200)
+    started = time.monotonic()
+    try:
+        found = of(check_module(Slow(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
+        left, _ = signal.getitimer(signal.ITIMER_REAL)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert time.monotonic() - started < 10  # of the ten seconds that one forward takes
+    assert found["forward"].status == "not tried"
+    assert found["forward"].detail == "the 0.5 s are over: give it more with `seconds`"
+    assert found["capture"].status == "not tried"
+    assert 100 < left < 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tests.models.Nothing", None, {}), "must be the path of a class like package.module.Class, but got"),
+        (("Classifier", None, {}), "must be the path of a class like package.module.Class, but got 'Classifier'"),
+        (("tests.models.loader", None, {}), "must be a LightningModule or nn.Module, but got 'tests.models.loader'"),
+        (("torch.nn.Linear", None, {"in_features": 3}), "missing a required argument: 'out_features'"),
+        (("torch.nn.ReLU", "x.ckpt", {}), "Argument `--ckpt` must be left out for torch.nn.ReLU"),
+    ],
+)
+def test_modules_that_cannot_be_built(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_module(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([], "Argument `--shape` must give the inputs of `Classifier.forward"),
+        (["x=2x0"], "must read NAME=2x3x32x32 or NAME=2x128:int64, but got 'x=2x0'"),
+        (["x=2x3:int999"], "but got 'x=2x3:int999'"),
+        (["y=2x3"], r"but got \['y'\]"),
+    ],
+)
+def test_inputs_that_do_not_fit(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        build_call(Classifier(), shapes, None)
+
+
+def test_an_example_of_the_module_s_own_is_used():
+    module = Classifier()
+    module.example_input_array = torch.zeros(2, 3, 8, 8)
+    assert build_call(module, [], None)[0][0].shape == (2, 3, 8, 8)
+
+
+def test_the_command_with_a_checkpoint(trainer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    t = trainer(max_epochs=1, limit_train_batches=1)
+    t.fit(Classifier(width=12), loader())
+    t.save_checkpoint(tmp_path / "x.ckpt")
+    words = ["check", "tests.models.Classifier", "--ckpt", str(tmp_path / "x.ckpt"), "--shape", "x=2x3x8x8"]
+    assert main([*words, "--engine", "onnxruntime", "--json", str(tmp_path / "found.json")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"tests.models.Classifier with {tmp_path / 'x.ckpt'}"
+    assert out[2] == f"forward             ok: {sum(p.numel() for p in Classifier(width=12).parameters()):,} parameters"
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [finding["status"] for finding in found] == ["ok"] * 6
+    assert main(["check", "tests.export.test_checking.Manual", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 1
+    assert main(["check", "tests.models.Classifier"]) == 1
+    assert "Argument `--shape` must give the inputs" in capsys.readouterr().err
+
+
+def test_a_module_of_the_current_folder_is_found_and_the_exit_code_is_the_answer(tmp_path):
+    source = "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        return x if x.sum() > 0 else -x\n"
+    (tmp_path / "mine.py").write_text(source)
+    script = "import sys; from lightning_accel.commands import main; sys.exit(main())"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "check", "mine.Net", "--shape", "x=2x3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"{tmp_path / 'mine.py'}:4" in done.stdout
+    assert done.stderr == ""
