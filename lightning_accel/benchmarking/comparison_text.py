@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison, Point, WayResult
 from lightning_accel.benchmarking.decision import resolution
-from lightning_accel.benchmarking.report import MISSING, markdown_table
+from lightning_accel.benchmarking.markdown import MISSING, markdown_table
 
 
 def render_comparison(comparison: Comparison) -> str:

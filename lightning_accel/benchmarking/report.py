@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-MISSING = "—"
+from lightning_accel.benchmarking.comparison import Comparison
+from lightning_accel.benchmarking.comparison_text import render_comparison
+from lightning_accel.benchmarking.markdown import MISSING, markdown_table
+
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -149,6 +152,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     for title, key in (("Verification", "verification"), ("Engines", "engines")):
         if entries := report.get(key):
             parts += [f"## {title}", _records(entries)]
+    if comparison := report.get("comparison"):
+        parts += ["## Ways to run it", render_comparison(Comparison.from_dict(comparison))]
     if compression := report.get("compression"):
         parts += ["## Compression, measured", _nested(compression)]
     if quantization := report.get("quantization"):
@@ -225,16 +230,3 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
-
-
-def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Align cells; the first ``left`` columns to the left, numbers to the right."""
-    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (titles, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*clean, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * width if index < left else "-" * (width - 1) + ":") for index, width in enumerate(widths)]
-    return "\n".join([line(clean[0]), line(rule), *map(line, clean[1:])])

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, Point, WayResult
 from lightning_accel.benchmarking.comparison_text import null_line
 from lightning_accel.benchmarking.environment import environment
-from lightning_accel.benchmarking.report import MISSING, markdown_table
+from lightning_accel.benchmarking.markdown import MISSING, markdown_table
 from lightning_accel.benchmarking.rounds import measure_ways
 from lightning_accel.benchmarking.ways import Way
 from lightning_accel.engines.base import load_runner

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_accel.benchmarking.comparison import Comparison
-from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.facts import decision_of, facts
 from lightning_accel.benchmarking.measure import benchmark
@@ -297,10 +295,7 @@ def _write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> Non
         "summary": list(filter(None, first)),
         "verification": [_readable(line) for line in report["verification"]],
     }
-    text = render_markdown(readable)
-    if "comparison" in report:
-        text += f"\n## Ways to run it\n\n{render_comparison(Comparison.from_dict(report['comparison']))}\n"
-    (folder / "report.md").write_text(f"{text}\n![accuracy and latency](report.png)\n")
+    (folder / "report.md").write_text(render_markdown(readable) + "\n![accuracy and latency](report.png)\n")
 
 
 def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:

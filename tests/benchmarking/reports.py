@@ -7,7 +7,7 @@ NASTY = '<script>alert("x")</script> & "quotes"'
 
 def comparison() -> dict:
     """Ways as a bundle's ``comparison.json`` has them: two that ran, two that didn't."""
-    point = {"p90_ms": 0.5, "p99_ms": 0.8}
+    point = {"p90_ms": 0.5, "p99_ms": 0.8, "rounds": 5, "calls": 500}
     fp32 = {
         "name": "onnxruntime fp32",
         "engine": "onnxruntime",
@@ -49,10 +49,23 @@ def comparison() -> dict:
     nothing = dict.fromkeys(("file_bytes", "peak_memory_bytes", "first_ms", "accuracy", "agreement", "samples"))
     return {
         "schema": 1,
-        "environment": {},
-        "settings": {"threads": 2, "batches": [1], "callers": [1, 4], "seconds": 1.0, "seed": 0},
+        "environment": {"load_average": [0.4, 0.5, 0.6]},
+        "settings": {
+            "threads": 2,
+            "batches": [1],
+            "callers": [1, 4],
+            "seconds": 1.0,
+            "seed": 0,
+            "data": "256 held-out samples",
+            "agreement_with": "the trained network",
+        },
         "baseline": "onnxruntime fp32",
-        "null": {"value": 1.0, "low": 0.97, "high": 1.02},
+        "null": {
+            "points": [
+                {"batch": 1, "callers": n, "value": 1.0, "low": 0.87, "high": 1.12, "waiting": None, "noisy": True}
+                for n in (1, 4)
+            ]
+        },
         "noisy": True,
         "ways": [
             fp32,
