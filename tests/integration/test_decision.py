@@ -57,7 +57,7 @@ def test_budgets_from_yaml():
     parser = ArgumentParser()  # the one that LightningCLI is built on
     parser.add_class_arguments(la.ModelExport, "export")
     text = "export: {dirpath: b, budgets: {max_drop: 0.5}, benchmark: {batches: [1, 8], threads: 2}}"
-    export = parser.instantiate_classes(parser.parse_string(text)).export
+    export = parser.instantiate(parser.parse_string(text)).export
     assert export.budgets == la.Budgets(max_drop=0.5)
     assert export.benchmark == la.BenchmarkSettings(batches=(1, 8), threads=2)
 
