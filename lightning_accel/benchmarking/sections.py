@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_accel.benchmarking.comparison_text import null_line
 from lightning_accel.benchmarking.facts import size
 from lightning_accel.benchmarking.layers import layers_of, totals_of
 from lightning_accel.benchmarking.markup import Markup, join, tag
@@ -52,11 +53,7 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
     ran = [way for way in found if way["status"] == "ran"]
     decision = comparison.get("decision") or {}
     parts: list[Any] = []
-    null = comparison.get("null") or {}
-    if "low" in null and "high" in null:
-        noisy = " That is too noisy for fine distinctions." if comparison.get("noisy") else ""
-        text = f"The baseline against itself: {null['low']:.3f} to {null['high']:.3f}.{noisy}"
-        parts.append(tag("p", text, class_="lead"))
+    parts += [tag("p", f"{null_line(point)}.", class_="lead") for point in comparison["null"]["points"]]
     lines: list[list[Any]] = []
     marked: list[int] = []
     for way in ran:
