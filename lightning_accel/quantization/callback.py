@@ -209,6 +209,7 @@ class QuantizationAwareTraining(QuantizingCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
+        super().on_train_end(trainer, pl_module)
 
     def _release(self) -> None:
         self._unwatch()

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from lightning_accel.call_shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
 from lightning_accel.quantization.graph import is_view
+from lightning_accel.quantization.sync_norm import one_rank
 
 
 class CaptureError(RuntimeError):
@@ -67,6 +68,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
     keep = torch.get_rng_state()
     with (
         named_keywords(module, kwargs),
+        one_rank(module),
         nullcontext() if training is None else mode(module, training),
         warnings.catch_warnings(),
     ):

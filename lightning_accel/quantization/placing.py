@@ -11,6 +11,7 @@ from lightning_accel.quantization.graph import clip_of, writes
 from lightning_accel.quantization.modules import ActivationFakeQuant, WeightFakeQuant
 from lightning_accel.quantization.quantizer import Plan, Point, aten
 from lightning_accel.quantization.ranges import RangeBank
+from lightning_accel.quantization.sync_norm import SyncedNorm
 
 DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
 
@@ -179,6 +180,8 @@ def freeze_norms(graph_module: GraphModule) -> None:
     for node in list(graph.nodes):
         if node.target is aten.batch_norm.default and node.args[5]:
             node.update_arg(5, False)
+        if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
+            norm.frozen = True
         counts = node.target is aten.add_.Tensor and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
         if counts and str(node.args[0].target).endswith("num_batches_tracked") and not node.users:
             graph.erase_node(node)

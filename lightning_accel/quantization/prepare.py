@@ -22,6 +22,7 @@ from lightning_accel.quantization.capture import Bindings, capture
 from lightning_accel.quantization.placing import DYNAMIC, freeze_norms, place_fake_quants
 from lightning_accel.quantization.quantizer import Plan, plan_points
 from lightning_accel.quantization.ranges import RangeBank
+from lightning_accel.quantization.sync_norm import synchronize_norms
 from lightning_accel.quantization.targets import ATTENTION, Target
 from lightning_accel.structure import Change
 
@@ -87,6 +88,7 @@ class QuantizedForward:
                 self.bank = RangeBank(keys, self.target, self.ranges)
             for training, graph in graphs.items():
                 place_fake_quants(graph, plans[training], tensors, self.bank, training)
+            synchronize_norms(graphs[True], self.module)
         self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
         self.quantized = list(dict.fromkeys(point.operator for point in plans[False].points))
         self.concatenates = any(len(point.roots) > 1 for point in plans[False].points)
@@ -130,8 +132,13 @@ class QuantizedForward:
                     "eval mode to be held in either, but some don't. Put the whole module in one mode."
                 )
             place_fake_quants(graph, plan, self._tensors, self.bank, modes[0])
+            synchronize_norms(graph, self.module)
         self._graphs[modes], self._bindings[modes] = graph, Bindings(graph, self.module)
         self._norms_frozen = False
+
+    def forget_graphs(self) -> None:
+        """Capture again at the next call: submodules were exchanged for others over the same tensors."""
+        self._graphs, self._bindings = {}, {}
 
     def graph(self, training: bool) -> GraphModule:
         """The captured graph of a mode, over the module's present tensors."""

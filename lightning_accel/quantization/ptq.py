@@ -238,6 +238,7 @@ class PostTrainingQuantization(QuantizingCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.quantize(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
 
     def quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Quantize the module now, with batches of the run's training loader.

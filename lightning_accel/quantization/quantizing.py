@@ -83,8 +83,6 @@ class QuantizingCallback(CompressionCallback):
                 f"Argument `precision` must keep float32 weights with {who}, but got {trainer.precision!r}. "
                 'Use "32-true", "bf16-mixed" or "16-mixed".'
             )
-        if getattr(trainer.strategy, "_layer_sync", None) is not None:
-            raise ValueError(f"Argument `sync_batchnorm` must be False with {who}, but got True.")
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             to_uncompiled(pl_module)
             rank_zero_warn(f"{who} captures `forward` itself: the module runs without torch.compile in this fit.")
@@ -120,7 +118,20 @@ class QuantizingCallback(CompressionCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if _exchanges_norms(trainer):  # since setup: batch norms are other modules now
+            self._prepared = {}
+            self._capture_anew()
         self.prepare(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if _exchanges_norms(trainer):  # back, before `on_fit_end`
+            self._capture_anew()
+
+    def _capture_anew(self) -> None:
+        for forward in self._placed.values():
+            forward.forget_graphs()
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
         """Capture the untrained network now: what can't be captured must not fail in the middle of the run.
@@ -186,6 +197,11 @@ class QuantizingCallback(CompressionCallback):
             raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
         for path, ranges in state_dict["ranges"].items():
             self._placed[path].bank.load_state_dict(ranges)
+
+
+def _exchanges_norms(trainer: L.Trainer) -> bool:
+    """Whether Lightning exchanges batch norms for synchronized ones while it trains: ``Trainer(sync_batchnorm=True)``."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 def _check_apart(callbacks: list[QuantizingCallback]) -> None:
