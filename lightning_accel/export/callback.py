@@ -26,7 +26,7 @@ from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.onnx import OPSET, export_onnx
+from lightning_accel.export.onnx import export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.pipeline import ENGINES, summary, write_bundle
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
@@ -416,7 +416,7 @@ class ModelExport(L.Callback):
             folder / "preflight.onnx",
             dynamic=self.dynamic or None,
             metadata=self.metadata,
-            opset=BF16_OPSET if settings["precision"] == "bf16" else OPSET,
+            opset=BF16_OPSET if settings["precision"] == "bf16" else None,
         )
         check_integers(export.path, export.trained)
         samples = data.samples(whole, export.input_names, 8)

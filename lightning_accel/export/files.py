@@ -17,7 +17,7 @@ from lightning_accel.engines.tensorrt import build_engine, has_gpu
 from lightning_accel.engines.tensorrt_command import equivalent_command
 from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.integers import check_integers
-from lightning_accel.export.onnx import OPSET, OnnxExport, export_onnx
+from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.export.proof import prove_file
@@ -69,7 +69,7 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
     """
     half = order.precision in HALVES
     options: dict[str, Any] = {"dynamic": order.dynamic or None, "metadata": order.metadata}
-    options["opset"] = BF16_OPSET if order.precision == "bf16" else OPSET
+    options["opset"] = BF16_OPSET if order.precision == "bf16" else None
     exported = export_onnx(whole, call, folder / (REFERENCE if half else MODEL), **options)
     samples = order.data.samples(whole, exported.input_names, order.samples)
     files = Files(exported, module_network(whole, exported, call), samples, engine_precision=order.precision)

@@ -82,7 +82,7 @@ def export_onnx(
     preprocess: nn.Module | None = None,
     postprocess: nn.Module | None = None,
     metadata: Mapping[str, Any] | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
     largest: int = onnx_file.LARGEST,
 ) -> OnnxExport:
     """Write ``module.forward`` in eval mode as ONNX, with a dynamic batch.
@@ -103,7 +103,7 @@ def export_onnx(
         preprocess: module that makes the network's arguments of the file's inputs (of uint8 pixels, say); stays in float.
         postprocess: module that makes the file's outputs of the network's result (softmax, top-k); stays in float.
         metadata: notes that travel in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
-        opset: 18 to 23. The lowest carries every target: newer ones are for readers that ask for them.
+        opset: 18 to 23. ``None``: the lowest that carries the network and, if it is quantized, what its target asks for.
         largest: bytes above which weights go to ``<path>.data`` beside the file; protobuf ends at 2 GB.
 
     Returns:
@@ -119,7 +119,7 @@ def export_onnx(
         >>> export.input_names  # doctest: +SKIP
         ('input',)
     """
-    if opset not in range(OPSET, NEWEST + 1):
+    if opset is not None and opset not in range(OPSET, NEWEST + 1):
         raise ValueError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
     module = surrounded(module, preprocess, postprocess)
     given: Call = inputs if _is_call(inputs) else _as_call(inputs)
@@ -127,6 +127,7 @@ def export_onnx(
     description = describe_inputs(*call)
     names_in = call_names.input_names(module, call, input_names)
     parts = quantized_forwards(module) if quantized else {}
+    opset = max([OPSET, *(part.target.opset for part in parts.values())]) if opset is None else opset
     axes = checked_axes(dynamic or {}, names_in, call)
     if dynamic is None and "" in parts:
         axes = {n: captured for n, captured in zip(names_in, dynamic_axes(parts[""].inputs), strict=True) if captured}

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,14 @@ def test_a_quantized_network_has_the_axes_it_was_captured_with(tmp_path):
         ValueError, match="Argument `dynamic` must hold axes that the quantized `forward` was captured with"
     ):
         export_onnx(module, x, tmp_path / "m.onnx", dynamic={"x": {2: "height"}})
+
+
+def test_a_target_says_which_opset_its_reader_takes(tmp_path):
+    module, x = make("residual")
+    quantized(module, x, target=replace(target_of("portable"), name="newer", opset=20))
+    export = export_onnx(module, x, tmp_path / "m.onnx")
+    assert [entry.version for entry in onnx.load(export.path).opset_import if entry.domain == ""] == [20]
+    assert check_integers(export.path, export.trained)["weights"] > 0
 
 
 @pytest.mark.parametrize("name", ["bert", "encoder"])
