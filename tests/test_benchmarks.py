@@ -33,10 +33,9 @@ def test_benchmark(script, target, says):
     assert re.fullmatch(rf".+: {RATIO} \(target: at most {target}, (reached|missed)\)", lines[-1])
 
 
-def quick(script):
-    process = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", "--quick"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def quick(script, *options):
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--quick", *options]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert process.returncode == 0, process.stderr
     return process
 
@@ -70,6 +69,14 @@ def test_integer_kernels_compute_what_was_prepared():
     lines = quick("int8_kernels").stdout.splitlines()
     assert sum(line.startswith(("| ResNet-8 w16 |", "| depthwise |")) for line in lines) == 8
     assert lines[-1].startswith("largest difference: ")
+
+
+def test_everything_at_once():
+    lines = quick("joint_fashion", "--rows", "all").stdout.splitlines()
+    row = next(json.loads(line) for line in lines if line.startswith('{"row": "all"'))
+    assert row["parameters"] < 20_000  # the channels are gone
+    assert row["smaller"] > 30  # and what is left is integers
+    assert lines[-1].startswith("faster, smaller, share of accuracy: ")
 
 
 def test_trainings():

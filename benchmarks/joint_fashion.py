@@ -1,0 +1,225 @@
+"""Everything at once: how much faster and smaller the student is that ships, at what accuracy, and what each ingredient brings.
+
+A ResNet-20 w16 is trained on all 60,000 images of Fashion-MNIST, augmented before training so that a cache can hold what it says to
+each; its weights and its answers are kept in `artifacts/joint_fashion` under a fingerprint of how they were made. Students are
+trained in one `fit` of the same number of steps each, and shipped to OpenVINO by ModelExport:
+
+    all                    ResNet-8 w16: distilled (DIST), 4x fewer MACs by epoch 3, int8 from epoch 10 of 12
+    without distillation   cross-entropy alone
+    without channels       all 16 to 64 channels stay
+    without int8           the file is float32
+    PTQ                    quantized after training, not during
+    small by design        ResNet-8 w8, which is as fast, from scratch: distilled, int8
+
+Latency: batch 32, two threads, the teacher in ONNX Runtime in float32 and the student in OpenVINO in turns. Accuracy: all 10,000 test
+images, by the engine.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.joint_fashion [--quick] [--rows all ...] [--minutes 38]
+"""
+
+import argparse
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_accel as la
+from benchmarks import print_environment
+from benchmarks.distill_fashion import BATCH, copies_of
+from benchmarks.trials import interval, run_trials
+from examples.data import FASHION, fashion, mnist
+from examples.models import ImageClassifier
+
+RESULTS, KEPT = Path(__file__).parent / "results" / "joint_fashion.jsonl", Path("artifacts") / "joint_fashion"
+SEEDS, TEACHER_SEED, COPIES = (61, 62, 63), 60, 4
+FASTER, SMALLER, ACCURATE = (8.0, 10.0), (30.0, 40.0), (0.985, 0.99)  # targets, aims
+ROWS = ("all", "without distillation", "without channels", "without int8", "PTQ", "small by design")
+
+
+class Joint(L.LightningDataModule):
+    """Training images and their augmented copies; test images."""
+
+    def __init__(self, images: int, test: int) -> None:
+        super().__init__()
+        if FASHION.is_dir():
+            (x, y), (test_x, test_y) = fashion("train"), fashion("t10k")
+        else:
+            x, y = mnist()
+            x, y, test_x, test_y = x[::2], y[::2], x[1::2], y[1::2]
+        x, y, mean, std = x[:images], y[:images], x[:images].mean(), x[:images].std()
+        self.training = TensorDataset((copies_of(x, COPIES) - mean) / std, y.repeat(COPIES))
+        self.held_out = TensorDataset((test_x[:test] - mean) / std, test_y[:test])
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled."""
+        return DataLoader(self.training, BATCH, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Test images, which ModelExport holds the engine against."""
+        return DataLoader(self.held_out, 500)
+
+    def test_dataloader(self) -> DataLoader:
+        """The same."""
+        return self.val_dataloader()
+
+
+def trainer_of(steps: int, folder: Path, *callbacks: L.Callback) -> L.Trainer:
+    """A Trainer without noise."""
+    return L.Trainer(
+        max_epochs=-1,
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        limit_val_batches=0,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+    )
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Of all that the teacher depends on."""
+    made = {
+        "depth": 20,
+        "width": 16,
+        "lr": 0.1,
+        "seed": TEACHER_SEED,
+        "copies": COPIES,
+        "data": FASHION.is_dir(),
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def teacher_of(settings: Mapping[str, Any], folder: Path) -> tuple[ImageClassifier, float]:
+    """The teacher and its accuracy in percent; a training that was stopped goes on."""
+    folder = folder / fingerprint({key: settings[key] for key in ("images", "test", "teacher_steps")})
+    teacher, file = ImageClassifier(20, 16, lr=0.1), folder / "teacher.pt"
+    if not file.is_file():
+        L.seed_everything(TEACHER_SEED, verbose=False)
+        data = Joint(settings["images"], settings["test"])
+        module = ImageClassifier(20, 16, lr=0.1).to(memory_format=torch.channels_last)
+        keep = ModelCheckpoint(folder, "last", every_n_train_steps=max(1, settings["teacher_steps"] // 20))
+        trainer = trainer_of(settings["teacher_steps"], folder, la.ExactResume(), keep)
+        before = folder / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=before if before.is_file() else None)
+        accuracy = 100 * trainer.test(module, data, verbose=False)[0]["test_accuracy"]
+        torch.save({"state_dict": module.state_dict(), "accuracy": accuracy}, file)
+        print(f"teacher: {accuracy:.2f} %", flush=True)
+    saved = torch.load(file, weights_only=True)
+    teacher.load_state_dict(saved["state_dict"])
+    return teacher.eval(), saved["accuracy"]
+
+
+def callbacks_of(how: str, steps: int, folder: Path) -> list[L.Callback]:
+    """What is done to the student, by shares of the run."""
+    made: list[L.Callback] = []
+    if how not in ("without channels", "small by design"):
+        made.append(la.ChannelPruning(macs_reduction=4.0, start=0, end=0.25, round_to=8))
+    if how == "PTQ":
+        made.append(la.PostTrainingQuantization("openvino"))
+    elif how != "without int8":
+        made.append(la.QuantizationAwareTraining("openvino", start=10 / 12, calibration_batches=min(8, steps // 12)))
+    return [*made, la.ModelExport(str(folder / "bundle"), engines=["openvino"])]
+
+
+def trial(seed: int, how: str, settings: Mapping[str, Any], kept: Path) -> dict[str, Any]:
+    """Train, ship and measure one student."""
+    teacher, reference = teacher_of(settings, kept)
+    L.seed_everything(seed, verbose=False)
+    student = ImageClassifier(8, 8 if how == "small by design" else 16, lr=0.1).to(memory_format=torch.channels_last)
+    module: L.LightningModule = student
+    data = Joint(settings["images"], settings["test"])
+    if how != "without distillation":
+        cache = la.TeacherCache(kept / f"cache_{fingerprint(settings)}", "float32")
+        module = la.DistillationModule(student, teacher, losses=la.DISTLoss(4.0, 2.0, 2.0), alpha=0.5, cache=cache)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        trainer_of(settings["steps"], folder, *callbacks_of(how, settings["steps"], folder)).fit(module, data)
+        example = torch.zeros(2, 1, 28, 28)
+        large = la.export_onnx(teacher, example, folder / "teacher.onnx").path
+        small = folder / "bundle" / "model.onnx"
+        images, labels = data.held_out.tensors
+        with (
+            la.load_runner(large, "onnxruntime", threads=2) as before,
+            la.load_runner(folder / "bundle", "openvino", threads=2) as after,
+        ):
+            feeds = {"images": images[:32].numpy()}
+            ways = {"teacher": partial(before.run, feeds), "student": partial(after.run, feeds)}
+            found = la.benchmark(ways, max_seconds=2.0 if settings["steps"] < 100 else 30.0)
+            (name,) = after.output_names
+            parts = zip(images.split(500), labels.split(500), strict=True)
+            right = [after.run({"images": x.numpy()})[name].argmax(1) == y.numpy() for x, y in parts]
+        accuracy = 100 * float(np.concatenate(right).mean())
+        faster = found["student"].speedup
+        return {
+            "accuracy": round(accuracy, 3),
+            "kept": round(accuracy / reference, 5),
+            "faster": round(faster.value, 3),
+            "faster_low": round(faster.low, 3),
+            "faster_high": round(faster.high, 3),
+            "smaller": round(large.stat().st_size / small.stat().st_size, 3),
+            "bytes": small.stat().st_size,
+            "parameters": sum(p.numel() for p in student.parameters()),
+        }
+
+
+def report(lines: list[dict[str, Any]], teacher: float) -> None:
+    """Print all rows, and whether the first reaches all targets at once."""
+    print(f"teacher: {teacher:.2f} %")
+    print("| row | seeds | accuracy [95 %] | of the teacher's | times faster [95 %] | times smaller | parameters |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for row in dict.fromkeys(line["row"] for line in lines):
+        mine = [line for line in lines if line["row"] == row]
+        accuracy, faster = (interval([line[key] for line in mine]) for key in ("accuracy", "faster"))
+        kept, smaller, parameters = (np.mean([line[key] for line in mine]) for key in ("kept", "smaller", "parameters"))
+        spread = [f"{mean:.2f} ± {half:.2f}" for mean, half in (accuracy, faster)]
+        print(f"| {row} | {len(mine)} | {spread[0]} | {kept:.4f} | {spread[1]} | {smaller:.1f} | {parameters:,.0f} |")
+    mine = [line for line in lines if line["row"] == ROWS[0]]
+    means = [float(np.mean([line[key] for line in mine])) for key in ("faster", "smaller", "kept")]
+    limits = list(zip(FASTER, SMALLER, ACCURATE, strict=True))
+    words = [
+        "reached" if all(m >= limit for m, limit in zip(means, limit_of, strict=True)) else "missed"
+        for limit_of in limits
+    ]
+    says = ", ".join(f"{mean:.4g}" for mean in means)
+    print(
+        f"faster, smaller, share of accuracy: {says} (target {limits[0]} at once: {words[0]}; aim {limits[1]}: {words[1]})"
+    )
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few steps on few images: shows that it runs")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="train these alone; default: all")
+    parser.add_argument("--minutes", type=float, default=38.0, help="stop before this; a re-run goes on")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # the images lie in memory
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning uses what torch has just deprecated
+    settings = {"images": 60000, "test": 10000, "steps": 12 * 468, "teacher_steps": 14 * 468}
+    if arguments.quick:
+        settings = {"images": 384, "test": 200, "steps": 24, "teacher_steps": 4}
+    print_environment()
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = Path(scratch) if arguments.quick else KEPT
+        file = Path(scratch) / "quick.jsonl" if arguments.quick else RESULTS
+        rows = {how: partial(trial, how=how, settings=settings, kept=kept) for how in arguments.rows}
+        lines = run_trials(file, rows, SEEDS[:1] if arguments.quick else SEEDS, settings, arguments.minutes)
+        report(lines, teacher_of(settings, kept)[1])
+
+
+if __name__ == "__main__":
+    main()
