@@ -8,8 +8,8 @@ Images are augmented before training, so that a cache can hold what the teacher 
 seven that are flipped or not and shifted by up to two pixels, for teacher and all rows alike. `--copies 1`: not augmented.
 
 Peak learning rate and the losses' settings are chosen by `--tune`: four candidates for each row, cross-entropy too, are trained
-for half the steps on images that aren't augmented, with one other seed, and scored on 5,000 further training images, never on
-test images. The best candidates so far are what a run without `--tune` takes; without any, the first of each row.
+for half the steps with one other seed, and scored on 5,000 further training images, never on test images.
+The best candidates so far are what a run without `--tune` takes; without any, the first of each row.
 
     OMP_NUM_THREADS=2 python -m benchmarks.distill_fashion [--quick] [--copies 1] [--tune] [--minutes 38]
 """
@@ -207,29 +207,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, results = (Path(scratch), Path(scratch)) if arguments.quick else (KEPT, RESULTS)
         tuning = results / "distill_fashion_tune.jsonl"
-        plain = settings if arguments.quick else {**settings, "teacher_epochs": 16, "copies": 1}
-        shorter = {**plain, "epochs": max(1, settings["epochs"] // 2)}
+        shorter = {**settings, "epochs": max(1, settings["epochs"] // 2)}
         named = candidates()
+        wanted = arguments.rows or list(ROWS)
 
         def run(name: str, seed: int, *, tune: bool) -> Mapping[str, float]:
             _, lr, losses = named[name]
             return trial(seed, losses, lr, shorter if tune else settings, folder, tune)
 
         if arguments.tune:
-            rows = {name: (lambda seed, name=name: run(name, seed, tune=True)) for name in named}
+            tuned = [name for name in named if named[name][0] in wanted]
+            rows = {name: (lambda seed, name=name: run(name, seed, tune=True)) for name in tuned}
             lines = run_trials(tuning, rows, (TUNING_SEED,), shorter, arguments.minutes)
-            print(table(lines, next(iter(named)), "accuracy"))
+            print(table(lines, tuned[0], "accuracy"))
         best = chosen(lines_of(tuning, shorter))
         for row, name in best.items():
             print(f"chosen for {row}: {name.partition(' / ')[2]}")
         if arguments.tune:
             return
-        wanted = arguments.rows or list(best)
         rows = {row: (lambda seed, name=best[row]: run(name, seed, tune=False)) for row in wanted}
         seeds = SEEDS[:1] if arguments.quick else SEEDS
-        lines = run_trials(
-            results / "distill_fashion.jsonl", rows, seeds, {**settings, "chosen": best}, arguments.minutes
-        )
+        file = results / "distill_fashion.jsonl"
+        lines = []
+        for row, train in rows.items():
+            lines += run_trials(file, {row: train}, seeds, {**settings, "chosen": best[row]}, arguments.minutes)
         report(lines, teacher_of(folder, settings)[1])
 
 
