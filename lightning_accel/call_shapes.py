@@ -1,6 +1,6 @@
 """Call shapes: the inputs of a call described by shapes and types, so that the call can be made up again anywhere."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,38 +70,22 @@ def describe_inputs(
 
 def dynamic_axes(description: Mapping[str, Any]) -> list[dict[int, str]]:
     """Further dynamic axes of each tensor, as :func:`describe_inputs` got them."""
-    found: list[dict[int, str]] = []
-
-    def look(entry: Any) -> None:
-        if isinstance(entry, Mapping) and _TENSOR in entry:
-            found.append(dict(entry.get("axes", [])))
-        elif isinstance(entry, Mapping):
-            for item in entry.values():
-                look(item)
-        elif isinstance(entry, list | tuple):
-            for item in entry:
-                look(item)
-
-    look(dict(description))
-    return found
+    return [dict(entry.get("axes", [])) for entry in _tensors(description)]
 
 
 def traced_batch(description: Mapping[str, Any]) -> int:
     """Batch to capture with: not 0 or 1, which torch.export treats as special, nor the size of something fixed."""
-    fixed: set[int] = set()
-
-    def look(entry: Any) -> None:
-        if isinstance(entry, Mapping) and _TENSOR in entry:
-            fixed.update(entry[_TENSOR][:1] if not entry["batch"] else [])
-        elif isinstance(entry, Mapping):
-            for item in entry.values():
-                look(item)
-        elif isinstance(entry, list | tuple):
-            for item in entry:
-                look(item)
-
-    look(dict(description))
+    fixed = {size for entry in _tensors(description) if not entry["batch"] for size in entry[_TENSOR][:1]}
     return next(n for n in range(3, 10**6) if n not in fixed)
+
+
+def _tensors(entry: Any) -> Iterator[Mapping[str, Any]]:
+    """What a description says of each tensor, in order."""
+    if isinstance(entry, Mapping) and _TENSOR in entry:
+        yield entry
+    elif isinstance(entry, Mapping | list | tuple):
+        for item in entry.values() if isinstance(entry, Mapping) else entry:
+            yield from _tensors(item)
 
 
 def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -140,13 +124,16 @@ def batch_shapes(
         axes: further dynamic axes of each tensor, in order; axes of one name have one size.
     """
     shapes = torch.export.ShapesCollection()
-    dims = {"batch": torch.export.Dim("batch")}
+    batch, free = (
+        torch.export.Dim("batch"),
+        torch.export.Dim.DYNAMIC,
+    )  # free within what the code asks of it: 3 for a kernel of 3
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     for leaf, further in zip(tensors, axes or [{}] * len(tensors), strict=True):
-        found = {0: "batch"} if leaf.ndim and leaf.shape[0] == size else {}
-        found |= dict(further)
+        found: dict[int, Any] = {0: batch} if leaf.ndim and leaf.shape[0] == size else {}
+        found |= dict.fromkeys(further, free)
         if found:
-            shapes[leaf] = {axis: dims.setdefault(name, torch.export.Dim(name)) for axis, name in found.items()}
+            shapes[leaf] = found
     return shapes.dynamic_shapes(module, args, kwargs)
 
 

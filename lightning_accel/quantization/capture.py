@@ -118,12 +118,10 @@ def _explain(
 ) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if fixed := re.findall(
-        r"You marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
-    ):
+    if fixed := re.findall(r"You marked .*?\.size\(\)\[(\d+)\] as dynamic but .* a constant \((\d+)\)", str(error)):
         return (
             f"Argument `dynamic` must name axes along which {what} computes the same at any size, but torch.export fixes "
-            f"{', '.join(f'`{symbol}` at {size}' for symbol, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
+            f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
