@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import lightning_accel as la
-from benchmarks import print_environment, zoo
-from benchmarks.int8_zoo import BATCH, NETWORKS
+from benchmarks import print_environment
+from benchmarks.int8_zoo import BATCH, NETWORKS, network
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.export.bundle import write_manifest
@@ -30,14 +29,7 @@ TARGETS = ("onnxruntime", "openvino")
 
 def bundle(name: str, target: str, folder: Path) -> Path:
     """A network of the zoo, quantized for a target, beside its float32 file; with samples and the int8 network's outputs."""
-    inputs, make = NETWORKS[name]
-    torch.manual_seed(0)
-    x = (torch.randn(BATCH, 20, 256),) if inputs == "wide" else zoo.samples(inputs, BATCH)
-    module = make().train()
-    with torch.no_grad():
-        for _ in range(8):  # batch norm gets statistics
-            module(*x)
-    module.eval()
+    module, x = network(name)
     la.export_onnx(module, x, folder / "reference.onnx")
     export = la.export_onnx(la.quantize(module, [x], target=target), x, folder / "model.onnx")
     feeds = {name: array.numpy() for name, array in zip(export.input_names, x, strict=True)}

@@ -24,6 +24,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
@@ -83,19 +84,25 @@ def images(count: int, test: int, tuning: bool, copies: int) -> list[TensorDatas
     return [TensorDataset((a - mean) / std, b) for a, b in pairs]
 
 
-def fit(module: L.LightningModule, data: list[TensorDataset], steps: int, folder: Path) -> float:
-    """Train a module; its accuracy in percent."""
-    trainer = L.Trainer(
+def trainer_of(steps: int, folder: Path, *callbacks: L.Callback) -> L.Trainer:
+    """A Trainer of so many steps, without noise."""
+    return L.Trainer(
         max_epochs=-1,
         max_steps=steps,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        callbacks=list(callbacks),
         default_root_dir=folder,
     )
+
+
+def fit(module: L.LightningModule, data: list[TensorDataset], steps: int, folder: Path) -> float:
+    """Train a module; its accuracy in percent."""
+    trainer = trainer_of(steps, folder)
     trainer.fit(module, DataLoader(data[0], BATCH, shuffle=True, drop_last=True))
     return 100 * trainer.test(module, DataLoader(data[1], 500), verbose=False)[0]["test_accuracy"]
 

@@ -41,8 +41,8 @@ NETWORKS: dict[str, tuple[str, Callable[[], nn.Module]]] = {  # name: whose inpu
 }
 
 
-def measure(name: str, seconds: float) -> BenchmarkResult:
-    """All ways to run one network."""
+def network(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """A network in eval mode, with batch norm statistics of its data, and a batch."""
     inputs, make = NETWORKS[name]
     torch.manual_seed(0)
     x = (torch.randn(BATCH, 20, 256),) if inputs == "wide" else zoo.samples(inputs, BATCH)
@@ -50,7 +50,12 @@ def measure(name: str, seconds: float) -> BenchmarkResult:
     with torch.no_grad():
         for _ in range(8):  # batch norm gets statistics
             module(*x)
-    module.eval()
+    return module.eval(), x
+
+
+def measure(name: str, seconds: float) -> BenchmarkResult:
+    """All ways to run one network."""
+    module, x = network(name)
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": la.export_onnx(module, x, Path(folder) / "float.onnx").path}
         for target in INT8.values():

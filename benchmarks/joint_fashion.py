@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from benchmarks import print_environment
-from benchmarks.distill_fashion import BATCH, copies_of
+from benchmarks.distill_fashion import BATCH, copies_of, trainer_of
 from benchmarks.trials import interval, run_trials
 from examples.data import FASHION, fashion, mnist
 from examples.models import ImageClassifier
@@ -71,22 +71,6 @@ class Joint(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """The same."""
         return self.val_dataloader()
-
-
-def trainer_of(steps: int, folder: Path, *callbacks: L.Callback) -> L.Trainer:
-    """A Trainer without noise."""
-    return L.Trainer(
-        max_epochs=-1,
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-    )
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

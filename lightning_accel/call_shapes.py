@@ -124,10 +124,8 @@ def batch_shapes(
         axes: further dynamic axes of each tensor, in order; axes of one name have one size.
     """
     shapes = torch.export.ShapesCollection()
-    batch, free = (
-        torch.export.Dim("batch"),
-        torch.export.Dim.DYNAMIC,
-    )  # free within what the code asks of it: 3 for a kernel of 3
+    batch = torch.export.Dim("batch")
+    free = torch.export.Dim.DYNAMIC  # within what the code asks of it: at least 3 for a kernel of 3
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     for leaf, further in zip(tensors, axes or [{}] * len(tensors), strict=True):
         found: dict[int, Any] = {0: batch} if leaf.ndim and leaf.shape[0] == size else {}

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning_accel.benchmarking.markdown import MISSING
 from lightning_accel.benchmarking.markup import Markup, join, tag
-
-DASH = "—"
 
 
 def table(
@@ -31,7 +30,7 @@ def table(
     head = tag("tr", *(tag("th", title, scope="col", class_=kinds.get(i)) for i, title in enumerate(titles)))
     body = []
     for number, row in enumerate(rows):
-        cells = [DASH if cell is None or cell == "" else cell for cell in row]
+        cells = [MISSING if cell is None or cell == "" else cell for cell in row]
         line = [tag("td", cell, class_=kinds.get(i)) for i, cell in enumerate(cells)]
         line[0] = tag("th", cells[0], scope="row")
         body.append(tag("tr", *line, class_="ships" if number in marked else None))
@@ -42,7 +41,7 @@ def table(
 def under(value: Any, *small: Any) -> Markup | None:
     """A cell with smaller lines below its value; those that say nothing are left out."""
     lines = [tag("small", line) for line in small if line not in (None, "")]
-    return None if value is None and not lines else join([DASH if value is None else value, *lines])
+    return None if value is None and not lines else join([MISSING if value is None else value, *lines])
 
 
 def passed(good: bool | None) -> Markup | None:
