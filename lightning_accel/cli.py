@@ -18,7 +18,7 @@ from lightning_accel import __version__, structure
 from lightning_accel.commands import COMMANDS, run
 from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.export.callback import ModelExport
-from lightning_accel.export.pipeline import summary
+from lightning_accel.export.reports import summary
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.planning import plan
 from lightning_accel.quantization.capture import CaptureError

@@ -45,7 +45,8 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
 
     A way is refused if it didn't run, if a bundle can't load it, if its kernels don't compute what its file says, or if it
     is outside of the budgets. Of the others the one whose speed-up over float32 in ONNX Runtime has the highest lower end
-    ships; but only if that lies above 1 and above what the null run gives, or else plain float32 ships.
+    ships; but only if that lies above 1 and above what the null run gives, or else plain float32 ships. Ways that the bundle
+    holds and that this machine can't run, an engine for a GPU say, take no part, and ``why`` names them.
 
     Args:
         comparison: what was measured; not changed.
@@ -86,12 +87,22 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
         return {"ship": None, "why": f"No way fits the budgets.{near}", **result}
     best = max(fitting, key=lambda way: _low(way, batch))
     plain = next((way for way in fitting if way.name == comparison.baseline), None)
+    ship, why = best, _why(best, floor, batch)
     if plain is not None:
         quiet = _clearly(comparison, batch)
-        others = [way for way in fitting if way is not plain]
         if best is plain or _low(best, batch) <= quiet:
-            return {"ship": plain.name, "why": _plain_is_best(others, batch, quiet), **result}
-    return {"ship": best.name, "why": _why(best, floor, batch), **result}
+            ship, why = plain, _plain_is_best([way for way in fitting if way is not plain], batch, quiet)
+    return {"ship": ship.name, "why": why + _elsewhere(comparison), **result}
+
+
+def _elsewhere(comparison: Comparison) -> str:
+    """What the decision can't know about: ways in the bundle that another machine is meant for."""
+    names = [
+        way.name for way in comparison.ways if way.status == "not here" and way.file is not None and not way.unshippable
+    ]
+    if not names:
+        return ""
+    return f" {' and '.join(names)} took no part, not being able to run here: decide again on the machine that is to run it."
 
 
 def _refusal(way: WayResult, floor: WayResult, budgets: Budgets, batch: int) -> tuple[str, float]:

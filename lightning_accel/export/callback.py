@@ -1,15 +1,11 @@
 """ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
 
-import io
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
@@ -19,28 +15,22 @@ from lightning_accel import structure
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.compression import check_strategy, compression_callbacks
-from lightning_accel.engines.tensorrt import build_engine
 from lightning_accel.export.bundle import check_destination
 from lightning_accel.export.curves import Curves
-from lightning_accel.export.evaluate import module_network
-from lightning_accel.export.held_out import HeldOut, held_out
-from lightning_accel.export.integers import check_integers
+from lightning_accel.export.held_out import held_out
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.onnx import export_onnx
 from lightning_accel.export.order import Order
-from lightning_accel.export.pipeline import ENGINES, summary, write_bundle
-from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
-from lightning_accel.export.proof import prove_file
+from lightning_accel.export.pipeline import ENGINES, write_bundle
+from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
 from lightning_accel.export.provenance import run_of
+from lightning_accel.export.reports import summary
 from lightning_accel.export.surrounded import surrounded
-from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.told import history, measured, timeline
 from lightning_accel.export.untrained import predictions_of
-from lightning_accel.extras import require
-from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, mode
+from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward
 from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 from lightning_accel.quantization.quantizing import QuantizingCallback
-from lightning_accel.quantization.targets import Target, cannot_reproduce
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -251,7 +241,7 @@ class ModelExport(L.Callback):
         if ckpt == "best":
             ckpt = self._best(trainer)
         self._exported = self.checkpoint_path if ckpt == "last" else ckpt
-        unfinished, history, told = self._load(trainer, pl_module, ckpt)
+        unfinished, did, told = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
             raise RuntimeError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
@@ -262,27 +252,37 @@ class ModelExport(L.Callback):
                 "The network must be quantized to ship as int8, but no QuantizationAwareTraining phase has begun."
             )
         pl_module.to("cpu")
-        order = Order(
-            module=pl_module,
-            part=self._part(trainer, pl_module),
-            data=held_out(trainer, self.data, self.inputs),
-            engines=self._wanted_engines(trainer),
-            samples=self.samples,
+        order = self._order(
+            trainer,
+            pl_module,
             teacher=_teacher_of(pl_module),
-            history=history,
-            compression=_measured(trainer, pl_module),
+            history=did,
+            compression=measured(trainer, pl_module),
             command=self._command(ckpt),
             marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
             **told,
-            **self._settings(trainer),
         )
         self.report = write_bundle(order, self.dirpath)
         return self.report
 
-    def _settings(self, trainer: L.Trainer) -> dict[str, Any]:
-        """What the order takes over from the arguments as it is."""
-        names = ("preprocess", "postprocess", "metadata", "dynamic", "keep_samples", "budgets", "benchmark")
-        return {"precision": self._wanted_precision(trainer), **{name: getattr(self, name) for name in names}}
+    def _order(self, trainer: L.Trainer, pl_module: L.LightningModule, **told: Any) -> Order:
+        """What is to be shipped, by the arguments, and what is told of it."""
+        return Order(
+            module=pl_module,
+            part=self._part(trainer, pl_module),
+            data=held_out(trainer, self.data, self.inputs),
+            engines=self._wanted_engines(trainer),
+            precision=self._wanted_precision(trainer),
+            samples=self.samples,
+            preprocess=self.preprocess,
+            postprocess=self.postprocess,
+            metadata=self.metadata,
+            dynamic=self.dynamic,
+            keep_samples=self.keep_samples,
+            budgets=self.budgets,
+            benchmark=self.benchmark,
+            **told,
+        )
 
     @staticmethod
     def _best(trainer: L.Trainer) -> str:
@@ -305,7 +305,7 @@ class ModelExport(L.Callback):
         if ckpt == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
             unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
-            return unfinished, _history(states, trainer.global_step), self._told(self.state_dict(), states)
+            return unfinished, history(states, trainer.global_step), self._told(self.state_dict(), states)
         checkpoint = structure.read_checkpoint(ckpt)
         states = checkpoint.get("callbacks", {})
         reasons = []
@@ -317,12 +317,12 @@ class ModelExport(L.Callback):
         if not reasons or self.incomplete == "mark":
             structure.load_into(pl_module, checkpoint)
         told = self._told(states.get(self.state_key, {}), states)
-        return reasons, _history(states, checkpoint.get("global_step", 0)), told
+        return reasons, history(states, checkpoint.get("global_step", 0)), told
 
     @staticmethod
     def _told(state: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         told = {"curves": state.get("curves") or [], "run": state.get("run") or {}, "untrained": state.get("untrained")}
-        return {**told, "timeline": _timeline(states)}
+        return {**told, "timeline": timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
         """Contradictions between callbacks, and engines that aren't there, before training."""
@@ -359,83 +359,19 @@ class ModelExport(L.Callback):
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
-                _check_engine(callback.target, engine, concatenates=False)
-        require("onnxruntime", "cpu", "ModelExport (verification)")
-        require("matplotlib", "report", "ModelExport (the report's plot)")
-        for engine in self._wanted_engines(trainer):
-            if engine == "openvino":
-                require("openvino", "openvino", "Engine `openvino`")
-            if engine == "tensorrt":
-                from lightning_accel.engines.tensorrt_library import load_library
-
-                load_library(None)
+                check_engine(callback.target, engine, concatenates=False)
+        check_installed(self._wanted_engines(trainer))
 
     def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export, check and test-build the untrained network: what can be known now must not fail after training."""
+        """Try the untrained network on the way that it will take."""
         self._ready = True
         if not trainer.is_global_zero:
             return
-        data = held_out(trainer, self.data, self.inputs)
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
         for forward in forwards.values():
             for engine in self._wanted_engines(trainer):
-                _check_engine(forward.target, engine, forward.concatenates)
-        part = self._part(trainer, pl_module)
-        training = {p: pl_module.get_submodule(p).__dict__.get("forward") for p in forwards}
-        ranges = {p: f.bank.state_dict() for p, f in forwards.items()}
-        try:
-            for path, forward in forwards.items():
-                pl_module.get_submodule(path).__dict__["forward"] = forward
-                if forward.bank.batches == 0:  # ranges come with training; any will do to see whether the path is open
-                    forward.bank.load_state_dict(
-                        {
-                            **ranges[path],
-                            "low": -torch.ones_like(forward.bank.low),
-                            "high": torch.ones_like(forward.bank.high),
-                            "batches": 1,
-                        }
-                    )
-                forward.bank.active = True
-            with tempfile.TemporaryDirectory() as folder, mode(pl_module, False):
-                self._try_files(trainer, part, data, Path(folder))
-        finally:
-            for path, forward in forwards.items():
-                forward.bank.load_state_dict(ranges[path])
-                pl_module.get_submodule(path).__dict__.pop("forward", None)
-                if training[path] is not None:
-                    pl_module.get_submodule(path).__dict__["forward"] = training[path]
-
-    def _try_files(self, trainer: L.Trainer, part: nn.Module, data: HeldOut, folder: Path) -> None:
-        """Write, prove and build what will be shipped, from the untrained network."""
-        settings = self._settings(trainer)
-        whole = surrounded(part, self.preprocess, self.postprocess)
-        call = data.first_call(whole)
-        export = export_onnx(
-            whole,
-            call,
-            folder / "preflight.onnx",
-            dynamic=self.dynamic or None,
-            metadata=self.metadata,
-            opset=BF16_OPSET if settings["precision"] == "bf16" else None,
-        )
-        check_integers(export.path, export.trained)
-        samples = data.samples(whole, export.input_names, 8)
-        prove_file(
-            export,
-            module_network(whole, export, call),
-            samples,
-            tolerance=EMULATED_INT8 if export.trained else FLOAT,
-            what="the untrained network's file",
-            batch_sizes=(1, 8),
-            check_agreement=False,
-        )
-        tensorrt = "tensorrt" in self._wanted_engines(trainer)
-        half = "fp16" if export.trained and tensorrt else settings["precision"]
-        if half in HALVES:
-            lower_precision(export.path, folder / "half.onnx", half, samples=samples)
-            check_lowered(export.path, folder / "half.onnx", half)
-        if tensorrt:
-            build_engine(folder / "half.onnx" if half in HALVES else export.path, folder / "preflight.engine")
+                check_engine(forward.target, engine, forward.concatenates)
+        try_out(self._order(trainer, pl_module), forwards)
 
     def _wanted_engines(self, trainer: L.Trainer) -> list[str]:
         return self.engines or next(([c.target.engines[0]] for c in _qat(trainer)), ["onnxruntime"])
@@ -465,69 +401,10 @@ class ModelExport(L.Callback):
         return " ".join(["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt {shlex.quote(path)}"])
 
 
-def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Hyper-parameters must come back from the checkpoint without unpickling foreign code.
-
-    Raises:
-        ValueError: one wouldn't; the message names it.
-    """
-    for where in (pl_module, getattr(trainer, "datamodule", None)):
-        for name, value in dict(getattr(where, "hparams_initial", {})).items():
-            file = io.BytesIO()
-            try:
-                torch.save(value, file)
-                file.seek(0)
-                torch.load(file, weights_only=True)
-            except Exception as error:  # pickle and torch.load raise a dozen unrelated types
-                raise ValueError(
-                    f"Argument `{name}` of {type(where).__name__}, a saved hyper-parameter, must be a plain value, but got a "
-                    f"{type(value).__name__}: checkpoints are read with `weights_only=True`, which refuses it. Pass a plain value, or "
-                    f"`save_hyperparameters(ignore=[{name!r}])`."
-                ) from error
-
-
 def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:
     return [c for c in trainer.callbacks if isinstance(c, QuantizingCallback)]  # type: ignore[attr-defined]
-
-
-def _check_engine(target: Target, engine: str, concatenates: bool) -> None:
-    if reason := cannot_reproduce(target, engine, concatenates=concatenates):
-        raise ValueError(f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}.")
 
 
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
     """The teacher of a DistillationModule: the network one would ship without compression."""
     return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None
-
-
-def _timeline(states: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Name, first and last optimizer step of each phase."""
-    return [
-        {
-            "phase": key.removeprefix("lightning_accel."),
-            "start": int(state["steps"][0]),
-            "end": int(state["steps"][1]) if state["steps"][1] > state["steps"][0] else None,
-        }
-        for key, state in states.items()
-        if "steps" in state
-    ]
-
-
-def _history(states: Mapping[str, Mapping[str, Any]], last: int) -> list[str]:
-    """What each callback did and when, in optimizer steps, for the report."""
-    lines = []
-    for key, state in states.items():
-        if "steps" in state:
-            start, end = state["steps"]
-            until = f" to {end}" if end > start else " on"
-            lines.append(f"{key.removeprefix('lightning_accel.')}: from step {start}{until}, of {last}")
-    return lines
-
-
-def _measured(trainer: L.Trainer, pl_module: L.LightningModule) -> Mapping[str, Any]:
-    tables: dict[str, Any] = {}
-    for callback in compression_callbacks(trainer):
-        tables |= callback.measured(pl_module)
-        if callback.worth:
-            tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.worth
-    return tables

@@ -3,7 +3,6 @@
 What :class:`~lightning_accel.export.callback.ModelExport` schedules, as a plain function.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -13,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from lightning_accel.benchmarking.environment import environment
-from lightning_accel.benchmarking.facts import decision_of, facts
 from lightning_accel.benchmarking.measure import benchmark
-from lightning_accel.benchmarking.page import render_html
-from lightning_accel.benchmarking.plots import plot_comparison
-from lightning_accel.benchmarking.report import Row, comparison_table, render_markdown
+from lightning_accel.benchmarking.report import Row
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import staged, write_manifest
 from lightning_accel.export.deciding import decide_default
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
-from lightning_accel.export.files import MODEL, REFERENCE, SAMPLES, Files, build_line, write_files
+from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, write_files
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
+from lightning_accel.export.reports import REPORT_SCHEMA, kept_float, notes, verification_line, write_reports
 from lightning_accel.export.revision import git_revision
 from lightning_accel.export.rival import build_rival, decide, verify_rival
 from lightning_accel.export.surrounded import surrounded
@@ -36,10 +32,9 @@ from lightning_accel.export.tolerances import Tolerance
 from lightning_accel.export.untrained import beside_untrained
 from lightning_accel.export.verification import Verification, VerificationError, verify
 from lightning_accel.inputs import mode
-from lightning_accel.quantization.prepare import quantization_map, quantized_forwards
+from lightning_accel.quantization.prepare import quantization_map
 
 RIVAL = "network fp16, tensorrt"
-REPORT_SCHEMA = 1  # docs/report.md
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
@@ -132,10 +127,10 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "rows": [row.to_dict() for row in rows.values()],
             "batch_size": order.batch_size,
             "threads": threads,
-            "verification": [_verification_line(check) for check in files.checks],
+            "verification": [verification_line(check) for check in files.checks],
             "proofs": files.proofs,
             "engines": engines,
-            "compression": {**order.compression, **_kept_float(order.module), **files.kept},
+            "compression": {**order.compression, **kept_float(order.module), **files.kept},
             "quantization": quantization_map(order.module),
             "phases": list(order.history),
             "timeline": [dict(span) for span in order.timeline],
@@ -143,7 +138,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "run": dict(order.run),
             "benchmark": measurement,
             "environment": environment(),
-            "notes": [*order.marks, *earned, *_notes(order, samples, files.proofs, measured, threads)],
+            "notes": [*order.marks, *earned, *notes(order, samples, files.proofs, measured, threads)],
         }
         default = next((line for line in engines if line["runs_here"]), engines[0])
         content: dict[str, Any] = {
@@ -158,7 +153,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             content |= decide_default(order, files, folder, content, report, labelled=bool(counts))
         ships = content["default"]
         report["ships"] = f"{name} fp32" if ships["file"] == REFERENCE else labels[ships["engine"]]
-        _write_reports(folder, report, list(rows.values()))
+        write_reports(folder, report, list(rows.values()))
         write_manifest(
             folder,
             {
@@ -229,82 +224,3 @@ def _measure_latency(
         row.p50_ms, row.p90_ms = m.p50_ms, m.p90_ms
         row.speedup, row.speedup_low, row.speedup_high = m.speedup.value, m.speedup.low, m.speedup.high
     return measured
-
-
-def _verification_line(check: Verification) -> dict[str, Any]:
-    line = check.to_dict()
-    del line["tolerance"]["why"]
-    return {k: v for k, v in line.items() if v not in ("", [], {})}
-
-
-def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the verification for a table: nested values in words."""
-    words = {
-        "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
-        "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
-        "metric": lambda v: ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in v.items()),
-    }
-    titles = {"batch_sizes": "batch sizes (samples)", "metric": "metric, PyTorch -> engine"}
-    return {titles.get(k, k): words[k](v) if k in words else v for k, v in line.items()}
-
-
-def _kept_float(module: nn.Module) -> dict[str, Any]:
-    kept = {name: why for f in quantized_forwards(module).values() for name, why in f.kept_float.items()}
-    return {"kept in float": kept} if kept else {}
-
-
-def _notes(
-    order: Order, samples: Mapping[str, np.ndarray], proofs: Mapping[str, Any], measured: Any, threads: int
-) -> list[str]:
-    count = len(next(iter(samples.values())))
-    notes = [
-        f"Verified on {count} samples of the {order.data.source}; accuracy over all of it.",
-        f"Latency of one call with a batch of {order.batch_size} and {threads} threads, interleaved; the engine alone.",
-    ]
-    if "integers" in proofs:
-        n = proofs["integers"]
-        notes.append(
-            f"Bit for bit: {n['integers']} integers in {n['weights']} weights, {n['activations']} activation scales and zero points, "
-            f"and {n['nodes']} Q/DQ nodes fed the same inputs equal the trained ones."
-        )
-    if "lowered" in proofs:
-        n = proofs["lowered"]
-        notes.append(
-            f"{n['precision']}: {n['nodes']} nodes and {n['constants']} constants are those of the file before, rounded; "
-            f"{n['kept']} nodes stay in float32."
-        )
-    nodes = proofs["nodes"]
-    notes.append(
-        f"Node by node: {nodes['compared']} of the file's {nodes['of']} nodes, each fed the same inputs, compute what PyTorch does; "
-        f"the largest error is {nodes['largest_error']:.1e} of the node's range."
-    )
-    if measured.noisy:
-        notes.append(
-            "This machine was too noisy for fine distinctions: a network compared with itself gave an interval beyond 10 %."
-        )
-    return notes
-
-
-def _write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> None:
-    plot_comparison(rows, folder / "report.png")
-    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    first = [decision_of(report), *map(str, facts(report))]
-    readable = {
-        **report,
-        "summary": list(filter(None, first)),
-        "verification": [_readable(line) for line in report["verification"]],
-    }
-    (folder / "report.md").write_text(render_markdown(readable) + "\n![accuracy and latency](report.png)\n")
-
-
-def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
-    """The report's table and where the rest is, for the terminal."""
-    lines = [comparison_table([Row(**row) for row in report["rows"]])]
-    if decision := report.get("comparison", {}).get("decision"):
-        lines.append(f"Decision: {decision['why']}")
-    lines += [f"TensorRT: {e['status']}" for e in report["engines"] if e["engine"] == "tensorrt"]
-    if any(not line["runs_here"] for line in report["engines"]):
-        data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"
-        lines.append(f"Finish the proof on the machine that runs it: lightning-accel verify {dirpath}{data}")
-    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}"])

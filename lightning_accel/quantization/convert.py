@@ -74,7 +74,7 @@ def _quantize_activation(
     graph_module: GraphModule, node: Node, part: ActivationFakeQuant, scale: float, zero_point: int
 ) -> None:
     target = part.bank.target
-    arguments = (scale, zero_point, *target.limits, target.dtype)
+    arguments = (scale, zero_point, *target.limits, getattr(torch, target.activations))
     with graph_module.graph.inserting_before(node):
         integers = graph_module.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *arguments))
         back = graph_module.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *arguments))

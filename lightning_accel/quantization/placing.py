@@ -39,7 +39,7 @@ def place_fake_quants(
     placed: dict[tuple[Node, int, int], Node] = {}
     for point in plan.points:
         if point.weight:
-            if plan.dynamic and point.node.target is aten.linear.default:
+            if _is_dynamic_linear(plan, point):
                 _make_dynamic(graph_module, point, bank)
             elif training:
                 _place_weight(graph_module, point, bank)
@@ -65,11 +65,15 @@ def place_fake_quants(
             _take_over_rectifier(graph_module, node)
     if not training:
         for point in plan.points:
-            if point.weight and not (plan.dynamic and point.node.target is aten.linear.default):
+            if point.weight and not _is_dynamic_linear(plan, point):
                 _fold(graph_module, point, bank)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
+
+
+def _is_dynamic_linear(plan: Plan, point: Point) -> bool:
+    return plan.dynamic and point.node.target is aten.linear.default
 
 
 def _insert(graph_module: GraphModule, point: Point, root: Node, name: str, fake: nn.Module) -> Node:

@@ -1,7 +1,7 @@
 """Targets: the integer arithmetic of the runtime that will execute the network (law 8).
 
 INT8 is not one arithmetic. A :class:`Target` says which one: training simulates it, export writes it, verification runs
-it. Dequantized value = ``(integer - zero_point) * scale``.
+it. Dequantized value = ``(integer - zero_point) * scale``. Needs no torch: a machine that only runs bundles asks here, too.
 """
 
 import platform
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 # Kinds of operators that a target may compute in integers.
 CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
 ATTENTION, SUM, POOLING, EMBEDDING = "attention", "sum", "pooling", "embedding"
 OPERATORS = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
 ACTIVATIONS = ("int8", "uint8")
+_LARGEST_UNSATURATED = 64  # two products with uint8 stay within int16: 2 * 255 * 64 = 32,640
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ class Target:
     def limits(self) -> tuple[int, int]:
         """Smallest and largest integer of an activation."""
         return (-128, 127) if self.signed_activations else (0, 255)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Integer type of activations."""
-        return torch.int8 if self.signed_activations else torch.uint8
 
 
 @cache
@@ -153,6 +147,25 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
     return known[name]()
 
 
+def saturation(weight: int, engine: str, vnni: bool) -> str:
+    """Why int8 weights overflow in an engine's kernels; empty if they can't.
+
+    Args:
+        weight: the largest magnitude among the integers.
+        engine: ``"onnxruntime"`` or ``"openvino"``; others have other kernels.
+        vnni: whether its CPU has VNNI.
+
+    Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
+    reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767. VNNI adds in int32.
+    """
+    if vnni or weight <= _LARGEST_UNSATURATED or engine not in ("onnxruntime", "openvino"):
+        return ""
+    return (
+        f"weights up to {weight} saturate in the int8 kernels of a CPU without VNNI; "
+        "the targets `onnxruntime`, `openvino` and `portable` keep to 7 bits there"
+    )
+
+
 def cannot_reproduce(target: Target, engine: str, *, concatenates: bool = False, vnni: bool | None = None) -> str:
     """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
 
@@ -161,9 +174,6 @@ def cannot_reproduce(target: Target, engine: str, *, concatenates: bool = False,
         engine: what is to run it.
         concatenates: whether the network quantizes tensors that are concatenated.
         vnni: whether its CPU has VNNI; ``None`` means this machine's.
-
-    Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
-    reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767.
     """
     if engine == "tensorrt" and not target.signed_activations:
         return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
@@ -172,10 +182,4 @@ def cannot_reproduce(target: Target, engine: str, *, concatenates: bool = False,
             "it computes concatenations of int8 with zero point 0 wrongly (2026.4.1: by up to half of the output's range); "
             "the target `openvino` is uint8"
         )
-    has_vnni = cpu_has_vnni() if vnni is None else vnni
-    if engine in ("onnxruntime", "openvino") and target.weight_max > 64 and not has_vnni:
-        return (
-            f"weights up to {target.weight_max} saturate in the int8 kernels of a CPU without VNNI; "
-            "the targets `onnxruntime`, `openvino` and `portable` keep to 7 bits there"
-        )
-    return ""
+    return saturation(target.weight_max, engine, cpu_has_vnni() if vnni is None else vnni)

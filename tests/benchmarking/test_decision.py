@@ -112,6 +112,18 @@ def test_nothing_fits_names_the_nearest():
     )
 
 
+def test_an_engine_for_another_machine_is_named():
+    engine = way("tensorrt int8", status="not here", reason="needs an NVIDIA GPU", points=[])
+    decision = decide(comparison(way("openvino int8", 2.0), engine), Budgets())
+    assert decision["ship"] == "openvino int8"
+    assert decision["why"].endswith(
+        "tensorrt int8 took no part, not being able to run here: decide again on the machine that is to run it."
+    )
+    for other in ({"file": None}, {"unshippable": "built for the comparison"}):  # nothing that is shipped is left out
+        engine = way("tensorrt int8", status="not here", reason="needs an NVIDIA GPU", points=[], **other)
+        assert "took no part" not in decide(comparison(way("openvino int8", 2.0), engine), Budgets())["why"]
+
+
 def test_without_the_baseline_nothing_is_decided():
     found = comparison(way("openvino int8", 2.0))
     found.ways[0].status, found.ways[0].reason = "out of time", "too slow"

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from lightning_accel.compression import check_strategy
-from lightning_accel.export.callback import check_readable
 from lightning_accel.export.evaluate import module_network, through_engine
 from lightning_accel.export.onnx import export_onnx
+from lightning_accel.export.preflight import check_readable
 from lightning_accel.quantization.capture import CaptureError
 from tests.models import Classifier, Residual, images, loader
 

@@ -1,0 +1,133 @@
+"""Preflight: what can be known of the shipping before training is known then, not in the last minute of a long run."""
+
+import io
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lightning_accel.engines.tensorrt import build_engine
+from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.integers import check_integers
+from lightning_accel.export.onnx import export_onnx
+from lightning_accel.export.order import Order
+from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
+from lightning_accel.export.proof import prove_file
+from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.extras import require
+from lightning_accel.inputs import mode
+from lightning_accel.quantization.prepare import QuantizedForward
+from lightning_accel.quantization.targets import Target, cannot_reproduce
+
+
+def check_installed(engines: Sequence[str]) -> None:
+    """Whether all that a bundle for these engines needs is there.
+
+    Raises:
+        ModuleNotFoundError: it isn't; the message says what to install.
+    """
+    require("onnxruntime", "cpu", "ModelExport (verification)")
+    require("matplotlib", "report", "ModelExport (the report's plot)")
+    if "openvino" in engines:
+        require("openvino", "openvino", "Engine `openvino`")
+    if "tensorrt" in engines:
+        from lightning_accel.engines.tensorrt_library import load_library
+
+        load_library(None)
+
+
+def check_engine(target: Target, engine: str, concatenates: bool) -> None:
+    """Whether an engine's kernels reproduce the arithmetic that is trained.
+
+    Raises:
+        ValueError: they don't.
+    """
+    if reason := cannot_reproduce(target, engine, concatenates=concatenates):
+        raise ValueError(f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}.")
+
+
+def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Hyper-parameters must come back from the checkpoint without unpickling foreign code.
+
+    Raises:
+        ValueError: one wouldn't; the message names it.
+    """
+    for where in (pl_module, getattr(trainer, "datamodule", None)):
+        for name, value in dict(getattr(where, "hparams_initial", {})).items():
+            file = io.BytesIO()
+            try:
+                torch.save(value, file)
+                file.seek(0)
+                torch.load(file, weights_only=True)
+            except Exception as error:  # pickle and torch.load raise a dozen unrelated types
+                raise ValueError(
+                    f"Argument `{name}` of {type(where).__name__}, a saved hyper-parameter, must be a plain value, but got a "
+                    f"{type(value).__name__}: checkpoints are read with `weights_only=True`, which refuses it. Pass a plain value, or "
+                    f"`save_hyperparameters(ignore=[{name!r}])`."
+                ) from error
+
+
+def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
+    """Write, prove and build what will be shipped, from the untrained network; it is left as it was.
+
+    Args:
+        order: what is to be shipped.
+        forwards: those that training will quantize, by path in the module.
+
+    Raises:
+        VerificationError: what was written isn't the network.
+    """
+    with as_if_trained(order.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(order.module, False):
+        folder, whole = Path(scratch), order.whole
+        call = order.data.first_call(whole)
+        export = export_onnx(
+            whole,
+            call,
+            folder / "preflight.onnx",
+            dynamic=order.dynamic or None,
+            metadata=order.metadata,
+            opset=BF16_OPSET if order.precision == "bf16" else None,
+        )
+        check_integers(export.path, export.trained)
+        samples = order.data.samples(whole, export.input_names, 8)
+        prove_file(
+            export,
+            module_network(whole, export, call),
+            samples,
+            tolerance=EMULATED_INT8 if export.trained else FLOAT,
+            what="the untrained network's file",
+            batch_sizes=(1, 8),
+            check_agreement=False,
+        )
+        tensorrt = "tensorrt" in order.engines
+        half = "fp16" if export.trained and tensorrt else order.precision
+        if half in HALVES:
+            lower_precision(export.path, folder / "half.onnx", half, samples=samples)
+            check_lowered(export.path, folder / "half.onnx", half)
+        if tensorrt:
+            build_engine(folder / "half.onnx" if half in HALVES else export.path, folder / "preflight.engine")
+
+
+@contextmanager
+def as_if_trained(pl_module: L.LightningModule, forwards: Mapping[str, QuantizedForward]) -> Iterator[None]:
+    """Put quantized forwards in place, with some ranges where training has yet to find them; afterwards all is as before."""
+    before = {path: pl_module.get_submodule(path).__dict__.get("forward") for path in forwards}
+    ranges = {path: forward.bank.state_dict() for path, forward in forwards.items()}
+    try:
+        for path, forward in forwards.items():
+            pl_module.get_submodule(path).__dict__["forward"] = forward
+            bank = forward.bank
+            if bank.batches == 0:
+                some = {"low": -torch.ones_like(bank.low), "high": torch.ones_like(bank.high), "batches": 1}
+                bank.load_state_dict({**ranges[path], **some})
+            bank.active = True
+        yield
+    finally:
+        for path, forward in forwards.items():
+            forward.bank.load_state_dict(ranges[path])
+            pl_module.get_submodule(path).__dict__.pop("forward", None)
+            if before[path] is not None:
+                pl_module.get_submodule(path).__dict__["forward"] = before[path]
