@@ -164,8 +164,9 @@ class Distillation:
                 f"Argument `mask` must fit what a loss compares, but got a mask {tuple(mask.shape)} that none of "
                 f"{', '.join(parts)} takes."
             )
-        total = sum((float(term.weight) * parts[term.name] for term in self.terms), start=torch.zeros(()))
-        return total, parts
+        weighted = [(float(term.weight), parts[term.name]) for term in self.terms]
+        first, *others = [part if weight == 1 else weight * part for weight, part in weighted]
+        return sum(others, start=first), parts
 
     @torch.no_grad()
     def check_logits(self, student: Tensor, teacher: Tensor) -> None:

@@ -20,8 +20,12 @@ def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(loss)
     def computed(student: Tensor, teacher: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        with torch.autocast(student.device.type, enabled=False):
-            return loss(student.to(dtype), teacher.to(dtype), *args, **kwargs)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        device = student.device.type
+        if not torch.is_autocast_enabled(device):  # the context takes longer than a loss of a few logits
+            return loss(student, teacher, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return loss(student, teacher, *args, **kwargs)
 
     return computed
 

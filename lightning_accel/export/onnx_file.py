@@ -20,6 +20,8 @@ _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference r
 def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
     """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
 
+    Shapes of what lies between inputs and outputs go too: every reader infers them, and in a small int8 file they are an eighth.
+
     Args:
         model: changed in place.
         axes: names of dynamic axes beyond the batch, ``{input: {axis: name}}``.
@@ -35,7 +37,8 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
                 node.name = f"{scope}/{node.name}"
             node.ClearField("metadata_props")
             node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+    model.graph.ClearField("value_info")
+    for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
         value.ClearField("metadata_props")
         value.doc_string = ""
     names: dict[str, str] = {}
@@ -44,7 +47,7 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and axis in wanted:
                 names.setdefault(dim.dim_param, wanted[axis])
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output]:
+    for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
