@@ -119,7 +119,9 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two networks, 200 samples")
-    quick = parser.parse_args().quick
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="these alone; default: all")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     warnings.simplefilter("ignore")
     print_environment()
     print(
@@ -127,7 +129,7 @@ def main() -> None:
     )
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     failed = []
-    for name in NETWORKS[:2] if quick else NETWORKS:
+    for name in NETWORKS[:2] if quick else arguments.networks:
         inputs = samples(name, 200 if quick else 10_000)
         for target in TARGETS:
             copy = la.quantize(network(name), [tuple(x[:64] for x in inputs)], target=target)
