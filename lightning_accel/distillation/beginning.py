@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.distillation import LOGITS, Answer, Distillation, dtype_of, share_
+from lightning_accel.distillation.distillation import LOGITS, Answer, Distillation, share_
 from lightning_accel.distillation.graph_layers import layer_node, without_graphs
 from lightning_accel.distillation.layers import recorded
 from lightning_accel.distillation.recording import resolve
@@ -123,7 +123,7 @@ def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable
     if not sure:
         distillation.check_logits(student[LOGITS], teacher[LOGITS])
         return
-    distillation.build_adapters(student, teacher, dtype_of(module))
+    distillation.build_adapters(student, teacher, module)
     with torch.no_grad():  # a loss that can't take these shapes says so now
         distillation.losses(student, teacher, batch)
     share_(distillation.adapters, trainer)

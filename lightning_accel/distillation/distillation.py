@@ -165,8 +165,8 @@ class Distillation:
                 f"{', '.join(parts)} takes."
             )
         weighted = [(float(term.weight), parts[term.name]) for term in self.terms]
-        first, *others = [part if weight == 1 else weight * part for weight, part in weighted]
-        return sum(others, start=first), parts
+        first, *rest = [part if weight == 1 else weight * part for weight, part in weighted]
+        return sum(rest, start=first), parts
 
     @torch.no_grad()
     def check_logits(self, student: Tensor, teacher: Tensor) -> None:
@@ -180,8 +180,8 @@ class Distillation:
             if not term.requires:
                 _check_scalar(term.name, term.loss(student, teacher))
 
-    def build_adapters(self, student: Signals, teacher: Signals, dtype: torch.dtype) -> None:
-        """Make the adapters that are missing; those that fit stay."""
+    def build_adapters(self, student: Signals, teacher: Signals, network: nn.Module) -> None:
+        """Make the adapters that are missing, in the network's dtype; those that fit stay."""
         for term in self.terms:
             for pair in self.pairs[term.name]:
                 if pair.student is None or pair.teacher is None or not term.adapter:
@@ -191,9 +191,9 @@ class Distillation:
                 if present is not None and takes(present) == channels_of(ours):
                     continue
                 if ours.ndim != theirs.ndim or channels_of(ours) != channels_of(theirs):
-                    self.adapters[pair.key] = make_adapter(ours, theirs, dtype)
+                    self.adapters[pair.key] = make_adapter(ours, theirs, dtype_of(network))
 
-    def follow(self, student: Signals, teacher: Signals, dtype: torch.dtype, trainer: L.Trainer | None) -> list[str]:
+    def follow(self, student: Signals, teacher: Signals, network: nn.Module, trainer: L.Trainer | None) -> list[str]:
         """Make the adapters of layers anew that have changed their number of channels; their names."""
         stale = {
             pair.key: self.adapters.pop(pair.key)
@@ -203,7 +203,7 @@ class Distillation:
             and takes(self.adapters[pair.key]) != channels_of(student[pair.student or LOGITS])
         }
         grown = len(self.adapters)
-        self.build_adapters(student, teacher, dtype)
+        self.build_adapters(student, teacher, network)
         if (stale or len(self.adapters) > grown) and trainer is not None:
             new = [p for key in self.adapters for p in self.adapters[key].parameters()]
             replace_parameters_(trainer.optimizers[0], [p for a in stale.values() for p in a.parameters()], new)

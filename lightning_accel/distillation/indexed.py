@@ -6,6 +6,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -65,8 +66,9 @@ class _Collate:
 
     def __call__(self, fetched: Any) -> IndexedBatch:
         index, samples = fetched  # of IndexedDataset.__getitems__
-        digests = torch.tensor([of_sample(sample) for sample in (samples if self.every else samples[:1])])
-        return IndexedBatch(self.collate(samples), torch.tensor(index), digests)
+        digests = [of_sample(sample) for sample in (samples if self.every else samples[:1])]
+        numbers = (torch.from_numpy(np.array(values, np.int64)) for values in (index, digests))  # faster than torch.tensor
+        return IndexedBatch(self.collate(samples), *numbers)
 
 
 def index_loader(loader: Any) -> DataLoader:

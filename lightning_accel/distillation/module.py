@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_accel.compression import check_strategy
 from lightning_accel.distillation.beginning import as_teacher, begin, find_pairs, outputs_path
 from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.distillation import Distillation, dtype_of
+from lightning_accel.distillation.distillation import Distillation
 from lightning_accel.distillation.filling import fill
 from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
 from lightning_accel.distillation.hparams import keep_own_hparams_
@@ -191,7 +191,7 @@ class DistillationModule(_SharesStudent):
                     f"Argument `{argument}` must name a call made with gradients, but {path or distillation.outputs or 'forward'!r} "
                     "was called without. Name the submodule or method that computes it in training_step."
                 )
-        for key in distillation.follow(student, teacher, dtype_of(self), self._trainer):
+        for key in distillation.follow(student, teacher, self, self._trainer):
             rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is made anew.")
         batch = args[0] if args else next(iter(kwargs.values()), None)
         loss, parts = distillation.losses(student, teacher, batch)
@@ -248,7 +248,7 @@ class DistillationModule(_SharesStudent):
         self._distillation.index = None  # the cache is of the training data
         with without_graphs(self) if self._distillation.student_layers() else nullcontext():
             result, _, (student, teacher) = self._observe(step, args, kwargs)
-        self._distillation.build_adapters(student, teacher, dtype_of(self))
+        self._distillation.build_adapters(student, teacher, self)
         loss, _ = self._distillation.losses(student, teacher, args[0] if args else next(iter(kwargs.values())))
         self.log(f"{stage}_distillation_loss", loss)
         return result
