@@ -58,6 +58,7 @@ def test_int8_in_engines_and_in_training():
     rows = [json.loads(line) for line in lines if line.startswith('{"row"')]
     assert [row["row"] for row in rows] == ["ResNet-8 w16", "depthwise"]
     assert all({"float", "PTQ", "QAT"} <= row.keys() for row in rows)
+    assert quick("qat_fashion", "--tried").stdout.splitlines()[-1].startswith("depthwise, QAT, batch norm frozen: loss")
 
 
 def test_every_difference_of_a_file_is_traced():
