@@ -209,7 +209,7 @@ def test_a_module_of_the_current_folder_is_found_and_the_exit_code_is_the_answer
     script = "import sys; from lightning_accel.commands import main; sys.exit(main())"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"
     done = subprocess.run(
-        [sys.executable, "-c", code, "check", "mine.Net", "--shape", "x=2x3"],
+        [sys.executable, "-c", code, "check", "mine.Net", "--shape", "x=2x3", "--seconds", "300"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
