@@ -155,7 +155,7 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
     check_files(folder, manifest)
     content = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
     with staged(folder) as new:
-        for file in (file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
+        for file in (file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
             place = new / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(file, place)

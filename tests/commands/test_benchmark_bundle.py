@@ -142,8 +142,10 @@ def test_what_is_no_number_is_a_failure_and_still_json(tmp_path):
 def test_what_else_lies_in_the_folder_stays(bundle):
     (bundle / "notes").mkdir()
     (bundle / "notes" / "mine.txt").write_text("keep me")
+    (bundle / "notes" / "manifest.json").write_text("{}")
     benchmark_bundle(bundle, ways=["onnxruntime fp32"], settings=FEW)
     assert (bundle / "notes" / "mine.txt").read_text() == "keep me"
+    assert (bundle / "notes" / "manifest.json").read_text() == "{}"
     resolve_bundle(bundle, None)
 
 
