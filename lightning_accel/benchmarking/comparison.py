@@ -1,5 +1,6 @@
 """What a comparison of ways is asked to do, and what it finds: the content of ``comparison.json``."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -54,10 +55,10 @@ class BenchmarkSettings:
                 f"Argument `callers` must hold 1, whose latency the decision is made on, but got {self.callers!r}."
             )
         for name in ("seconds", "turn_s", "limit_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Argument `{name}` must be above 0, but got {getattr(self, name)}.")
-        if not self.warmup_s >= 0:
-            raise ValueError(f"Argument `warmup_s` must be at least 0, but got {self.warmup_s}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Argument `{name}` must be above 0 and finite, but got {getattr(self, name)}.")
+        if not 0 <= self.warmup_s < math.inf:
+            raise ValueError(f"Argument `warmup_s` must be at least 0 and finite, but got {self.warmup_s}.")
         if self.min_rounds < 2:
             raise ValueError(f"Argument `min_rounds` must be at least 2, but got {self.min_rounds}.")
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:

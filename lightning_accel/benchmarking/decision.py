@@ -1,5 +1,6 @@
 """The decision: which way ships, given what may be lost and what it may cost; and why each of the others doesn't."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,8 +37,8 @@ class Budgets:
             raise ValueError(f"Argument `max_drop` must be from 0 to 100 percentage points, but got {self.max_drop}.")
         for name in ("max_latency_ms", "max_bytes", "batch"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"Argument `{name}` must be above 0 or None, but got {value}.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"Argument `{name}` must be above 0 and finite, or None, but got {value}.")
 
 
 def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:

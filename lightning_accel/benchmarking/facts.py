@@ -66,7 +66,9 @@ def facts(report: Mapping[str, Any]) -> list[Fact]:
 def decision_of(report: Mapping[str, Any]) -> str:
     """What the comparison of ways says to ship, and why; empty without a decision."""
     decision = (report.get("comparison") or {}).get("decision")
-    return f"Ship {decision['ship']}: {decision['why']}" if decision else ""
+    if not decision:
+        return ""
+    return f"Ship {decision['ship']}: {decision['why']}" if decision["ship"] else str(decision["why"])
 
 
 def size(count: float) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "two bundles side by side",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
 }
+INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 DEBUG = "LIGHTNING_ACCEL_DEBUG"
 
 
@@ -25,7 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: command line without the program's name; ``None`` takes that of the process.
 
     Returns:
-        Exit code: 0, or 1 for an error, or 2 for a command line that can't be read, or what the command says.
+        Exit code: 0, or 1 for an error, or 2 for a command line that can't be read, or 130 for Ctrl-C, or what the command says.
     """
     given = sys.argv[1:] if args is None else list(args)
     if given and given[0] in COMMANDS:
@@ -35,7 +36,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(given: Sequence[str]) -> int:
-    """Run one of :data:`COMMANDS`; what is wrong with an argument is told in one line."""
+    """Run one of :data:`COMMANDS`; what is wrong with an argument is told in one line, and so is Ctrl-C."""
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        print("lightning-accel: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(given: Sequence[str]) -> int:
     name = given[0]
     module = import_module(f"lightning_accel.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"lightning-accel {name}", description=module.__doc__)
@@ -45,6 +54,10 @@ def run(given: Sequence[str]) -> int:
     except SystemExit as ended:  # argparse's way to end: 0 after --help, 2 after an error that it told
         return int(ended.code or 0)
     try:
+        for out in ("json", "markdown"):
+            path = getattr(arguments, out, None)
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise ValueError(f"Argument `--{out}` must be a file in a folder that exists, but got {path}.")
         code: int = module.run(arguments)
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get(DEBUG):

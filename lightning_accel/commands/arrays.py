@@ -1,9 +1,11 @@
 """Samples for a command: arrays in a file, by the names of inputs."""
 
-from contextlib import nullcontext
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+
+_DAMAGED = (ValueError, EOFError, BadZipFile)  # what NumPy raises for what it can't read
 
 
 def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
@@ -17,9 +19,10 @@ def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"Argument `--data` must be a .npz or .npy file, but got {path}: nothing is there.")
     try:
-        with np.load(path, allow_pickle=False) if path.suffix == ".npz" else nullcontext() as several:
-            arrays = dict(several) if several is not None else np.load(path, allow_pickle=False)
-    except ValueError as error:
+        with open(path, "rb") as file:  # NumPy leaves a damaged one open that it opened itself
+            loaded = np.load(file, allow_pickle=False)
+            arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except _DAMAGED as error:
         raise ValueError(
             f"Argument `--data` must be a .npz or .npy file of plain arrays, but got {path}: {error}"
         ) from error
@@ -44,7 +47,7 @@ def load_labels(path: str | Path) -> np.ndarray:
         raise FileNotFoundError(f"Argument `--labels` must be a .npy file, but got {path}: nothing is there.")
     try:
         labels = np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"Argument `--labels` must be a .npy file of a plain array, but got {path}: {error}"
         ) from error

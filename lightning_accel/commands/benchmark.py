@@ -21,11 +21,11 @@ from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.commands import INTERRUPTED
 from lightning_accel.commands.arrays import load_arrays, load_labels
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.manifest import MANIFEST, read_manifest
 
-INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 _OF_ONE_BUNDLE = {
     "all": False,
     "way": None,
@@ -113,7 +113,7 @@ def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
     text = render_comparison(comparison)
     print(f"\n{text}\n")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(text + "\n")
+        arguments.markdown.write_text(text + "\n", encoding="utf-8")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
     print(_ending(bundle, comparison, recorded=not arguments.no_record))
@@ -191,6 +191,10 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
 def _feeds(runner: Runner, batch: int, data: Path | None) -> dict[str, np.ndarray]:
     if data is not None:
         arrays = load_arrays(data, list(runner.input_names))
+        if missing := [name for name in runner.input_names if name not in arrays]:
+            raise ValueError(
+                f"Argument `--data` must hold the inputs {list(runner.input_names)}, but got none for {missing}, only {list(arrays)}."
+            )
         return {name: np.resize(arrays[name], (batch, *arrays[name].shape[1:])) for name in runner.input_names}
     feeds = {}
     for spec in runner.inputs:

@@ -7,8 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
+from lightning_accel.commands import INTERRUPTED
 from lightning_accel.commands.arrays import load_arrays, load_labels
-from lightning_accel.commands.benchmark import INTERRUPTED, settings_of, show
+from lightning_accel.commands.benchmark import settings_of, show
 from lightning_accel.engines.manifest import read_manifest
 
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     show("")
     print(found)
     if arguments.markdown is not None:
-        arguments.markdown.write_text(f"{found}\n")
+        arguments.markdown.write_text(f"{found}\n", encoding="utf-8")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     if found.comparison.interrupted:

@@ -48,6 +48,32 @@ def check_destination(dirpath: str | Path) -> None:
         ) from error
 
 
+def check_recordable(folder: str | Path) -> None:
+    """Check that a comparison could be recorded in a bundle: before it is measured, not after.
+
+    Raises:
+        ValueError: the bundle can't change places with another folder without loss.
+        PermissionError: the folder that it lies in can't be written to.
+    """
+    path, here = Path(folder).resolve(), Path.cwd()
+    if path == here or path in here.parents:
+        raise ValueError(
+            f"Argument `record` must be False (`--no-record`) for a bundle that holds the current folder, but got {path}: recording puts "
+            "a new folder in its place. Run it from outside of the bundle."
+        )
+    if path.is_mount():
+        raise ValueError(
+            f"Argument `record` must be False (`--no-record`) for a bundle that is a mount point, but got {path}: recording puts a new "
+            "folder in its place. Mount the folder that it lies in."
+        )
+    try:
+        check_destination(path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"Argument `record` must be False (`--no-record`) for a bundle in a folder that can't be written to, but got {path}."
+        ) from error
+
+
 @contextmanager
 def staged(dirpath: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``dirpath`` when the block ends well, and disappears when it doesn't.
@@ -155,7 +181,7 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
     check_files(folder, manifest)
     content = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
     with staged(folder) as new:
-        for file in (file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
+        for file in (file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
             place = new / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(file, place)

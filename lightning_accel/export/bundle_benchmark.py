@@ -16,7 +16,7 @@ from lightning_accel.benchmarking.ways import BASELINE, Way, ways_of
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.export import tolerances
-from lightning_accel.export.bundle import check_destination, record_comparison
+from lightning_accel.export.bundle import check_recordable, record_comparison
 from lightning_accel.export.held_comparison import assembled, check_samples, describe, score, synthetic_samples
 from lightning_accel.export.prepared import prepared
 from lightning_accel.export.reverify import SAMPLES, proven_file, split_samples
@@ -58,7 +58,9 @@ def benchmark_bundle(
 
     Raises:
         FileNotFoundError: there is no bundle, or one of its files is missing.
-        ValueError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it.
+        ValueError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it; a bundle that
+            can't be recorded in: it holds the current folder, or is a mount point.
+        PermissionError: nor can one whose parent can't be written to.
 
     Example:
         >>> comparison = benchmark_bundle("artifacts", budgets=Budgets(max_drop=0.5))  # doctest: +SKIP
@@ -69,7 +71,7 @@ def benchmark_bundle(
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     if record:
-        check_destination(folder)
+        check_recordable(folder)
     source = "given"
     if samples is None and (folder / SAMPLES).is_file():
         source = "kept in the bundle"

@@ -40,7 +40,7 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None) -> No
         )
     if labels is None:
         return
-    if not np.issubdtype(labels.dtype, np.integer) or len(labels) not in counts.values():
+    if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim or len(labels) not in counts.values():
         raise ValueError(
             f"Argument `labels` must hold an integer for each of the {next(iter(counts.values()))} samples, but got "
             f"{labels.dtype} of shape {labels.shape}."

@@ -1,6 +1,7 @@
 """What a bundle's reports say, and writing them."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> None
         "summary": list(filter(None, first)),
         "verification": [_readable(line) for line in report["verification"]],
     }
-    (folder / "report.md").write_text(render_markdown(readable) + "\n![accuracy and latency](report.png)\n")
+    (folder / "report.md").write_text(
+        render_markdown(readable) + "\n![accuracy and latency](report.png)\n", encoding="utf-8"
+    )
 
 
 def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
@@ -107,5 +110,7 @@ def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
     lines += [f"TensorRT: {e['status']}" for e in report["engines"] if e["engine"] == "tensorrt"]
     if any(not line["runs_here"] for line in report["engines"]):
         data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"
-        lines.append(f"Finish the proof on the machine that runs it: lightning-accel verify {dirpath}{data}")
+        lines.append(
+            f"Finish the proof on the machine that runs it: lightning-accel verify {shlex.quote(str(dirpath))}{data}"
+        )
     return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}"])

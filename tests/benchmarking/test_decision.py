@@ -155,8 +155,12 @@ def test_too_few_samples_are_said():
     [
         ({"max_drop": -0.1}, "Argument `max_drop` must be from 0 to 100 percentage points, but got -0.1"),
         ({"max_drop": float("nan")}, "Argument `max_drop` must be from 0 to 100 percentage points, but got nan"),
-        ({"max_bytes": 0}, "Argument `max_bytes` must be above 0 or None, but got 0"),
-        ({"max_latency_ms": -1.0}, "Argument `max_latency_ms` must be above 0 or None"),
+        ({"max_bytes": 0}, "Argument `max_bytes` must be above 0 and finite, or None, but got 0"),
+        ({"max_latency_ms": -1.0}, "Argument `max_latency_ms` must be above 0 and finite, or None"),
+        (
+            {"max_latency_ms": float("inf")},
+            "Argument `max_latency_ms` must be above 0 and finite, or None, but got inf",
+        ),
         ({"batch": 0}, "Argument `batch` must be above 0"),
     ],
 )
@@ -172,7 +176,7 @@ def test_bad_budgets(arguments, message):
         ({"batches": (1, 1)}, "Argument `batches` must hold each number once"),
         ({"callers": (2,)}, "Argument `callers` must hold 1"),
         ({"seconds": 0.0}, "Argument `seconds` must be above 0"),
-        ({"limit_s": float("nan")}, "Argument `limit_s` must be above 0, but got nan"),
+        ({"limit_s": float("nan")}, "Argument `limit_s` must be above 0 and finite, but got nan"),
         ({"warmup_s": -1.0}, "Argument `warmup_s` must be at least 0"),
         ({"min_rounds": 1}, "Argument `min_rounds` must be at least 2"),
         ({"threads": 0}, "Argument `threads` must be an integer of at least 1"),

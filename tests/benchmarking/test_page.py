@@ -83,6 +83,9 @@ def test_the_summary_comes_first_and_says_what_is_measured():
     assert said["Not run here"].value == "tensorrt"
     assert not said["Noise"].good
     assert decision_of(report) == "Ship openvino int8: the fastest within 0.5 points of the baseline."
+    report["comparison"]["decision"] |= {"ship": None, "why": "No way fits the budgets."}
+    assert decision_of(report) == "No way fits the budgets."
+    report = whole_report()
     text = render_html(report)
     assert text.index("Ship openvino int8") < text.index('id="comparison"')
     assert "proven: what ships is what was trained" in text

@@ -19,7 +19,7 @@ from lightning_accel.benchmarking.ways import Way
 from lightning_accel.commands import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.pytorch import NAMES_FILE
-from lightning_accel.export.bundle import write_manifest
+from lightning_accel.export.bundle import check_recordable, write_manifest
 from lightning_accel.export.bundle_benchmark import benchmark_bundle, hold_kernels
 from lightning_accel.export.saturation import saturates
 from lightning_accel.quantization.targets import target_of
@@ -142,8 +142,10 @@ def test_what_is_no_number_is_a_failure_and_still_json(tmp_path):
 def test_what_else_lies_in_the_folder_stays(bundle):
     (bundle / "notes").mkdir()
     (bundle / "notes" / "mine.txt").write_text("keep me")
+    (bundle / "notes" / "manifest.json").write_text("{}")
     benchmark_bundle(bundle, ways=["onnxruntime fp32"], settings=FEW)
     assert (bundle / "notes" / "mine.txt").read_text() == "keep me"
+    assert (bundle / "notes" / "manifest.json").read_text() == "{}"
     resolve_bundle(bundle, None)
 
 
@@ -240,18 +242,65 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
             ["--data", "{x}", "--labels", "{x}"],
             "Argument `labels` must hold an integer for each of the 8 samples, but got float32",
         ),
+        (["--data", "{x}", "--labels", "{one}"], "Argument `labels` must hold an integer for each of the 8 samples"),
+        (["--data", "{damaged}"], "Argument `--data` must be a .npz or .npy file of plain arrays, but got"),
+        (["--labels", "{empty}"], "Argument `--labels` must be a .npy file of a plain array, but got"),
+        (["--limit", "inf"], "Argument `limit_s` must be above 0 and finite, but got inf"),
+        (["--max-latency-ms", "inf"], "Argument `max_latency_ms` must be above 0 and finite, or None, but got inf"),
+        (["--json", "{x}/nowhere/c.json"], "Argument `--json` must be a file in a folder that exists, but got"),
+        (["--markdown", "."], "Argument `--markdown` must be a file in a folder that exists, but got ."),
         (["--labels", "nowhere.npy"], "Argument `--labels` must be a .npy file, but got nowhere.npy: nothing is there"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_measured(bundle, tmp_path, capsys, arguments, message):
     x = np.zeros((8, 3, 8, 8), np.float32)
-    files = {"x": x, "x64": x.astype(np.float64), "few": np.zeros(3, np.int64), "wrong": np.full(8, 4)}
+    files = {
+        "x": x,
+        "x64": x.astype(np.float64),
+        "few": np.zeros(3, np.int64),
+        "wrong": np.full(8, 4),
+        "one": np.array(3),
+    }
     for name, array in files.items():
         np.save(tmp_path / f"{name}.npy", array)
-    given = [a.format(**{name: tmp_path / f"{name}.npy" for name in files}) for a in arguments]
+    paths = {name: tmp_path / f"{name}.npy" for name in files}
+    paths |= {"damaged": tmp_path / "damaged.npz", "empty": tmp_path / "empty.npy"}
+    paths["damaged"].write_bytes(b"PK\x03\x04 and no more")
+    paths["empty"].touch()
+    given = [a.format(**paths) for a in arguments]
     assert main(["benchmark", str(bundle), *QUICK, *given]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (bundle / "comparison.json").exists()
+
+
+def test_what_cannot_be_recorded_is_told_before_anything_is_measured(bundle, monkeypatch, capsys):
+    monkeypatch.chdir(bundle)
+    for given in (".", str(bundle)):
+        assert main(["benchmark", given, *QUICK]) == 1
+        err = capsys.readouterr().err
+        assert "Argument `record` must be False (`--no-record`) for a bundle that holds the current folder" in err
+    assert main(["benchmark", ".", *QUICK, "--way", "onnxruntime fp32", "--no-record", "--json", "c.json"]) == 0
+    assert (bundle / "c.json").is_file()
+    with pytest.raises(ValueError, match="for a bundle that is a mount point, but got /proc"):
+        check_recordable("/proc")
+    with pytest.raises(
+        PermissionError, match="for a bundle in a folder that can't be written to, but got /proc/bundle"
+    ):
+        check_recordable("/proc/bundle")
+
+
+def test_ctrl_c_before_anything_is_measured_is_told_in_one_line(bundle):
+    code = "import _thread; from lightning_accel.commands import verify, main; verify.run = lambda _: _thread.interrupt_main() or 0"
+    code += "; raise SystemExit(main(['verify', '.']))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "lightning-accel: interrupted\n")
+
+
+def test_samples_without_an_input_are_refused_for_several(bundle, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", y=np.zeros((4, 3, 8, 8), np.float32))
+    models = [str(bundle / "model.onnx"), str(bundle / "reference.onnx")]
+    assert main(["benchmark", *models, "--data", str(tmp_path / "other.npz")]) == 1
+    assert "Argument `--data` must hold the inputs ['x'], but got none for ['x'], only ['y']" in capsys.readouterr().err
 
 
 def test_what_is_for_one_bundle_is_refused_for_several(bundle, capsys):

@@ -53,6 +53,25 @@ def test_the_run_ends_with_the_fastest_way_within_the_budgets_as_the_default(tra
     assert found.decision["why"] in text
 
 
+def test_the_report_names_a_way_that_ships_though_the_run_asked_for_no_such_engine(trainer, tmp_path):
+    folder = tmp_path / "bundle"
+    budgets = la.Budgets(max_drop=100, max_bytes=12_000)  # the PyTorch program, the only engine asked for, is larger
+    export = la.ModelExport(folder, engines=["pytorch"], budgets=budgets, benchmark=QUICK)
+    trainer(export).fit(Classifier(), loader(64), DataLoader(images(96, 77), 32))
+    report, default = json.loads((folder / "report.json").read_text()), read_manifest(folder)["default"]
+    assert (folder / "model.pt2").stat().st_size > 12_000 > (folder / "model.onnx").stat().st_size
+    assert default["engine"] in ("onnxruntime", "openvino")
+    first, ships = report["rows"]
+    assert report["ships"] == ships["name"] == f"network fp32, {default['engine']}"
+    assert ships["engine"] == default["engine"]
+    assert ships["file_bytes"] == (folder / default["file"]).stat().st_size
+    assert (ships["correct"], ships["total"]) == (first["correct"], 96)
+    assert ships["p50_ms"] > 0
+    assert ships["speedup_low"] <= ships["speedup"] <= ships["speedup_high"]
+    assert first["speedup"] == 1
+    assert read_manifest(folder)["benchmark"]["rows"] == report["rows"]
+
+
 def test_budgets_from_yaml():
     parser = ArgumentParser()  # the one that LightningCLI is built on
     parser.add_class_arguments(la.ModelExport, "export")
