@@ -116,6 +116,27 @@ def test_a_submodule_alone():
     assert list(quantized_forwards(copy)) == ["net"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_float32_stay_as_they_are(dtype):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4).to(dtype), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.body(x.to(dtype))
+            return self.head((y + y).float())
+
+    module, x = Mixed(), torch.randn(8, 4)
+    small = la.quantize(module, [x], target="portable")
+    assert list(quantized_forwards(small)[""].quantized) == ["head"]
+    name = str(dtype).removeprefix("torch.")
+    assert quantized_forwards(small)[""].kept_float["body"] == f"its weight is {name}, not float32"
+    assert small(x).dtype is torch.float32
+    with pytest.raises(ValueError, match=f"must leave an operator to quantize.*its weight is {name}, not float32"):
+        la.quantize(nn.Sequential(nn.Linear(4, 2)).to(dtype), [x.to(dtype)])
+
+
 def test_errors_leave_the_module_as_it_was():
     module, x = network("mlp"), samples("mlp", 8)
     with pytest.raises(ValueError, match="must yield a batch, but got an empty loader"):
