@@ -199,6 +199,11 @@ def test_parts_that_overlap_are_refused():
         la.quantize(module, [torch.randn(8, 4)], part=["0", "0.0"])
 
 
+def test_sensitivity_of_a_part_without_a_forward_around_it():
+    found = la.sensitivity(Steps(), [[torch.randn(8, 4)]], part="backbone", target="portable")
+    assert set(found.costs) == {"backbone.linear1"}
+
+
 def test_errors_leave_the_module_as_it_was():
     module, x = network("mlp"), samples("mlp", 8)
     with pytest.raises(ValueError, match="must yield a batch, but got an empty loader"):
