@@ -17,6 +17,7 @@ from lightning_accel.quantization.modules import ActivationFakeQuant
 from lightning_accel.quantization.prepare import QuantizedForward
 
 _qd = torch.ops.quantized_decomposed
+_STORED = ("weight_int8", "weight_scale", "weight_zero_point", "bias")  # what is stored for an operator
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
         elif write := _WRITERS.get(type(part)):
-            name = node.target.removeprefix("folded_")
+            name = _free_name(graph_module, node.target.removeprefix("folded_"))
             trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
@@ -68,6 +69,13 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, trained
+
+
+def _free_name(graph_module: GraphModule, name: str) -> str:
+    """The operator's name, or one behind which no tensor of the user's has a name that convert gives: ``head_bias``."""
+    while any(hasattr(graph_module, f"{name}_{kind}") for kind in _STORED):
+        name += "_"
+    return name
 
 
 def _quantize_activation(

@@ -1,8 +1,8 @@
 """Post-training quantization: ranges from a few batches, no training."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import lightning as L
@@ -25,7 +25,7 @@ from lightning_accel.inputs import (
     submodule_call,
 )
 from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
-from lightning_accel.quantization.quantizing import AllRanks, QuantizingCallback, ranks_of
+from lightning_accel.quantization.quantizing import AllRanks, QuantizingCallback, check_apart, ranks_of
 from lightning_accel.quantization.targets import Target, target_of
 
 
@@ -47,6 +47,7 @@ def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Modul
     return quantize_(made, data, **options)
 
 
+@isolated_random()
 def quantize_(
     module: nn.Module,
     data: Iterable[Any],
@@ -90,7 +91,12 @@ def quantize_(
     if batches < 1:
         raise ValueError(f"Argument `batches` must be at least 1, but got {batches}.")
     paths = list(as_patterns("part", part)) or [""]
-    caller, call = _call_of(module, paths, peek(data, "data"), inputs)
+    check_apart("part", paths)
+    shown: Iterable[Any] = data
+    if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
+        shown = list(islice(data, 1))
+        data = chain(shown, data)
+    caller, call = call_of(module, paths, peek(shown, "data"), inputs)
     forwards = {}
     for path in paths:
         owner = find_submodule(module, path) if path else module
@@ -108,10 +114,9 @@ def quantize_(
     for forward in forwards.values():
         forward.module.__dict__["forward"] = forward
     try:
-        with isolated_random():
-            batches = batches if activations == "static" else 1
-            calls = (call_from_batch(caller, _on(batch, module), inputs) for batch in islice(data, batches))
-            calibrate_(list(forwards.values()), caller, calls)
+        batches = batches if activations == "static" else 1
+        calls = (call_from_batch(caller, on_device_of(batch, module), inputs) for batch in islice(data, batches))
+        calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
         for forward in forwards.values():
             forward.module.__dict__.pop("forward", None)
@@ -119,7 +124,7 @@ def quantize_(
     return module.eval()
 
 
-def _call_of(
+def call_of(
     module: nn.Module, paths: Sequence[str], batch: Any, inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
     """Whom the batches are given to, and how the first is."""
@@ -131,10 +136,10 @@ def _call_of(
                 f"`{type(module).__name__}` has no `forward`."
             )
         caller = find_submodule(module, paths[0])
-    return caller, call_from_batch(caller, _on(batch, module), inputs)
+    return caller, call_from_batch(caller, on_device_of(batch, module), inputs)
 
 
-def _on(batch: Any, module: nn.Module) -> Any:
+def on_device_of(batch: Any, module: nn.Module) -> Any:
     """The batch on the module's device."""
     tensor = next(module.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
@@ -153,7 +158,7 @@ def calibrate_(
         ranks: the other ranks of a distributed run, each of which calls this with as many calls.
 
     Raises:
-        ValueError: there is no call, or a value isn't finite (the tensor is named).
+        ValueError: there is no call, or none of a part, or a value isn't finite (the tensor is named).
     """
     count = 0
     with mode(caller, False), torch.no_grad():
@@ -167,6 +172,12 @@ def calibrate_(
             count += 1
     if not count:
         raise ValueError("Argument `data` must yield batches to calibrate with, but got none.")
+    for forward in forwards:
+        if forward.bank.keys and not forward.bank.batches:
+            raise ValueError(
+                f"Every part that is quantized must be called while ranges are learned, but `{forward.path}` wasn't. "
+                f"Leave it out, or let `{type(caller).__name__}.forward` call it."
+            )
     for forward in forwards:
         forward.bank.activate()
         forward.bank.frozen = True
@@ -225,6 +236,15 @@ class PostTrainingQuantization(QuantizingCallback):
             name=name,
             start=1.0,
         )
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and len(self.paths) > 1 and not has_forward(pl_module):
+            raise ValueError(
+                f"Argument `module` must name one submodule, but got {self.paths}, and `{type(pl_module).__name__}` has no "
+                "`forward` that calls them to learn their ranges. Write one."
+            )
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

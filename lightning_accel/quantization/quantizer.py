@@ -291,7 +291,7 @@ def _reads_input(node: Node) -> bool:
 
 def _is_float(value: Any) -> bool:
     value = value.meta.get("val") if isinstance(value, Node) else None
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
 def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target, training: bool) -> str:
@@ -304,7 +304,7 @@ def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Targ
         return f"{_FLOAT_ONLY[node.target]} has no integer kernel in {target.name}"
     operands: list[Any] = list(node.args[:2])
     values = [arg.meta.get("val") if isinstance(arg, Node) else None for arg in operands]
-    shapes: list[Any] = [v.shape if isinstance(v, torch.Tensor) and v.is_floating_point() else None for v in values]
+    shapes: list[Any] = [v.shape if isinstance(v, torch.Tensor) and v.dtype is torch.float32 else None for v in values]
     if node.target in WEIGHTED:
         kind, position, _ = WEIGHTED[node.target]
         weight = operands[position]
@@ -312,12 +312,14 @@ def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Targ
             return f"{target.name} has no integer kernel for a {kind}"
         if weight.op != "get_attr" or weight.target not in parameters:
             return "its weight isn't a parameter, but computed"
+        if (stored := parameters[weight.target].dtype) is not torch.float32:
+            return f"its weight is {str(stored).removeprefix('torch.')}, not float32"
         if kind == TRANSPOSED and len(node.args) > 6 and node.args[6] != 1:
             return "a transposed convolution with groups has no scale for each output channel"
         if kind == EMBEDDING and not _reads_input(operands[1 - position]):
             return "it looks up the same rows in each call, which the file holds as a constant"
         if kind != EMBEDDING and shapes[1 - position] is None:
-            return "its input isn't floating point"
+            return "its input isn't float32"
         if target.outputs and node.target in CONVOLUTIONS and reads_of(result_of(node), "output"):
             return f"{target.name} would need its result in integers too, and that is the network's output"
         return ""

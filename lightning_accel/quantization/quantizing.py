@@ -77,7 +77,7 @@ class QuantizingCallback(CompressionCallback):
         if stage != "fit":
             return
         who = type(self).__name__
-        _check_apart([c for c in trainer.callbacks if isinstance(c, QuantizingCallback)])  # type: ignore[attr-defined]
+        check_apart("module", [p for c in trainer.callbacks if isinstance(c, QuantizingCallback) for p in c.paths])  # type: ignore[attr-defined]
         if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
             raise ValueError(
                 f"Argument `precision` must keep float32 weights with {who}, but got {trainer.precision!r}. "
@@ -204,18 +204,17 @@ def _exchanges_norms(trainer: L.Trainer) -> bool:
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
-def _check_apart(callbacks: list[QuantizingCallback]) -> None:
+def check_apart(argument: str, paths: list[str]) -> None:
     """No part of the network is quantized by two callbacks, or twice by one.
 
     Raises:
         ValueError: one is.
     """
-    paths = [path for callback in callbacks for path in callback.paths]
     for i, path in enumerate(paths):
         for other in paths[:i]:
             if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
                 raise ValueError(
-                    f"Argument `module` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
+                    f"Argument `{argument}` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
                     f"and {path or 'the whole forward'!r}. Name each part once."
                 )
 

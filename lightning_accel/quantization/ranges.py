@@ -1,5 +1,6 @@
 """Ranges: which values of each activation the integers cover, learned from training data."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,14 @@ METHODS = ("moving_average", "min_max", "percentile", "mse", "lsq")
 PERCENTILE = 99.99
 _SAMPLE = 2**16  # values of a tensor that percentile and mse look at
 _NO_CLIP = (-torch.inf, torch.inf)
+
+
+def _stride(count: int) -> int:
+    """Distance between the values of a sample: one that shares no factor with the tensor's size, else it skips whole channels."""
+    stride = max(1, count // _SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 class Ranks(Protocol):
@@ -126,7 +135,7 @@ class RangeBank:
         low, high = x.aminmax()
         if self.method in ("percentile", "mse", "lsq") and bool(torch.isfinite(low) & torch.isfinite(high)):
             flat = x.flatten()
-            flat = flat[:: max(1, flat.numel() // _SAMPLE)].float().clamp(*clip)
+            flat = flat[:: _stride(flat.numel())].float().clamp(*clip)
             if self.method == "percentile":
                 low, high = torch.quantile(flat, flat.new_tensor([1 - PERCENTILE / 100, PERCENTILE / 100])).unbind()
             else:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.inputs import InputsFunction, call_from_batch, isolated_random
 from lightning_accel.quantization.prepare import quantized_forwards
-from lightning_accel.quantization.ptq import quantize
+from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -88,7 +88,8 @@ def sensitivity(
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    calls = [call_from_batch(copy, batch, inputs) for batch in kept]
+    caller, _ = call_of(copy, list(forwards), kept[0], inputs)
+    calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:
         """Results with only these operators quantized."""
@@ -97,7 +98,7 @@ def sensitivity(
                 name for whole, (where, name) in names.items() if where == path and whole not in on
             )
         with torch.no_grad():
-            return [copy(*args, **kwargs) for args, kwargs in calls]
+            return [caller(*args, **kwargs) for args, kwargs in calls]
 
     if loss is None:
         reference = _values(results(set()))

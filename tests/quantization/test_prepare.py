@@ -325,6 +325,31 @@ def test_a_copy_computes_the_same_with_its_own_weights():
         assert torch.equal(module(x), want)
 
 
+class Named(nn.Module):
+    """Tensors with the names under which the integers of `head` and `body.0` are stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.embed = nn.Sequential(nn.Linear(4, 6)), nn.Linear(6, 2), nn.Embedding(5, 4)
+        self.head_bias, self.body_0_weight_scale = nn.Parameter(torch.randn(2)), nn.Parameter(torch.rand(6))
+        self.register_buffer("embed_weight_int8", torch.randn(4))
+
+    def forward(self, ids):
+        return (
+            self.head(self.body(self.embed(ids) + self.embed_weight_int8) * self.body_0_weight_scale) + self.head_bias
+        )
+
+
+def test_tensors_of_the_users_may_have_the_names_that_convert_gives():
+    module, ids = Named(), torch.randint(0, 5, (7,))
+    forward = quantized(module, ids, target=target_of("onnxruntime"))
+    module.eval()
+    with torch.no_grad():
+        converted, trained = convert(forward)
+        assert torch.equal(converted.forward(ids), module(ids))
+    assert set(trained.weights) == {"embed__weight_int8", "body_0__weight_int8", "head__weight_int8"}
+
+
 def test_convert_without_ranges_is_refused():
     module, x = make("residual")
     with pytest.raises(ValueError, match="Ranges must have seen data"):

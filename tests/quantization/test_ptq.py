@@ -4,7 +4,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from benchmarks.zoo import network, samples
@@ -114,6 +114,94 @@ def test_a_submodule_alone():
     module = Classifier()
     copy = la.quantize(module, [images(16).tensors[0]], part="net", target="portable")
     assert list(quantized_forwards(copy)) == ["net"]
+
+
+def test_an_iterator_calibrates_with_all_it_yields():
+    module = nn.Sequential(nn.Linear(4, 3))
+    batches = [torch.full((2, 4), 5.0), torch.ones(2, 4), torch.zeros(2, 4)]
+    bank = quantized_forwards(la.quantize(module, iter(batches), target="portable", ranges="min_max"))[""].bank
+    assert (bank.batches, bank.high.tolist()) == (3, [5.0])
+    left = iter(batches)
+    la.quantize(module, left, target="portable", batches=2)
+    assert torch.equal(next(left), batches[2])  # no more is taken than was asked for
+    drawn, state = [], torch.get_rng_state()
+    la.quantize(module, (drawn.append(x) or x for x in (torch.randn(2, 4) for _ in range(3))), target="portable")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_that_are_not_float32_stay_as_they_are(dtype):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4).to(dtype), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.body(x.to(dtype))
+            return self.head((y + y).float())
+
+    module, x = Mixed(), torch.randn(8, 4)
+    small = la.quantize(module, [x], target="portable")
+    assert list(quantized_forwards(small)[""].quantized) == ["head"]
+    name = str(dtype).removeprefix("torch.")
+    assert quantized_forwards(small)[""].kept_float["body"] == f"its weight is {name}, not float32"
+    assert small(x).dtype is torch.float32
+    with pytest.raises(ValueError, match=f"must leave an operator to quantize.*its weight is {name}, not float32"):
+        la.quantize(nn.Sequential(nn.Linear(4, 2)).to(dtype), [x.to(dtype)])
+
+
+class Steps(L.LightningModule):
+    """Without `forward`: `training_step` calls its two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.neck = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def training_step(self, batch, batch_idx):
+        return self.neck(torch.relu(self.backbone(batch[0]))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def test_parts_that_nothing_calls_are_refused(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(16, 4)), 8)
+    for parts in (["backbone", "neck"], ["neck", "backbone"]):
+        with pytest.raises(
+            ValueError, match=r"`module` must name one submodule, but got .*has no `forward` that calls"
+        ):
+            trainer(tmp_path, la.PostTrainingQuantization("portable", module=parts)).fit(Steps(), data)
+    module = Steps()
+    trainer(tmp_path, la.PostTrainingQuantization("portable", module="backbone")).fit(module, data)
+    assert quantized_forwards(module)["backbone"].bank.batches == 2
+
+    class Once(nn.Module):
+        """Calls a part for its first batch alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.part, self.head, self.calls = nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.head(self.part(x) if self.calls == 1 else x)
+
+    module = Once()
+    with pytest.raises(ValueError, match="must be called while ranges are learned, but `part` wasn't"):
+        la.quantize(module, [torch.randn(8, 4)], part=["part", "head"])
+    assert "forward" not in vars(module.part)
+
+
+def test_parts_that_overlap_are_refused():
+    module = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="Argument `part` must name parts of the network that don't overlap"):
+        la.quantize(module, [torch.randn(8, 4)], part=["0", "0.0"])
+
+
+def test_sensitivity_of_a_part_without_a_forward_around_it():
+    found = la.sensitivity(Steps(), [[torch.randn(8, 4)]], part="backbone", target="portable")
+    assert set(found.costs) == {"backbone.linear1"}
 
 
 def test_errors_leave_the_module_as_it_was():
