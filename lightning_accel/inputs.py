@@ -273,19 +273,30 @@ def example_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction |
 
 
 def _first_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
-    """The call for the first batch; with a sample less where a size could be taken for the batch's, as of a mask (L, L)."""
-    call = call_from_batch(module, first_batch(trainer), inputs)
+    """The call for the first batch."""
+    return clear_call(module, lambda samples: first_batch(trainer, samples=samples), inputs)
+
+
+def clear_call(module: nn.Module, batch_of: Callable[[int | None], Any], inputs: InputsFunction | None) -> Call:
+    """The call for a batch; with a sample less where a size could be taken for the batch's, as of a mask ``(L, L)``.
+
+    Args:
+        module: what is called.
+        batch_of: makes the batch of so many samples; of as many as come for ``None``.
+        inputs: maps a batch to the arguments.
+    """
+    call = call_from_batch(module, batch_of(None), inputs)
     tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor) and leaf.ndim]
     size = len(tensors[0]) if tensors else 0
     others = {n for tensor in tensors for n in tensor.shape[1:]}
     if size > 1 and size in others and any(len(tensor) == size for tensor in tensors[1:]):
         fewer = max((n for n in range(1, size) if n not in others), default=size - 1)
-        return call_from_batch(module, first_batch(trainer, samples=fewer), inputs)
+        return call_from_batch(module, batch_of(fewer), inputs)
     return call
 
 
-def find_submodule(module: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path.
+def find_submodule(module: nn.Module, path: str, argument: str = "module") -> nn.Module:
+    """The submodule at a dotted path, which came as that argument.
 
     Raises:
         ValueError: there is none.
@@ -295,7 +306,7 @@ def find_submodule(module: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         names = ", ".join(name for name, _ in module.named_children())
         raise ValueError(
-            f"Argument `module` must be the path of a submodule, but got {path!r}. There are: {names}."
+            f"Argument `{argument}` must be the path of a submodule, but got {path!r}. There are: {names}."
         ) from None
 
 

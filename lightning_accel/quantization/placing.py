@@ -182,7 +182,7 @@ def freeze_norms(graph_module: GraphModule) -> None:
     """Let the batch norms of a train graph use, and keep, the statistics they have; in place."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default and node.args[5]:
+        if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:  # else it keeps none
             node.update_arg(5, False)
         if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
             norm.frozen = True

@@ -17,6 +17,7 @@ from lightning_accel.inputs import (
     Call,
     InputsFunction,
     call_from_batch,
+    clear_call,
     find_submodule,
     has_forward,
     isolated_random,
@@ -88,6 +89,10 @@ def quantize_(
     """
     if taken := sorted(quantized_forwards(module)):
         raise ValueError(f"Argument `module` must be a float network, but {taken} is quantized already.")
+    if isinstance(data, torch.Tensor):
+        raise ValueError(
+            f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
+        )
     if batches < 1:
         raise ValueError(f"Argument `batches` must be at least 1, but got {batches}.")
     paths = list(as_patterns("part", part)) or [""]
@@ -96,10 +101,10 @@ def quantize_(
     if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call = call_of(module, paths, peek(shown, "data"), inputs)
+    caller, call = call_of(module, paths, shown, inputs)
     forwards = {}
     for path in paths:
-        owner = find_submodule(module, path) if path else module
+        owner = find_submodule(module, path, "part") if path else module
         own = call if owner is caller else submodule_call(module, path, call)
         forwards[path] = QuantizedForward(
             owner,
@@ -125,7 +130,7 @@ def quantize_(
 
 
 def call_of(
-    module: nn.Module, paths: Sequence[str], batch: Any, inputs: InputsFunction | None
+    module: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
     """Whom the batches are given to, and how the first is."""
     caller = module
@@ -135,8 +140,8 @@ def call_of(
                 f"Argument `part` must name the submodule to quantize, but got {list(paths)}, and "
                 f"`{type(module).__name__}` has no `forward`."
             )
-        caller = find_submodule(module, paths[0])
-    return caller, call_from_batch(caller, on_device_of(batch, module), inputs)
+        caller = find_submodule(module, paths[0], "part")
+    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), module), inputs)
 
 
 def on_device_of(batch: Any, module: nn.Module) -> Any:

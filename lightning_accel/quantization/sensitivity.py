@@ -88,7 +88,7 @@ def sensitivity(
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    caller, _ = call_of(copy, list(forwards), kept[0], inputs)
+    caller, _ = call_of(copy, list(forwards), kept, inputs)
     calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:

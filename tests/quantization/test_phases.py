@@ -224,3 +224,13 @@ def test_gradient_clipping_accumulation_and_bf16(tmp_path):
     assert bank.active
     assert torch.isfinite(bank.scales).all()
     assert module.net.conv1.weight.dtype is torch.float32
+
+
+def test_batch_norm_that_keeps_no_statistics_is_not_frozen(tmp_path):
+    module = Classifier()
+    module.net.norm1 = nn.BatchNorm2d(module.net.norm1.num_features, track_running_stats=False)
+    qat = QuantizationAwareTraining("portable", start=1, calibration_batches=2, freeze_batch_norm=2)
+    fit(tmp_path, module, qat)
+    bank = quantized_forwards(module)[""].bank
+    assert bank.norms_frozen
+    assert torch.isfinite(module.eval()(images(8).tensors[0])).all()

@@ -204,6 +204,26 @@ def test_sensitivity_of_a_part_without_a_forward_around_it():
     assert set(found.costs) == {"backbone.linear1"}
 
 
+class Mixed(nn.Module):
+    """Mixes positions by a matrix that isn't part of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, mixing):
+        return self.linear(mixing @ x)
+
+
+def test_a_matrix_as_large_as_the_batch_is_not_taken_for_one():
+    def collate(rows):
+        return torch.stack([row for (row,) in rows]), torch.eye(8)
+
+    data = DataLoader(TensorDataset(torch.randn(32, 8, 8)), batch_size=8, collate_fn=collate)
+    small = la.quantize(Mixed(), data)
+    assert small(torch.randn(3, 8, 8), torch.eye(8)).shape == (3, 8, 8)
+
+
 def test_errors_leave_the_module_as_it_was():
     module, x = network("mlp"), samples("mlp", 8)
     with pytest.raises(ValueError, match="must yield a batch, but got an empty loader"):
@@ -222,6 +242,12 @@ def test_errors_leave_the_module_as_it_was():
         la.quantize(done, [x])
     with pytest.raises(ValueError, match="Argument `batches` must be at least 1, but got 0"):
         la.quantize(module, [x], batches=0)
+    with pytest.raises(
+        ValueError, match=r"Argument `data` must be a loader or a list of batches, but got a Tensor \(8, "
+    ):
+        la.quantize(module, x[0])
+    with pytest.raises(ValueError, match="Argument `part` must be the path of a submodule, but got 'neck'"):
+        la.quantize(module, [x], part="neck")
 
 
 def trainer(folder, *callbacks):
