@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.call_shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.inputs import canonical_call, mode, named_keywords, own_forward, own_signature
@@ -44,6 +45,14 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
     Raises:
         CaptureError: ``torch.export`` can't; the message names the user's file and line, and a submodule for which it works.
     """
+    cumulative = [
+        name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.momentum is None
+    ]
+    if training and cumulative:
+        raise CaptureError(
+            f"Argument `momentum` of the batch norm `{cumulative[0]}` must be a number, but got None: its cumulative average is Python "
+            "that depends on values, which torch.export can't capture. Give it one, such as 0.1."
+        )
     try:
         return _export(module, description, training)
     except Exception as error:  # torch.export documents no common base

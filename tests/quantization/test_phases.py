@@ -12,6 +12,7 @@ from torch import nn
 import lightning_accel as la
 from lightning_accel import QuantizationAwareTraining
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.quantization.capture import CaptureError
 from lightning_accel.quantization.prepare import quantized_forwards
 from tests.models import Classifier, images, loader
 
@@ -234,3 +235,12 @@ def test_batch_norm_that_keeps_no_statistics_is_not_frozen(tmp_path):
     bank = quantized_forwards(module)[""].bank
     assert bank.norms_frozen
     assert torch.isfinite(module.eval()(images(8).tensors[0])).all()
+
+
+def test_batch_norm_with_a_cumulative_average_is_refused_in_words(tmp_path):
+    module = Classifier()
+    module.net.norm1.momentum = None
+    with pytest.raises(
+        CaptureError, match=r"Argument `momentum` of the batch norm `net\.norm1` must be a number, but got None"
+    ):
+        fit(tmp_path, module, QuantizationAwareTraining("portable", start=1))
