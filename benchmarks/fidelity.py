@@ -95,18 +95,19 @@ def compare(export: OnnxExport, inputs: tuple[torch.Tensor, ...], findings: Find
         findings.agree += same.reshape(len(want), -1).mean(1).tolist()
         findings.margins += ((best[:, -1] - best[:, -2]) / span)[~same].tolist()
         for sample in np.flatnonzero(errors > SMALL):
-            _trace(int(sample), names, found, integers, findings)
+            _trace(int(sample), len(want), names, found, integers, findings)
 
 
 def _trace(
-    sample: int, names: list[str], found: list[np.ndarray], integers: dict[str, Any], findings: Findings
+    sample: int, count: int, names: list[str], found: list[np.ndarray], integers: dict[str, Any], findings: Findings
 ) -> None:
     for name, got in zip(names, found, strict=True):
         want, steps = integers[name]
-        if len(want) == len(got) and not np.array_equal(got[sample], want[sample]):
-            flipped = got[sample] != want[sample]
-            off = np.abs(got[sample].astype(int) - want[sample].astype(int))[flipped].max()
-            values = steps[sample][flipped]
+        at = sample if len(want) == count else slice(None)  # positions, say, are the same for all samples
+        if not np.array_equal(got[at], want[at]):
+            flipped = got[at] != want[at]
+            off = np.abs(got[at].astype(int) - want[at].astype(int))[flipped].max()
+            values = steps[at][flipped]
             edge = float(np.abs(values - np.floor(values) - 0.5).max())
             findings.farthest = max(findings.farthest, edge)
             findings.traced += off == 1 and edge < EDGE
