@@ -9,7 +9,8 @@ seven that are flipped or not and shifted by up to two pixels, for teacher and a
 
 Peak learning rate and the losses' settings are chosen by `--tune`: four candidates for each row, cross-entropy too, are trained
 for half the steps with one other seed, and scored on 5,000 further training images, never on test images.
-The best candidates so far are what a run without `--tune` takes; without any, the first of each row.
+The best candidates so far are what a run without `--tune` takes: of rows that were tuned with so many copies of each image, else
+without augmentation; else the first.
 
     OMP_NUM_THREADS=2 python -m benchmarks.distill_fashion [--quick] [--copies 1] [--tune] [--minutes 38]
 """
@@ -159,15 +160,16 @@ def candidates() -> dict[str, tuple[str, float, dict[str, Any] | None]]:
     return found
 
 
-def chosen(tuned: list[dict[str, Any]]) -> dict[str, str]:
-    """The best candidate of each row among those that were tuned; the first where none was."""
-    best: dict[str, tuple[float, str]] = {}
-    for name, (row, _, _) in candidates().items():
-        scores = [line["accuracy"] for line in tuned if line["row"] == name]
-        score = scores[0] if scores else -1.0
-        if row not in best or score > best[row][0]:
-            best[row] = (score, name)
-    return {row: name for row, (_, name) in best.items()}
+def chosen(*tuned: list[dict[str, Any]]) -> dict[str, str]:
+    """The best candidate of each row by the first of these tunings that has the row; the first candidate where none has."""
+    best: dict[str, str] = {}
+    for row in ROWS:
+        names = [name for name, (of, _, _) in candidates().items() if of == row]
+        for lines in [[line for line in lines if line["row"] in names] for lines in tuned]:
+            if lines and row not in best:
+                best[row] = max(lines, key=lambda line: line["accuracy"])["row"]
+        best.setdefault(row, names[0])
+    return best
 
 
 def report(lines: list[dict[str, Any]], teacher: float) -> None:
@@ -227,7 +229,8 @@ def main() -> None:
             rows = {name: (lambda seed, name=name: run(name, seed, tune=True)) for name in tuned}
             lines = run_trials(tuning, rows, (TUNING_SEED,), shorter, arguments.minutes)
             print(table(lines, tuned[0], "accuracy"))
-        best = chosen(lines_of(tuning, shorter))
+        plain = {**shorter, "teacher_epochs": 16, "copies": 1}
+        best = chosen(lines_of(tuning, shorter), lines_of(tuning, plain))
         for row, name in best.items():
             print(f"chosen for {row}: {name.partition(' / ')[2]}")
         if arguments.tune:
