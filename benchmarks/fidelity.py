@@ -103,7 +103,10 @@ def _trace(
 ) -> None:
     for name, got in zip(names, found, strict=True):
         want, steps = integers[name]
-        at = sample if len(want) == count else slice(None)  # positions, say, are the same for all samples
+        axis = (
+            want.shape.index(count) if count in want.shape else want.ndim
+        )  # attention has it second; constants, nowhere
+        at = (*[slice(None)] * axis, sample) if axis < want.ndim else ...
         if not np.array_equal(got[at], want[at]):
             flipped = got[at] != want[at]
             off = np.abs(got[at].astype(int) - want[at].astype(int))[flipped].max()
