@@ -98,15 +98,21 @@ def compare(export: OnnxExport, inputs: tuple[torch.Tensor, ...], findings: Find
             _trace(int(sample), len(want), names, found, integers, findings)
 
 
+def _at(sample: int, count: int, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where a sample lies in a tensor: along the axis of the batch, or of batch times heads; everywhere in a constant."""
+    axis = next((i for i, size in enumerate(shape) if size % count == 0), None)
+    if axis is None:
+        return (slice(None),)
+    each = shape[axis] // count
+    return (*[slice(None)] * axis, slice(sample * each, (sample + 1) * each))
+
+
 def _trace(
     sample: int, count: int, names: list[str], found: list[np.ndarray], integers: dict[str, Any], findings: Findings
 ) -> None:
     for name, got in zip(names, found, strict=True):
         want, steps = integers[name]
-        axis = (
-            want.shape.index(count) if count in want.shape else want.ndim
-        )  # attention has it second; constants, nowhere
-        at = (*[slice(None)] * axis, sample) if axis < want.ndim else ...
+        at = _at(sample, count, want.shape)
         if not np.array_equal(got[at], want[at]):
             flipped = got[at] != want[at]
             off = np.abs(got[at].astype(int) - want[at].astype(int))[flipped].max()
