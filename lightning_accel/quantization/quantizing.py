@@ -14,7 +14,8 @@ from lightning_accel import structure
 from lightning_accel.call_names import Axes, described
 from lightning_accel.compression import CompressionCallback
 from lightning_accel.globs import as_patterns
-from lightning_accel.inputs import InputsFunction, builds_layers_late, owner_and_call
+from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward, owner_and_call
+from lightning_accel.quantization.capture import CaptureError
 from lightning_accel.quantization.prepare import QuantizedForward, quantize_change, quantized_forwards
 from lightning_accel.quantization.ranges import METHODS
 from lightning_accel.quantization.targets import Target, target_of
@@ -143,16 +144,24 @@ class QuantizingCallback(CompressionCallback):
             if path in self._placed or path in self._prepared:
                 continue
             owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
-            forward = QuantizedForward(
-                owner,
-                described(owner, call, self.dynamic),
-                self.target,
-                self.include,
-                self.exclude,
-                path,
-                self.ranges,
-                self.activations,
-            )
+            try:
+                forward = QuantizedForward(
+                    owner,
+                    described(owner, call, self.dynamic),
+                    self.target,
+                    self.include,
+                    self.exclude,
+                    path,
+                    self.ranges,
+                    self.activations,
+                )
+            except CaptureError as error:
+                if path and not has_forward(pl_module):
+                    error.add_note(
+                        f"`{type(pl_module).__name__}` has no `forward`, so `{path}` was called with the batch itself. If `training_step` "
+                        "calls it with something else, write a `forward` that does so, too."
+                    )
+                raise
             self._prepared[path] = forward
             for operator, reason in forward.kept_float.items():
                 rank_zero_info(f"{type(self).__name__}: `{operator}` stays float: {reason}.")

@@ -158,6 +158,25 @@ def test_what_cannot_be_captured_fails_in_setup(trainer):
     assert watch.seen == []
 
 
+def test_a_part_that_the_batch_does_not_fit_says_how_it_was_called(trainer):
+    class Steps(Classifier):
+        """Calls its parts one after the other, and has no forward."""
+
+        forward = L.LightningModule.forward
+
+        def __init__(self):
+            super().__init__()
+            self.neck = torch.nn.Linear(4, 4)
+
+        def training_step(self, batch, batch_idx):
+            return self.neck(self.net(batch[0])).square().mean()
+
+    with pytest.raises(CaptureError) as refused:
+        trainer(QuantizationAwareTraining("portable", module=["net", "neck"])).fit(Steps(), loader())
+    (note,) = refused.value.__notes__
+    assert note.startswith("`Steps` has no `forward`, so `neck` was called with the batch itself.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
