@@ -88,11 +88,11 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
         return {"ship": None, "why": f"No way fits the budgets.{near}", **result}
     best = max(fitting, key=lambda way: _low(way, batch))
     plain = next((way for way in fitting if way.name == comparison.baseline), None)
-    ship, why = best, _why(best, floor, batch)
-    if plain is not None:
-        quiet = _clearly(comparison, batch)
-        if best is plain or _low(best, batch) <= quiet:
-            ship, why = plain, _plain_is_best([way for way in fitting if way is not plain], batch, quiet)
+    quiet = _clearly(comparison, batch)
+    if plain is not None and (best is plain or _low(best, batch) <= quiet):
+        ship, why = plain, _plain_is_best([way for way in fitting if way is not plain], batch, quiet)
+    else:
+        ship, why = best, _why(best, floor, batch)
     return {"ship": ship.name, "why": why + _elsewhere(comparison), **result}
 
 

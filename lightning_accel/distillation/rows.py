@@ -66,7 +66,7 @@ def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: s
     dim = 1 if dim is None else dim
     if not -logits.ndim <= dim < logits.ndim:
         raise ValueError(f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}.")
-    if logits.ndim == 2 and dim % 2 == 1 and mask is None:
+    if logits.ndim == 2 and dim in (1, -1) and mask is None:
         return logits  # they are rows; views of them would cost more than the loss
     rows = logits.movedim(dim, -1)
     return positions(rows, mask).reshape(-1, logits.shape[dim])

@@ -222,7 +222,7 @@ def _points(
         if index == position:
             points.append(Point(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
             continue
-        if index == fused or not _is_float(operand):
+        if index == fused or not _is_float32(operand):
             continue
         roots, moved = roots_of(operand, node, spatial, written)
         shared = all(_in_integers(root) and not written[memory_of(root)] for root in roots)
@@ -289,7 +289,7 @@ def _reads_input(node: Node) -> bool:
     return False
 
 
-def _is_float(value: Any) -> bool:
+def _is_float32(value: Any) -> bool:
     value = value.meta.get("val") if isinstance(value, Node) else None
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
@@ -303,8 +303,7 @@ def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Targ
     if node.target in _FLOAT_ONLY:
         return f"{_FLOAT_ONLY[node.target]} has no integer kernel in {target.name}"
     operands: list[Any] = list(node.args[:2])
-    values = [arg.meta.get("val") if isinstance(arg, Node) else None for arg in operands]
-    shapes: list[Any] = [v.shape if isinstance(v, torch.Tensor) and v.dtype is torch.float32 else None for v in values]
+    shapes: list[Any] = [arg.meta["val"].shape if _is_float32(arg) else None for arg in operands]
     if node.target in WEIGHTED:
         kind, position, _ = WEIGHTED[node.target]
         weight = operands[position]
