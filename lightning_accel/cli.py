@@ -1,5 +1,6 @@
 """The command ``lightning-accel``: a LightningCLI, ``plan``, ``export`` and ``quantize``."""
 
+import inspect
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
+_SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt", "name"})
 _TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
 
 _HELP = f"""lightning-accel {__version__}: prune, distill and quantize inside Trainer.fit; ship what was proven to be what was trained.
@@ -102,10 +104,14 @@ class AccelTrainer(L.Trainer):
         activations: str = "static",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        module: list[str] | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Quantize a trained float network without training, and write a verified bundle.
+
+        A ModelExport in the config says the rest, from ``inputs`` and ``dynamic`` (which the quantization heeds, too) to
+        ``preprocess`` and ``budgets``; its folder, engines, precision and checkpoint are those of the training run.
 
         Args:
             model: the LightningModule.
@@ -119,25 +125,39 @@ class AccelTrainer(L.Trainer):
             activations: ``static``, ``dynamic`` (linear layers, by the range of the moment) or ``float`` (weights alone are integers).
             include: globs of operators to quantize.
             exclude: globs of operators that stay float.
+            module: dotted paths of the submodules to quantize; by default the whole ``forward``.
             ckpt_path: the same as ``ckpt``, so that the config that ``fit`` saves can be used.
             weights_only: as in that config; checkpoints are never unpickled in any other way.
         """
         path = ckpt or ckpt_path
         if path is None:
             raise ValueError("Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE.")
+        configured = [c for c in self.callbacks if isinstance(c, ModelExport)]
+        if len(configured) > 1:
+            raise ValueError(
+                f"Argument `trainer.callbacks` must hold one ModelExport at most, but got {len(configured)}."
+            )
+        export = ModelExport(dirpath, engines, **{name: getattr(c, name) for c in configured for name in _SHIPPED})
         callback = PostTrainingQuantization(
-            target, calibration_batches, ranges, None, include, exclude, activations=activations
+            target,
+            calibration_batches,
+            ranges,
+            module,
+            include,
+            exclude,
+            export.inputs,
+            export.dynamic or None,
+            activations,
         )
-        export = ModelExport(dirpath, engines)
-        self.callbacks: list[L.Callback] = [
-            callback,
-            export,
-        ]  # what the config's other callbacks do is done: it is in the checkpoint
+        # What the config's other callbacks do is done: it is in the checkpoint.
+        self.callbacks: list[L.Callback] = [callback, export]
         self._attach(model, datamodule)
         self._data_connector.attach_data(model, datamodule=datamodule)
         if datamodule is not None:
             datamodule.prepare_data()
             datamodule.setup("fit")
+            if export.data == "test":
+                datamodule.setup("test")
         structure.load_into(model, structure.read_checkpoint(path))
         if quantized := sorted(quantized_forwards(model)):
             raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 import lightning_accel as la
 from lightning_accel import cli
@@ -26,6 +27,19 @@ def checkpoint(tmp_path_factory):
     trainer.fit(module, Data(train=256))
     trainer.save_checkpoint(folder / "best.ckpt")
     return folder / "best.ckpt", module.eval()
+
+
+class HeldOutForTest(Data):
+    """Held out for the test alone, and there only once it is set up for it."""
+
+    val_dataloader = None
+
+    def setup(self, stage):
+        if stage == "test":
+            self.held = images(self.held_out, seed=1)
+
+    def test_dataloader(self):
+        return DataLoader(self.held, 32)
 
 
 def config(tmp_path):
@@ -66,6 +80,29 @@ def test_errors_are_told_in_one_line_and_leave_nothing(checkpoint, tmp_path, cap
         assert cli.main([*base, *arguments]) == 1
         assert expected in told(capfd)
         assert not (tmp_path / "bundle").exists()
+
+
+def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
+    path, _ = checkpoint
+    settings = {"dirpath": "trained", "engines": ["onnxruntime"], "precision": "fp16", "ckpt": "best", "data": "test"}
+    settings |= {"metadata": {"class_names": ["a", "b"]}, "keep_samples": 8}
+    export = {"class_path": "lightning_accel.ModelExport", "init_args": settings}
+    overlay = tmp_path / "export.yaml"
+    data = {"class_path": "tests.test_cli_quantize.HeldOutForTest"}
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [export]}, "data": data}))
+    base = ["quantize", *config(tmp_path), "-c", str(overlay), "--ckpt", str(path), "--calibration_batches", "2"]
+    assert cli.main([*base, "--target", "openvino", "--dirpath", "bundle", "--module", "[net]"]) == 0
+    assert not (tmp_path / "trained").exists()
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert (manifest["precision"], manifest["default"]["engine"]) == ("int8", "openvino")
+    assert manifest["metadata"] == {"class_names": ["a", "b"]}
+    with np.load(tmp_path / "bundle" / "samples.npz") as samples:
+        assert {len(array) for array in samples.values()} == {8}
+
+    second = {**export, "init_args": {**settings, "name": "second"}}
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [export, second]}}))
+    assert cli.main(base) == 1
+    assert "must hold one ModelExport at most, but got 2" in told(capfd)
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path, capfd):
