@@ -177,23 +177,26 @@ def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
 
 
 def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | None:
-    """Class labels in a batch: integers of shape ``(N,)``.
+    """What is to be predicted for a batch, as it lies in it: class labels, values or something else.
 
     Args:
         batch: a dict with a usual name, or a sequence.
         inputs: elements of a sequence that ``forward`` takes; the one behind them is looked at, the last if ``None``.
 
     Returns:
-        The labels; ``None`` if there are none.
+        The target; ``None`` if there is none.
     """
     if isinstance(batch, Mapping):
         found = next((batch[k] for k in ("labels", "label", "target", "targets", "y") if k in batch), None)
     else:
         sequence = isinstance(batch, list | tuple) and len(batch) > 1
         found = batch[min(inputs, len(batch) - 1) if inputs is not None else -1] if sequence else None
-    if isinstance(found, torch.Tensor) and found.ndim == 1 and not found.is_floating_point():
-        return found
-    return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def class_labels(target: torch.Tensor | None) -> torch.Tensor | None:
+    """A target if it holds class labels: integers of shape ``(N,)``."""
+    return None if target is None or target.ndim != 1 or target.is_floating_point() else target
 
 
 @contextmanager

@@ -116,8 +116,10 @@ class WayResult:
         file_bytes: size of that file in bytes, with the weights beside it.
         peak_memory_bytes: largest resident memory of its process, once it was warm, in bytes.
         first_ms: time from a fresh process to its first result: imports, loading, one sample; in ms.
-        accuracy: share of the labels that it predicts.
-        agreement: share of predictions that are those of the trained network, or of the baseline where that isn't known.
+        accuracy: share of the labels that it predicts; of outputs that are values, their R² against the labels, see
+            :func:`~lightning_accel.benchmarking.scores.r_squared`.
+        agreement: share of predictions that are those of the trained network, or of the baseline where that isn't known; of
+            values, their R² against its outputs.
         samples: held-out samples behind both.
         kernels: what its kernels compute held against the file as it is written: ``passed``, ``failures`` and the errors.
         unshippable: why it can't be the bundle's default; empty if it can.

@@ -6,6 +6,7 @@ from typing import Any
 from lightning_accel.benchmarking.comparison import Comparison, Point, WayResult
 from lightning_accel.benchmarking.decision import resolution
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
+from lightning_accel.benchmarking.scores import score_titles
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -15,7 +16,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison: what was measured; ways without a measurement are listed below the tables with the reason.
     """
     shown = [way for way in comparison.ways if way.points]
-    parts = [_what(shown), _speed(shown)] if shown else ["Nothing was measured."]
+    parts = [_what(shown, score_titles(comparison.settings)), _speed(shown)] if shown else ["Nothing was measured."]
     parts += ["\n".join(f"- {line}" for line in _lines(comparison))]
     if comparison.decision is not None:
         parts.append(render_decision(comparison))
@@ -31,12 +32,13 @@ def render_decision(comparison: Comparison) -> str:
     refused = [f"- {name}: {reason}" for name, reason in decision["refused"].items()]
     ran = {way.name for way in comparison.ways if way.status == "ran"}
     lines += [line for name, line in zip(decision["refused"], refused, strict=True) if name in ran]
-    if says := resolution(next((way.samples for way in comparison.ways if way.samples), None), decision["budgets"]):
+    samples = next((way.samples for way in comparison.ways if way.samples), None)
+    if says := resolution(samples, decision["budgets"], comparison.settings.get("scores")):
         lines.append(says)
     return "\n".join([lines[0], *([""] if lines[1:] else []), *lines[1:]])
 
 
-def _what(ways: Sequence[WayResult]) -> str:
+def _what(ways: Sequence[WayResult], scores: tuple[str, str]) -> str:
     rows = [
         [
             way.name,
@@ -48,7 +50,7 @@ def _what(ways: Sequence[WayResult]) -> str:
         ]
         for way in ways
     ]
-    return markdown_table(["way", "accuracy", "agreement", "file, bytes", "memory, MB", "first, ms"], rows, left=1)
+    return markdown_table(["way", *scores, "file, bytes", "memory, MB", "first, ms"], rows, left=1)
 
 
 def _speed(ways: Sequence[WayResult]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison, WayResult
+from lightning_accel.benchmarking.scores import VALUES, score_titles
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Budgets:
 
     Args:
         max_drop: percentage points of accuracy that it may lose against the float32 network in ONNX Runtime; of agreement
-            with the trained network, where there are no labels.
+            with the trained network, where there are no labels; of R² (in %), where outputs are values and no classes.
         max_latency_ms: largest median latency of a call with ``batch`` samples, one caller, in ms.
         max_bytes: largest size of the file in bytes.
         batch: batch size at which latency counts; ``None`` means the largest that is measured.
@@ -74,8 +75,9 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
         )
         return {"ship": None, "why": why, "budgets": limits, "refused": {}}
     refused, excess = {}, {}
+    titles = score_titles(comparison.settings)
     for way in comparison.ways:
-        reason, over = _refusal(way, floor, budgets, batch)
+        reason, over = _refusal(way, floor, budgets, batch, titles)
         if reason:
             refused[way.name] = reason
             if over:
@@ -85,14 +87,14 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
     if not fitting:
         nearest = min(excess, key=lambda name: excess[name], default=None)
         near = "" if nearest is None else f" The nearest is {nearest}: {refused[nearest]}."
-        return {"ship": None, "why": f"No way fits the budgets.{near}", **result}
+        return {"ship": None, "why": f"No way fits the budgets.{near}{_elsewhere(comparison)}", **result}
     best = max(fitting, key=lambda way: _low(way, batch))
     plain = next((way for way in fitting if way.name == comparison.baseline), None)
     quiet = _clearly(comparison, batch)
     if plain is not None and (best is plain or _low(best, batch) <= quiet):
         ship, why = plain, _plain_is_best([way for way in fitting if way is not plain], batch, quiet)
     else:
-        ship, why = best, _why(best, floor, batch)
+        ship, why = best, _why(best, floor, batch, titles)
     return {"ship": ship.name, "why": why + _elsewhere(comparison), **result}
 
 
@@ -106,7 +108,9 @@ def _elsewhere(comparison: Comparison) -> str:
     return f" {' and '.join(names)} took no part, not being able to run here: decide again on the machine that is to run it."
 
 
-def _refusal(way: WayResult, floor: WayResult, budgets: Budgets, batch: int) -> tuple[str, float]:
+def _refusal(
+    way: WayResult, floor: WayResult, budgets: Budgets, batch: int, titles: tuple[str, str]
+) -> tuple[str, float]:
     """Why a way doesn't ship, and by which share it is beyond the budgets, if that is the only reason."""
     point = way.point(batch)
     if way.status != "ran":
@@ -126,9 +130,13 @@ def _refusal(way: WayResult, floor: WayResult, budgets: Budgets, batch: int) -> 
     reasons, over = [], []
     drop = _drop(way, floor)
     if drop is None and not is_floor:
-        return "its outputs are no logits, so that neither accuracy nor agreement can be held against `max_drop`", 0.0
+        return (
+            "neither accuracy nor agreement of its outputs could be found (they don't vary, or aren't finite), to be held "
+            "against `max_drop`",
+            0.0,
+        )
     if drop is not None and drop > budgets.max_drop:
-        what = "accuracy" if way.accuracy is not None else "agreement"
+        what = titles[way.accuracy is None]
         reasons.append(f"{what} drops by {drop:.2f} points, more than {budgets.max_drop:g}")
         over.append(drop / max(budgets.max_drop, 0.01))
     if budgets.max_latency_ms is not None and point.p50_ms > budgets.max_latency_ms:
@@ -180,11 +188,11 @@ def _plain_is_best(others: list[WayResult], batch: int, quiet: float) -> str:
     )
 
 
-def _why(way: WayResult, floor: WayResult, batch: int) -> str:
+def _why(way: WayResult, floor: WayResult, batch: int, titles: tuple[str, str]) -> str:
     says = [f"{way.name} ships: {_ratio_of(way, batch)} as fast as fp32 in ONNX Runtime at batch {batch}"]
     drop = _drop(way, floor)
     if drop is not None:
-        what = "accuracy" if way.accuracy is not None else "agreement (there are no labels)"
+        what = titles[0] if way.accuracy is not None else f"{titles[1]} (there are no labels)"
         change = f"drops by {drop:.2f} points" if drop > 0 else f"is {-drop:.2f} points higher" if drop < 0 else "stays"
         says.append(f"its {what} {change} on {way.samples:,} samples")
     if way.file_bytes and floor.file_bytes:
@@ -196,9 +204,9 @@ def _why(way: WayResult, floor: WayResult, batch: int) -> str:
     return text
 
 
-def resolution(samples: int | None, budgets: Mapping[str, Any]) -> str:
-    """What to say where one sample weighs more than the drop that is allowed; empty otherwise."""
-    if not samples or 100 / samples <= budgets["max_drop"]:
+def resolution(samples: int | None, budgets: Mapping[str, Any], scores: str | None = None) -> str:
+    """What to say where one sample weighs more than the drop that is allowed; empty otherwise, and of values."""
+    if not samples or scores == VALUES or 100 / samples <= budgets["max_drop"]:
         return ""
     return (
         f"One of the {samples} samples weighs {100 / samples:.2f} points, more than the drop of {budgets['max_drop']:g} that is "

@@ -82,6 +82,7 @@ def measure_ways(
     *,
     baseline: str,
     keep: int = 512,
+    classify: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure the latency of several ways to run the same network, and collect what they compute.
@@ -96,7 +97,8 @@ def measure_ways(
         samples: inputs by name, each ``(S, ...)``. Calls take the first of them, from the beginning again if there are fewer.
         settings: batch sizes, callers and times.
         baseline: name of the way that speed-ups refer to.
-        keep: samples whose outputs are kept; classes are kept of all.
+        keep: samples whose outputs are kept.
+        classify: keep the classes of all samples, by the largest logit of the first output; else no others are run.
         progress: told what is being done.
 
     Raises:
@@ -118,7 +120,7 @@ def measure_ways(
             files = _write_inputs(samples, Path(scratch))
             for row in (*rows, second):
                 progress(f"start {row.result.name}")
-                _start(row, files, settings, Path(scratch), 0 if row is second else keep)
+                _start(row, files, settings, Path(scratch), 0 if row is second else keep, classify)
             _run_rounds([*rows, second], settings, progress)
         except KeyboardInterrupt:
             interrupted = True
@@ -137,7 +139,9 @@ def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, 
     return files
 
 
-def _start(row: Row, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int) -> None:
+def _start(
+    row: Row, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int, classify: bool
+) -> None:
     """Load a way, warm it up, look at its memory, and collect what it computes."""
     way, result = row.way, row.result
     if way.missing:
@@ -152,7 +156,8 @@ def _start(row: Row, files: Mapping[str, str], settings: BenchmarkSettings, scra
         result.peak_memory_bytes = process.ask("memory")["peak_memory_bytes"]
         if keep:
             out = scratch / "outputs.npz"
-            result.samples = process.ask("predict", batch=_PREDICT_BATCH, keep=keep, out=str(out))["samples"]
+            wish = {"batch": _PREDICT_BATCH, "keep": keep, "classify": classify, "out": str(out)}
+            result.samples = process.ask("predict", **wish)["samples"]
             with np.load(out, allow_pickle=False) as arrays:
                 row.outputs = dict(arrays)
     except WayEndedError as ended:

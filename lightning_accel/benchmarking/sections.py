@@ -9,6 +9,7 @@ from lightning_accel.benchmarking.layers import layers_of, totals_of
 from lightning_accel.benchmarking.markup import Markup, join, tag
 from lightning_accel.benchmarking.pareto import Point, pareto_front
 from lightning_accel.benchmarking.report import Row, plain
+from lightning_accel.benchmarking.scores import score_titles
 from lightning_accel.benchmarking.svg import bar, curve, pareto_plot
 from lightning_accel.benchmarking.tables import exact, passed, share, table, under
 
@@ -80,10 +81,14 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
                 ]
             )
     titles = ["way", "batch", "callers", "p50, ms", "p90, ms", "p99, ms", "samples/s", "speed-up"]
-    titles += ["accuracy", "agreement", "size", "memory, peak", "first call, ms"]
+    scores = score_titles(comparison["settings"])
+    titles += [*scores, "size", "memory, peak", "first call, ms"]
     if lines:
         caption = f"Speed-ups are over {comparison['baseline']}."
-        parts += [table(caption, titles, lines, marked=marked), _plots(_points_of_ways(ran, decision), "ways")]
+        parts += [
+            table(caption, titles, lines, marked=marked),
+            _plots(_points_of_ways(ran, decision), "ways", scores[0]),
+        ]
     if left := [way for way in found if way["status"] != "ran"]:
         rows = [[way["name"], way["status"], way.get("reason")] for way in left]
         parts.append(table("Ways without numbers, and why.", ["way", "status", "reason"], rows, text=(1,), wide=(2,)))
@@ -218,7 +223,7 @@ def machine(report: Mapping[str, Any]) -> Markup | None:
     return join(parts) if parts else None
 
 
-def _plots(points: Mapping[str, Sequence[Point]], what: str) -> Markup | None:
+def _plots(points: Mapping[str, Sequence[Point]], what: str, score: str = "accuracy") -> Markup | None:
     """The two Pareto plots with their keys; a plot needs two points."""
     figures = []
     for cost, of in points.items():
@@ -229,12 +234,12 @@ def _plots(points: Mapping[str, Sequence[Point]], what: str) -> Markup | None:
             tag("li", tag("b", point.number), point.name, " ships" if point.ships else None, _on(point, front))
             for point in of
         ]
-        title = f"Accuracy against {cost.partition(',')[0]}"
+        title = f"{score.capitalize()} against {cost.partition(',')[0]}"
         figures.append(
             tag(
                 "figure",
                 tag("h3", title),
-                pareto_plot(of, f"{title} of the {what}", cost),
+                pareto_plot(of, f"{title} of the {what}", cost, score),
                 tag("ul", *keys, class_="keys"),
                 tag("figcaption", "Filled and along the dashed line: no other is both better and cheaper. Bars: 95 %."),
             )

@@ -13,13 +13,14 @@ _NEAR = 11.0  # markers closer than this share a number
 _FEW = 30.0  # a factor between costs beyond which the axis is logarithmic
 
 
-def pareto_plot(points: Sequence[Point], title: str, cost: str) -> Markup:
+def pareto_plot(points: Sequence[Point], title: str, cost: str, score: str = "accuracy") -> Markup:
     """Accuracy against a cost, with the front marked; filled points are on it.
 
     Args:
         points: at least one; costs above 0.
         title: what the picture shows.
         cost: title of the horizontal axis.
+        score: what ``accuracy`` is called.
     """
     height, top, bottom = 264.0, 14.0, 42.0
     costs = [point.cost for point in points]
@@ -52,7 +53,7 @@ def pareto_plot(points: Sequence[Point], title: str, cost: str) -> Markup:
     line = tag("path", d=path, class_="front")
     names = ", ".join(point.name for point in front)
     says = f"{title}. On the front: {names}."
-    return _figure(height, says, _frame(x, y, height - bottom, cost, "accuracy, %"), line, join(marks))
+    return _figure(height, says, _frame(x, y, height - bottom, cost, f"{score}, %"), line, join(marks))
 
 
 def curve(values: Sequence[tuple[float, float]], title: str, phases: Sequence[tuple[str, float, float]]) -> Markup:

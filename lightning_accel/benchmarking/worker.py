@@ -59,18 +59,20 @@ class Worker:
         """Largest resident memory of this process so far, in bytes."""
         return {"peak_memory_bytes": _peak_memory()}
 
-    def do_predict(self, batch: int, keep: int, out: str) -> dict[str, Any]:
-        """Run all samples; write the outputs of the first ``keep``, and the classes of all if the outputs are logits."""
+    def do_predict(self, batch: int, keep: int, classify: bool, out: str) -> dict[str, Any]:
+        """Write the outputs of the first ``keep`` samples; if the outputs are logits to ``classify``, the classes of all."""
         total = len(next(iter(self.inputs.values())))
+        total = total if classify else min(keep, total)
         kept: dict[str, list[np.ndarray]] = {}
         classes: list[np.ndarray] = []
         for start in range(0, total, batch):
-            outputs = self.run({n: np.array(a[start : start + batch]) for n, a in self.inputs.items()})
+            end = min(start + batch, total)
+            outputs = self.run({n: np.array(a[start:end]) for n, a in self.inputs.items()})
             for name, array in outputs.items():
                 if start < keep:
                     kept.setdefault(name, []).append(array[: keep - start])
             logits = next(iter(outputs.values()))
-            if logits.ndim >= 2 and logits.shape[1] > 1:
+            if classify and logits.ndim >= 2 and logits.shape[1] > 1:
                 classes.append(logits.argmax(1))
         arrays = {f"output {name}": np.concatenate(parts) for name, parts in kept.items()}
         if classes:

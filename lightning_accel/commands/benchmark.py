@@ -21,6 +21,7 @@ from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.commands import INTERRUPTED
 from lightning_accel.commands.arrays import load_arrays, load_labels
 from lightning_accel.engines.base import Runner, load_runner
@@ -30,6 +31,7 @@ _OF_ONE_BUNDLE = {
     "all": False,
     "way": None,
     "labels": None,
+    "scores": None,
     "callers": None,
     "limit": 60.0,
     "max_drop": None,
@@ -62,7 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = parser.add_argument_group("one bundle")
     one.add_argument("--all", action="store_true", help="all ways, not only the half dozen that matter")
     one.add_argument("--way", action="append", help="a way by its name, several times")
-    one.add_argument("--labels", type=Path, help=".npy file with the class of each sample of --data")
+    one.add_argument(
+        "--labels",
+        type=Path,
+        help=".npy file with the class of each sample of --data, or with the values of its outputs",
+    )
+    one.add_argument(
+        "--scores",
+        choices=(CLASSES, VALUES),
+        help="what the first output holds: logits of classes, or values, whose R² is taken; default: as the labels, as in the run",
+    )
     one.add_argument(
         "--callers", type=int, action="append", help="threads that call at once, several times; default 1 and 4"
     )
@@ -100,6 +111,7 @@ def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
         bundle,
         samples,
         None if arguments.labels is None else load_labels(arguments.labels),
+        scores=arguments.scores,
         budgets=_budgets(arguments),
         everything=arguments.all,
         ways=arguments.way,

@@ -12,18 +12,25 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, Compariso
 from lightning_accel.benchmarking.decision import Budgets, decide
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.rounds import Measured, measure_ways
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.benchmarking.ways import BASELINE, Way, ways_of
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import check_recordable, record_comparison
-from lightning_accel.export.held_comparison import assembled, check_samples, describe, score, synthetic_samples
+from lightning_accel.export.held_comparison import (
+    KEPT,
+    assembled,
+    check_samples,
+    describe,
+    kept_samples,
+    score,
+    synthetic_samples,
+)
 from lightning_accel.export.prepared import prepared
 from lightning_accel.export.reverify import SAMPLES, proven_file, split_samples
 from lightning_accel.export.saturation import saturates
 from lightning_accel.export.verification import Feeds, Network, verify
-
-_KEPT = 512  # samples on which kernels are held against the file
 
 
 def benchmark_bundle(
@@ -31,6 +38,7 @@ def benchmark_bundle(
     samples: Feeds | None = None,
     labels: np.ndarray | None = None,
     *,
+    scores: str | None = None,
     budgets: Budgets | None = None,
     everything: bool = False,
     ways: Sequence[str] | None = None,
@@ -44,8 +52,13 @@ def benchmark_bundle(
         folder: the bundle.
         samples: held-out inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, predictions
             are compared with those, else with the baseline's. ``None`` takes the samples in the bundle, if it was
-            written with any; without them only speed is measured, and only plain float32 can ship.
-        labels: class of each sample, integers ``(S,)``; for logits of each position ``(S, ...)``.
+            written with any; without them only speed is measured, and only plain float32 can ship. A network that was
+            quantized without training is compared with the baseline, which is what was trained.
+        labels: class of each sample, integers ``(S,)``; for logits of each position ``(S, ...)``; or, in floating point,
+            the values that the first output should have.
+        scores: ``"classes"``: accuracy and agreement are shares of predictions, by the largest logit of the first output;
+            ``"values"``: they are its R². ``None``: as the labels are, else as in the run that wrote the bundle, else
+            classes if the first output has more than one column.
         budgets: what may be lost and what it may cost; ``None`` decides nothing.
         everything: all ways instead of the half dozen that matter.
         ways: names of the ways instead; the baseline is always among them.
@@ -83,6 +96,7 @@ def benchmark_bundle(
         samples,
         labels,
         source=source,
+        scores=scores,
         budgets=budgets,
         everything=everything,
         names=ways,
@@ -101,6 +115,7 @@ def compare_ways(
     labels: np.ndarray | None = None,
     *,
     source: str,
+    scores: str | None = None,
     budgets: Budgets | None = None,
     everything: bool = False,
     names: Sequence[str] | None = None,
@@ -111,10 +126,11 @@ def compare_ways(
 
     Args:
         folder: the files.
-        manifest: ``engines``, ``files``, ``model``, ``precision``, ``inputs`` and ``outputs`` are read.
+        manifest: ``engines``, ``files``, ``model``, ``precision``, ``trained``, ``scores``, ``inputs`` and ``outputs`` are read.
         samples: inputs, and outputs or none of them.
         labels: of the samples.
         source: where the samples come from, for the report.
+        scores: what outputs are.
         budgets: limits of the decision.
         everything: all ways.
         names: these ways.
@@ -124,11 +140,16 @@ def compare_ways(
     settings = settings or BenchmarkSettings()
     if budgets is not None and budgets.batch not in (None, *settings.batches):
         raise ValueError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
+    if scores not in (None, CLASSES, VALUES):
+        raise ValueError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
+    if scores is None and labels is None:
+        scores = manifest.get("scores")
     chosen = _chosen(ways_of(folder, manifest), everything, names)
     with load_runner(folder / proven_file(manifest, "fp32"), "onnxruntime", emulate=True) as runner:
         known = samples is not None
         feeds, wanted = split_samples(samples, manifest) if samples is not None else (synthetic_samples(runner), {})
-        check_samples(runner, feeds, labels if known else None)
+        scores = check_samples(runner, feeds, labels if known else None, scores)
+        keep = kept_samples(runner, feeds, scores) if known else 0
     if labels is not None and not known:
         raise ValueError(
             "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
@@ -136,16 +157,27 @@ def compare_ways(
     machine = environment()
     with tempfile.TemporaryDirectory() as scratch:
         made = [prepared(way, Path(scratch)) for way in chosen]
-        measured = measure_ways(made, feeds, settings, baseline=BASELINE, keep=_KEPT if known else 0, progress=progress)
+        measured = measure_ways(
+            made, feeds, settings, baseline=BASELINE, keep=keep, classify=scores == CLASSES, progress=progress
+        )
         for row in measured.rows:
             describe(row, folder)
     against = "nothing: there were no held-out samples"
     if known:
+        if manifest["precision"] == "int8" and manifest.get("trained") == "fp32":
+            wanted = {}  # outputs of the quantized network, which nobody trained
         against = "the trained network" if wanted else BASELINE
-        score(measured, BASELINE, wanted, labels)
+        score(measured, BASELINE, wanted, labels, scores)
         hold_kernels(measured, folder, manifest, feeds)
     comparison = assembled(
-        measured, feeds, settings, baseline=BASELINE, machine=machine, source=source if known else None, against=against
+        measured,
+        feeds,
+        settings,
+        baseline=BASELINE,
+        machine=machine,
+        source=source if known else None,
+        against=against,
+        scores=scores,
     )
     if budgets is not None and not measured.interrupted:
         comparison.decision = decide(comparison, budgets)
@@ -180,11 +212,11 @@ def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], 
         manifest: its model and files.
         feeds: the samples.
     """
-    few = {name: array[:_KEPT] for name, array in feeds.items()}
+    few = {name: array[:KEPT] for name, array in feeds.items()}
     count = len(next(iter(few.values())))
     right: dict[Path, Feeds] = {}
     for row in measured.rows:
-        got = {n.removeprefix("output "): a for n, a in row.outputs.items() if n.startswith("output ")}
+        got = {n.removeprefix("output "): a[:count] for n, a in row.outputs.items() if n.startswith("output ")}
         if not got or row.way.unshippable:
             continue
         file = folder / proven_file(manifest, row.way.precision)

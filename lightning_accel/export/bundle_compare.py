@@ -12,10 +12,18 @@ from lightning_accel.benchmarking.comparison_text import null_line
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
 from lightning_accel.benchmarking.rounds import measure_ways
+from lightning_accel.benchmarking.scores import CLASSES, score_titles
 from lightning_accel.benchmarking.ways import Way
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
-from lightning_accel.export.held_comparison import assembled, check_samples, describe, score, synthetic_samples
+from lightning_accel.export.held_comparison import (
+    assembled,
+    check_samples,
+    describe,
+    kept_samples,
+    score,
+    synthetic_samples,
+)
 from lightning_accel.export.reverify import SAMPLES, proven_file
 from lightning_accel.export.verification import Feeds
 
@@ -42,11 +50,13 @@ class BundleComparison:
     def __str__(self) -> str:
         a, b = (self.comparison[name] for name in self.bundles)
         facts = [self.bundles[name] for name in self.bundles]
+        accuracy, agreement = score_titles(self.comparison.settings)
+        agreement = "predictions that are A's" if agreement == "agreement" else f"{agreement}, against A's"
         rows = [
             ["bundle", *(str(fact["path"]) for fact in facts), ""],
             ["default", *(f"{fact['default']['engine']} {fact['default']['precision']}" for fact in facts), ""],
-            ["accuracy", _share(a.accuracy), _share(b.accuracy), _points(a.accuracy, b.accuracy)],
-            ["predictions that are A's", _share(a.agreement), _share(b.agreement), ""],
+            [accuracy, _share(a.accuracy), _share(b.accuracy), _points(a.accuracy, b.accuracy)],
+            [agreement, _share(a.agreement), _share(b.agreement), ""],
             ["file, bytes", *_pair(a.file_bytes, b.file_bytes, ",")],
             ["all files, bytes", *_pair(facts[0]["bytes"], facts[1]["bytes"], ",")],
             ["parameters", *_pair(facts[0]["parameters"], facts[1]["parameters"], ",")],
@@ -94,7 +104,8 @@ def compare_bundles(
         a: a bundle.
         b: one with the same inputs.
         samples: held-out inputs by name, each ``(S, ...)``. ``None`` takes those kept in ``a`` or ``b``, or random ones.
-        labels: class of each sample.
+        labels: class of each sample, or the values that the first output should have, as in
+            :func:`~lightning_accel.export.bundle_benchmark.benchmark_bundle`.
         settings: batch sizes, callers, times, threads.
         progress: told what is being done.
 
@@ -123,20 +134,26 @@ def compare_bundles(
     feeds = None if samples is None else {name: samples[name] for name in inputs[0] if name in samples}
     if feeds is not None and (missing := [name for name in inputs[0] if name not in feeds]):
         raise ValueError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
+    told = {manifest.get("scores") for manifest in manifests.values()} - {None} if labels is None else set()
+    scores = told.pop() if len(told) == 1 else None
     for name, folder in folders.items():
         with load_runner(folder / proven_file(manifests[name], "fp32"), "onnxruntime", emulate=True) as runner:
             feeds = feeds if feeds is not None else synthetic_samples(runner)
-            check_samples(runner, feeds, labels)
+            scores = check_samples(runner, feeds, labels, scores)
+            keep = kept_samples(runner, feeds, scores)
     assert feeds is not None
     machine = environment()
     ways = {name: _default_way(name, folders[name], manifest) for name, manifest in manifests.items()}
+    assert scores is not None
+    classify = scores == CLASSES
+    keep = 0 if samples is None else 1 if classify else keep
     measured = measure_ways(
-        list(ways.values()), feeds, settings, baseline="A", keep=0 if samples is None else 1, progress=progress
+        list(ways.values()), feeds, settings, baseline="A", keep=keep, classify=classify, progress=progress
     )
     for row in measured.rows:
         describe(row, folders[row.way.name])
     if samples is not None:
-        score(measured, "A", {}, labels)
+        score(measured, "A", {}, labels, scores)
     comparison = assembled(
         measured,
         feeds,
@@ -145,6 +162,7 @@ def compare_bundles(
         machine=machine,
         source=None if samples is None else source,
         against="nothing" if samples is None else "A",
+        scores=scores,
     )
     facts = {name: _facts(folder, manifests[name], ways[name]) for name, folder in folders.items()}
     return BundleComparison(facts, comparison)

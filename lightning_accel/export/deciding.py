@@ -6,10 +6,34 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.export.bundle import decided, write_comparison
 from lightning_accel.export.bundle_benchmark import compare_ways, shipped_line
 from lightning_accel.export.files import Files
+from lightning_accel.export.onnx import feeds_of
 from lightning_accel.export.order import Order
+
+
+def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
+    """How the network's first output is scored: as classes, as values, or ``None`` where the held-out data doesn't tell.
+
+    Args:
+        order: its held-out data is looked at.
+        files: the trained network.
+        labelled: whether there are labels that are classes of the network's first output.
+    """
+    if labelled:
+        return CLASSES
+    target = order.data.first_target(order.whole)
+    feeds = feeds_of(order.data.first_call(order.whole), files.shipped.input_names)
+    output = next(iter(files.network(feeds).values()))
+    return VALUES if target is not None and _are_values(target, output.shape[1:]) else None
+
+
+def _are_values(target: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether a target is what an output of that shape should be, number by number."""
+    fits = target.shape[1:] == shape or (*target.shape[1:], 1) == shape
+    return fits and np.issubdtype(target.dtype, np.floating)
 
 
 def decide_default(
@@ -18,8 +42,6 @@ def decide_default(
     folder: Path,
     content: Mapping[str, Any],
     report: dict[str, Any],
-    *,
-    labelled: bool,
 ) -> dict[str, Any]:
     """Run the network in the ways that matter, and write ``comparison.json``.
 
@@ -27,22 +49,22 @@ def decide_default(
         order: what is shipped, its budgets, and the held-out data.
         files: the bundle's files and the trained network.
         folder: where they lie; no manifest is needed yet.
-        content: what the manifest will say of engines, file, precision, inputs and outputs.
+        content: what the manifest will say of engines, file, precision, scores, inputs and outputs.
         report: gets the comparison, and a note on what was decided.
-        labelled: whether the labels are classes of the network's first output.
 
     Returns:
         What the decision changes in the manifest.
     """
-    feeds, labels = order.data.everything(order.whole, files.shipped.input_names)
+    feeds, targets = order.data.everything(order.whole, files.shipped.input_names)
     outputs = _outputs(files, feeds, order.batch_size)
     written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}
     comparison = compare_ways(
         folder,
         {**content, "files": written},
         {**feeds, **outputs},
-        labels if labelled else None,
+        _labels(targets, content["scores"]),
         source=f"the {order.data.source}",
+        scores=content["scores"],
         budgets=order.budgets,
         settings=order.benchmark,
     )
@@ -54,6 +76,14 @@ def decide_default(
     )
     write_comparison(folder, report["comparison"])
     return decided(report["comparison"], shipped_line(comparison))
+
+
+def _labels(targets: np.ndarray | None, scores: str | None) -> np.ndarray | None:
+    """Targets that outputs can be scored against."""
+    if scores is None or targets is None:
+        return None
+    # Values of 0 and 1 alone are what logits are trained towards, which are no such values themselves.
+    return None if scores == VALUES and np.isin(targets, (0, 1)).all() else targets
 
 
 def _outputs(files: Files, feeds: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:

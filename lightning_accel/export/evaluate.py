@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.onnx import OnnxExport, feeds_of
 from lightning_accel.export.verification import Network
-from lightning_accel.inputs import canonical_call, isolated_random, own_signature
+from lightning_accel.inputs import canonical_call, class_labels, isolated_random, own_signature
 
 
 def module_network(module: nn.Module, export: OnnxExport, description_call: Any) -> Network:
@@ -153,7 +153,8 @@ def count_correct(
         ``{name: (correct, total)}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
     """
     counts: dict[str, tuple[int, int]] = {}
-    for call, labels in data.calls(module):
+    for call, target in data.calls(module):
+        labels = class_labels(target)
         if labels is None:
             return {}
         feeds = feeds_of(call, export.input_names)

@@ -38,13 +38,23 @@ class HeldOut:
         with isolated_random():
             return call_from_batch(module, self._transferred(peek(self.loader, "data")), self.inputs)
 
+    def first_target(self, module: nn.Module) -> np.ndarray | None:
+        """What is to be predicted for the first batch, if that is in it; the loader's state stays."""
+        with isolated_random():
+            batch = self._transferred(peek(self.loader, "data"))
+            target = self._target(batch, call_from_batch(module, batch, self.inputs))
+        return None if target is None else target.numpy()
+
     def calls(self, module: nn.Module) -> Iterator[tuple[Call, torch.Tensor | None]]:
-        """Arguments of ``forward`` and class labels, where there are any, batch by batch."""
+        """Arguments of ``forward`` and what is to be predicted, where there is something, batch by batch."""
         with isolated_random():
             for loaded in self.loader:
                 batch = self._transferred(loaded)
                 call = call_from_batch(module, batch, self.inputs)
-                yield call, target_from_batch(batch, len(call[0]) + len(call[1]) if self.inputs is None else None)
+                yield call, self._target(batch, call)
+
+    def _target(self, batch: Any, call: Call) -> torch.Tensor | None:
+        return target_from_batch(batch, len(call[0]) + len(call[1]) if self.inputs is None else None)
 
     def _transferred(self, batch: Any) -> Any:
         """The batch on the CPU, after the user's ``on_before_batch_transfer`` and ``on_after_batch_transfer``."""
@@ -75,21 +85,22 @@ class HeldOut:
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
     def everything(self, module: nn.Module, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """All samples as named arrays ``(S, ...)``, and their class labels where each batch holds some.
+        """All samples as named arrays ``(S, ...)``, and what is to be predicted for them, where each batch holds it.
 
         Raises:
             ValueError: there is none.
         """
         parts: list[dict[str, np.ndarray]] = []
-        labels: list[np.ndarray] = []
-        for call, classes in self.calls(module):
+        targets: list[np.ndarray] = []
+        for call, target in self.calls(module):
             parts.append(feeds_of(call, names))
-            if classes is not None:
-                labels.append(classes.numpy())
+            if target is not None:
+                targets.append(target.numpy())
         if not parts:
             raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
         feeds = {name: np.concatenate([part[name] for part in parts]) for name in names}
-        return feeds, np.concatenate(labels) if len(labels) == len(parts) else None
+        whole = len(targets) == len(parts) and len({(array.dtype, array.shape[1:]) for array in targets}) == 1
+        return feeds, np.concatenate(targets) if whole else None
 
 
 def batch_of(call: Call) -> int:

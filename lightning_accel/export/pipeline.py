@@ -19,7 +19,7 @@ from lightning_accel.benchmarking.report import Row
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
 from lightning_accel.export.bundle import staged, write_manifest
-from lightning_accel.export.deciding import decide_default
+from lightning_accel.export.deciding import decide_default, scores_of
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, write_files
 from lightning_accel.export.onnx import OnnxExport, export_onnx
@@ -33,6 +33,7 @@ from lightning_accel.export.untrained import beside_untrained
 from lightning_accel.export.verification import Verification, VerificationError, verify
 from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import quantization_map
+from lightning_accel.quantization.ptq import quantized_after_training
 
 RIVAL = "network fp16, tensorrt"
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
@@ -146,11 +147,13 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "engines": {line["engine"]: line for line in engines},
             "model": MODEL,
             "precision": order.precision,
+            "trained": "int8" if order.precision == "int8" and not quantized_after_training(order.module) else "fp32",
+            "scores": scores_of(order, files, labelled=bool(counts)),
             "inputs": list(shipped.input_names),
             "outputs": list(shipped.output_names),
         }
         if order.budgets is not None:
-            content |= decide_default(order, files, folder, content, report, labelled=bool(counts))
+            content |= decide_default(order, files, folder, content, report)
         ships = content["default"]
         ran = {(rows[label].engine, file): label for label, file in paths.items()}
         report["ships"] = ran.get((ships["engine"], folder / ships["file"]))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_accel.benchmarking.report import Row
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.order import Order
-from lightning_accel.inputs import mode
+from lightning_accel.inputs import class_labels, mode
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
@@ -56,7 +56,8 @@ def predictions_of(network: nn.Module, data: HeldOut) -> Predictions | None:
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     right, digest = [], hashlib.sha256()
     with mode(network, False), torch.no_grad(), _unmoved(data.loader):
-        for call, labels in data.calls(network):
+        for call, target in data.calls(network):
+            labels = class_labels(target)
             args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, call)
             logits = next(
                 (x for x in pytree.tree_leaves(network(*args, **kwargs)) if isinstance(x, torch.Tensor)), None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_accel import structure
 from lightning_accel.call_names import Axes, described
 from lightning_accel.globs import as_patterns
 from lightning_accel.inputs import (
@@ -186,6 +187,12 @@ def calibrate_(
     for forward in forwards:
         forward.bank.activate()
         forward.bank.frozen = True
+
+
+def quantized_after_training(module: nn.Module) -> bool:
+    """Whether a LightningModule was quantized by :class:`PostTrainingQuantization` alone: no step was trained in integers."""
+    owners = [change.owner for change in structure.record_of(module) if change.kind == "quantize"]
+    return bool(owners) and all(f".{PostTrainingQuantization.__name__}." in owner for owner in owners)
 
 
 class PostTrainingQuantization(QuantizingCallback):

@@ -57,7 +57,7 @@ def test_plain_fp32_ships_where_nothing_is_clearly_faster(low, null_high):
         ({}, {"kernels": None}, "no held-out samples to hold its kernels against the file on"),
         ({}, {"kernels": {"passed": False, "failures": ["a", "b"]}}, "don't compute here what the file says: a; b"),
         ({}, {"points": []}, "not measured at batch 32"),
-        ({}, {"accuracy": None}, "its outputs are no logits"),
+        ({}, {"accuracy": None}, "neither accuracy nor agreement of its outputs could be found"),
     ],
 )
 def test_a_way_is_refused_with_the_reason(budgets, changes, reason):
@@ -208,3 +208,16 @@ def test_text_and_json_hold_all_of_it():
         again["x"]
     with pytest.raises(ValueError, match="The comparison must have schema 1, but got 2"):
         Comparison.from_dict({**found.to_dict(), "schema": 2})
+
+
+def test_values_are_told_by_their_r_squared():
+    found = comparison(way("openvino int8", 2.0, accuracy=0.893))
+    found.settings["scores"] = "values"
+    decision = decide(found, Budgets(max_drop=0.5))
+    assert decision["refused"]["openvino int8"] == "R² drops by 0.70 points, more than 0.5"
+    found.decision = decide(found, Budgets(max_drop=0.75))
+    assert "its R² drops by 0.70 points on 1,000 samples" in found.decision["why"]
+    text = render_comparison(found)
+    assert "R² of outputs" in text.splitlines()[0]
+    assert "accuracy" not in text
+    assert resolution(16, {"max_drop": 0.5}, "values") == ""

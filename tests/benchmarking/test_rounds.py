@@ -77,7 +77,7 @@ def test_each_way_is_measured_at_each_batch_size_and_number_of_callers(tmp_path)
         assert result.samples == 5
     assert [(n["batch"], n["callers"]) for n in measured.null] == [(1, 1), (1, 3), (8, 1), (8, 3)]
     assert (quick.point(8).speedup, quick.point(8).speedup_low) == (1.0, 1.0)
-    assert slow.point(8).speedup_high < 0.7  # hundreds of operators instead of one
+    assert slow.point(8).speedup < 0.7  # hundreds of operators instead of one
     assert slow.point(8).speedup_low <= slow.point(8).speedup <= slow.point(8).speedup_high
     outputs = measured.rows[0].outputs
     weight = np.array([[1, 0], [0, 2], [3, 0]], np.float32)

@@ -240,7 +240,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         (["--data", "{x}", "--labels", "{wrong}"], "Argument `labels` must be from 0 to 3"),
         (
             ["--data", "{x}", "--labels", "{x}"],
-            "Argument `labels` must hold an integer for each of the 8 samples, but got float32",
+            "Argument `labels` must hold an integer for each of the 8 samples, or the values (8, 4) that the first",
         ),
         (["--data", "{x}", "--labels", "{one}"], "Argument `labels` must hold an integer for each of the 8 samples"),
         (["--data", "{damaged}"], "Argument `--data` must be a .npz or .npy file of plain arrays, but got"),

@@ -2,13 +2,17 @@
 
 import json
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.regression import R2Score
 
 import lightning_accel as la
 from lightning_accel.benchmarking.comparison import Comparison
+from lightning_accel.commands import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from tests.models import Classifier, images, loader
 
@@ -70,6 +74,108 @@ def test_the_report_names_a_way_that_ships_though_the_run_asked_for_no_such_engi
     assert ships["speedup_low"] <= ships["speedup"] <= ships["speedup_high"]
     assert first["speedup"] == 1
     assert read_manifest(folder)["benchmark"]["rows"] == report["rows"]
+
+
+class Regressor(L.LightningModule):
+    """Two numbers for each image: more than one column, and no logits."""
+
+    def __init__(self, outputs=2):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, outputs)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return torch.nn.functional.mse_loss(self(x), y)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.training_step(batch, index))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+def values(count, seed, columns=2):
+    torch.manual_seed(seed)
+    x = torch.randn(count, 1, 8, 8)
+    y = torch.stack([x[:, 0, :4].sum((1, 2)), x[:, 0, 4:].sum((1, 2))], 1)[:, :columns]
+    return DataLoader(TensorDataset(x, y), 32)
+
+
+def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
+    torch.manual_seed(0)
+    qat = la.QuantizationAwareTraining("portable", start=4)
+    export = la.ModelExport(
+        tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK, keep_samples=64, engines=["onnxruntime"]
+    )
+    held_out = values(600, 1)
+    trainer(qat, export, max_epochs=8).fit(Regressor(), values(512, 2), held_out)
+    bundle = tmp_path / "bundle"
+    assert (read_manifest(bundle)["scores"], read_manifest(bundle)["trained"]) == ("values", "int8")
+    found = Comparison.from_dict(json.loads((bundle / "comparison.json").read_text()))
+    assert found.settings["scores"] == "values"
+    way = found["onnxruntime int8"]
+    assert way.samples == 600  # more than kernels are held against the file on
+    x, y = (array.numpy() for array in held_out.dataset.tensors)
+    with la.load_runner(bundle / "model.onnx") as runner:
+        expected = R2Score(multioutput="variance_weighted")(torch.from_numpy(runner(x)), torch.from_numpy(y))
+    assert way.accuracy == pytest.approx(float(expected), abs=1e-4)
+    assert way.accuracy > 0.8
+    assert 0.99 < found["onnxruntime fp32"].agreement < 1
+    assert way.agreement > 0.99999
+    assert "<th" in (page := (bundle / "report.html").read_text())
+    assert "R² of outputs" in page
+    # Without labels, from what the bundle says and keeps; from the command line, with labels.
+    again = la.benchmark_bundle(bundle, ways=["onnxruntime int8"], settings=QUICK, record=False)
+    assert (again.settings["scores"], again["onnxruntime int8"].accuracy) == ("values", None)
+    assert again["onnxruntime int8"].agreement > 0.99999
+    np.savez(tmp_path / "held.npz", **{read_manifest(bundle)["inputs"][0]: x})
+    np.save(tmp_path / "values.npy", y)
+    arguments = [
+        "benchmark",
+        str(bundle),
+        "--data",
+        str(tmp_path / "held.npz"),
+        "--way",
+        "onnxruntime int8",
+        "--seconds",
+        "0.05",
+    ]
+    assert main([*arguments, "--labels", str(tmp_path / "values.npy"), "--json", str(tmp_path / "found.json")]) == 0
+    told = Comparison.from_dict(json.loads((tmp_path / "found.json").read_text()))
+    assert told["onnxruntime int8"].accuracy == pytest.approx(way.accuracy, abs=1e-6)
+    capsys.readouterr()
+    np.save(tmp_path / "values.npy", y[:, :1])
+    assert main([*arguments, "--labels", str(tmp_path / "values.npy")]) == 1
+    assert (
+        "or the values (600, 2) that the first output should have, but got float32 of shape (600, 1)"
+        in capsys.readouterr().err
+    )
+    assert main([*arguments, "--scores", "classes"]) == 0
+    assert "R²" not in capsys.readouterr().out
+
+
+def test_zeros_and_ones_are_no_values_for_logits(trainer, tmp_path):
+    loader = DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), (torch.arange(64)[:, None] % 2).float()), 32)
+    export = la.ModelExport(tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK)
+    trainer(export).fit(Regressor(1), loader, loader)
+    way = Comparison.from_dict(export.report["comparison"])["onnxruntime fp32"]
+    assert way.accuracy is None
+    assert way.agreement == pytest.approx(1, abs=1e-6)
+
+
+def test_what_was_quantized_without_training_is_held_against_float32(trainer, tmp_path):
+    ptq, export = la.PostTrainingQuantization("onnxruntime"), la.ModelExport(tmp_path / "bundle", keep_samples=64)
+    trainer(ptq, export).fit(Classifier(), loader(64), DataLoader(images(96, 77), 32))
+    assert read_manifest(tmp_path / "bundle")["trained"] == "fp32"
+    found = la.benchmark_bundle(tmp_path / "bundle", ways=["onnxruntime int8"], settings=QUICK, record=False)
+    assert found.settings["agreement_with"] == "onnxruntime fp32"
+    assert found["onnxruntime fp32"].agreement == 1
+    assert found["onnxruntime int8"].agreement <= 1
 
 
 def test_budgets_from_yaml():
