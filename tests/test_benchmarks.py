@@ -53,6 +53,8 @@ def test_int8_in_engines_and_in_training():
         True
     ] * 2
     assert re.fullmatch(r"decisions slower than .*: \d of 2 \(target: 0, (reached|missed)\)", lines[-1])
+    verdict = r"default comparison of CNN w32: \d+ s \(\d+; target: at most 180 s, (reached|missed)\)"
+    assert re.fullmatch(verdict, quick("comparison_time").stdout.splitlines()[-1])
     lines = quick("qat_fashion").stdout.splitlines()
     assert lines[-1].startswith("QAT - float, target at least -0.1 points")
     rows = [json.loads(line) for line in lines if line.startswith('{"row"')]

@@ -87,7 +87,7 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
         caption = f"Speed-ups are over {comparison['baseline']}."
         parts += [
             table(caption, titles, lines, marked=marked),
-            _plots(_points_of_ways(ran, decision), "ways", scores[0]),
+            _plots(_points_of_ways(ran, comparison), "ways", scores[0]),
         ]
     if left := [way for way in found if way["status"] != "ran"]:
         rows = [[way["name"], way["status"], way.get("reason")] for way in left]
@@ -264,13 +264,19 @@ def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[Point]]:
     return found
 
 
-def _points_of_ways(ran: Sequence[Mapping[str, Any]], decision: Mapping[str, Any]) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {"latency, ms (p50)": [], "size, bytes": []}
+def _points_of_ways(ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """At the batch size that the decision counts at, or else the largest; with the fewest callers."""
+    decision = comparison.get("decision") or {}
+    measured = [(point["batch"], -point["callers"]) for way in ran for point in way.get("points") or ()]
+    batch, callers = max(measured, default=(1, -1))
+    batch = (decision.get("budgets") or {}).get("batch") or batch
+    found: dict[str, list[Point]] = {f"latency, ms (p50, batch {batch})": [], "size, bytes": []}
     for number, way in enumerate(ran, 1):
         accuracy = way.get("accuracy")
-        if accuracy is None or not way.get("points"):
+        points = [p for p in way.get("points") or () if (p["batch"], p["callers"]) == (batch, -callers)]
+        if accuracy is None or not points:
             continue
-        costs = (way["points"][0].get("p50_ms"), way.get("file_bytes"))
+        costs = (points[0].get("p50_ms"), way.get("file_bytes"))
         for title, cost in zip(found, costs, strict=True):
             if cost:
                 ships = way["name"] == decision.get("ship")

@@ -142,3 +142,16 @@ def test_markdown_has_the_same_beginning_and_the_ways():
     assert "lstm: float: no integer kernel" in text
     assert "```\nlightning-accel fit -c run.yaml\n```" in text
     assert len(comparison()["ways"]) == 4
+
+
+def test_ways_are_drawn_at_the_batch_size_that_is_decided_at_and_values_by_their_r_squared():
+    report = whole_report()
+    comparison = report["comparison"]
+    comparison["settings"]["scores"] = "values"
+    for way in comparison["ways"][:2]:
+        way["points"] = [{**way["points"][0], "batch": 8, "p50_ms": 7.125}, *way["points"]]
+    page = render_html(report)
+    assert "R² against latency of the ways" in page
+    assert "latency, ms (p50, batch 8)" in page
+    comparison["decision"]["budgets"]["batch"] = 1
+    assert "latency, ms (p50, batch 1)" in render_html(report)
