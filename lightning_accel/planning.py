@@ -180,11 +180,14 @@ def _add_bytes(
     for size in sizes.values():
         if "parameters" in size:
             size[_BYTES] = 4 * size["parameters"]
-    left = min(size["parameters"] for size in sizes.values() if "parameters" in size)  # channels leave first
+    entries = {name: p.numel() for name, p in pl_module.named_parameters()}
+    for callback in callbacks:  # channels leave first
+        after = callback.predicted_entries(pl_module)
+        entries = {name: min(count, after.get(name, count)) for name, count in entries.items()}
     for callback in callbacks:
         if isinstance(callback, QuantizingCallback):
-            share = callback.int8_share(pl_module)  # as it is today; channels may shift it a little
-            sizes[f"after {type(callback).__name__}"][_BYTES] = round(left * (4 - 3 * share))
+            integers = sum(entries[name] for name in callback.int8_weights(pl_module))
+            sizes[f"after {type(callback).__name__}"][_BYTES] = 4 * sum(entries.values()) - 3 * integers
 
 
 def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:
