@@ -117,7 +117,7 @@ def plan(
     stop = _BeforeTheFirstStep()
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     sanity, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
-    trainer.callbacks, trainer.loggers = [*callbacks, stop], []  # type: ignore[attr-defined]
+    trainer.callbacks, trainer.loggers = [_NoEnd(), *callbacks, stop], []  # type: ignore[attr-defined]
     try:
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
     finally:
@@ -126,6 +126,14 @@ def plan(
     if stop.plan is None:
         raise RuntimeError("The run must have a first training step to be planned, but `fit` ended without one.")
     return stop.plan
+
+
+class _NoEnd(Callback):
+    """Ends a run that has no step left, before other callbacks take it for one that trained and ship it."""
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise _TunerExitException
 
 
 class _BeforeTheFirstStep(Callback):

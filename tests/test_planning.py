@@ -118,6 +118,19 @@ def test_channels_that_leave_and_what_is_left(trainer):
     assert made.sizes["after ChannelPruning"]["parameters"] < made.sizes["today"]["parameters"]
 
 
+def test_a_run_that_is_over_is_not_shipped_by_its_plan(trainer, tmp_path):
+    def both():
+        return la.WeightPruning(0.5, end=1), la.ModelExport(tmp_path / "bundle")
+
+    t = trainer(*both(), max_epochs=2)
+    t.fit(Classifier(), loader(), loader())
+    t.save_checkpoint(tmp_path / "over.ckpt")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(RuntimeError, match="must have a first training step to be planned"):
+        la.plan(trainer(*both(), max_epochs=2), Classifier(), None, loader(), loader(), ckpt_path=str(tmp_path / "over.ckpt"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_bytes_of_a_pruned_and_quantized_network_are_those_of_the_run(trainer):
     """Biases and batch norms stay float, and their share grows as channels leave."""
 
