@@ -127,7 +127,14 @@ def test_a_run_that_is_over_is_not_shipped_by_its_plan(trainer, tmp_path):
     t.save_checkpoint(tmp_path / "over.ckpt")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(RuntimeError, match="must have a first training step to be planned"):
-        la.plan(trainer(*both(), max_epochs=2), Classifier(), None, loader(), loader(), ckpt_path=str(tmp_path / "over.ckpt"))
+        la.plan(
+            trainer(*both(), max_epochs=2),
+            Classifier(),
+            None,
+            loader(),
+            loader(),
+            ckpt_path=str(tmp_path / "over.ckpt"),
+        )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
