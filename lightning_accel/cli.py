@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NoReturn
 
 import lightning as L
@@ -18,6 +19,7 @@ from typing_extensions import override
 from lightning_accel import __version__, structure
 from lightning_accel.commands import COMMANDS, run
 from lightning_accel.distillation.hparams import nested_instantiator
+from lightning_accel.export.bundle import check_destination
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.export.reports import summary
 from lightning_accel.export.verification import VerificationError
@@ -29,6 +31,8 @@ from lightning_accel.quantization.ptq import PostTrainingQuantization
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
 _SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt", "name"})
 _TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
+
+_FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # what PyTorch says of other weights
 
 _HELP = f"""lightning-accel {__version__}: prune, distill and quantize inside Trainer.fit; ship what was proven to be what was trained.
 
@@ -149,6 +153,7 @@ class AccelTrainer(L.Trainer):
             export.dynamic or None,
             activations,
         )
+        check_destination(dirpath)
         # What the config's other callbacks do is done: it is in the checkpoint.
         self.callbacks: list[L.Callback] = [callback, export]
         self._attach(model, datamodule)
@@ -294,6 +299,9 @@ def _one_line(error: BaseException) -> str:
         told = isinstance(cause, VerificationError | CaptureError | MisconfigurationException)
         if told or (_raised_here(cause) and _TOLD.match(str(cause))):
             return " ".join(str(cause).split())
+        if isinstance(cause, RuntimeError) and (of := _FOREIGN.match(str(cause))):
+            rest = shorten(str(cause)[of.end() :], 400, placeholder=" ...")
+            return f"The checkpoint must be of the model in the config, {of[1]}, built with the same arguments, but: {rest}"
         cause = cause.__cause__
     return _of_parser(str(error)) if isinstance(error, ArgumentError) else ""
 

@@ -78,6 +78,10 @@ class CompressionCallback(L.Callback):
         """Parameters and MACs of the network once the phase is over, if it changes them."""
         return {}
 
+    def predicted_entries(self, pl_module: L.LightningModule) -> dict[str, int]:
+        """Entries of each parameter, by name, once the phase is over, if it changes them."""
+        return {}
+
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
         """What was done, counted on the tensors, for the report: tables by title, values by layer."""
         return {}

@@ -117,7 +117,7 @@ def plan(
     stop = _BeforeTheFirstStep()
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     sanity, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
-    trainer.callbacks, trainer.loggers = [*callbacks, stop], []  # type: ignore[attr-defined]
+    trainer.callbacks, trainer.loggers = [_NoEnd(), *callbacks, stop], []  # type: ignore[attr-defined]
     try:
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
     finally:
@@ -126,6 +126,14 @@ def plan(
     if stop.plan is None:
         raise RuntimeError("The run must have a first training step to be planned, but `fit` ended without one.")
     return stop.plan
+
+
+class _NoEnd(Callback):
+    """Ends a run that has no step left, before other callbacks take it for one that trained and ship it."""
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise _TunerExitException
 
 
 class _BeforeTheFirstStep(Callback):
@@ -180,11 +188,14 @@ def _add_bytes(
     for size in sizes.values():
         if "parameters" in size:
             size[_BYTES] = 4 * size["parameters"]
-    left = min(size["parameters"] for size in sizes.values() if "parameters" in size)  # channels leave first
+    entries = {name: p.numel() for name, p in pl_module.named_parameters()}
+    for callback in callbacks:  # channels leave first
+        after = callback.predicted_entries(pl_module)
+        entries = {name: min(count, after.get(name, count)) for name, count in entries.items()}
     for callback in callbacks:
         if isinstance(callback, QuantizingCallback):
-            share = callback.int8_share(pl_module)  # as it is today; channels may shift it a little
-            sizes[f"after {type(callback).__name__}"][_BYTES] = round(left * (4 - 3 * share))
+            integers = sum(entries[name] for name in callback.int8_weights(pl_module))
+            sizes[f"after {type(callback).__name__}"][_BYTES] = 4 * sum(entries.values()) - 3 * integers
 
 
 def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:

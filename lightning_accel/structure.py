@@ -6,7 +6,7 @@ restored. A capability registers how its kind of change is replayed and undone; 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from inspect import Parameter, signature
@@ -226,16 +226,21 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
         ValueError: the file is damaged.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    accepted = signature(cls.__init__).parameters.values()
-    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted)
-    names = {p.name for p in accepted}
-    hyper_parameters = {
-        key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if takes_any or key in names
-    }
-    module = cls(**{**hyper_parameters, **init})
+    module = cls(**constructor_arguments(cls, checkpoint, init))
     module.configure_model()
     load_into(module, checkpoint)
     return module.eval()
+
+
+def constructor_arguments(
+    cls: type[LightningModule], checkpoint: Mapping[str, Any], init: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a module's constructor: the checkpoint's hyper-parameters, as far as it takes them, and what goes over them."""
+    accepted = signature(cls.__init__).parameters.values()
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted)
+    names = {p.name for p in accepted}
+    kept = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if takes_any or k in names}
+    return {**kept, **init}
 
 
 def load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -105,6 +105,28 @@ def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
     assert "must hold one ModelExport at most, but got 2" in told(capfd)
 
 
+def test_a_file_or_a_folder_of_the_user_s_is_not_replaced(checkpoint, tmp_path, capfd):
+    path, _ = checkpoint
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    base = ["quantize", *config(tmp_path), "--ckpt", str(path), "--dirpath"]
+    assert cli.main([*base, "thesis.tex"]) == 1
+    assert "Argument `dirpath` must be a folder, but got the file 'thesis.tex'" in told(capfd)
+    assert cli.main([*base, "notes"]) == 1
+    assert "must be a new folder or an earlier bundle, but got 'notes'" in told(capfd)
+    assert {p.read_text() for p in (tmp_path / "thesis.tex", tmp_path / "notes" / "a.txt")} == {"mine"}
+
+
+def test_a_checkpoint_of_another_network_is_told_in_one_line(checkpoint, tmp_path, capfd):
+    path, _ = checkpoint
+    base = ["quantize", *config(tmp_path), "--dirpath", "bundle", "--ckpt", str(path)]
+    assert cli.main([*base, "--model.width", "16"]) == 1
+    line = told(capfd)
+    assert "must be of the model in the config, Classifier, built with the same arguments, but: " in line
+    assert "size mismatch for net.conv1.weight" in line
+
+
 def test_a_quantized_checkpoint_is_refused(tmp_path, capfd):
     module = Classifier()
     trainer = L.Trainer(

@@ -118,6 +118,43 @@ def test_channels_that_leave_and_what_is_left(trainer):
     assert made.sizes["after ChannelPruning"]["parameters"] < made.sizes["today"]["parameters"]
 
 
+def test_a_run_that_is_over_is_not_shipped_by_its_plan(trainer, tmp_path):
+    def both():
+        return la.WeightPruning(0.5, end=1), la.ModelExport(tmp_path / "bundle")
+
+    t = trainer(*both(), max_epochs=2)
+    t.fit(Classifier(), loader(), loader())
+    t.save_checkpoint(tmp_path / "over.ckpt")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(RuntimeError, match="must have a first training step to be planned"):
+        la.plan(
+            trainer(*both(), max_epochs=2),
+            Classifier(),
+            None,
+            loader(),
+            loader(),
+            ckpt_path=str(tmp_path / "over.ckpt"),
+        )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_bytes_of_a_pruned_and_quantized_network_are_those_of_the_run(trainer):
+    """Biases and batch norms stay float, and their share grows as channels leave."""
+
+    def both():
+        pruning = la.ChannelPruning(macs_reduction=2.0, start=0, end=1, round_to=4)
+        return pruning, la.QuantizationAwareTraining("portable", start=2, calibration_batches=2)
+
+    made = la.plan(trainer(*both(), max_epochs=3), Classifier(16), train_dataloaders=loader())
+    module = Classifier(16)
+    trainer(*both(), max_epochs=3).fit(module, loader())
+    count = sum(p.numel() for p in module.parameters())
+    integers = sum(m.weight.numel() for m in (module.net.conv1, module.net.conv2, module.net.head))
+    assert count < sum(p.numel() for p in Classifier(16).parameters())
+    assert made.sizes["after ChannelPruning"]["parameters"] == count
+    assert made.sizes["after QuantizationAwareTraining"] == {"bytes of weights": 4 * count - 3 * integers}
+
+
 @pytest.mark.filterwarnings(r"ignore:\s+By default only one JsonargparseDeprecationWarning")
 @pytest.mark.filterwarnings(r"ignore:\s+``ArgumentParser.add_instantiator`` was deprecated")
 @pytest.mark.filterwarnings(r"ignore:\s+``instantiate_classes`` was deprecated")

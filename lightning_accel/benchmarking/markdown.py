@@ -7,7 +7,9 @@ MISSING = "—"  # a value that was not measured
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Align cells; the first ``left`` columns to the left, numbers to the right."""
-    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (titles, *rows)]
+    clean = [
+        [cell.replace("|", "\\|").replace("<", "\\<").replace("\n", " ") for cell in row] for row in (titles, *rows)
+    ]
     widths = [max(3, *map(len, column)) for column in zip(*clean, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -215,10 +215,15 @@ def _nested(values: Mapping[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}- {key}", _nested(value, indent + "  ")]
+            lines += [f"{indent}- {_in_line(key)}", _nested(value, indent + "  ")]
         else:
-            lines.append(f"{indent}- {key}: {MISSING if value is None else plain(value)}")
+            lines.append(f"{indent}- {_in_line(key)}: {MISSING if value is None else _in_line(plain(value))}")
     return "\n".join(lines)
+
+
+def _in_line(text: str) -> str:
+    """Names and values of the user's in a list: they start no paragraph and no tag, which a page would swallow."""
+    return " ".join(str(text).split("\n")).replace("<", "\\<")
 
 
 def plain(value: Any) -> str:

@@ -44,8 +44,16 @@ def run(arguments: argparse.Namespace) -> int:
         module = build_module(arguments.module, arguments.ckpt, dict(map(_value, arguments.init)))
         arrays = None if arguments.data is None else load_arrays(arguments.data, required_inputs(module))
         call = build_call(module, arguments.shape, arrays)
-        left = arguments.seconds - (time.monotonic() - started)
-        findings = check_module(module, call, target=arguments.target, engines=arguments.engine, seconds=max(left, 1.0))
+        findings = check_module(
+            module,
+            call,
+            target=arguments.target,
+            engines=arguments.engine,
+            seconds=arguments.seconds,
+            spent=min(
+                time.monotonic() - started, arguments.seconds - 1.0
+            ),  # one second is left however slow the imports were
+        )
     print(f"{arguments.module}{f' with {arguments.ckpt}' if arguments.ckpt else ''}")
     for finding in findings:
         print(finding)

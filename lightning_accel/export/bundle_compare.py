@@ -1,6 +1,6 @@
 """Two bundles side by side: what each is, and what its default computes and takes, measured here in turns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lightning_accel.export.reverify import SAMPLES, proven_file
 from lightning_accel.export.verification import Feeds
 
 SCHEMA = 1
+_Input = tuple[str, str, tuple[int | None, ...]]  # name, dtype, shape; an open dimension is None
 
 
 @dataclass
@@ -136,8 +137,14 @@ def compare_bundles(
         raise ValueError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
     told = {manifest.get("scores") for manifest in manifests.values()} - {None} if labels is None else set()
     scores = told.pop() if len(told) == 1 else None
+    taken: dict[str, list[_Input]] = {}
     for name, folder in folders.items():
         with load_runner(folder / proven_file(manifests[name], "fp32"), "onnxruntime", emulate=True) as runner:
+            taken[name] = [(spec.name, str(spec.dtype), spec.shape) for spec in runner.inputs]
+            if not _alike(taken["A"], taken[name]):
+                raise ValueError(
+                    f"Argument `b` must be a bundle with the inputs of `a`, {_words(taken['A'])}, but got {_words(taken[name])}."
+                )
             feeds = feeds if feeds is not None else synthetic_samples(runner)
             scores = check_samples(runner, feeds, labels, scores)
             keep = kept_samples(runner, feeds, scores)
@@ -166,6 +173,25 @@ def compare_bundles(
     )
     facts = {name: _facts(folder, manifests[name], ways[name]) for name, folder in folders.items()}
     return BundleComparison(facts, comparison)
+
+
+def _alike(one: Sequence[_Input], two: Sequence[_Input]) -> bool:
+    """Whether the same samples can fit both: equal types, ranks and fixed dimensions."""
+    by_name = {name: (dtype, shape) for name, dtype, shape in two}
+    return all(
+        name in by_name
+        and by_name[name][0] == dtype
+        and len(by_name[name][1]) == len(shape)
+        and all(None in pair or pair[0] == pair[1] for pair in zip(shape, by_name[name][1], strict=True))
+        for name, dtype, shape in one
+    )
+
+
+def _words(inputs: Sequence[_Input]) -> str:
+    shown = (
+        f"{name} {dtype} ({', '.join('any' if n is None else str(n) for n in shape)})" for name, dtype, shape in inputs
+    )
+    return "; ".join(shown)
 
 
 def _kept(folders: Mapping[str, Path], inputs: list[str]) -> tuple[dict[str, np.ndarray] | None, str]:

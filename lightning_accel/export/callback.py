@@ -236,8 +236,10 @@ class ModelExport(L.Callback):
 
         Raises:
             RuntimeError: the network hasn't reached its targets.
+            ValueError: the bundle's folder is a file, or holds something else by now.
             VerificationError: what was written isn't what was trained.
         """
+        check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
         if ckpt == "best":
             ckpt = self._best(trainer)
         self._exported = self.checkpoint_path if ckpt == "last" else ckpt

@@ -1,10 +1,11 @@
 """Check: can a module be captured, exported, quantized and built, and what stands in the way? Tried, in half a minute."""
 
+import math
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,11 +30,12 @@ from lightning_accel.export.proof import prove_file
 from lightning_accel.export.tolerances import FLOAT
 from lightning_accel.inputs import Call, canonical_call, has_forward, isolated_random, mode, own_signature
 from lightning_accel.quantization.capture import capture, user_line
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import quantize
-from lightning_accel.quantization.targets import cannot_reproduce, target_of
+from lightning_accel.quantization.targets import Target, cannot_reproduce, target_of
 
 _SAMPLES = 8
+_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 
 
 class _OutOfTimeError(BaseException):
@@ -78,40 +80,53 @@ def check_module(
     target: str = "portable",
     engines: Sequence[str] | None = None,
     seconds: float = 30.0,
+    spent: float = 0.0,
 ) -> list[Finding]:
     """Try everything that comes after training, on the module as it is.
 
     Args:
         module: any module; mode and weights stay as they are.
         call: positional and keyword arguments of ``forward``: an example.
-        target: arithmetic to quantize for.
+        target: arithmetic to quantize for; a network that was trained with fake-quant has one already.
         engines: to build; ``None``: those that are installed.
         seconds: after which what is left isn't tried; what runs then is interrupted.
+        spent: how many of them are gone already.
 
     Returns:
         A finding for each step. A step that needs another's result is ``"not tried"`` if that one failed.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: an unknown target or engine, or no time.
     """
-    wanted = target_of(target)
+    trained = list(quantized_forwards(module).values())
+    wanted = trained[0].target if trained else target_of(target)
+    installed = [engine for engine in _ENGINES if _has(engine)]
+    chosen = installed if engines is None else list(engines)
+    if unknown := [engine for engine in chosen if engine not in _ENGINES]:
+        raise ValueError(f"Argument `engines` must be among {list(_ENGINES)}, but got {unknown}.")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
     call = canonical_call(own_signature(module), *call)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds - spent
     findings: list[Finding] = []
     made: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, isolated_random():
+        quantizing: tuple[str, Callable[[], tuple[str, list[str]]]] = (
+            ("export", partial(_quantized, trained, made))
+            if trained
+            else ("capture", partial(_quantize, module, call, wanted.name, Path(folder), made))
+        )
         steps: list[tuple[str, str, Callable[[], tuple[str, list[str]]]]] = [
             ("train", "", partial(_train, module)),
             ("forward", "", partial(_forward, module, call)),
             ("capture", "forward", partial(_capture, module, call)),
             ("export", "capture", partial(_export, module, call, Path(folder), made)),
-            ("quantize", "capture", partial(_quantize, module, call, wanted.name, Path(folder), made)),
+            ("quantize", *quantizing),
         ]
-        installed = [engine for engine in ("onnxruntime", "openvino", "tensorrt") if _has(engine)]
-        for engine in engines if engines is not None else installed:
-            needs = "export" if cannot_reproduce(wanted, engine, concatenates=False) else "quantize"
-            steps.append((f"build {engine}", needs, partial(_build, engine, needs, made, Path(folder))))
+        steps += [(f"build {engine}", "", partial(_build, engine, wanted, made, Path(folder))) for engine in chosen]
         for name, needs, step in steps:
+            if name.startswith("build "):
+                needs = _needs(name.removeprefix("build "), wanted, made)
             failed = next((f for f in findings if f.step == needs and f.status != "ok"), None)
             if failed is not None:
                 findings.append(Finding(name, "not tried", f"it needs what `{needs}` makes"))
@@ -192,14 +207,36 @@ def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: di
     small = quantize(module, [call], target=target, ranges="min_max", inputs=partial(_arguments, module))
     export = export_onnx(small, call, folder / "int8.onnx")
     counts = check_integers(export.path, export.trained)
+    forwards = list(quantized_forwards(small).values())
     made["quantize"] = export, call
-    kept = {name: why for forward in quantized_forwards(small).values() for name, why in forward.kept_float.items()}
-    done = sum(len(forward.quantized) for forward in quantized_forwards(small).values())
+    made["concatenates"] = any(forward.concatenates for forward in forwards)
+    return _told(f"{target}: ", forwards, counts["integers"])
+
+
+def _quantized(forwards: Sequence[QuantizedForward], made: dict[str, Any]) -> tuple[str, list[str]]:
+    """What was quantized in training is exported already; what it holds is looked at."""
+    export, _ = made["quantize"] = made["export"]
+    made["concatenates"] = any(forward.concatenates for forward in forwards)
+    integers = check_integers(export.path, export.trained)["integers"]
+    return _told(f"quantized already, for {forwards[0].target.name}: ", forwards, integers)
+
+
+def _told(what: str, forwards: Sequence[QuantizedForward], integers: int) -> tuple[str, list[str]]:
+    kept = {name: why for forward in forwards for name, why in forward.kept_float.items()}
+    done = sum(len(forward.quantized) for forward in forwards)
     lines = [f"{name} stays float: {why}" for name, why in kept.items()]
-    return f"{target}: {done} operators in int8, {counts['integers']:,} integers in the file", lines
+    return f"{what}{done} operators in int8, {integers:,} integers in the file", lines
 
 
-def _build(engine: str, needs: str, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
+def _needs(engine: str, target: Target, made: Mapping[str, Any]) -> str:
+    """Which file an engine can run: the int8 one, unless its kernels compute another arithmetic."""
+    return "export" if cannot_reproduce(target, engine, concatenates=made.get("concatenates", False)) else "quantize"
+
+
+def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
+    needs = _needs(engine, target, made)
+    if needs == "export" and made.get("quantize") is made["export"]:  # there is no other file than the int8 one
+        raise ValueError(cannot_reproduce(target, engine, concatenates=made["concatenates"]))
     export, call = made[needs]
     what = "int8" if needs == "quantize" else "fp32; int8 of this target isn't for this engine"
     if engine == "tensorrt":

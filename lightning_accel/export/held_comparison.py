@@ -117,7 +117,9 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
         classes = row.outputs.get("classes")
         if classes is None:
             continue
-        if right is not None:
+        if (
+            right is not None and classes.shape == right.shape
+        ):  # one class a sample and one a pixel can't be held together
             row.result.agreement = float((classes == right).mean())
         if labels is not None:
             row.result.accuracy = float((classes == labels).mean())

@@ -1,10 +1,12 @@
 """A module and an example of its inputs, from what a command line says."""
 
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from torch import nn
 
 from lightning_accel.inputs import Call, canonical_call, own_signature
-from lightning_accel.structure import load_from_checkpoint
+from lightning_accel.structure import constructor_arguments, load_into, read_checkpoint
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, Any]) -> nn.Module:
@@ -24,7 +28,8 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
         init: constructor arguments; they go over the hyper-parameters.
 
     Raises:
-        ValueError: there is no such class, it is no module, or lacks an argument.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: there is no such class, it is no module, lacks an argument, can't be built, or the checkpoint is another's.
     """
     where, _, name = class_path.rpartition(".")
     try:
@@ -32,6 +37,10 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"Argument `module` must be the path of a class like package.module.Class, but got {class_path!r}: {error}."
+        ) from error
+    except Exception as error:  # whatever the user's file does when it is read
+        raise ValueError(
+            f"Argument `module` must be in a file that can be imported, but got {class_path!r}: {_told(error)}."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(
@@ -42,16 +51,52 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
             raise ValueError(
                 f"Argument `--ckpt` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
             )
-        return load_from_checkpoint(cls, ckpt, **init)
+        return _from_checkpoint(cls, class_path, ckpt, init)
+    _check_arguments(cls, class_path, init)
+    return _built(partial(cls, **init), class_path, init).eval()
+
+
+def _from_checkpoint(
+    cls: type[L.LightningModule], class_path: str, ckpt: str | Path, init: Mapping[str, Any]
+) -> nn.Module:
+    checkpoint = read_checkpoint(ckpt)
+    arguments = constructor_arguments(cls, checkpoint, init)
+    _check_arguments(cls, class_path, arguments)
+    module = _built(partial(cls, **arguments), class_path, arguments)
+    module.configure_model()
     try:
-        signature(cls).bind(**init)
+        load_into(module, checkpoint)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"Argument `--ckpt` must be a checkpoint of {class_path} built with {arguments}, but got {str(ckpt)!r}: "
+            f"{' '.join(str(error).split())[:400]}"
+        ) from error
+    return module.eval()
+
+
+def _check_arguments(cls: type[nn.Module], class_path: str, arguments: Mapping[str, Any]) -> None:
+    try:
+        signature(cls).bind(**arguments)
     except TypeError as error:
         raise ValueError(
-            f"Argument `--init` must give what {class_path}{signature(cls)} needs, but got {dict(init)}: {error}. Pass --init name=value, "
-            "or --ckpt, whose hyper-parameters are used."
+            f"Argument `--init` must give what {class_path}{signature(cls)} needs, but got {dict(arguments)}: {error}. Pass --init "
+            "name=value, or --ckpt, whose hyper-parameters are used if it has any."
         ) from error
-    module: nn.Module = cls(**init)
-    return module.eval()
+
+
+def _built(build: Callable[[], _Module], class_path: str, arguments: Mapping[str, Any]) -> _Module:
+    try:
+        return build()
+    except Exception as error:  # whatever the user's constructor raises
+        raise ValueError(
+            f"Argument `--init` must be what {class_path} can be built with, but got {dict(arguments)}: {_told(error)}."
+        ) from error
+
+
+def _told(error: BaseException) -> str:
+    """An error of the user's own code, with the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (at {frames[-1].filename}:{frames[-1].lineno})"
 
 
 def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np.ndarray] | None) -> Call:

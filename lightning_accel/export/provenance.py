@@ -1,5 +1,6 @@
 """Provenance: the command and the configuration a run was started with."""
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -37,4 +38,10 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
 
 
 def _plain(parameters: Any) -> dict[str, Any]:
-    return {str(k): v if isinstance(v, _PLAIN) else f"{type(v).__name__}" for k, v in dict(parameters).items()}
+    return {str(k): _plain_value(v) for k, v in dict(parameters).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no number for it
+    return value if isinstance(value, _PLAIN) else type(value).__name__

@@ -197,6 +197,12 @@ class ChannelPlan:
             macs = count_macs(copy.get_submodule(self._path), call)
             return chosen, {"parameters": parameter_count(copy), "MACs a sample": macs}
 
+    def entries_after(self, module: nn.Module, chosen: Mapping[int, Sequence[int]]) -> dict[str, int]:
+        """Entries of each parameter, by name, once channels have left; nothing is changed."""
+        copy, _ = skeleton(module, self._path, self._call)
+        with removed(copy, removal_of(copy, self.groups, chosen)):
+            return {name: p.numel() for name, p in copy.named_parameters()}
+
     def change(self, module: nn.Module, chosen: Mapping[int, Sequence[int]], owner: str) -> Change:
         """The record of a removal."""
         return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})

@@ -165,6 +165,12 @@ class ChannelPruning(CompressionCallback):
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
         return self._foresee(self._plan, pl_module)[1] if self._plan is not None else {}
 
+    @override
+    def predicted_entries(self, pl_module: L.LightningModule) -> dict[str, int]:
+        if self._plan is None:
+            return {}
+        return self._plan.entries_after(pl_module, self._foresee(self._plan, pl_module)[0])
+
     def _foresee(self, plan: ChannelPlan, pl_module: L.LightningModule) -> tuple[dict[int, list[int]], dict[str, int]]:
         if self._foreseen is None:
             self._foreseen = plan.foresee(pl_module)

@@ -176,14 +176,14 @@ class QuantizingCallback(CompressionCallback):
             lines |= {f"{before}{name}": f"stays float: {reason}" for name, reason in forward.kept_float.items()}
         return lines
 
-    def int8_share(self, pl_module: L.LightningModule) -> float:
-        """Share of the module's parameters that are stored as integers in the end."""
-        stored: dict[int, int] = {}
+    def int8_weights(self, pl_module: L.LightningModule) -> list[str]:
+        """Names of the module's parameters that are stored as integers in the end."""
+        stored: set[int] = set()
         for path, forward in {**self._prepared, **self._placed}.items():
             part = dict((pl_module.get_submodule(path) if path else pl_module).named_modules())
             weights = (getattr(part.get(name), "weight", None) for name in forward.quantized)
-            stored |= {id(weight): weight.numel() for weight in weights if isinstance(weight, torch.Tensor)}
-        return sum(stored.values()) / max(sum(p.numel() for p in pl_module.parameters()), 1)
+            stored |= {id(weight) for weight in weights if isinstance(weight, torch.Tensor)}
+        return [name for name, parameter in pl_module.named_parameters() if id(parameter) in stored]
 
     def place(self, pl_module: L.LightningModule) -> None:
         """Let the captured graphs take over from now on, and write it into the record."""

@@ -130,3 +130,14 @@ def test_sections_without_content_do_not_appear():
         "# Report\n\n## Engines\n\n| engine      |\n| ----------- |\n| onnxruntime |\n"
     )
     assert render_markdown({"title": "T"}) == "# T\n"
+
+
+def test_names_with_markup_stay_names():
+    """A metric or a layer is named by the user; a page would take `<i>` for a tag and a new line for a heading."""
+    row = Row("network | <i>", metrics={"a<b>": 0.5})
+    report = {"rows": [row], "run": {"command": "x", "settings": {"Net": {"note": "one\n# two <script>"}}}}
+    text = render_markdown({**report, "quantization": {"a|b<script>": "int8"}})
+    assert "| network \\| \\<i>" in text
+    assert "a\\<b>" in text
+    assert "  - note: one # two \\<script>" in text.splitlines()
+    assert "- a|b\\<script>: int8" in text.splitlines()

@@ -3,12 +3,13 @@ import shutil
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 import lightning_accel as la
 from lightning_accel.commands import main
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.export.bundle import write_manifest
-from tests.engines.onnx_models import linear
+from tests.engines.onnx_models import linear, save
 from tests.models import images
 
 QUICK = ["--batch", "1", "--batch", "4", "--callers", "1", "--seconds", "0.05", "--threads", "1"]
@@ -103,3 +104,28 @@ def test_what_does_not_fit_is_refused(pair, tmp_path, capsys):
         change(bundle)
     assert main(["compare", str(a), str(b), "--labels", str(tmp_path / "labels.npy")]) == 1
     assert "Argument `labels` must come with the samples" in capsys.readouterr().err
+
+
+def replaced(bundle, nodes, shape):
+    """A bundle whose files are another network, with the input `x`."""
+    for file in ("model.onnx", "reference.onnx"):
+        save(bundle / file, nodes, [("x", TensorProto.FLOAT, ["n", *shape])], [("y", TensorProto.FLOAT, ["n", *shape])])
+    change(bundle)
+
+
+def test_inputs_of_another_shape_are_refused_in_words_about_the_bundles(pair, capsys):
+    a, b = pair
+    (a / "samples.npz").unlink()
+    change(a)
+    replaced(b, [helper.make_node("Relu", ["x"], ["y"])], [6])
+    assert main(["compare", str(a), str(b), *QUICK]) == 1
+    told = "Argument `b` must be a bundle with the inputs of `a`, x float32 (any, 3, 8, 8), but got x float32 (any, 6)."
+    assert told in capsys.readouterr().err
+
+
+def test_a_class_for_each_sample_and_one_for_each_pixel_have_no_agreement(pair, tmp_path):
+    a, b = pair
+    replaced(b, [helper.make_node("Relu", ["x"], ["y"])], [3, 8, 8])
+    assert main(["compare", str(a), str(b), *QUICK, "--json", str(tmp_path / "c.json")]) == 0
+    one, two = json.loads((tmp_path / "c.json").read_text())["comparison"]["ways"]
+    assert (one["agreement"], two["agreement"]) == (1.0, None)

@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
+import lightning_accel as la
 from lightning_accel.engines.manifest import resolve_bundle, sha256_of
 from lightning_accel.export import bundle
 from lightning_accel.export.bundle import check_destination, staged, write_manifest
+from tests.models import Classifier, loader
 
 
 def write(target, content, fail=False):
@@ -100,3 +103,17 @@ def test_without_an_exchange_in_one_step_the_bundle_is_replaced_all_the_same(tmp
     write(tmp_path / "b", b"second")
     assert (tmp_path / "b" / "model.onnx").read_bytes() == b"second"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_what_the_run_wrote_into_the_folder_is_not_replaced(trainer, tmp_path):
+    """`setup` saw no folder there; in the run another callback put its checkpoints into it."""
+
+    class Writes(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "best.ckpt").write_text("mine")
+
+    with pytest.raises(ValueError, match="must be a new folder or an earlier bundle"):
+        trainer(Writes(), la.ModelExport(tmp_path / "out"), max_epochs=1).fit(Classifier(), loader(), loader())
+    assert (tmp_path / "out" / "best.ckpt").read_text() == "mine"
+    assert (tmp_path / "out.ckpt").is_file()

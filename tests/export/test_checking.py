@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_accel as la
 from lightning_accel.commands import main
 from lightning_accel.export.checking import check_module
 from lightning_accel.export.module_source import build_call, build_module
@@ -53,6 +54,31 @@ class TwoInputs(nn.Module):
 
     def forward(self, ids, *, scale):
         return self.head(self.words(ids).mean(1)) * scale
+
+
+class Dense(nn.Module):
+    """Tensors are concatenated, as in a DenseNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.last(torch.cat([x, torch.relu(self.second(x))], 1))
+
+
+class Unsaved(Classifier):
+    """It needs an argument."""
+
+    def __init__(self, width):
+        super().__init__(width)
+
+
+class Unbuildable(nn.Module):
+    def __init__(self):
+        raise KeyError("where")
 
 
 def of(findings):
@@ -159,6 +185,11 @@ def test_what_takes_too_long_is_interrupted_and_other_alarms_go_on():
         (("tests.models.loader", None, {}), "must be a LightningModule or nn.Module, but got 'tests.models.loader'"),
         (("torch.nn.Linear", None, {"in_features": 3}), "missing a required argument: 'out_features'"),
         (("torch.nn.ReLU", "x.ckpt", {}), "Argument `--ckpt` must be left out for torch.nn.ReLU"),
+        (
+            ("torch.nn.Linear", None, {"in_features": "a", "out_features": 2}),
+            "must be what torch.nn.Linear can be built with",
+        ),
+        (("tests.export.test_checking.Unbuildable", None, {}), r"got {}: KeyError: 'where' \(at .*test_checking.py:"),
     ],
 )
 def test_modules_that_cannot_be_built(arguments, message):
@@ -201,6 +232,63 @@ def test_the_command_with_a_checkpoint(trainer, tmp_path, capsys, monkeypatch):
     assert main(["check", "tests.export.test_checking.Manual", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 1
     assert main(["check", "tests.models.Classifier"]) == 1
     assert "Argument `--shape` must give the inputs" in capsys.readouterr().err
+
+
+def test_a_network_that_was_trained_with_fake_quant_ships_as_it_is(trainer, tmp_path, capsys):
+    t = trainer(la.QuantizationAwareTraining("portable", start=1, calibration_batches=2), max_epochs=2)
+    t.fit(Classifier(), loader())
+    t.save_checkpoint(tmp_path / "q.ckpt")
+    words = ["check", "tests.models.Classifier", "--ckpt", str(tmp_path / "q.ckpt"), "--shape", "x=2x3x8x8"]
+    assert main([*words, "--seconds", "300", "--engine", "onnxruntime", "--engine", "openvino"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(
+        line.startswith("quantize            ok: quantized already, for portable: 4 operators") for line in lines
+    )
+    assert "build openvino      ok: int8, runs here" in lines
+
+
+def test_an_engine_gets_the_float_file_where_export_would_refuse_the_int8_one():
+    call = ((torch.randn(2, 3, 8, 8),), {})
+    found = of(check_module(Dense(), call, target="portable", engines=["openvino", "onnxruntime"], seconds=300))
+    assert found["quantize"].status == "ok"
+    assert found["build openvino"].detail == "fp32; int8 of this target isn't for this engine, runs here"
+    assert found["build onnxruntime"].detail == "int8, runs here"
+    small = la.quantize(Dense(), [call], target="portable", inputs=lambda batch: batch[0])
+    found = of(check_module(small, call, engines=["openvino", "onnxruntime"], seconds=300))
+    assert found["build openvino"].status == "stands in the way"
+    assert "it computes concatenations of int8 with zero point 0 wrongly" in found["build openvino"].detail
+    assert found["build onnxruntime"].detail == "int8, runs here"
+
+
+def test_checkpoints_that_do_not_fit_are_told_in_one_line(trainer, tmp_path, capsys):
+    t = trainer(max_epochs=1, limit_train_batches=1)
+    t.fit(Unsaved(8), loader())
+    t.save_checkpoint(tmp_path / "u.ckpt")
+    checkpoint = torch.load(tmp_path / "u.ckpt", weights_only=True)
+    del checkpoint["hyper_parameters"]
+    torch.save(checkpoint, tmp_path / "u.ckpt")
+    words = ["check", "tests.export.test_checking.Unsaved", "--ckpt", str(tmp_path / "u.ckpt"), "--shape", "x=2x3x8x8"]
+    assert main(words) == 1
+    assert "Argument `--init` must give what tests.export.test_checking.Unsaved" in capsys.readouterr().err
+    assert main([*words, "--init", "width=12"]) == 1
+    assert (
+        "must be a checkpoint of tests.export.test_checking.Unsaved built with {'width': 12}" in capsys.readouterr().err
+    )
+    assert main([*words, "--init", "width=8", "--engine", "onnxruntime", "--seconds", "300"]) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_time_and_engines_are_checked_first(seconds):
+    call = ((torch.randn(2, 3, 8, 8),), {})
+    with pytest.raises(ValueError, match="Argument `seconds` must be above 0 and finite"):
+        check_module(Classifier(), call, seconds=seconds)
+    with pytest.raises(ValueError, match=r"Argument `engines` must be among .*, but got \['pytorch'\]"):
+        check_module(Classifier(), call, engines=["onnxruntime", "pytorch"])
+
+
+def test_the_time_that_is_told_is_the_time_that_was_given():
+    found = check_module(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), seconds=30, spent=30)
+    assert {f.detail for f in found if f.status == "not tried"} >= {"the 30 s are over: give it more with `seconds`"}
 
 
 def test_a_module_of_the_current_folder_is_found_and_the_exit_code_is_the_answer(tmp_path):

@@ -1,5 +1,6 @@
 """What a reviewer broke, one test each."""
 
+import json
 from collections import OrderedDict
 
 import pytest
@@ -215,6 +216,41 @@ def test_labels_are_those_behind_the_inputs(trainer, tmp_path):
     trainer(export).fit(Indexed(), data, data)
     metric = export.report["verification"][-1]["metric"]["val_accuracy"][1]
     assert export.report["rows"][0]["accuracy"] == pytest.approx(metric, abs=1e-6)
+
+
+class Undefined(Classifier):
+    """A metric that the data leaves undefined, and a hyper-parameter without a bound."""
+
+    def __init__(self, clip=float("inf")):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_recall", torch.tensor(float("nan")))
+
+
+def test_a_metric_that_is_nan_by_both_ways_is_said_and_not_held_against_the_engine(trainer, tmp_path):
+    trainer(la.ModelExport(tmp_path / "b"), max_epochs=1).fit(Undefined(), loader(), loader())
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    kernels = next(line for line in report["verification"] if line["engine"] == "onnxruntime (its kernels)")
+    assert set(kernels["metric"]) == {"val_accuracy"}
+    assert (
+        kernels["note"]
+        == "the metric `val_recall` is nan by PyTorch and through the engine: there is nothing to compare"
+    )
+    assert report["run"]["settings"]["Undefined"]["clip"] == "inf"
+
+
+@pytest.mark.parametrize(("one", "two"), [(float("inf"), 5.0), (1.0, float("nan")), (float("nan"), 1.0)])
+def test_a_metric_that_is_no_number_by_one_way_alone_fails(trainer, tmp_path, one, two):
+    class Other(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+            self.log("val_loss", torch.tensor(two if "forward" in vars(self) else one))  # the engine's takes its place
+
+    with pytest.raises(la.VerificationError, match="the metric `val_loss` is"):
+        trainer(la.ModelExport(tmp_path / "b"), max_epochs=1).fit(Other(), loader(), loader())
 
 
 def test_a_lower_sparsity_than_the_one_reached_is_refused(trainer, tmp_path):
