@@ -135,6 +135,9 @@ def run_all(made: LineUp, order: Order, files: Files, whole: nn.Module, folder: 
         counts = count_correct(networks, files.shipped, whole, order.data)
         made.labelled = bool(counts)
         made.rows |= {label: replace(made.rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
+        if not made.labelled and order.bare:  # what else would say how good each is
+            for label, runner in runners.items():
+                made.rows[label].metrics = _metrics_through(order, files.shipped, runner)
         made.rows, made.earned = beside_untrained(made.rows, f"{made.name} {order.precision}", order, whole)
         measured = _measure_latency(made.rows, runners, files.samples, order.batch_size)
     finally:
@@ -192,6 +195,16 @@ def _verify_engine(order: Order, files: Files, runner: Runner, tolerance: Tolera
     return check
 
 
+def _metrics_through(order: Order, export: OnnxExport, runner: Runner) -> dict[str, float]:
+    """The user's metrics with a runner in the place of ``forward``; empty where they can't be had in this way."""
+    try:
+        with through_engine(order.part, export, runner.run) as calls:
+            found = user_metrics(order.module, order.data)
+    except Exception:  # the user's own code; the comparisons of the engines that ship say what it raised
+        return {}
+    return {name: value for name, value in found.items() if calls[0] and math.isfinite(value)}
+
+
 def _measure_metric(order: Order, export: OnnxExport, runner: Runner, check: Verification) -> None:
     """The user's own metric, by PyTorch and through the engine."""
     try:
@@ -232,6 +245,8 @@ def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order
         correct, total = counts.get(row.name, (None, None))
         pair = {first: replace(made.rows[first]), row.name: replace(row, correct=correct, total=total)}
         _measure_latency(pair, {first: before, row.name: runner}, files.samples, order.batch_size)
+        if not made.labelled and order.bare:
+            pair[row.name].metrics = _metrics_through(order, files.shipped, runner)
     return pair[row.name]
 
 

@@ -26,7 +26,8 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         ``export/student_int8/accuracy`` and the like for each row; ``shipped/accuracy``, ``shipped/latency_ms``, ``shipped/bytes``,
         ``shipped/parameters`` and ``shipped/speedup`` for the one that ships: names that stay, whatever ships, for a sweep to
-        compare runs by. What wasn't measured is left out.
+        compare runs by. Where outputs are no classes the user's metrics stand for the accuracy, e.g. ``shipped/val_loss``.
+        What wasn't measured is left out.
     """
     metrics = {}
     for row in report["rows"]:
@@ -34,8 +35,10 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
         for column in ("accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup"):
             if row[column] is not None:
                 metrics[f"export/{name}/{column}"] = float(row[column])
+        metrics |= {f"export/{name}/{metric}": value for metric, value in row.get("metrics", {}).items()}
         if row["name"] == report["ships"]:
             found = {new: row[column] for column, new in _SHIPPED.items() if row[column] is not None}
+            found |= row.get("metrics", {})
             metrics |= {f"shipped/{name}": float(value) for name, value in found.items()}
     return metrics
 

@@ -14,6 +14,7 @@ import lightning_accel as la
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.commands import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
+from lightning_accel.export.logging import scalars
 from tests.models import Classifier, images, loader
 
 QUICK = la.BenchmarkSettings(
@@ -122,11 +123,19 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
     assert way.samples == 600  # more than kernels are held against the file on
     x, y = (array.numpy() for array in held_out.dataset.tensors)
     with la.load_runner(bundle / "model.onnx") as runner:
-        expected = R2Score(multioutput="variance_weighted")(torch.from_numpy(runner(x)), torch.from_numpy(y))
+        runner_outputs = runner(x)
+    expected = R2Score(multioutput="variance_weighted")(torch.from_numpy(runner_outputs), torch.from_numpy(y))
     assert way.accuracy == pytest.approx(float(expected), abs=1e-4)
     assert way.accuracy > 0.8
     assert 0.99 < found["onnxruntime fp32"].agreement < 1
     assert way.agreement > 0.99999
+    rows = {row["name"]: row for row in export.report["rows"]}
+    mse = float(((torch.from_numpy(runner_outputs) - torch.from_numpy(y)) ** 2).mean())
+    assert rows["network int8"]["metrics"]["val_loss"] == pytest.approx(mse, rel=1e-3)
+    assert rows["network fp32"]["metrics"]["val_loss"] == pytest.approx(mse, rel=0.5)
+    assert rows["network fp32"]["metrics"] != rows["network int8"]["metrics"]
+    assert scalars(export.report)["shipped/val_loss"] == rows[export.report["ships"]]["metrics"]["val_loss"]
+    assert "val_loss" in (bundle / "report.md").read_text()
     assert "<th" in (page := (bundle / "report.html").read_text())
     assert "R² of outputs" in page
     # Without labels, from what the bundle says and keeps; from the command line, with labels.
