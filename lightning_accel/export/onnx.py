@@ -37,7 +37,7 @@ from lightning_accel.inputs import (
     own_forward,
     own_signature,
 )
-from lightning_accel.quantization.capture import CaptureError, no_logs
+from lightning_accel.quantization.capture import CaptureError, no_logs, taken_name
 from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 
@@ -199,7 +199,8 @@ def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: 
             cause = cause.__cause__
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise CaptureError(
-            f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
+            taken_name(cause, module)
+            or f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
         ) from error
     assert written is not None
     return written

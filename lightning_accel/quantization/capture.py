@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.call_shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
@@ -133,6 +133,8 @@ def _explain(
             f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
+    if taken := taken_name(error, module):
+        return taken
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
     if line := user_line(error, module):
         message += f" (at {line})"
@@ -141,6 +143,18 @@ def _explain(
         name = f"{path}.{works}" if path else works
         return f'{message}. Its submodule `{name}` can be captured: use QuantizationAwareTraining(module="{name}").'
     return f"{message}. Keep data-dependent Python out of `forward`, or name a submodule with `module=`."
+
+
+def taken_name(error: BaseException, module: nn.Module) -> str:
+    """What to say where a submodule's name is one that torch's captured graphs use themselves; empty where that isn't it."""
+    missed = re.search(r"target (\w+)\.\S+ references nonexistent attribute", str(error))
+    taken = set(dir(GraphModule(nn.Module(), Graph()))) - set(dir(nn.Module()))
+    if missed is None or missed[1] not in taken:
+        return ""
+    return (
+        f"Argument `module` must have no submodule named `{missed[1]}`, a name that graphs of torch.export use themselves, but got "
+        f"`{type(module).__name__}.{missed[1]}`. Rename it."
+    )
 
 
 def user_line(error: BaseException, module: nn.Module) -> str:

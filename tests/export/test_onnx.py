@@ -20,6 +20,7 @@ from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.inputs import canonical_call, own_signature
+from lightning_accel.quantization.capture import CaptureError
 from lightning_accel.quantization.prepare import quantized_forwards
 from lightning_accel.quantization.targets import target_of
 from tests.models import Residual
@@ -347,3 +348,14 @@ def test_large_weights_lie_beside_the_file(tmp_path):
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         export_onnx(Residual(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", **arguments)
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+def test_a_submodule_whose_name_torch_takes_is_told(tmp_path, name):
+    module = nn.Sequential()
+    module.add_module(name, nn.Linear(4, 2))
+    expected = f"must have no submodule named `{name}`, a name that graphs of torch.export use .* Rename it"
+    with pytest.raises(CaptureError, match=expected):
+        export_onnx(module.eval(), torch.randn(2, 4), tmp_path / "n.onnx")
+    with pytest.raises(CaptureError, match=expected):
+        quantize(module, [torch.randn(2, 4)])
