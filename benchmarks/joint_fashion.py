@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 import lightning_accel as la
 from benchmarks import print_environment
 from benchmarks.distill_fashion import BATCH, copies_of, trainer_of
-from benchmarks.trials import interval, run_trials
+from benchmarks.trials import interval, paired, run_trials
 from examples.data import FASHION, fashion, mnist
 from examples.models import ImageClassifier
 
@@ -221,8 +221,11 @@ def speedups(
 def report(lines: list[dict[str, Any]], faster: Mapping[tuple[str, int], float], teacher: float) -> None:
     """Print all rows, and whether the first reaches all targets at once."""
     print(f"teacher: {teacher:.2f} %")
-    print("| row | seeds | accuracy [95 %] | of the teacher's | times faster [95 %] | times smaller | parameters |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    titles = (
+        "accuracy [95 %] | of the teacher's | against `all` [95 %] | times faster [95 %] | times smaller | parameters"
+    )
+    print(f"| row | seeds | {titles} |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     means: dict[str, list[float]] = {}
     for row in dict.fromkeys(line["row"] for line in lines):
         mine = [line for line in lines if line["row"] == row]
@@ -233,9 +236,11 @@ def report(lines: list[dict[str, Any]], faster: Mapping[tuple[str, int], float],
             float(np.mean([line[key] for line in mine])) for key in ("kept", "smaller", "parameters")
         )
         means[row] = [speed, smaller, kept]
+        differences = paired(lines, row, ROWS[0], "accuracy") if row != ROWS[0] else []
+        against = "{:+.2f} ± {:.2f}".format(*interval(differences)) if differences else ""
         print(
-            f"| {row} | {len(mine)} | {accuracy:.2f} ± {half:.2f} | {kept:.4f} | {speed:.2f} ± {spread:.2f} | {smaller:.1f} | "
-            f"{parameters:,.0f} |"
+            f"| {row} | {len(mine)} | {accuracy:.2f} ± {half:.2f} | {kept:.4f} | {against} | {speed:.2f} ± {spread:.2f} | "
+            f"{smaller:.1f} | {parameters:,.0f} |"
         )
     if ROWS[0] not in means:
         return
