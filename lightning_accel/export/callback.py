@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_accel import structure
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.compression import check_strategy, compression_callbacks
 from lightning_accel.export.bundle import check_destination
 from lightning_accel.export.curves import Curves
@@ -63,6 +64,8 @@ class ModelExport(L.Callback):
         budgets: run the network in the ways that matter, each in a process of its own, and let the fastest within these
             budgets be the bundle's default, e.g. ``Budgets(max_drop=0.5)``; ``None`` measures and decides nothing more.
         benchmark: how those ways are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
+        scores: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
+            metrics. ``None``: as the held-out targets tell, integers or floating point.
         name: the callback's name.
 
     Raises:
@@ -91,6 +94,7 @@ class ModelExport(L.Callback):
         keep_samples: int = 0,
         budgets: Budgets | None = None,
         benchmark: BenchmarkSettings | None = None,
+        scores: str | None = None,
         name: str = "export",
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
@@ -103,6 +107,8 @@ class ModelExport(L.Callback):
             raise ValueError(f"Argument `precision` must be one of {list(_PRECISIONS)} or None, but got {precision!r}.")
         if incomplete not in ("refuse", "mark"):
             raise ValueError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
+        if scores not in (None, CLASSES, VALUES):
+            raise ValueError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
         if samples < 1:
             raise ValueError(f"Argument `samples` must be at least 1, but got {samples}.")
         if keep_samples not in range(samples + 1):
@@ -122,7 +128,7 @@ class ModelExport(L.Callback):
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
-        self.budgets, self.benchmark = budgets, benchmark
+        self.budgets, self.benchmark, self.scores = budgets, benchmark, scores
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
@@ -173,7 +179,7 @@ class ModelExport(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Before a first step there is nothing trained to quantize; an average of weights is no rival of single ones.
-        rivals = not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
+        rivals = self.scores != VALUES and not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
         waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
         self._quantizing = waiting if rivals and trainer.is_global_zero else []
 
@@ -283,6 +289,7 @@ class ModelExport(L.Callback):
             keep_samples=self.keep_samples,
             budgets=self.budgets,
             benchmark=self.benchmark,
+            scores=self.scores,
             **told,
         )
 

@@ -15,25 +15,31 @@ from lightning_accel.export.order import Order
 
 
 def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
-    """How the network's first output is scored: as classes, as values, or ``None`` where the held-out data doesn't tell.
+    """How the network's first output is scored: as classes, as values, or ``None`` where nobody and no target tells.
 
     Args:
-        order: its held-out data is looked at.
+        order: what it says counts; else its held-out data is looked at.
         files: the trained network.
         labelled: whether there are labels that are classes of the network's first output.
     """
-    if labelled:
-        return CLASSES
+    if order.scores is not None or labelled:
+        return order.scores or CLASSES
     target = order.data.first_target(order.whole)
     feeds = feeds_of(order.data.first_call(order.whole), files.shipped.input_names)
     output = next(iter(files.network(feeds).values()))
-    return VALUES if target is not None and _are_values(target, output.shape[1:]) else None
+    return next((scores for scores in (VALUES, CLASSES) if _fits(target, output, scores)), None)
 
 
-def _are_values(target: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether a target is what an output of that shape should be, number by number."""
-    fits = target.shape[1:] == shape or (*target.shape[1:], 1) == shape
-    return fits and np.issubdtype(target.dtype, np.floating)
+def _fits(target: np.ndarray | None, output: np.ndarray, scores: str) -> bool:
+    """Whether targets are the values that an output should have, or the classes of its logits."""
+    if target is None:
+        return False
+    if scores == VALUES:
+        shaped = target.shape == output.shape or (*target.shape, 1) == output.shape
+        return shaped and np.issubdtype(target.dtype, np.floating)
+    shaped = output.ndim >= 2 and target.shape == (len(output), *output.shape[2:])
+    whole = shaped and np.issubdtype(target.dtype, np.integer)
+    return bool(whole and target.min() >= 0 and target.max() < output.shape[1])
 
 
 def decide_default(
@@ -62,7 +68,7 @@ def decide_default(
         folder,
         {**content, "files": written},
         {**feeds, **outputs},
-        _labels(targets, content["scores"]),
+        _labels(targets, next(iter(outputs.values())), content["scores"]),
         source=f"the {order.data.source}",
         scores=content["scores"],
         budgets=order.budgets,
@@ -78,9 +84,9 @@ def decide_default(
     return decided(report["comparison"], shipped_line(comparison))
 
 
-def _labels(targets: np.ndarray | None, scores: str | None) -> np.ndarray | None:
+def _labels(targets: np.ndarray | None, output: np.ndarray, scores: str | None) -> np.ndarray | None:
     """Targets that outputs can be scored against."""
-    if scores is None or targets is None:
+    if targets is None or scores is None or not _fits(targets, output, scores):
         return None
     # Values of 0 and 1 alone are what logits are trained towards, which are no such values themselves.
     return None if scores == VALUES and np.isin(targets, (0, 1)).all() else targets

@@ -60,7 +60,9 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
         scores = VALUES if np.issubdtype(labels.dtype, np.floating) else CLASSES
     if scores == VALUES:
         shape = outputs.shape[1:]
-        if not np.issubdtype(labels.dtype, np.number) or labels.shape not in ((count, *shape), (count, *shape[:-1])):
+        if not np.issubdtype(labels.dtype, np.number) or (
+            labels.shape != (count, *shape) and (*labels.shape, 1) != (count, *shape)
+        ):
             raise ValueError(
                 f"Argument `labels` must hold an integer for each of the {count} samples, or the values {(count, *shape)} that "
                 f"the first output should have, but got {labels.dtype} of shape {labels.shape}."
@@ -117,9 +119,7 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
         classes = row.outputs.get("classes")
         if classes is None:
             continue
-        if (
-            right is not None and classes.shape == right.shape
-        ):  # one class a sample and one a pixel can't be held together
+        if right is not None and classes.shape == right.shape:  # not one for a sample and one for a pixel
             row.result.agreement = float((classes == right).mean())
         if labels is not None:
             row.result.accuracy = float((classes == labels).mean())

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_accel.benchmarking.comparison import usable_cores
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.benchmarking.report import Row
+from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
@@ -132,7 +133,7 @@ def run_all(made: LineUp, order: Order, files: Files, whole: nn.Module, folder: 
             check.raise_if_failed(order.command)
             files.checks.append(check)
         networks = {label: runner.run for label, runner in runners.items()}
-        counts = count_correct(networks, files.shipped, whole, order.data)
+        counts = {} if order.scores == VALUES else count_correct(networks, files.shipped, whole, order.data)
         made.labelled = bool(counts)
         made.rows |= {label: replace(made.rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
         if not made.labelled and order.bare:  # what else would say how good each is
@@ -241,7 +242,7 @@ def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order
         load_runner(path, made.rows[first].engine, threads=made.threads) as before,
         load_runner(file, row.engine, threads=made.threads) as runner,
     ):
-        counts = count_correct({row.name: runner.run}, files.shipped, order.whole, order.data)
+        counts = count_correct({row.name: runner.run}, files.shipped, order.whole, order.data) if made.labelled else {}
         correct, total = counts.get(row.name, (None, None))
         pair = {first: replace(made.rows[first]), row.name: replace(row, correct=correct, total=total)}
         _measure_latency(pair, {first: before, row.name: runner}, files.samples, order.batch_size)

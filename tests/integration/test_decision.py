@@ -177,6 +177,63 @@ def test_zeros_and_ones_are_no_values_for_logits(trainer, tmp_path):
     assert way.agreement == pytest.approx(1, abs=1e-6)
 
 
+class Reconstructing(Regressor):
+    """As many outputs as pixels, and class labels in its batches that it has no use for."""
+
+    def __init__(self):
+        super().__init__(64)
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.mse_loss(self(batch[0]), batch[0].flatten(1))
+
+
+def test_the_user_says_what_outputs_are(trainer, tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 4), 32)
+    qat = la.QuantizationAwareTraining("portable", start=1, calibration_batches=1)
+    export = la.ModelExport(tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK, scores="values")
+    trainer(qat, export).fit(Reconstructing(), data, data)
+    rows = export.report["rows"]
+    assert [(row["name"], row["accuracy"]) for row in rows] == [("network fp32", None), ("network int8", None)]
+    assert all(row["metrics"]["val_loss"] > 0 for row in rows)
+    found = Comparison.from_dict(export.report["comparison"])
+    assert found.settings["scores"] == read_manifest(tmp_path / "bundle")["scores"] == "values"
+    assert found["onnxruntime int8"].accuracy is None
+    assert 0.9 < found["onnxruntime fp32"].agreement < 1
+    with pytest.raises(ValueError, match=r"Argument `scores` must be 'classes', 'values' or None, but got 'r2'"):
+        la.ModelExport(scores="r2")
+
+
+class Segmenter(L.LightningModule):
+    """A class for each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.05)
+
+
+def test_a_class_for_each_pixel(trainer, tmp_path):
+    x = torch.randn(64, 1, 8, 8)
+    y = (x[:, 0] > 0.5).long() + (x[:, 0] > -0.5).long()
+    loader = DataLoader(TensorDataset(x, y), 32)
+    export = la.ModelExport(tmp_path / "bundle", data=loader, budgets=la.Budgets(max_drop=100), benchmark=QUICK)
+    module = Segmenter()
+    trainer(export).fit(module, loader)
+    found = Comparison.from_dict(export.report["comparison"])
+    assert read_manifest(tmp_path / "bundle")["scores"] == "classes"
+    with torch.no_grad():
+        expected = float((module.cpu().eval()(x).argmax(1) == y).float().mean())
+    assert found["onnxruntime fp32"].accuracy == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_was_quantized_without_training_is_held_against_float32(trainer, tmp_path):
     ptq, export = la.PostTrainingQuantization("onnxruntime"), la.ModelExport(tmp_path / "bundle", keep_samples=64)
     trainer(ptq, export).fit(Classifier(), loader(64), DataLoader(images(96, 77), 32))
