@@ -115,6 +115,9 @@ def test_nothing_fits_names_the_nearest():
 def test_an_engine_for_another_machine_is_named():
     engine = way("tensorrt int8", status="not here", reason="needs an NVIDIA GPU", points=[])
     decision = decide(comparison(way("openvino int8", 2.0), engine), Budgets())
+    nothing = decide(comparison(way("openvino int8", 2.0), engine), Budgets(max_bytes=1))
+    assert nothing["ship"] is None
+    assert nothing["why"].endswith("decide again on the machine that is to run it.")
     assert decision["ship"] == "openvino int8"
     assert decision["why"].endswith(
         "tensorrt int8 took no part, not being able to run here: decide again on the machine that is to run it."
