@@ -306,3 +306,29 @@ def test_a_module_of_the_current_folder_is_found_and_the_exit_code_is_the_answer
     assert done.returncode == 1, done.stderr
     assert f"{tmp_path / 'mine.py'}:4" in done.stdout
     assert done.stderr == ""
+
+
+class Finalized(nn.Module):
+    """Most of its time goes to a finalizer, from which Python lets nothing be raised."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        class Late:
+            def __del__(self):
+                time.sleep(1.2)
+
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            Late()
+            time.sleep(0.05)
+        return self.head(x)
+
+
+def test_an_alarm_in_a_finalizer_is_not_lost():
+    started = time.monotonic()
+    found = of(check_module(Finalized(), ((torch.randn(2, 4),), {}), engines=[], seconds=0.6))
+    assert (found["forward"].status, found["capture"].status) == ("not tried", "not tried")
+    assert time.monotonic() - started < 15
