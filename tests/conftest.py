@@ -5,7 +5,6 @@ import lightning as L
 import pytest
 import torch
 
-
 # A shell starts its background jobs with Ctrl-C ignored; the tests, and what they start, are to feel it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
