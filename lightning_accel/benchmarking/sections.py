@@ -267,13 +267,13 @@ def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[Point]]:
 def _points_of_ways(ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]) -> dict[str, list[Point]]:
     """At the batch size that the decision counts at, or else the largest; with the fewest callers."""
     decision = comparison.get("decision") or {}
-    measured = [(point["batch"], -point["callers"]) for way in ran for point in way.get("points") or ()]
-    batch, callers = max(measured, default=(1, -1))
+    measured = [(point["batch"], point["callers"]) for way in ran for point in way.get("points") or ()]
+    batch, callers = max(measured, key=lambda key: (key[0], -key[1]), default=(1, 1))
     batch = (decision.get("budgets") or {}).get("batch") or batch
     found: dict[str, list[Point]] = {f"latency, ms (p50, batch {batch})": [], "size, bytes": []}
     for number, way in enumerate(ran, 1):
         accuracy = way.get("accuracy")
-        points = [p for p in way.get("points") or () if (p["batch"], p["callers"]) == (batch, -callers)]
+        points = [p for p in way.get("points") or () if (p["batch"], p["callers"]) == (batch, callers)]
         if accuracy is None or not points:
             continue
         costs = (points[0].get("p50_ms"), way.get("file_bytes"))

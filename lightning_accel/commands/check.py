@@ -44,15 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
         module = build_module(arguments.module, arguments.ckpt, dict(map(_value, arguments.init)))
         arrays = None if arguments.data is None else load_arrays(arguments.data, required_inputs(module))
         call = build_call(module, arguments.shape, arrays)
+        spent = min(
+            time.monotonic() - started, arguments.seconds - 1.0
+        )  # one second is left, however slow imports were
         findings = check_module(
-            module,
-            call,
-            target=arguments.target,
-            engines=arguments.engine,
-            seconds=arguments.seconds,
-            spent=min(
-                time.monotonic() - started, arguments.seconds - 1.0
-            ),  # one second is left however slow the imports were
+            module, call, target=arguments.target, engines=arguments.engine, seconds=arguments.seconds, spent=spent
         )
     print(f"{arguments.module}{f' with {arguments.ckpt}' if arguments.ckpt else ''}")
     for finding in findings:
