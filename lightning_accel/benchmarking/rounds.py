@@ -48,6 +48,12 @@ class Row:
     turns: dict[_Key, dict[int, _Turn]] = field(default_factory=dict)  # by round
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def computed(self) -> dict[str, np.ndarray]:
+        """The network's outputs for the samples that are kept, by their own names."""
+        prefix = "output "
+        return {name.removeprefix(prefix): a for name, a in self.outputs.items() if name.startswith(prefix)}
+
     def end(self, status: str, reason: str) -> None:
         """Take it out; what it measured before stays."""
         self.result.status, self.result.reason = status, reason

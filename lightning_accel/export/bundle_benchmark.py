@@ -216,7 +216,7 @@ def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], 
     count = len(next(iter(few.values())))
     right: dict[Path, Feeds] = {}
     for row in measured.rows:
-        got = {n.removeprefix("output "): a[:count] for n, a in row.outputs.items() if n.startswith("output ")}
+        got = {name: array[:count] for name, array in row.computed.items()}
         if not got or row.way.unshippable:
             continue
         file = folder / proven_file(manifest, row.way.precision)

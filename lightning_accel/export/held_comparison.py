@@ -127,10 +127,7 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
 
 def _score_values(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None) -> None:
     """R² of the first output, against the labels and against what the trained network or the baseline computes."""
-    values = {
-        row.way.name: next((a for n, a in row.outputs.items() if n.startswith("output ")), None)
-        for row in measured.rows
-    }
+    values = {row.way.name: next(iter(row.computed.values()), None) for row in measured.rows}
     right = next(iter(wanted.values())) if wanted else values.get(baseline)
     for row in measured.rows:
         got = values[row.way.name]
