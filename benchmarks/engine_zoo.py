@@ -21,7 +21,7 @@ from benchmarks.zoo import ZOO, network, samples
 from lightning_accel.call_shapes import describe_inputs
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import OnnxExport, export_onnx, feeds_of
 from lightning_accel.export.precision import BF16_OPSET, check_lowered, lower_precision
@@ -93,11 +93,11 @@ def _one(net: torch.nn.Module, call: tuple[torch.Tensor, ...], precision: str, f
         net.load_state_dict(state)  # batch norms as they were
     path = folder / "model.onnx"
     export = export_onnx(net, call, path, opset=BF16_OPSET if precision == "bf16" else 18)
-    reference, feeds = module_network(net, export, (call, {})), feeds_of((call, {}), export.input_names)
+    reference, feeds = ModuleNetwork(net, export, (call, {})), feeds_of((call, {}), export.input_names)
     if export.trained:
         check_integers(path, export.trained)
-    check, nodes = prove_file(export, reference, feeds, tolerance=FILES[precision if export.trained else "fp32"])
-    result.error, result.nodes = check.max_error, f"{nodes['compared']} of {nodes['of']}"
+    proof = prove_file(export, reference, feeds, tolerance=FILES[precision if export.trained else "fp32"])
+    result.error, result.nodes = proof.check.max_error, f"{proof.nodes.nodes} of {proof.nodes.of}"
     if precision != "fp32":
         path = _lowered(export, reference, feeds, precision, folder, result)
     result.engine = build_engine(path, folder / "model.engine", library="tensorrt_rtx", level=0).bytes

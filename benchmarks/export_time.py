@@ -18,7 +18,7 @@ import torch
 from benchmarks import print_environment
 from benchmarks.engine_zoo import quantize_
 from examples.models import ResNet
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import export_onnx, feeds_of
 from lightning_accel.export.precision import check_lowered, lower_precision
@@ -37,7 +37,7 @@ def seconds(net: torch.nn.Module, images: torch.Tensor, folder: Path, precision:
         check_integers(export.path, export.trained)
         lower_precision(export.path, folder / "half.onnx", "fp16", samples={k: v[:64] for k, v in samples.items()})
         check_lowered(export.path, folder / "half.onnx", "fp16")
-    network = module_network(net, export, ((images,), {}))
+    network = ModuleNetwork(net, export, ((images,), {}))
     prove_file(export, network, samples, tolerance=FILES[precision], batch_sizes=(1, 7, 32))
     return time.perf_counter() - started, time.process_time() - worked
 

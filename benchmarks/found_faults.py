@@ -23,7 +23,7 @@ from benchmarks import print_environment
 from benchmarks.engine_zoo import quantize_
 from benchmarks.faults import FAULTS, INTEGER_FAULTS, Fault, inputs, victim
 from benchmarks.zoo import ZOO, network, samples
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import OnnxExport, export_onnx, feeds_of
 from lightning_accel.export.proof import prove_file
@@ -43,7 +43,7 @@ class Case:
     def of(net: torch.nn.Module, call: tuple[torch.Tensor, ...], path: Path) -> "Case":
         """Export a network."""
         export = export_onnx(net, call, path)
-        return Case(export, module_network(net, export, (call, {})), feeds_of((call, {}), export.input_names))
+        return Case(export, ModuleNetwork(net, export, (call, {})), feeds_of((call, {}), export.input_names))
 
 
 def ours(case: Case) -> str:

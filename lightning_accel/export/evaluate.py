@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -21,30 +22,50 @@ from lightning_accel.export.verification import Network
 from lightning_accel.inputs import canonical_call, class_labels, isolated_random, own_signature
 
 
-def module_network(module: nn.Module, export: OnnxExport, description_call: Any) -> Network:
-    """``module`` in eval mode as a function of named arrays, with the names of its ONNX file.
+class ModuleNetwork:
+    """A module in eval mode as a function of named arrays, with the names of its ONNX file.
 
     Args:
         module: the module; its mode is set to eval.
         export: what it was exported to.
         description_call: a call in canonical form; its constants are used, its tensors replaced.
     """
-    leaves, spec = pytree.tree_flatten(description_call)
-    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    module.eval()
 
-    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        filled = list(leaves)
-        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-        for slot, name in zip(slots, export.input_names, strict=True):
-            filled[slot] = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device)
-        args, kwargs = pytree.tree_unflatten(filled, spec)
+    def __init__(self, module: nn.Module, export: OnnxExport, description_call: Any) -> None:
+        self.module, self.export = module.eval(), export
+        self._leaves, self._spec = pytree.tree_flatten(description_call)
+        self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, torch.Tensor)]
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._run(feeds, torch.contiguous_format)
+
+    def orders(self) -> dict[str, Network]:
+        """The same function, its sums computed in another order, by what was changed."""
+        images = any(self._leaves[slot].ndim == 4 for slot in self._slots)
+        return {
+            "without oneDNN": self._without_onednn,
+            **({"channels last": partial(self._run, memory_format=torch.channels_last)} if images else {}),
+        }
+
+    def _without_onednn(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False  # `flags` would also set TF32, with a warning on CPUs
+        try:
+            return self(feeds)
+        finally:
+            torch.backends.mkldnn.enabled = before
+
+    def _run(self, feeds: Mapping[str, np.ndarray], memory_format: torch.memory_format) -> dict[str, np.ndarray]:
+        filled = list(self._leaves)
+        device = next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
+        for slot, name in zip(self._slots, self.export.input_names, strict=True):
+            tensor = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device)
+            filled[slot] = tensor.to(memory_format=memory_format) if tensor.ndim == 4 else tensor
+        args, kwargs = pytree.tree_unflatten(filled, self._spec)
         with torch.no_grad():
-            result = module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        return {name: tensor.cpu().numpy() for name, tensor in zip(export.output_names, outputs, strict=True)}
-
-    return run
+        return {name: tensor.cpu().numpy() for name, tensor in zip(self.export.output_names, outputs, strict=True)}
 
 
 @contextmanager

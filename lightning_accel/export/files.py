@@ -15,8 +15,9 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.engines.tensorrt import build_engine, has_gpu
 from lightning_accel.engines.tensorrt_command import equivalent_command
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
+from lightning_accel.export.null_divergence import NullDivergence
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
@@ -38,6 +39,7 @@ class Files:
         shipped: names and program of the shipped network.
         network: the trained network that the files are held against.
         samples: what they were held against it on.
+        null: how far the network is from itself.
         engine_file: file that TensorRT builds from, below the bundle.
         engine_precision: its precision.
         checks: comparisons end to end.
@@ -48,6 +50,7 @@ class Files:
     shipped: OnnxExport
     network: Network
     samples: dict[str, np.ndarray]
+    null: NullDivergence
     engine_file: str = MODEL
     engine_precision: str = "fp32"
     checks: list[Verification] = field(default_factory=list)
@@ -72,21 +75,22 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
     options["opset"] = BF16_OPSET if order.precision == "bf16" else None
     exported = export_onnx(whole, call, folder / (REFERENCE if half else MODEL), **options)
     samples = order.data.samples(whole, exported.input_names, order.samples)
-    files = Files(exported, module_network(whole, exported, call), samples, engine_precision=order.precision)
+    network = ModuleNetwork(whole, exported, call)
     sizes = (1, 7, order.batch_size)
-    if exported.trained:
-        files.proofs["integers"] = check_integers(exported.path, exported.trained)
+    integers = check_integers(exported.path, exported.trained) if exported.trained else None
     tolerance = FLOAT if half else FILES[order.precision]
-    check, files.proofs["nodes"] = prove_file(
+    proof = prove_file(
         exported,
-        files.network,
+        network,
         samples,
         tolerance=tolerance,
         what=f"{'fp32 reference' if half else 'file'} (as written)",
         batch_sizes=sizes,
         repeat=order.command,
     )
-    files.checks.append(check)
+    files = Files(exported, network, samples, proof.null, engine_precision=order.precision)
+    files.checks.append(proof.check)
+    files.proofs |= {"nodes": proof.counts, **({} if integers is None else {"integers": integers})}
     if exported.trained:
         _write_reference(order, whole, call, folder, files, options)
     if half:
@@ -113,16 +117,16 @@ def _write_reference(
         for path in quantized_forwards(order.module):
             stack.enter_context(own_forward(order.module.get_submodule(path)))
         floating = export_onnx(whole, call, folder / REFERENCE, quantized=False, **options)
-        check, _ = prove_file(
+        proof = prove_file(
             floating,
-            module_network(whole, floating, call),
+            ModuleNetwork(whole, floating, call),
             files.samples,
             tolerance=FLOAT,
             what="fp32 reference (as written)",
             batch_sizes=(1, 7, order.batch_size),
             repeat=order.command,
         )
-    files.checks.append(check)
+    files.checks.append(proof.check)
 
 
 def _lower(order: Order, files: Files, source: Path, out: Path, half: str, precision: str) -> None:
@@ -147,6 +151,8 @@ def _lower(order: Order, files: Files, source: Path, out: Path, half: str, preci
             batch_sizes=(1, 7, order.batch_size),
             axes=files.shipped.axes,
         )
+    if precision.startswith("int8") or not check.passed:
+        check = check.against(files.null.noise(FILES[precision], rounding=half))
     check.raise_if_failed(order.command)
     files.checks.append(check)
 

@@ -16,15 +16,15 @@ from lightning_accel.benchmarking.report import Row
 from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.export import tolerances
+from lightning_accel.export.engine_proof import prove_engine
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
-from lightning_accel.export.files import REFERENCE, Files, build_line
+from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.rival import build_rival, decide, verify_rival
 from lightning_accel.export.surrounded import surrounded
-from lightning_accel.export.tolerances import Tolerance
 from lightning_accel.export.untrained import beside_untrained
-from lightning_accel.export.verification import Verification, VerificationError, verify
+from lightning_accel.export.verification import FACTOR, Verification, VerificationError
 from lightning_accel.inputs import Call
 
 RIVAL = "network fp16, tensorrt"
@@ -125,7 +125,7 @@ def run_all(made: LineUp, order: Order, files: Files, whole: nn.Module, folder: 
             runners[label] = load_runner(file, engine, threads=None if engine == "tensorrt" else made.threads)
             made.rows[label].file_bytes = file.stat().st_size
         files.checks += [
-            _verify_engine(order, files, runners[label], tolerances.ENGINES[precision])
+            _verify_engine(order, files, runners[label], precision, folder)
             for label, precision in made.precisions.items()
         ]
         if made.rival is not None:
@@ -173,25 +173,27 @@ def row_that_ships(made: LineUp, ships: Mapping[str, Any], order: Order, files: 
     return label
 
 
-def _verify_engine(order: Order, files: Files, runner: Runner, tolerance: Tolerance) -> Verification:
-    """The engine's own kernels against PyTorch: outputs, predictions, and the user's metric."""
-    check = verify(
+def _verify_engine(order: Order, files: Files, runner: Runner, precision: str, folder: Path) -> Verification:
+    """The engine's own kernels against PyTorch: regions of the file, outputs, predictions, and the user's metric."""
+    check, kernels = prove_engine(
         files.network,
-        runner.run,
+        runner,
         files.samples,
-        engine=f"{runner.engine} (its kernels)",
-        tolerance=tolerance,
+        file=folder / MODEL,
+        precision=precision,
+        null=files.null,
+        tolerance=tolerances.ENGINES[precision],
         batch_sizes=(1, 7, order.batch_size),
         axes=files.shipped.axes,
     )
+    if kernels is not None:
+        files.proofs.setdefault("kernels", {})[runner.engine] = kernels.to_dict()
     if not order.bare:
         check.note = (
             "the user's metric was not measured through the engine, whose inputs or outputs aren't the network's"
         )
-    else:
-        _measure_metric(order, files.shipped, runner, check)
-    if not check.passed:
-        check.first_divergence = "The file as written passed, so the difference lies in this engine's kernels."
+    elif check.passed:
+        _measure_metric(order, files, runner, check, None if kernels is None else kernels.noise)
     check.raise_if_failed(order.command)
     return check
 
@@ -206,11 +208,13 @@ def _metrics_through(order: Order, export: OnnxExport, runner: Runner) -> dict[s
     return {name: value for name, value in found.items() if calls[0] and math.isfinite(value)}
 
 
-def _measure_metric(order: Order, export: OnnxExport, runner: Runner, check: Verification) -> None:
+def _measure_metric(
+    order: Order, files: Files, runner: Runner, check: Verification, steps: Mapping[str, float] | None
+) -> None:
     """The user's own metric, by PyTorch and through the engine."""
     try:
         before = user_metrics(order.module, order.data)
-        with through_engine(order.part, export, runner.run) as calls:
+        with through_engine(order.part, files.shipped, runner.run) as calls:
             after = user_metrics(order.module, order.data)
     except VerificationError:
         raise
@@ -220,6 +224,7 @@ def _measure_metric(order: Order, export: OnnxExport, runner: Runner, check: Ver
     if before and not calls[0]:
         check.note = "`validation_step` does not call the exported forward, so its metric can't go through the engine"
         return
+    own: dict[str, float] | None = None  # by how much each differs when nothing but roundings change
     for name in sorted(before.keys() & after.keys()):
         one, two = before[name], after[name]
         finite = math.isfinite(one) and math.isfinite(two)
@@ -228,11 +233,28 @@ def _measure_metric(order: Order, export: OnnxExport, runner: Runner, check: Ver
             check.note = f"{check.note}; {told}" if check.note else told
             continue
         check.metric[name] = (one, two)
-        near = finite and (
-            name.endswith("loss") or abs(one - two) <= check.tolerance.metric * max(1.0, abs(one)) + 1e-12
-        )
-        if not near:
+        limit = check.tolerance.metric * max(1.0, abs(one)) + 1e-12
+        if name.endswith("loss") or (finite and abs(one - two) <= limit):
+            continue
+        if own is None:
+            own = _null_metrics(order, files, before, steps) if check.null else {}
+        if not finite or abs(one - two) > FACTOR * own.get(name, 0.0):
             check.failures.append(f"the metric `{name}` is {two:.4f} instead of {one:.4f}")
+
+
+def _null_metrics(
+    order: Order, files: Files, before: Mapping[str, float], steps: Mapping[str, float] | None
+) -> dict[str, float]:
+    """By how much the user's metrics differ between the network and itself with noise."""
+    found: dict[str, float] = {}
+    with files.null.runners(steps=steps) as runners:
+        for name, runner in runners.items():
+            if name == "as written":
+                continue
+            with through_engine(order.part, files.shipped, runner.run):
+                for metric, value in user_metrics(order.module, order.data).items():
+                    found[metric] = max(found.get(metric, 0.0), abs(value - before.get(metric, value)))
+    return found
 
 
 def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order) -> Row:

@@ -98,3 +98,14 @@ def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Tensors that a node reads, those of the graphs inside it included."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
+            own = {name for inner in graph.node for name in inner.output} | {v.name for v in graph.input}
+            own |= {tensor.name for tensor in graph.initializer}
+            names += [name for inner in graph.node for name in reads(inner) if name not in own]
+    return names

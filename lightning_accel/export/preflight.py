@@ -7,20 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 
+from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
-from lightning_accel.export.evaluate import module_network
 from lightning_accel.export.integers import check_integers
-from lightning_accel.export.onnx import export_onnx
+from lightning_accel.export.kernels import ENGINES, check_kernels
+from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
-from lightning_accel.export.proof import prove_file
-from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT
+from lightning_accel.export.proof import prove_nodes
+from lightning_accel.export.verification import VerificationError
 from lightning_accel.extras import require
 from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import QuantizedForward
 from lightning_accel.quantization.targets import Target, cannot_reproduce
+
+
+_SAMPLES = 8
 
 
 def check_installed(engines: Sequence[str]) -> None:
@@ -92,16 +97,10 @@ def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
             opset=BF16_OPSET if order.precision == "bf16" else None,
         )
         check_integers(export.path, export.trained)
-        samples = order.data.samples(whole, export.input_names, 8)
-        prove_file(
-            export,
-            module_network(whole, export, call),
-            samples,
-            tolerance=EMULATED_INT8 if export.trained else FLOAT,
-            what="the untrained network's file",
-            batch_sizes=(1, 8),
-            check_agreement=False,
-        )
+        samples = order.data.samples(whole, export.input_names, _SAMPLES)
+        prove_nodes(export, samples, "the untrained network's file")
+        for engine in order.engines:
+            _try_engine(order, export, engine, samples)
         tensorrt = "tensorrt" in order.engines
         half = "fp16" if export.trained and tensorrt else order.precision
         if half in HALVES:
@@ -109,6 +108,38 @@ def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
             check_lowered(export.path, folder / "half.onnx", half)
         if tensorrt:
             build_engine(folder / "half.onnx" if half in HALVES else export.path, folder / "preflight.engine")
+
+
+def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
+    """Whether an engine of this machine loads the file, runs it at more than one batch size, and has kernels that compute it.
+
+    How near it comes end to end isn't asked: the outputs of an untrained network are mostly ties.
+
+    Raises:
+        VerificationError: its integer kernels compute something else.
+        RuntimeError: it can't load or run the file.
+    """
+    if engine not in ENGINES:  # TensorRT is built below; PyTorch runs the program that was captured
+        return
+    try:
+        with load_runner(export.path, engine) as runner:
+            for batch in (1, len(next(iter(samples.values())))):
+                runner.run({name: array[:batch] for name, array in samples.items()})
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # engines raise a dozen unrelated types
+        raise RuntimeError(
+            f"Argument `engines` must name engines that run this network, but {engine} can't: {error} Leave it out, or change what it "
+            "names."
+        ) from error
+    if export.trained:
+        kernels = check_kernels(export.path, engine, samples)
+        if kernels.diverging:
+            other = engine if engine == "openvino" else "onnxruntime"
+            raise VerificationError(
+                f"Argument `engines` must name engines whose kernels compute this network on this machine, but those of {engine} "
+                f"don't. {kernels.diverging} The target {other!r} is made for them; or leave {engine} out."
+            )
 
 
 @contextmanager

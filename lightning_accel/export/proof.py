@@ -1,21 +1,70 @@
-"""Proof: an exported file is the module, end to end on samples and node by node.
+"""Proof: an exported file is the module, node by node and end to end.
 
-An engine may be faster than the file and a little off; the file itself, run as it is written, may not.
+Exactness is the gate: each node, fed PyTorch's values, computes what PyTorch does. End to end the file may differ from PyTorch as
+much as PyTorch differs from itself, which in a deep network is far more than one node's rounding.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from lightning_accel.engines.base import load_runner
-from lightning_accel.export.divergence import check_nodes
+from lightning_accel.export.divergence import NodeCheck, check_nodes
+from lightning_accel.export.evaluate import ModuleNetwork
+from lightning_accel.export.null_divergence import NullDivergence
 from lightning_accel.export.onnx import OnnxExport
 from lightning_accel.export.tolerances import Tolerance
-from lightning_accel.export.verification import Feeds, Network, Verification, verify
+from lightning_accel.export.verification import Feeds, Network, Verification, VerificationError, verify
 
-_FEW = 8  # samples for the comparison of single nodes
 _NONE = (
     "No node differs by itself when fed the reference's inputs: what differs lies in the order of the file's inputs or "
     "outputs, or in how the engine runs the file."
 )
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """What proves that a file is the network.
+
+    Args:
+        check: the comparison of the outputs.
+        nodes: the comparison node by node.
+        null: how far the network is from itself.
+    """
+
+    check: Verification
+    nodes: NodeCheck
+    null: NullDivergence
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was compared node by node, for a report."""
+        nodes = self.nodes
+        return {
+            "compared": nodes.nodes,
+            "of": nodes.of,
+            "largest_error": nodes.largest_error,
+            "largest_ratio": nodes.largest_ratio,
+        }
+
+
+def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "") -> NodeCheck:
+    """Hold each node of a file against PyTorch; that is all that can be asked of an untrained network.
+
+    Args:
+        export: the file and the program it was written from.
+        samples: inputs, each ``(S, ...)``.
+        what: name of the file in messages.
+        repeat: command that repeats the step, for the message.
+
+    Raises:
+        VerificationError: a node computes something else; the message names it.
+    """
+    nodes = check_nodes(export.path, export.program, samples)
+    if nodes.diverging:
+        again = f" Repeat this step with: {repeat}" if repeat else ""
+        raise VerificationError(f"{what[:1].upper()}{what[1:]} must compute what PyTorch does. {nodes.diverging}{again}")
+    return nodes
 
 
 def prove_file(
@@ -27,33 +76,35 @@ def prove_file(
     what: str = "file (as written)",
     batch_sizes: Sequence[int] = (1, 7, 32),
     repeat: str = "",
-    check_agreement: bool = True,
-) -> tuple[Verification, dict[str, float]]:
+) -> FileProof:
     """Hold what a file says, run with every optimization of the engine turned off, against PyTorch.
 
     Args:
         export: the file and the program it was written from.
-        network: the module, see :func:`~lightning_accel.export.evaluate.module_network`.
+        network: the module, see :class:`~lightning_accel.export.evaluate.ModuleNetwork`.
         samples: inputs, each ``(S, ...)``.
-        tolerance: limits for the outputs.
+        tolerance: limits for the outputs of a network that hardly differs from itself.
         what: name of the file in the result and in messages.
         batch_sizes: as in :func:`~lightning_accel.export.verification.verify`.
         repeat: command that repeats the step, for the message.
-        check_agreement: as in :func:`~lightning_accel.export.verification.verify`.
 
     Returns:
-        What was measured end to end; and node by node: how many nodes were compared, of how many, and the largest error.
+        What was measured.
 
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes, check_agreement)
-    nodes = check_nodes(export.path, export.program, {name: array[:_FEW] for name, array in samples.items()})
+    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes)
+    nodes = check_nodes(export.path, export.program, samples)
+    others = network.orders() if isinstance(network, ModuleNetwork) else {}
+    null = NullDivergence(export.path, samples, nodes.noise, network, others)
+    if not nodes.diverging and not check.broken and (export.trained or not check.passed):
+        check = check.against({**null.orders(tolerance), **null.noise(tolerance)})
     if nodes.diverging and check.passed:
         check.failures.append("a node computes something else")
     check.first_divergence = nodes.diverging or ("" if check.passed else _NONE)
     check.raise_if_failed(repeat)
-    return check, {"compared": nodes.nodes, "of": nodes.of, "largest_error": nodes.largest_error}
+    return FileProof(check, nodes, null)
 
 
 def _end_to_end(
@@ -63,7 +114,6 @@ def _end_to_end(
     tolerance: Tolerance,
     what: str,
     batch_sizes: Sequence[int],
-    check_agreement: bool,
 ) -> Verification:
     try:
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
@@ -74,7 +124,6 @@ def _end_to_end(
                 engine=what,
                 tolerance=tolerance,
                 batch_sizes=batch_sizes,
-                check_agreement=check_agreement,
                 axes=export.axes,
             )
     except ModuleNotFoundError:
@@ -82,4 +131,6 @@ def _end_to_end(
     except Exception as error:  # what isn't the file that was written may fail with anything
         infinite, count = float("inf"), len(next(iter(samples.values())))
         fails = [f"it fails: {str(error).splitlines()[0]}"]
-        return Verification(what, count, {}, infinite, infinite, infinite, None, tolerance, failures=fails)
+        return Verification(
+            what, count, {}, infinite, infinite, infinite, None, tolerance, failures=fails, broken=list(fails)
+        )

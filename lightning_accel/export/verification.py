@@ -3,8 +3,9 @@
 Arrays in, numbers out: nothing but numpy is needed, so an engine can be held against its file on the machine it runs on.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ Feeds = Mapping[str, np.ndarray]
 Network = Callable[[Feeds], Mapping[str, np.ndarray]]
 
 _SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
+FACTOR = 2.0  # what an engine may differ by, in multiples of the network's own null divergence; docs/verification.md simulates it
+_Z = 3.29  # of the upper bound of a share that was counted on few samples: passed by chance once in 2,000 times
+_CHANNELS = 2**24  # values of samples times channels that are kept; beyond it an output is compared as a whole
+_PROBABILITY, _LOGIT = 0.5, 0.0  # thresholds that scores are commonly held against
 
 
 class VerificationError(RuntimeError):
@@ -44,6 +49,11 @@ class Verification:
             error within tolerance can turn the order.
         agreement_decided: agreement on those.
         failures: which limits were broken, in words; empty if it passed.
+        limits: what the errors were held against: the tolerance, or more where the network differs more from itself.
+        null: how far the network is from itself, ``{variant: {"median": ..., "p99": ..., "maximum": ..., ...}}``.
+        worst_channel: the channel that differs most of its own spread, and by how much: the median over samples.
+        equal: share of equal integers and booleans; ``None`` where there are none.
+        crossed: share of values on the other side of a threshold: 0 where the output has both signs, 0.5 for probabilities.
         metric: the user's metrics, reference and engine, by name.
         first_divergence: first node whose output differs on the same inputs, if it was looked for.
         note: what could not be measured, and why.
@@ -63,9 +73,16 @@ class Verification:
     decided: float | None = None
     agreement_decided: float | None = None
     failures: list[str] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+    null: dict[str, dict[str, float]] = field(default_factory=dict)
+    worst_channel: str = ""
+    equal: float | None = None
+    crossed: float | None = None
     metric: dict[str, tuple[float, float]] = field(default_factory=dict)
     first_divergence: str = ""
     note: str = ""
+    broken: list[str] = field(default_factory=list, repr=False)  # what no limit is asked about: shapes
+    channels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def passed(self) -> bool:
@@ -74,7 +91,36 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
-        return {**asdict(self), "passed": self.passed, "batch_sizes": {str(k): v for k, v in self.batch_sizes.items()}}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("broken", "channels")}
+        return {
+            **values,
+            "tolerance": dict(vars(self.tolerance)),
+            "passed": self.passed,
+            "batch_sizes": {str(k): v for k, v in self.batch_sizes.items()},
+        }
+
+    def against(self, nulls: Mapping[str, "Verification"]) -> "Verification":
+        """The same measurement held against how far the network is from itself, where that is more than the tolerance.
+
+        Args:
+            nulls: comparisons of the network with itself, by what was changed: rounding, order of summation.
+        """
+        known = {**self.null, **{name: null.own_numbers() for name, null in nulls.items()}}
+        channels = [null.channels for null in nulls.values()]
+        return _judged(replace(self, null=known), self.lengths, True, channels)
+
+    def own_numbers(self) -> dict[str, float]:
+        """The numbers that another comparison is held against."""
+        found = {
+            "median": self.median_error,
+            "p99": self.p99_error,
+            "maximum": self.max_error,
+            "agreement": self.agreement,
+            "agreement_decided": self.agreement_decided,
+            "equal": self.equal,
+            "crossed": self.crossed,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def raise_if_failed(self, repeat: str = "") -> None:
         """Raise if a limit was broken.
@@ -175,9 +221,7 @@ class _Comparison:
     """Collects the differences between two networks' outputs, batch by batch."""
 
     def __init__(self) -> None:
-        self.errors: dict[str, list[np.ndarray]] = {}
-        self.low: dict[str, float] = {}
-        self.high: dict[str, float] = {}
+        self.outputs: dict[str, _Output] = {}
         self.same: list[np.ndarray] = []  # whether the largest logit is the same one
         self.margins: list[np.ndarray] = []  # between the reference's two largest logits
         self.cosines: list[float] = []
@@ -191,23 +235,28 @@ class _Comparison:
             if a.shape != b.shape:
                 self.broken.append(f"output `{name}` has shape {b.shape} instead of {a.shape} {where}")
                 continue
+            self.outputs.setdefault(name, _Output()).add(a, b)
+            if not np.issubdtype(a.dtype, np.floating):
+                continue
             a, b = a.astype(np.float64), b.astype(np.float64)
-            with np.errstate(invalid="ignore"):  # infinities on both sides are equal, and their difference is not used
-                self.errors.setdefault(name, []).append(np.where(a == b, 0.0, np.abs(a - b)).ravel())
-            self.low[name] = min(self.low.get(name, np.inf), float(a.min(initial=np.inf)))
-            self.high[name] = max(self.high.get(name, -np.inf), float(a.max(initial=-np.inf)))
             self.cosines += _cosines(a, b)
             if a.ndim >= 2 and a.shape[1] > 1 and name == next(iter(want)):
                 self.same.append((a.argmax(1) == b.argmax(1)).ravel())
-                best = np.sort(a, axis=1)[:, -2:]
+                best = np.partition(a, -2, axis=1)[:, -2:]
                 self.margins.append((best[:, 1] - best[:, 0]).ravel())
 
     def result(self, engine: str, samples: int, batch_sizes: dict[int, int], tolerance: Tolerance) -> Verification:
-        spans = {name: max(self.high[name] - self.low[name], 1e-30) for name in self.errors}
-        shares = [np.concatenate(parts) / spans[name] for name, parts in self.errors.items()]
-        errors = np.concatenate(shares) if shares else np.array([np.inf])
+        floats = {name: output for name, output in self.outputs.items() if output.errors}
+        shares = [np.concatenate(output.errors) / output.span for output in floats.values()]
+        errors = np.concatenate(shares) if shares else np.zeros(1) if self.outputs else np.array([np.inf])
         errors = np.where(np.isfinite(errors), errors, np.inf)
         shown = {f"{share:.1%}": float(np.quantile(errors, share, method="higher")) for share in _SHARES}
+        channels = {
+            f"{name}, axis {axis}": shares
+            for name, output in floats.items()
+            for axis, shares in output.channel_shares().items()
+        }
+        counted = [output for output in self.outputs.values() if output.counted]
         result = Verification(
             engine=engine,
             samples=samples,
@@ -219,14 +268,83 @@ class _Comparison:
             tolerance=tolerance,
             distribution=shown,
             cosine=min(self.cosines, default=None),
-            failures=list(self.broken),
+            equal=sum(o.equal for o in counted) / sum(o.counted for o in counted) if counted else None,
+            crossed=max((o.crossed for o in floats.values() if o.crossed is not None), default=None),
+            broken=list(self.broken),
+            channels=channels,
         )
         if self.same:
-            same, margin = np.concatenate(self.same), np.concatenate(self.margins) / spans[next(iter(self.errors))]
+            same, margin = np.concatenate(self.same), np.concatenate(self.margins) / next(iter(floats.values())).span
             clear = margin > 2 * min(result.p99_error, tolerance.p99)
             result.decided = float(clear.mean())
             result.agreement_decided = float(same[clear].mean()) if clear.any() else None
         return result
+
+
+class _Output:
+    """The differences of one output."""
+
+    def __init__(self) -> None:
+        self.errors: list[np.ndarray] = []
+        self.low, self.high = np.inf, -np.inf
+        self.counted, self.equal = 0, 0  # integers and booleans
+        self.elements, self.turned = 0, {_LOGIT: 0, _PROBABILITY: 0}
+        # By axis: largest error of each sample and channel; and smallest, largest and farthest from 0 of each channel.
+        self.channels: dict[int, list[np.ndarray]] = {}
+        self.ranges: dict[int, np.ndarray] = {}
+
+    def add(self, a: np.ndarray, b: np.ndarray) -> None:
+        if not np.issubdtype(a.dtype, np.floating):
+            self.counted += a.size
+            self.equal += int((a == b).sum())
+            return
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # infinities on both sides are equal, and their difference is not used
+            off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+        self.errors.append(off.ravel())
+        finite = a[np.isfinite(a)]
+        self.low = min(self.low, float(finite.min(initial=np.inf)))
+        self.high = max(self.high, float(finite.max(initial=-np.inf)))
+        self.elements += a.size
+        for threshold in self.turned:
+            self.turned[threshold] += int(((a > threshold) != (b > threshold)).sum())
+        for axis in {1, a.ndim - 1} if a.ndim > 1 and a.size else ():
+            others = tuple(i for i in range(1, a.ndim) if i != axis)
+            size = a.shape[axis]
+            if axis in self.ranges and self.ranges[axis].shape[1] != size:
+                continue  # an axis that varies holds no channels
+            low, high = a.min(axis=(0, *others)), a.max(axis=(0, *others))
+            before = self.ranges.get(axis, np.stack([np.full(size, np.inf), np.full(size, -np.inf)]))
+            self.ranges[axis] = np.stack([np.minimum(before[0], low), np.maximum(before[1], high)])
+            kept = self.channels.setdefault(axis, [])
+            if (sum(len(part) for part in kept) + len(a)) * size <= _CHANNELS:
+                kept.append(off.max(axis=others).astype(np.float32))
+
+    @property
+    def span(self) -> float:
+        """The output's range."""
+        return max(self.high - self.low, 1e-30)
+
+    @property
+    def crossed(self) -> float | None:
+        """Share of values on the other side of the threshold that such an output has; ``None`` if it has none."""
+        if self.low < _LOGIT < self.high:
+            return self.turned[_LOGIT] / self.elements
+        return self.turned[_PROBABILITY] / self.elements if 0.0 <= self.low < _PROBABILITY < self.high <= 1.0 else None
+
+    def channel_shares(self) -> dict[int, np.ndarray]:
+        """By axis, of each channel the median over samples of its largest error, as a share of the channel's own spread."""
+        found = {}
+        for axis, parts in self.channels.items():
+            low, high = self.ranges[axis]
+            with np.errstate(invalid="ignore"):
+                spread = np.nan_to_num(high - low, posinf=0.0, nan=0.0)
+                # A channel that hardly varies is held against the size of its values; one that doesn't, against the whole output.
+                size = np.nan_to_num(np.maximum(np.abs(low), np.abs(high)), posinf=0.0, nan=0.0)
+            spread = np.where(spread > 0.0, np.maximum.reduce([spread, size * 1e-3, np.full_like(spread, self.span * 1e-6)]), self.span)
+            if parts:
+                found[axis] = np.median(np.concatenate(parts), axis=0) / spread
+        return found
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
@@ -241,22 +359,69 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
     return np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), -1.0).tolist()
 
 
-def _judged(result: Verification, lengths: dict[str, list[int]], check_agreement: bool) -> Verification:
-    """Hold the numbers against their limits."""
-    tolerance = result.tolerance
-    result.lengths = lengths
-    limits = [
-        ("the median error", result.median_error, tolerance.median),
-        ("the 99th percentile of the error", result.p99_error, tolerance.p99),
-        ("the largest error", result.max_error, tolerance.maximum),
-    ]
-    for what, value, limit in limits:
-        if not value <= limit:
-            result.failures.append(f"{what} is {value:.2e} of the output range, above {limit:.0e}")
-    agreement = result.agreement_decided
-    if check_agreement and agreement is not None and agreement < tolerance.agreement:
-        result.failures.append(
-            f"predictions agree on {agreement:.2%} of the samples that are decided by more than the error "
-            f"({result.decided:.0%} of all), below {tolerance.agreement:.2%}"
-        )
+def _judged(
+    result: Verification,
+    lengths: dict[str, list[int]],
+    check_agreement: bool,
+    channels: Sequence[Mapping[str, np.ndarray]] = (),
+) -> Verification:
+    """Hold the numbers against their limits: the tolerance, or the network's own null divergence where that is larger."""
+    tolerance, nulls = result.tolerance, list(result.null.values())
+    result.lengths, result.failures, result.limits = lengths, list(result.broken), {}
+
+    def limit(name: str) -> float:
+        most = max((null[name] for null in nulls if name in null), default=0.0)
+        result.limits[name] = max(getattr(tolerance, name), FACTOR * most)
+        return result.limits[name]
+
+    errors = {
+        "median": ("the median error", result.median_error),
+        "p99": ("the 99th percentile of the error", result.p99_error),
+        "maximum": ("the largest error", result.max_error),
+    }
+    for name, (what, value) in errors.items():
+        if not value <= limit(name):
+            result.failures.append(f"{what} is {value:.2e} of the output range, above {result.limits[name]:.1e}")
+    _judge_channels(result, channels)
+    shares = [("equal", "integers and booleans are equal on", result.equal, "of them")]
+    if check_agreement:
+        decided = f"of the samples that are decided by more than the error ({result.decided or 0:.0%} of all)"
+        shares.append(("agreement_decided", "predictions agree on", result.agreement_decided, decided))
+    if check_agreement and nulls:  # without them nothing says how many samples lie on the edge between two classes
+        shares.append(("agreement", "predictions agree on", result.agreement, "of the samples"))
+        crossed = None if result.crossed is None else 1.0 - result.crossed
+        shares.append(("crossed", "outputs lie on the same side of the threshold for", crossed, "of the values"))
+    for name, what, value, of in shares:
+        if value is None:
+            continue
+        kept = [1.0 - null[name] if name == "crossed" else null[name] for null in nulls if name in null]
+        differ = max([1.0 - tolerance.agreement, *(FACTOR * (1.0 - share) for share in kept)])
+        least = 1.0 - (_upper(differ, result.samples) if nulls else differ)
+        result.limits[name] = least
+        if value < least:
+            result.failures.append(f"{what} {value:.2%} {of}, below {least:.2%}")
     return result
+
+
+def _judge_channels(result: Verification, nulls: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Each channel against its own spread: one that is small beside the others can be wrong unseen in all errors together."""
+    worst = 0.0
+    for name, shares in result.channels.items():
+        same = [null[name] for null in nulls if name in null and null[name].shape == shares.shape]
+        limits = np.maximum.reduce([np.full_like(shares, result.tolerance.maximum), *(FACTOR * own for own in same)])
+        excess = np.nan_to_num(shares / limits, nan=np.inf, posinf=np.inf)
+        channel = int(excess.argmax())
+        if excess[channel] > worst:
+            worst = float(excess[channel])
+            result.worst_channel = f"channel {channel} of output {name}: {shares[channel]:.1e} of its spread"
+            if worst > 1.0:
+                result.failures.append(
+                    f"channel {channel} of output {name}, is off by {shares[channel]:.1e} of its own spread, above {limits[channel]:.1e}"
+                )
+
+
+def _upper(share: float, samples: int) -> float:
+    """Upper end of Wilson's interval (https://doi.org/10.1080/01621459.1927.10502953): what a share can be counted as by chance."""
+    z = _Z**2 / samples
+    half = _Z * math.sqrt(share * (1.0 - min(share, 1.0)) / samples + z / (4 * samples)) if share < 1.0 else 0.0
+    return min((share + z / 2 + half) / (1 + z), 1.0)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.faults import FAULTS, INTEGER_FAULTS, damage, inputs, victim
 from lightning_accel import VerificationError, export_onnx, load_runner
 from lightning_accel.export.bundle import write_manifest
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import feeds_of
 from lightning_accel.export.proof import prove_file
@@ -31,7 +31,7 @@ class Case:
         self.export = export_onnx(self.module, call, folder / "model.onnx")
         self.tolerance = EMULATED_INT8 if int8 else FLOAT
         self.samples = feeds_of((call, {}), self.export.input_names)
-        self.network = module_network(self.module, self.export, (call, {}))
+        self.network = ModuleNetwork(self.module, self.export, (call, {}))
         self.right = self.export.path.read_bytes()
 
     def prove(self):
@@ -61,12 +61,13 @@ def test_there_are_enough_kinds():
 def test_the_right_file_passes_and_every_node_is_compared(float_case, int8_case, int8):
     case = int8_case if int8 else float_case
     case.export.path.write_bytes(case.right)
-    check, nodes = case.prove()
+    proof = case.prove()
+    check, nodes = proof.check, proof.nodes
     assert check.median_error < 1e-7
     assert check.cosine > 1 - 1e-9
     assert check.distribution["50.0%"] <= check.distribution["99.0%"] <= check.distribution["100.0%"] == check.max_error
-    assert nodes["compared"] == nodes["of"] == len(onnx.load(case.export.path).graph.node)
-    assert nodes["largest_error"] < 1e-6
+    assert nodes.nodes == nodes.of == len(onnx.load(case.export.path).graph.node)
+    assert nodes.largest_error < 1e-6
 
 
 def found(case, fault):

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.zoo import network, samples
 from lightning_accel import export_onnx, load_runner, quantize
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.onnx import feeds_of
 from lightning_accel.export.proof import prove_file
@@ -205,8 +205,8 @@ def test_axes_beyond_the_batch(tmp_path):
     }
     assert shown == {"ids": ["batch", "time"], "mask": ["batch", "time"]}
     samples = feeds_of((call, {}), export.input_names)
-    check, _ = prove_file(export, module_network(module, export, (call, {})), samples, tolerance=FLOAT)
-    assert check.lengths == {"time": [6, 3]}
+    proof = prove_file(export, ModuleNetwork(module, export, (call, {})), samples, tolerance=FLOAT)
+    assert proof.check.lengths == {"time": [6, 3]}
     with load_runner(export.path) as runner:
         for length in (1, 6, 11):
             ids, mask = torch.randint(0, 9, (2, length)), torch.ones(2, length, dtype=torch.bool)
@@ -219,7 +219,7 @@ def test_axes_beyond_the_batch(tmp_path):
         value.type.tensor_type.shape.dim[1].dim_value = 6
     onnx.save(model, export.path)
     with pytest.raises(VerificationError, match=r"it fails: .*shape \(any, 6\), but got \(4, 3\)"):
-        prove_file(export, module_network(module, export, (call, {})), samples, tolerance=FLOAT)
+        prove_file(export, ModuleNetwork(module, export, (call, {})), samples, tolerance=FLOAT)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +296,9 @@ def test_what_comes_before_and_after_is_in_the_file_and_stays_float(tmp_path):
     assert (export.input_names, export.output_names) == (("image",), ("scores", "classes"))
     assert check_integers(export.path, export.trained)["weights"] == 3
     whole = surrounded(module, Pixels(), Best()).eval()
-    network = module_network(whole, export, ((images,), {}))
-    _, nodes = prove_file(export, network, {"image": images.numpy()}, tolerance=EMULATED_INT8)
-    assert nodes["compared"] == nodes["of"]
+    network = ModuleNetwork(whole, export, ((images,), {}))
+    nodes = prove_file(export, network, {"image": images.numpy()}, tolerance=EMULATED_INT8).nodes
+    assert nodes.nodes == nodes.of
     with load_runner(export.path, emulate=True) as runner:
         outputs = runner(images.numpy())
         want = Best()(module(Pixels()(images)))
@@ -329,7 +329,7 @@ def test_large_weights_lie_beside_the_file(tmp_path):
     path = tmp_path / "m.onnx"
     export = export_onnx(module, x, path, largest=1000)
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
-    prove_file(export, module_network(module, export, ((x,), {})), {"x": x.numpy()}, tolerance=FLOAT)
+    prove_file(export, ModuleNetwork(module, export, ((x,), {})), {"x": x.numpy()}, tolerance=FLOAT)
     first = (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())
     export_onnx(module, x, path, largest=1000)
     assert first == (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())

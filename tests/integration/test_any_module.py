@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from lightning_accel.compression import check_strategy
-from lightning_accel.export.evaluate import module_network, through_engine
+from lightning_accel.export.evaluate import ModuleNetwork, through_engine
 from lightning_accel.export.onnx import export_onnx
 from lightning_accel.export.preflight import check_readable
 from lightning_accel.quantization.capture import CaptureError
@@ -212,7 +212,7 @@ def test_none_and_constants_in_a_result(trainer, tmp_path):
     assert through["loss"] is None
     assert through["deep"][1:] == (3, "a")
     assert torch.allclose(through["deep"][0], own["deep"][0], atol=1e-5)
-    arrays = module_network(module, export, ((x,), {}))({"x": x.numpy()})
+    arrays = ModuleNetwork(module, export, ((x,), {}))({"x": x.numpy()})
     assert np.array_equal(arrays["logits"], own["logits"].detach().numpy())
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel as la
 from benchmarks.zoo import network, samples
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from lightning_accel.export.evaluate import module_network
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.proof import prove_file
 from lightning_accel.export.tolerances import EMULATED_INT8
@@ -69,10 +69,10 @@ def test_linear_layers_by_the_range_of_the_moment(name, tmp_path):
     export = la.export_onnx(copy, inputs, tmp_path / "m.onnx")
     assert check_integers(export.path, export.trained)["weights"] == len(forward.quantized)
     feeds = {n: x.numpy() for n, x in call.items()}
-    network_of = module_network(copy, export, (inputs, {}))
-    _, nodes = prove_file(export, network_of, feeds, tolerance=EMULATED_INT8)
-    assert nodes["compared"] == nodes["of"]
-    assert nodes["largest_error"] < 1e-6
+    network_of = ModuleNetwork(copy, export, (inputs, {}))
+    nodes = prove_file(export, network_of, feeds, tolerance=EMULATED_INT8).nodes
+    assert nodes.nodes == nodes.of
+    assert nodes.largest_error < 1e-6
     with torch.no_grad():
         want, exact = copy(*inputs), module(*inputs)
     assert 0 < (want - exact).square().mean() < 2e-3 * exact.var()

@@ -1,0 +1,251 @@
+"""Kernels: what an engine makes of each quantized region of a file, fed the file's own values.
+
+Engines fuse everything between two quantizations into one integer kernel. End to end a right kernel and a wrong one can look alike
+in a deep network, whose roundings spread. So the file is cut where its tensors are integers: each region gets the values
+that the file has there, run as it is written, and its result is compared with the file's in steps of the quantization.
+Nothing here needs torch.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from lightning_accel.engines.base import load_runner
+from lightning_accel.export.onnx_file import reads
+from lightning_accel.extras import require
+
+ENGINES = ("onnxruntime", "openvino")  # run regions of an ONNX file on this CPU
+DRIFT = 0.05  # steps: average by which a tensor's integers may be moved; rounding moves them both ways, truncation by a half
+FLOATS = 1e-3  # of a tensor's range: integer kernels round biases to the product of two scales
+_FEW, _MANY = 2, 8  # samples: of a network whose tensors take much memory, and of others
+_MUCH = 2**28  # bytes
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """How an engine's kernels compare with the file, region by region.
+
+    Args:
+        engine: what ran the regions.
+        regions: tensors that were compared: those that are quantized, and floating-point ones at the borders.
+        largest_step: largest difference of an integer, in steps; 1 is a rounding that went the other way.
+        flipped: largest share of a tensor's integers that differ.
+        farthest: largest distance, in steps, from the edge between two integers of a value that was rounded the other way.
+        largest_float: largest error of a floating-point tensor, as a share of its range.
+        diverging: the first region that computes something else, in one sentence; empty if none does.
+        noise: by quantized tensor, the distance from an edge within which this engine may round the other way.
+    """
+
+    engine: str
+    regions: int
+    largest_step: int
+    flipped: float
+    farthest: float
+    largest_float: float
+    diverging: str = ""
+    noise: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a report."""
+        values = asdict(self)
+        del values["noise"]
+        return values
+
+
+def check_kernels(path: str | Path, engine: str, feeds: Mapping[str, np.ndarray], **options: Any) -> KernelCheck:
+    """Run every quantized region of a file alone on an engine.
+
+    Args:
+        path: the ONNX file with Q/DQ nodes; a file without any has no region to compare but its outputs.
+        engine: ``"onnxruntime"`` or ``"openvino"``.
+        feeds: inputs by name, each ``(S, ...)``; at most 8 samples are used.
+        options: for :func:`~lightning_accel.engines.base.load_runner`.
+
+    Raises:
+        RuntimeError: the engine can't load or run the regions.
+    """
+    model = onnx.load(path)
+    cut = _Cut(model)
+    values = cut.run(feeds)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "regions.onnx"
+        inputs = cut.write(file, values)
+        with load_runner(file, engine, **options) as runner:
+            fed = {name: inputs[name] for name in runner.input_names}  # an engine may drop what nothing reads
+            # By position: an engine may call an output by another of its names.
+            found = dict(zip(cut.ends, runner.run(fed).values(), strict=True))
+    return _judged(engine, cut, values, found)
+
+
+class _Cut:
+    """A file cut at its quantized tensors and at floating-point tensors that several nodes read.
+
+    Args:
+        model: the file.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model, self.nodes = model, list(model.graph.node)
+        self.constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.producer = {name: node for node in self.nodes for name in node.output if name}
+        self.shown = [value.name for value in model.graph.output]
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            for name in set(reads(node)):
+                counts[name] = counts.get(name, 0) + 1
+        # name of the dequantized tensor -> its QuantizeLinear and DequantizeLinear
+        self.pairs = {
+            node.output[0]: (self.producer[node.input[0]], node)
+            for node in self.nodes
+            if node.op_type == "DequantizeLinear" and self._quantizes(self.producer.get(node.input[0]))
+        }
+        kinds = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+        self.floats = [
+            name
+            for name, node in self.producer.items()
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+            and kinds.get(name) == TensorProto.FLOAT
+            and counts.get(name, 0) > 1
+            and any(read not in self.constants for read in reads(node))
+        ]
+        self.ends = [*self.pairs, *self.floats, *(name for name in self.shown if name not in (*self.pairs, *self.floats))]
+
+    def _quantizes(self, node: NodeProto | None) -> bool:
+        return node is not None and node.op_type == "QuantizeLinear" and np.size(self.constants.get(node.input[1], ())) == 1
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The file as written: values at the cuts, and before each quantization."""
+        count = len(next(iter(feeds.values())))
+        few = self._run({name: array[:_FEW] for name, array in feeds.items()})
+        if count <= _FEW or sum(array.nbytes for array in few.values()) / _FEW * _MANY > _MUCH:
+            return few
+        return self._run({name: array[:_MANY] for name, array in feeds.items()})
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        before = [quantize.input[0] for quantize, _ in self.pairs.values()]
+        names = [name for name in dict.fromkeys([*before, *self.ends]) if name not in feeds]
+        whole = onnx.ModelProto()
+        whole.CopyFrom(self.model)
+        whole.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in self.shown)
+        ort = require("onnxruntime", "cpu", "Verification")
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return {**feeds, **dict(zip(names, session.run(names, feeds), strict=True))}
+
+    def write(self, path: Path, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Write the file with every cut made: what is read there is an input, and what is computed an output.
+
+        Returns:
+            The values of its inputs.
+        """
+        # Inputs have new names, since outputs at the cuts keep the old ones with a suffix.
+        inputs = {value.name: values[value.name] for value in self.model.graph.input}
+        first: list[NodeProto] = []
+        for name, (quantize, back) in self.pairs.items():
+            inputs[f"{name}::in"] = values[name]
+            first.append(helper.make_node("QuantizeLinear", [f"{name}::in", *quantize.input[1:]], [f"{name}::q"]))
+            first.append(helper.make_node("DequantizeLinear", [f"{name}::q", *back.input[1:]], [name]))
+        inputs |= {name: values[name] for name in self.floats}
+        nodes = [*first]
+        cut = {*self.pairs, *self.floats}
+        for node in self.nodes:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            for i, name in enumerate(node.output):
+                if name in cut:
+                    copy.output[i] = f"{name}::out"
+            nodes.append(copy)
+        graph = helper.make_graph(
+            nodes,
+            "regions",
+            [
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                for n, array in inputs.items()
+            ],
+            [
+                helper.make_tensor_value_info(
+                    f"{n}::out" if n in cut else n, helper.np_dtype_to_tensor_dtype(values[n].dtype), None
+                )
+                for n in self.ends
+            ],
+            list(self.model.graph.initializer),
+        )
+        model = helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
+        )
+        onnx.save(model, path)
+        return inputs
+
+    def describe(self, name: str) -> str:
+        """The nodes of a region, from its end to the cuts before it."""
+        start = self.pairs[name][0].input[0] if name in self.pairs else name
+        found, waiting = list[str](), [start]
+        cut = {*self.pairs, *self.floats} - {name}
+        while waiting and len(found) < 6:
+            node = self.producer.get(waiting.pop(0))
+            if node is None or node.output[0] in cut or node.op_type == "DequantizeLinear":
+                continue
+            found.append(f"{node.op_type} `{node.name}`")
+            waiting += [n for n in node.input if n not in self.constants]
+        return " -> ".join(reversed(found)) or f"QuantizeLinear of `{start}`"
+
+
+def _judged(
+    engine: str, cut: _Cut, values: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> KernelCheck:
+    largest_step, flipped, farthest, largest_float, diverging = 0, 0.0, 0.0, 0.0, ""
+    noise: dict[str, float] = {}
+    for name in cut.ends:
+        want, got = values[name], found[name]
+        wrong = ""
+        if want.shape != got.shape:
+            wrong = f"its shape is {got.shape} instead of {want.shape}"
+        elif name in cut.pairs:
+            quantize = cut.pairs[name][0]
+            scale = cut.constants[quantize.input[1]].astype(np.float32).reshape(())
+            if not np.isfinite(got).all():
+                step, share, edge, drift = 2**31, 1.0, 0.5, float("inf")
+            else:
+                step, share, edge, drift = _steps(want / scale, got / scale, values[quantize.input[0]] / scale)
+            largest_step, flipped, farthest = max(largest_step, step), max(flipped, share), max(farthest, edge)
+            noise[name] = edge
+            if step > 1:
+                wrong = f"its integers are off by up to {step} steps ({share:.1%} of them differ)"
+            elif abs(drift) > DRIFT:
+                wrong = f"its integers are moved by {drift:+.2f} steps on average"
+        elif np.issubdtype(want.dtype, np.floating):
+            error = _share(want, got)
+            largest_float = max(largest_float, error)
+            if not error <= FLOATS:
+                wrong = f"it is off by {error:.1e} of its range"
+        if wrong and not diverging:
+            diverging = f"First diverging kernel: {cut.describe(name)}, fed the file's values: {wrong}."
+    return KernelCheck(engine, len(cut.ends), largest_step, flipped, farthest, largest_float, diverging, noise)
+
+
+def _steps(want: np.ndarray, got: np.ndarray, exact: np.ndarray) -> tuple[int, float, float, float]:
+    """Largest difference, share of differences, how far from an edge they lie, and their average; all in steps."""
+    moved = np.rint(got) - np.rint(want)
+    differs = moved != 0
+    if not differs.any():
+        return 0, 0.0, 0.0, 0.0
+    values = np.broadcast_to(exact, moved.shape)[differs].astype(np.float64)
+    edge = float(np.abs(values - np.floor(values) - 0.5).max())
+    return int(np.abs(moved).max()), float(differs.mean()), edge, float(moved.mean())
+
+
+def _share(want: np.ndarray, got: np.ndarray) -> float:
+    a, b = want.astype(np.float64), got.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    finite = a[np.isfinite(a)]
+    span = max(float(finite.max(initial=0.0) - finite.min(initial=0.0)), float(np.abs(finite).max(initial=0.0)) * 1e-3, 1e-30)
+    worst = float(off.max(initial=0.0)) / span
+    return worst if np.isfinite(worst) else float("inf")
