@@ -368,7 +368,7 @@ class ModelExport(L.Callback):
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
-                check_engine(callback.target, engine, concatenates=False)
+                check_engine(callback.target, engine)
         check_installed(self._wanted_engines(trainer))
 
     def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -379,7 +379,7 @@ class ModelExport(L.Callback):
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
         for forward in forwards.values():
             for engine in self._wanted_engines(trainer):
-                check_engine(forward.target, engine, forward.concatenates)
+                check_engine(forward.target, engine, forward.forms)
         try_out(self._order(trainer, pl_module), forwards)
 
     def _wanted_engines(self, trainer: L.Trainer) -> list[str]:

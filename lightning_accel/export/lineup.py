@@ -263,7 +263,9 @@ def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order
 
 
 def _load(file: Path, engine: str | None, threads: int) -> Runner:
-    return load_runner(file, engine, threads=None if engine == "tensorrt" else threads)  # a GPU has no threads to choose
+    return load_runner(
+        file, engine, threads=None if engine == "tensorrt" else threads
+    )  # a GPU has no threads to choose
 
 
 def _measure_latency(
