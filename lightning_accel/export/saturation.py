@@ -60,9 +60,10 @@ def _weights_of(file: Path) -> tuple[int, str, set[str]]:
             weights[name] = numpy_helper.to_array(tensor)
     for node in graph.node:
         read = [name for name in node.input if name in weights]
-        if node.op_type == "QuantizeLinear" and (len(node.input) < 3 or stored[node.input[2]].data_type == TensorProto.UINT8):
-            activations = "uint8"
-        elif node.op_type == "DynamicQuantizeLinear":
+        if (
+            node.op_type == "QuantizeLinear"
+            and (len(node.input) < 3 or stored[node.input[2]].data_type == TensorProto.UINT8)
+        ) or node.op_type == "DynamicQuantizeLinear":
             activations = "uint8"
         elif node.op_type in ("DequantizeLinear", "Transpose") and node.input[0] in weights:
             weights[node.output[0]] = weights[node.input[0]]
