@@ -10,6 +10,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -193,9 +194,8 @@ def _remember(place: Path, new: _Known) -> None:
         temporary.write_text(json.dumps({**_read(place), **new}, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, place)
     except OSError:  # a full or read-only disk: the next process measures again
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() and os.access(
-            temporary.parent, os.W_OK
-        ) else None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _engine(engine: str) -> Run:
@@ -218,7 +218,9 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
         onnx.save(file.model(), path)
         try:
             got = run(path, file.feeds)
-        except RuntimeError as error:  # the engine can't load or run the file
+        except ImportError:
+            raise
+        except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
             return Finding(*about, None, str(error).partition("\n")[0])
     errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
     if not np.isfinite(errors).all():

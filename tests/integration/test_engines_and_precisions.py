@@ -218,3 +218,20 @@ def test_loggers_get_what_there_is(trainer, tmp_path, monkeypatch):
     assert summary["export/network_fp32/p50_ms"] > 0
     assert "shipped/latency_ms" not in summary
     assert (tmp_path / "csv" / "version_0" / "report.html").is_file()
+
+
+@only_builds
+def test_a_student_is_measured_beside_its_teacher(trainer, tmp_path):
+    """Not the teacher alone, where the student's only engine can't run here."""
+    made = callbacks(tmp_path / "bundle", ["tensorrt"], "fp32")
+    module = la.DistillationModule(Tiny(), nn.Linear(4, 3))
+    trainer(*made, max_epochs=1).fit(module, loader(), loader())
+    report = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    rows = [(row["name"], row["engine"], row["p50_ms"] is not None) for row in report["rows"]]
+    assert rows == [
+        ("teacher", "onnxruntime", True),
+        ("student fp32", "onnxruntime", True),
+        ("student fp32, tensorrt", "tensorrt", False),
+    ]
+    assert report["ships"] == "student fp32, tensorrt"
+    assert report["rows"][1]["correct"] is not None
