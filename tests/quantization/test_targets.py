@@ -204,6 +204,15 @@ def test_what_the_cache_holds_is_refused_before_training(trainer, tmp_path, monk
     ):
         trainer(qat, la.ModelExport(tmp_path / "b", engines=["onnxruntime"])).fit(module, loader(), loader())
     assert torch.equal(module.net.head.weight, before)
+    # The same where there is no preflight: a trained checkpoint's bundle, written on this machine.
+    kernel_probe._MEMORY.clear()
+    place.write_text("{}")
+    export = la.ModelExport(tmp_path / "b", engines=["onnxruntime"])
+    made = trainer(la.QuantizationAwareTraining("portable", start=1), export)
+    made.fit(module, loader(), loader())
+    kernel_probe._MEMORY[place] = {key: (41.5, "")}
+    with pytest.raises(ValueError, match=r"must suit target 'portable', but got 'onnxruntime': .*41.5"):
+        export.export(made, module, "last")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variable chooses among x86's kernels")
