@@ -110,7 +110,7 @@ MAY_IMPORT = {
     "benchmarking": {"engines", "extras"},
     "pruning": SHARED,
     "distillation": SHARED | {"engines"},
-    "quantization": SHARED,
+    "quantization": SHARED | {"engines"},
     "export": SHARED | {"engines", "benchmarking", "pruning", "distillation", "quantization"},
     "commands": {"engines", "benchmarking", "export", "extras"},
 }

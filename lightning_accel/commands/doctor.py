@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel.benchmarking.environment import environment
-from lightning_accel.benchmarking.int8_probe import probe_int8
+from lightning_accel.benchmarking.int8_probe import int8_speed
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Arithmetic, Finding, probe_kernels
 from lightning_accel.engines.tensorrt import has_gpu
 from lightning_accel.engines.tensorrt_library import LIBRARIES, load_library
 
@@ -23,6 +24,7 @@ _EXTRAS = {
     "matplotlib": "report",
 }
 
+_FORMATS = (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63))  # activations, largest weight
 _UNLOADABLE = "installed, but can't be loaded"
 
 
@@ -49,11 +51,12 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
     """What this machine can do, as JSON values.
 
     Args:
-        probe: run the engines on a small int8 convolution.
+        probe: run the engines on small int8 files.
 
     Returns:
-        ``environment``, ``extras`` (package -> version, or how to install it), ``engines`` (name -> status), ``int8`` (one
-        entry for each engine and format), ``broken`` (what must be mended).
+        ``environment``, ``extras`` (package -> version, or how to install it), ``engines`` (name -> status), ``int8`` (speed, for
+        each engine and format), ``kernels`` (error, for each engine, form of operators and format), ``broken`` (what must be
+        mended).
     """
     extras = {package: _version(package) or f'pip install "lightning-accel[{e}]"' for package, e in _EXTRAS.items()}
     installed = {package for package in _EXTRAS if _version(package)}
@@ -66,12 +69,19 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
         broken.append('no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"')
     engines = {name: _engine(name) for name in ("onnxruntime", "openvino", *LIBRARIES)}
     broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(_UNLOADABLE)]
-    int8 = []
-    for engine in ("onnxruntime", "openvino") if probe else ():
-        for activations, weight_max in (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63)):
-            if engines[engine].startswith("runs"):
-                int8.append(vars(probe_int8(engine, activations, weight_max)))
-    return {"environment": environment(), "extras": extras, "engines": engines, "int8": int8, "broken": broken}
+    runs = [engine for engine in ENGINES if probe and engines[engine].startswith("runs")]
+    kernels = [
+        probe_kernels(engine, form, Arithmetic(*of)).to_dict() for engine in runs for form in FORMS for of in _FORMATS
+    ]
+    int8 = [vars(int8_speed(engine, *of)) for engine in runs for of in _FORMATS]
+    return {
+        "environment": environment(),
+        "extras": extras,
+        "engines": engines,
+        "int8": int8,
+        "kernels": kernels,
+        "broken": broken,
+    }
 
 
 def _version(package: str) -> str:
@@ -115,12 +125,26 @@ def _screen(found: dict[str, Any]) -> str:
         *(f"{name:18s} {status}" for name, status in found["extras"].items()),
     ]
     if found["int8"]:
+        lines += ["", "int8 on this CPU: a 3x3 convolution, 64 channels, 1 thread, against float32 in the same engine:"]
+    lines += [f"{one['engine']:18s} {_format(one):22s} {one['speedup']:.1f}x" for one in found["int8"]]
+    if found["kernels"]:
         lines += [
             "",
-            "int8 on this CPU (a 3x3 convolution, 64 channels, 1 thread, against float32 in the same engine):",
+            "int8 kernels on this CPU: largest error in steps of the output's quantization, exact is at most one:",
         ]
-    for line in found["int8"]:
-        exact = "exact" if line["error"] <= 1.01 / 255 else f"WRONG by up to {line['error']:.0%} of the range"
-        form = f"{line['activations']} x int8 up to {line['weight_max']}"
-        lines.append(f"{line['engine']:18s} {form:22s} {line['speedup']:.1f}x  {exact}")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for one in found["kernels"]:
+        wrong = rows.setdefault((f"{one['engine']} {one['version']}", one["form"]), [])
+        if not one["exact"]:
+            wrong.append(f"{_format(one['arithmetic'])} {_words(one)}")
+    lines += [f"{engine:18s} {form:34s} {'; '.join(wrong) or 'exact'}" for (engine, form), wrong in rows.items()]
     return "\n".join([*lines, *(f"BROKEN: {text}" for text in found["broken"])])
+
+
+def _format(values: dict[str, Any]) -> str:
+    return f"{values['activations']} x int8 up to {values['weight_max']}"
+
+
+def _words(values: dict[str, Any]) -> str:
+    given = {name: value for name, value in values.items() if name != "exact"}
+    return str(Finding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))

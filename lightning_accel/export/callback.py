@@ -29,7 +29,7 @@ from lightning_accel.export.surrounded import surrounded
 from lightning_accel.export.told import history, measured, timeline
 from lightning_accel.export.untrained import predictions_of
 from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 from lightning_accel.quantization.quantizing import QuantizingCallback
 
@@ -242,7 +242,7 @@ class ModelExport(L.Callback):
 
         Raises:
             RuntimeError: the network hasn't reached its targets.
-            ValueError: the bundle's folder is a file, or holds something else by now.
+            ValueError: the bundle's folder is a file, or holds something else by now; an engine's kernels compute another arithmetic.
             VerificationError: what was written isn't what was trained.
         """
         check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
@@ -259,6 +259,7 @@ class ModelExport(L.Callback):
             raise RuntimeError(
                 "The network must be quantized to ship as int8, but no QuantizationAwareTraining phase has begun."
             )
+        self._check_kernels(trainer, quantized_forwards(pl_module))  # of this machine, where there was no preflight
         pl_module.to("cpu")
         order = self._order(
             trainer,
@@ -368,7 +369,7 @@ class ModelExport(L.Callback):
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
-                check_engine(callback.target, engine, concatenates=False)
+                check_engine(callback.target, engine)
         check_installed(self._wanted_engines(trainer))
 
     def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -377,10 +378,14 @@ class ModelExport(L.Callback):
         if not trainer.is_global_zero:
             return
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
+        self._check_kernels(trainer, forwards)
+        try_out(self._order(trainer, pl_module), forwards)
+
+    def _check_kernels(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> None:
+        """Whether the engines compute, on this machine, what the networks hold."""
         for forward in forwards.values():
             for engine in self._wanted_engines(trainer):
-                check_engine(forward.target, engine, forward.concatenates)
-        try_out(self._order(trainer, pl_module), forwards)
+                check_engine(forward.target, engine, forward.forms)
 
     def _wanted_engines(self, trainer: L.Trainer) -> list[str]:
         return self.engines or next(([c.target.engines[0]] for c in _qat(trainer)), ["onnxruntime"])

@@ -202,14 +202,14 @@ def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: di
     counts = check_integers(export.path, export.trained)
     forwards = list(quantized_forwards(small).values())
     made["quantize"] = export, call
-    made["concatenates"] = any(forward.concatenates for forward in forwards)
+    made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
     return _told(f"{target}: ", forwards, counts["integers"])
 
 
 def _quantized(forwards: Sequence[QuantizedForward], made: dict[str, Any]) -> tuple[str, list[str]]:
     """What was quantized in training is exported already; what it holds is looked at."""
     export, _ = made["quantize"] = made["export"]
-    made["concatenates"] = any(forward.concatenates for forward in forwards)
+    made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
     integers = check_integers(export.path, export.trained)["integers"]
     return _told(f"quantized already, for {forwards[0].target.name}: ", forwards, integers)
 
@@ -223,13 +223,13 @@ def _told(what: str, forwards: Sequence[QuantizedForward], integers: int) -> tup
 
 def _needs(engine: str, target: Target, made: Mapping[str, Any]) -> str:
     """Which file an engine can run: the int8 one, unless its kernels compute another arithmetic."""
-    return "export" if cannot_reproduce(target, engine, concatenates=made.get("concatenates", False)) else "quantize"
+    return "export" if cannot_reproduce(target, engine, forms=made.get("forms", ())) else "quantize"
 
 
 def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
     needs = _needs(engine, target, made)
     if needs == "export" and made.get("quantize") is made["export"]:  # there is no other file than the int8 one
-        raise ValueError(cannot_reproduce(target, engine, concatenates=made["concatenates"]))
+        raise ValueError(cannot_reproduce(target, engine, forms=made["forms"]))
     export, call = made[needs]
     what = "int8" if needs == "quantize" else "fp32; int8 of this target isn't for this engine"
     if engine == "tensorrt":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.export.bundle import decided, write_comparison
 from lightning_accel.export.bundle_benchmark import compare_ways, shipped_line
@@ -51,6 +52,9 @@ def decide_default(
 ) -> dict[str, Any]:
     """Run the network in the ways that matter, and write ``comparison.json``.
 
+    Where none of the engines asked for runs on this machine, the ways are measured and nothing is decided: a CPU's fastest way
+    says nothing about the engine that the bundle is for, which stays the default.
+
     Args:
         order: what is shipped, its budgets, and the held-out data.
         files: the bundle's files and the trained network.
@@ -63,6 +67,7 @@ def decide_default(
     """
     feeds, targets = order.data.everything(order.whole, files.shipped.input_names)
     outputs = _outputs(files, feeds, order.batch_size)
+    here = any(line["runs_here"] for line in content["engines"].values())
     written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}
     comparison = compare_ways(
         folder,
@@ -71,17 +76,27 @@ def decide_default(
         _labels(targets, next(iter(outputs.values())), content["scores"]),
         source=f"the {order.data.source}",
         scores=content["scores"],
-        budgets=order.budgets,
+        budgets=order.budgets if here else None,
         settings=order.benchmark,
     )
     report["comparison"] = comparison.to_dict()
-    report["notes"].append(
-        "Nothing was decided: the comparison was interrupted."
-        if comparison.decision is None
-        else f"Decision: {comparison.decision['why']}"
-    )
+    report["notes"].append(_told(comparison, order, here=here))
     write_comparison(folder, report["comparison"])
     return decided(report["comparison"], shipped_line(comparison))
+
+
+def _told(comparison: Comparison, order: Order, *, here: bool) -> str:
+    """The decision in a sentence, or why there is none."""
+    if comparison.decision is not None:
+        return f"Decision: {comparison.decision['why']}"
+    if comparison.interrupted:
+        return "Nothing was decided: the comparison was interrupted."
+    assert not here
+    names = " and ".join(order.engines)
+    return (
+        f"Nothing was decided: {names}, which this bundle is for, can't run on this machine, and stays the default. Decide on the machine "
+        "that is to run it: lightning-accel benchmark BUNDLE, with the budgets."
+    )
 
 
 def _labels(targets: np.ndarray | None, output: np.ndarray, scores: str | None) -> np.ndarray | None:

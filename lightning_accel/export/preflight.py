@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,13 +44,13 @@ def check_installed(engines: Sequence[str]) -> None:
         load_library(None)
 
 
-def check_engine(target: Target, engine: str, concatenates: bool) -> None:
-    """Whether an engine's kernels reproduce the arithmetic that is trained.
+def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None:
+    """Whether an engine's kernels reproduce the arithmetic that is trained, in the forms that the network holds.
 
     Raises:
         ValueError: they don't.
     """
-    if reason := cannot_reproduce(target, engine, concatenates=concatenates):
+    if reason := cannot_reproduce(target, engine, forms=forms):
         raise ValueError(f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}.")
 
 

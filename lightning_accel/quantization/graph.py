@@ -48,7 +48,7 @@ _SPLITS = {
     aten.transpose.int,
     aten.permute.default,
 }
-_JOINS = {aten.cat.default, aten.concat.default}
+JOINS = {aten.cat.default, aten.concat.default}
 
 
 def writes(node: Node) -> bool:
@@ -112,7 +112,7 @@ def _moved(node: Node, spatial: bool) -> list[Node]:
     """The operands whose values are all that a node holds; empty if it computes."""
     if node.op != "call_function" or not node.args:
         return []
-    if node.target in _JOINS:
+    if node.target in JOINS:
         parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
         return parts if all(isinstance(p, Node) and p.op != "get_attr" for p in parts) else []
     first = node.args[0]

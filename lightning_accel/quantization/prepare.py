@@ -19,6 +19,7 @@ from lightning_accel.call_shapes import InputGuard, plain_call
 from lightning_accel.inputs import canonical_call, own_signature
 from lightning_accel.quantization.attention import take_apart_attention
 from lightning_accel.quantization.capture import Bindings, capture
+from lightning_accel.quantization.forms import forms_of
 from lightning_accel.quantization.placing import DYNAMIC, freeze_norms, place_fake_quants
 from lightning_accel.quantization.quantizer import Plan, plan_points
 from lightning_accel.quantization.ranges import RangeBank
@@ -82,6 +83,7 @@ class QuantizedForward:
         with torch.inference_mode(False):
             graphs = {training: self._capture(training) for training in (True, False)}
             plans = {training: self._plan_of(graph, training) for training, graph in graphs.items()}
+            self.forms = forms_of(plans[False], self.activations)
             tensors = _shared_tensors(plans, self.path)
             if not hasattr(self, "bank"):
                 keys = list(dict.fromkeys(tensors.values()))
@@ -91,7 +93,6 @@ class QuantizedForward:
             synchronize_norms(graphs[True], self.module)
         self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
         self.quantized = list(dict.fromkeys(point.operator for point in plans[False].points))
-        self.concatenates = any(len(point.roots) > 1 for point in plans[False].points)
         self._parts = list(self.module.modules())
         self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
         self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}

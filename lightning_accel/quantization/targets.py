@@ -5,9 +5,21 @@ it. Dequantized value = ``(integer - zero_point) * scale``. Needs no torch: a ma
 """
 
 import platform
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from lightning_accel.engines.kernel_probe import (
+    ENGINES,
+    Arithmetic,
+    Finding,
+    cpu_name,
+    engine_version,
+    probe_kernels,
+)
+
+Probe = Callable[[str, str, Arithmetic], Finding]
 
 # Kinds of operators that a target may compute in integers.
 CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
@@ -166,20 +178,57 @@ def saturation(weight: int, engine: str, vnni: bool) -> str:
     )
 
 
-def cannot_reproduce(target: Target, engine: str, *, concatenates: bool = False, vnni: bool | None = None) -> str:
+def arithmetic_of(target: Target) -> Arithmetic:
+    """What of a target chooses an engine's kernels."""
+    return Arithmetic(target.activations, target.weight_max, target.outputs, target.both_summands)
+
+
+def cannot_reproduce(
+    target: Target,
+    engine: str,
+    *,
+    forms: Iterable[str] = (),
+    vnni: bool | None = None,
+    probe: Probe = probe_kernels,
+) -> str:
     """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
+
+    For this machine that is measured, on the forms that the network holds. Of another CPU no more is known than its flags say.
 
     Args:
         target: what was trained for.
         engine: what is to run it.
-        concatenates: whether the network quantizes tensors that are concatenated.
-        vnni: whether its CPU has VNNI; ``None`` means this machine's.
+        forms: of the network's operators, see :data:`~lightning_accel.engines.kernel_probe.FORMS`.
+        vnni: whether another CPU has VNNI; ``None`` means this machine, on which the engine is probed.
+        probe: measures what an engine makes of a form.
     """
     if engine == "tensorrt" and not target.signed_activations:
         return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
-    if engine == "openvino" and target.signed_activations and concatenates:
-        return (
-            "it computes concatenations of int8 with zero point 0 wrongly (2026.4.1: by up to half of the output's range); "
-            "the target `openvino` is uint8"
-        )
-    return saturation(target.weight_max, engine, cpu_has_vnni() if vnni is None else vnni)
+    if vnni is not None:
+        return saturation(target.weight_max, engine, vnni)
+    if engine not in ENGINES or not engine_version(engine):  # the error of a missing engine names its extra
+        return ""
+    wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
+    return _refusal(target, engine, wrong, forms, probe) if wrong else ""
+
+
+def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Iterable[str], probe: Probe) -> str:
+    """What was measured, and the target whose arithmetic the engine reproduces."""
+    others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
+    right = (
+        other.name
+        for other in others
+        if arithmetic_of(other) != arithmetic_of(target)
+        and all(found.exact for found in _probed(other, engine, forms, probe))
+    )
+    name = next(right, None)
+    mend = "no target of this library is exact there" if name is None else f"the target `{name}` is exact there"
+    told = "; ".join(f"{found.form}: {found}" for found in wrong)
+    return (
+        f"with {target.activations} activations and weights up to {target.weight_max} {engine} {wrong[0].version} computes something else "
+        f"than the file says on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({told}); {mend}"
+    )
+
+
+def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[Finding]:
+    return [probe(engine, form, arithmetic_of(target)) for form in sorted(forms)]

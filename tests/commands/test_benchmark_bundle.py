@@ -17,7 +17,9 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, Compariso
 from lightning_accel.benchmarking.rounds import Measured, Row
 from lightning_accel.benchmarking.ways import Way
 from lightning_accel.commands import main
+from lightning_accel.engines.kernel_probe import Arithmetic, Finding, probe_kernels
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
+from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.export.bundle import check_recordable, write_manifest
 from lightning_accel.export.bundle_benchmark import benchmark_bundle, hold_kernels
@@ -126,6 +128,25 @@ def test_weights_that_a_cpu_saturates_with_are_refused_whatever_the_samples_show
     assert saturates(tmp_path / "full.onnx", "openvino", dict.fromkeys(old)) == ""  # a system that doesn't tell
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_on_this_machine_it_is_measured_whether_weights_saturate(shipped, engine):
+    portable = shipped / "bundle" / "model.onnx"  # convolutions, a linear layer, int8 activations, weights up to 63
+    asked = []
+
+    def probe(*of):
+        asked.append(of)
+        return Finding(engine, "1.2.3", of[1], of[2], 0.0 if of[1] == "linear" else 77.0)
+
+    reason = saturates(portable, engine, probe=probe)
+    assert {(form, arithmetic) for _, form, arithmetic in asked} == {
+        (form, Arithmetic("int8", 63)) for form in ("convolution", "linear")
+    }
+    assert "(convolution: WRONG by up to 77 steps)" in reason
+    assert saturates(portable, "pytorch", probe=probe) == ""
+    exact = all(probe_kernels(engine, form, Arithmetic("int8", 63)).exact for form in ("convolution", "linear"))
+    assert (saturates(portable, engine) == "") is exact
+
+
 def test_what_is_no_number_is_a_failure_and_still_json(tmp_path):
     linear(tmp_path / "model.onnx")
     way = Way("openvino fp32", "openvino", "fp32", tmp_path / "model.onnx")
@@ -183,7 +204,7 @@ def test_without_samples_only_speed_is_measured_and_only_float32_can_ship(bundle
 
 
 def test_kernels_that_compute_something_else_are_refused(tmp_path):
-    """OpenVINO 2026.4.1 concatenates int8 with zero point 0 wrongly; ModelExport would refuse it before."""
+    """Whatever engines make of it on this machine: a way ships exactly if its outputs are those of the file as written."""
     module = network("inception")
     x = samples("inception", 64)[0]
     quantized(module, x, target=target_of("portable"), learn=4)
@@ -192,10 +213,31 @@ def test_kernels_that_compute_something_else_are_refused(tmp_path):
     write_by_hand(tmp_path, module, x, "openvino")
     ways = ["openvino int8", "onnxruntime int8"]
     found = benchmark_bundle(tmp_path, budgets=la.Budgets(max_drop=100), ways=ways, settings=FEW, record=False)
-    assert found["onnxruntime int8"].kernels["passed"]
-    assert not found["openvino int8"].kernels["passed"]
-    assert found["openvino int8"].kernels["max_error"] > 0.2
-    assert "its kernels don't compute here what the file says" in found.decision["refused"]["openvino int8"]
+    for name in ways:
+        with la.load_runner(tmp_path / "model.onnx", name.split()[0]) as runner:
+            got = next(iter(runner.run({"x": x.numpy()}).values()))
+        with OnnxRuntimeRunner(tmp_path / "model.onnx", emulate=True) as runner:
+            want = next(iter(runner.run({"x": x.numpy()}).values()))
+        wrong = bool(np.abs(got - want).max() > 0.2 * np.ptp(want))
+        assert found[name].kernels["passed"] is not wrong
+        assert (found[name].kernels["max_error"] > 0.2) is wrong
+        refusal = found.decision["refused"].get(name, "")
+        assert ("its kernels don't compute here what the file says" in refusal) is wrong
+
+
+def test_kernels_whose_outputs_are_others_are_refused(tmp_path):
+    """An engine that is broken: the way's outputs are another network's."""
+    linear(tmp_path / "model.onnx")
+    way = Way("openvino int8", "openvino", "int8", tmp_path / "model.onnx")
+    row = Row(way, WayResult(way.name, way.engine, way.precision))
+    feeds = {"x": np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)}
+    with OnnxRuntimeRunner(tmp_path / "model.onnx", emulate=True) as runner:
+        right = runner.run(feeds)["y"]
+    manifest = {"model": "model.onnx", "files": {}}
+    for outputs, passed in ((right, True), (right[:, ::-1].copy(), False)):
+        row.outputs = {"output y": outputs}
+        hold_kernels(Measured([row], []), tmp_path, manifest, feeds)
+        assert row.result.kernels["passed"] is passed
 
 
 def test_pytorch_and_what_is_made_or_missing(tmp_path):

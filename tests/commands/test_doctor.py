@@ -3,13 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 
-from lightning_accel.benchmarking import int8_probe
+from lightning_accel.benchmarking.int8_probe import Int8Speed, int8_speed
 from lightning_accel.commands import doctor, main
-from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Arithmetic, probe_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,23 +48,27 @@ def test_an_engine_that_cannot_be_loaded_is_broken(tmp_path):
     assert done.stdout.splitlines()[-1] == f"BROKEN: {says}"
 
 
-@pytest.mark.parametrize("activations", ["uint8", "int8"])
-def test_the_probe_says_what_the_kernels_do(activations):
-    found = int8_probe.probe_int8("onnxruntime", activations, 63, seconds=0.05)
-    assert found.exact  # 7 bits saturate nowhere
-    assert found.speedup > 0
+def test_a_speed_is_measured():
+    assert int8_speed("onnxruntime", "int8", 63, seconds=0.05).speedup > 0
 
 
-def test_the_probe_s_reference_is_what_the_file_says(tmp_path):
-    """And its integers are large enough to saturate: as AVX2's kernels add, the result is far off."""
-    rng = np.random.default_rng(1)
-    kind, largest = int8_probe.ACTIVATIONS["uint8"]
-    x = (rng.integers(128, 256, (1, int8_probe.CHANNELS, int8_probe.SIZE, int8_probe.SIZE)) / 64).astype(np.float32)
-    weight = np.full((int8_probe.CHANNELS, int8_probe.CHANNELS, 3, 3), 127, np.int8)
-    want = int8_probe._exact(x, weight)
-    span = np.float32(want.max())
-    onnx.save(int8_probe._model(weight, kind, largest, span, integers=True), tmp_path / "m.onnx")
-    with OnnxRuntimeRunner(tmp_path / "m.onnx", emulate=True) as runner:
-        assert np.abs(runner(x) - want).max() <= span / 127
-    pairs = np.clip(2 * 255 * 127, None, 2**15 - 1)
-    assert pairs < 0.51 * 2 * 255 * 127
+def test_every_form_is_shown_exact_or_wrong(tmp_path, capsys, monkeypatch):
+    """The kernels as they are here; the measurement of speed, which takes seconds, is left out."""
+    monkeypatch.setattr(doctor, "int8_speed", lambda *of: Int8Speed(*of, 1.5))
+    assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    screen = capsys.readouterr().out
+    found = json.loads((tmp_path / "d.json").read_text())["kernels"]
+    shown = {(one["engine"], one["form"]) for one in found}
+    assert shown == {(engine, form) for engine in ENGINES for form in FORMS}
+    for one in found:
+        again = probe_kernels(one["engine"], one["form"], Arithmetic(**one["arithmetic"]))
+        assert one == again.to_dict()
+        line = next(
+            line
+            for line in screen.splitlines()
+            if line.startswith(f"{one['engine']} {one['version']}") and f" {one['form']}  " in line
+        )
+        kind = f"{again.arithmetic.activations} x int8 up to {again.arithmetic.weight_max}"
+        assert (f"{kind} {again}" in line) is not again.exact
+    for form in FORMS:
+        assert f" {form}  " in screen

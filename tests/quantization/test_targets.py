@@ -1,3 +1,9 @@
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -5,8 +11,13 @@ import pytest
 import torch
 
 import lightning_accel as la
+from lightning_accel.engines import kernel_probe
+from lightning_accel.engines.kernel_probe import FORMS, Finding, cpu_name, probe_kernels
 from lightning_accel.quantization.prepare import quantized_forwards
-from lightning_accel.quantization.targets import cannot_reproduce, cpu_has_vnni, target_of
+from lightning_accel.quantization.targets import arithmetic_of, cannot_reproduce, cpu_has_vnni, target_of
+from tests.models import Classifier, loader
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_targets():
@@ -47,31 +58,176 @@ def test_flags_are_read():
     assert cpu_has_vnni() == bool({"avx512_vnni", "avx_vnni", "asimddp"} & flags)
 
 
-def test_openvino_is_refused_where_it_computes_wrongly(tmp_path):
-    """OpenVINO 2026.4.1 concatenates int8 with zero point 0 wrongly; a version that doesn't makes this test fail: lift it then."""
+class Joined(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.d = torch.nn.Conv2d(8, 4, 1)
 
-    class Joined(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = (torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
-            self.d = torch.nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        return self.c(torch.relu(self.d(torch.cat([self.a(x), self.b(x)], 1))))
 
-        def forward(self, x):
-            return self.c(torch.relu(self.d(torch.cat([self.a(x), self.b(x)], 1))))
 
+class JoinedTwice(Joined):
+    def forward(self, x):
+        joined = torch.cat([self.a(x), self.b(x)], 1)
+        return self.c(torch.relu(self.d(joined))) + joined.sigmoid().mean(1, keepdim=True)
+
+
+class Product(torch.nn.Module):
+    def __init__(self, *, twice):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(5, 5)
+        self.twice = twice
+
+    def forward(self, x):
+        product = self.a(x) @ self.b(x).transpose(1, 2)
+        return self.c(product) + product if self.twice else self.c(product)
+
+
+class Kinds(torch.nn.Module):
+    """An operator of each kind, the query of an attention, and a grouped convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = torch.nn.Embedding(10, 16), torch.nn.Linear(16, 64)
+        self.depthwise = torch.nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.grouped = torch.nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.up, self.head = torch.nn.ConvTranspose2d(4, 4, 2, stride=2), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        x = self.linear(x).flatten(1).unflatten(1, (4, 10, 8))
+        x = torch.relu(self.depthwise(x))
+        x = torch.relu(x + self.grouped(x))
+        return self.head(torch.nn.functional.adaptive_avg_pool2d(self.up(x), 1).flatten(1))
+
+
+def forms_of(module, x, target, **options):
+    (forward,) = quantized_forwards(la.quantize(module, [x], target=target, **options)).values()
+    return forward.forms
+
+
+def test_forms_are_those_that_the_file_holds():
+    image, sequence, indices = torch.randn(4, 4, 8, 8), torch.randn(4, 5, 8), torch.randint(0, 10, (4, 5))
+    assert forms_of(Joined(), image, "portable") == {"convolution", "concatenation"}
+    twice = {"convolution", "concatenation", "concatenation also read in float"}
+    assert forms_of(JoinedTwice(), image, "portable") == twice
+    assert forms_of(Product(twice=False), sequence, "portable") == {"linear", "matmul"}
+    assert forms_of(Product(twice=True), sequence, "portable") == {"linear", "matmul", "matmul also read in float"}
+    layers = {"linear", "depthwise convolution", "grouped convolution", "sum"}
+    assert forms_of(Kinds(), indices, "portable") == layers
+    assert forms_of(Kinds(), indices, "openvino") == layers | {"embedding", "transposed convolution"}
+    assert forms_of(Kinds(), indices, "onnxruntime") == layers | {"embedding", "matmul", "attention", "pooling"}
+    for activations, forms in {"dynamic": {"dynamic linear"}, "float": set()}.items():
+        assert forms_of(Kinds(), indices, "onnxruntime", activations=activations) == forms
+    assert set().union(layers, twice, {"dynamic linear", "matmul also read in float"}) <= set(FORMS)
+
+
+@pytest.mark.parametrize("name", ["portable", "openvino", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (Joined(), (4, 4, 8, 8)),
+        (JoinedTwice(), (4, 4, 8, 8)),
+        (Product(twice=False), (4, 5, 8)),
+        (Product(twice=True), (4, 5, 8)),
+    ],
+    ids=["joined", "joined-twice", "product", "product-twice"],
+)
+def test_probe_refusal_and_network_agree(tmp_path, module, shape, name, engine):
+    """Whatever the engine makes of it on this machine: what isn't refused is right, and what is wrong is refused."""
     torch.manual_seed(0)
-    module, x = Joined(), torch.randn(4, 4, 8, 8)
-    errors = {}
-    for name in ("portable", "openvino"):
-        copy = la.quantize(module, [x], target=name)
-        (forward,) = quantized_forwards(copy).values()
-        assert forward.concatenates
-        path = la.export_onnx(copy, x, tmp_path / f"{name}.onnx").path
-        with la.load_runner(path, "openvino") as runner, torch.no_grad():
-            want = copy(x).numpy()
-            errors[name] = np.abs(runner(x.numpy()) - want).max() / np.ptp(want)
-        reason = cannot_reproduce(target_of(name), "openvino", concatenates=True)
-        assert bool(reason) is (name == "portable")
-    assert errors["openvino"] < 0.01
-    assert errors["portable"] > 0.1
-    assert cannot_reproduce(target_of("portable"), "openvino", concatenates=False) == ""
+    x = torch.randn(shape)
+    copy = la.quantize(module, [x], target=name)
+    (forward,) = quantized_forwards(copy).values()
+    target = target_of(name)
+    findings = [probe_kernels(engine, form, arithmetic_of(target)) for form in forward.forms]
+    reason = cannot_reproduce(target, engine, forms=forward.forms)
+    assert bool(reason) is not all(found.exact for found in findings)
+    for found in findings:
+        assert (f"{found.form}: {found}" in reason) is not found.exact
+    path = la.export_onnx(copy, x, tmp_path / "n.onnx").path
+    with la.load_runner(path, engine) as runner, torch.no_grad():
+        want = copy(x).numpy()
+        error = np.abs(runner(x.numpy()) - want).max() / np.ptp(want)
+    assert reason or error < 0.02
+
+
+def broken(*forms, engine="openvino", activations=("int8", "uint8")):
+    """A probe of an engine that gets some forms wrong."""
+
+    def probe(name, form, arithmetic):
+        wrong = name == engine and form in forms and arithmetic.activations in activations
+        return Finding(name, "1.2.3", form, arithmetic, 53.5 if wrong else 0.0)
+
+    return probe
+
+
+def test_an_engine_that_computes_wrongly_is_refused_with_what_was_measured():
+    portable, forms = target_of("portable"), {"convolution", "concatenation"}
+    probe = broken("concatenation", activations=("int8",))
+    reason = cannot_reproduce(portable, "openvino", forms=forms, probe=probe)
+    assert "with int8 activations and weights up to 63 openvino 1.2.3 computes something else" in reason
+    assert "(concatenation: WRONG by up to 53.5 steps)" in reason
+    assert f"on this CPU ({cpu_name()})" in reason
+    assert reason.endswith("the target `openvino` is exact there")
+    assert cannot_reproduce(portable, "openvino", forms={"convolution"}, probe=probe) == ""
+    assert cannot_reproduce(portable, "onnxruntime", forms=forms, probe=probe) == ""
+    assert cannot_reproduce(target_of("openvino"), "openvino", forms=forms, probe=probe) == ""
+    nothing = cannot_reproduce(portable, "openvino", forms=forms, probe=broken("concatenation"))
+    assert nothing.endswith("no target of this library is exact there")
+    for engine in ("tensorrt", "pytorch"):  # which have no integer kernels for CPUs
+        assert cannot_reproduce(portable, engine, forms=forms, probe=broken("concatenation", engine=engine)) == ""
+
+
+def test_an_engine_that_is_not_installed_is_not_probed(monkeypatch):
+    monkeypatch.setattr("lightning_accel.quantization.targets.engine_version", lambda engine: "")
+    assert cannot_reproduce(target_of("portable"), "openvino", forms=["linear"], probe=broken("linear")) == ""
+
+
+def test_what_the_cache_holds_is_refused_before_training(trainer, tmp_path, monkeypatch):
+    """The same through ModelExport: a finding of this machine, written where the probe remembers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel_probe, "_MEMORY", {})
+    place = kernel_probe.cache_file("onnxruntime")
+    place.parent.mkdir(parents=True)
+    key = json.dumps(["sum", *asdict(arithmetic_of(target_of("portable"))).values()])
+    place.write_text(json.dumps({key: [41.5, ""]}))
+    qat = la.QuantizationAwareTraining("portable", start=1)
+    module = Classifier()
+    before = module.net.head.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"Argument `engines` must suit target 'portable', but got 'onnxruntime': .*41.5"
+    ):
+        trainer(qat, la.ModelExport(tmp_path / "b", engines=["onnxruntime"])).fit(module, loader(), loader())
+    assert torch.equal(module.net.head.weight, before)
+    # The same where there is no preflight: a trained checkpoint's bundle, written on this machine.
+    kernel_probe._MEMORY.clear()
+    place.write_text("{}")
+    export = la.ModelExport(tmp_path / "b", engines=["onnxruntime"])
+    made = trainer(la.QuantizationAwareTraining("portable", start=1), export)
+    made.fit(module, loader(), loader())
+    kernel_probe._MEMORY[place] = {key: (41.5, "")}
+    with pytest.raises(ValueError, match=r"must suit target 'portable', but got 'onnxruntime': .*41.5"):
+        export.export(made, module, "last")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the variable chooses among x86's kernels")
+def test_kernels_without_vnni_are_refused_where_they_saturate(tmp_path):
+    """OpenVINO with the kernels of an AVX2 CPU, in a process of its own: full-range weights are wrong, 7-bit ones right."""
+    code = """
+from lightning_accel.quantization.targets import cannot_reproduce, saturation, target_of
+for vnni in (True, False):
+    target = target_of("openvino", vnni=vnni)
+    measured = cannot_reproduce(target, "openvino", forms=["convolution", "linear"])
+    print(int(bool(measured)), int(bool(saturation(target.weight_max, "openvino", False))))
+"""
+    chosen = {"ONEDNN_MAX_CPU_ISA": "AVX2", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **chosen}, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1", "0", "0"]

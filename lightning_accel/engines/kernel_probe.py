@@ -1,0 +1,239 @@
+"""Probe: whether an engine's integer kernels compute, on this machine, what a Q/DQ file says.
+
+What an engine gets wrong depends on its version and on the CPU, which chooses the kernels: so it is measured, on small files
+whose results are known exactly, and remembered by engine, version and CPU in the user's cache folder.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.engines.base import load_runner
+
+ENGINES = ("onnxruntime", "openvino")  # engines with integer kernels for CPUs
+FORMS = (
+    "convolution",
+    "depthwise convolution",
+    "grouped convolution",
+    "transposed convolution",
+    "linear",
+    "dynamic linear",
+    "matmul",
+    "matmul also read in float",
+    "attention",
+    "sum",
+    "pooling",
+    "embedding",
+    "concatenation",
+    "concatenation also read in float",
+    "tiny scales",
+)
+_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+_SCHEMA = 1  # raised when the files of the probe change, so that what was measured on others is forgotten
+_ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring integers
+# They choose the kernels of oneDNN, on which OpenVINO is built.
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
+
+Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Integer arithmetic of a file, as far as it chooses kernels.
+
+    Args:
+        activations: ``"int8"`` with zero point 0, or ``"uint8"``.
+        weight_max: largest integer of a weight.
+        outputs: whether results of convolutions and sums are always quantized.
+        both_summands: whether both operands of a sum always are.
+    """
+
+    activations: str
+    weight_max: int
+    outputs: bool = False
+    both_summands: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an engine makes of one form.
+
+    Args:
+        engine: ``"onnxruntime"`` or ``"openvino"``.
+        version: of the engine.
+        form: one of :data:`FORMS`.
+        arithmetic: of the file.
+        error: largest difference from the exact result, in steps of the output's quantization; ``None`` if there was no number.
+        reason: why there was none.
+    """
+
+    engine: str
+    version: str
+    form: str
+    arithmetic: Arithmetic
+    error: float | None
+    reason: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is right, up to one rounding."""
+        return self.error is not None and self.error <= _ONE_STEP
+
+    def __str__(self) -> str:
+        if self.exact:
+            return "exact"
+        return f"WRONG by up to {self.error:.3g} steps" if self.error is not None else f"not run: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**asdict(self), "exact": self.exact}
+
+
+def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> Finding:
+    """Measure what an engine's kernels make of a form of integer arithmetic on this machine, or remember it.
+
+    Args:
+        engine: ``"onnxruntime"`` or ``"openvino"``.
+        form: one of :data:`FORMS`.
+        arithmetic: activations, weights, and what is quantized.
+        run: runs a file in the engine's place, given its path and inputs; nothing is remembered of that.
+
+    Raises:
+        ValueError: an unknown engine or form.
+        ModuleNotFoundError: the engine isn't installed; the message names the extra.
+
+    Example:
+        >>> probe_kernels("openvino", "concatenation", Arithmetic("int8", 63)).exact  # doctest: +SKIP
+        True
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"Argument `engine` must be one of {ENGINES}, but got {engine!r}.")
+    if form not in FORMS:
+        raise ValueError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
+    if run is not None:
+        return _measure(engine, form, arithmetic, run)
+    place = cache_file(engine)
+    known = _remembered(place)
+    key = json.dumps([form, *asdict(arithmetic).values()])
+    if key not in known:
+        found = _measure(engine, form, arithmetic, _engine(engine))
+        known[key] = (found.error, found.reason)
+        _remember(place, {key: known[key]})
+    error, reason = known[key]
+    return Finding(engine, engine_version(engine), form, arithmetic, error, reason)
+
+
+def engine_version(engine: str) -> str:
+    """Version of an engine's package; empty if it isn't installed."""
+    for package in _PACKAGES[engine]:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+@cache
+def cpu_name() -> str:
+    """Model of this machine's CPU, for people."""
+    return _cpu().get("model name") or platform.processor() or platform.machine()
+
+
+def cache_file(engine: str) -> Path:
+    """Where findings about an engine are kept: one file for each engine, version, and CPU with its flags."""
+    fields = _cpu()
+    machine = [platform.system(), platform.machine(), cpu_name(), fields.get("flags") or fields.get("Features") or ""]
+    machine += [os.environ.get(name, "") for name in _ISA_VARIABLES]
+    digest = hashlib.sha256(json.dumps([_SCHEMA, *machine]).encode()).hexdigest()[:16]
+    folder = os.environ.get("XDG_CACHE_HOME", "")  # which must be absolute to count, by its specification
+    base = Path(folder) if Path(folder).is_absolute() else Path("~/.cache").expanduser()
+    return base / "lightning-accel" / "kernels" / f"{engine}-{engine_version(engine)}-{digest}.json"
+
+
+_Known = dict[str, tuple[float | None, str]]  # form and arithmetic as JSON -> error and reason
+_MEMORY: dict[Path, _Known] = {}
+
+
+def _remembered(place: Path) -> _Known:
+    if place not in _MEMORY:
+        _MEMORY[place] = _read(place)
+    return _MEMORY[place]
+
+
+def _read(place: Path) -> _Known:
+    """What a file holds; nothing of one that isn't there or that is damaged: it is measured again."""
+    try:
+        values = json.loads(place.read_text(encoding="utf-8"))
+        return {key: _entry(*value) for key, value in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _entry(error: Any, reason: Any) -> tuple[float | None, str]:
+    if not isinstance(reason, str) or not (error is None or (isinstance(error, int | float) and error >= 0)):
+        raise ValueError("not an error and a reason")
+    return None if error is None else float(error), reason
+
+
+def _remember(place: Path, new: _Known) -> None:
+    """Add to the file in one step. Two processes at once may lose a finding of one, which is then measured again."""
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**_read(place), **new}, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, place)
+    except OSError:  # a full or read-only disk: the next process measures again
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _engine(engine: str) -> Run:
+    def run(path: Path, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        with load_runner(path, engine, threads=1) as runner:
+            return runner.run(feeds)
+
+    return run
+
+
+def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Finding:
+    import onnx
+
+    from lightning_accel.engines.kernel_forms import kernel_file
+
+    about = (engine, engine_version(engine), form, arithmetic)
+    file = kernel_file(form, arithmetic)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.onnx"
+        onnx.save(file.model(), path)
+        try:
+            got = run(path, file.feeds)
+        except ImportError:
+            raise
+        except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
+            return Finding(*about, None, str(error).partition("\n")[0])
+    errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
+    if not np.isfinite(errors).all():
+        return Finding(*about, None, "its result is not finite")
+    return Finding(*about, round(max(errors), 4))
+
+
+@cache
+def _cpu() -> dict[str, str]:
+    """The fields of the first core in Linux's description; empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
