@@ -40,7 +40,7 @@ COLUMNS = (
     "channels, QAT",
     "distilled",
 )
-QUICK = ("CREPE", "U-Net")  # in plain torch: they run where neither torchvision nor timm is installed
+QUICK = (("BERT-tiny",), ("fp32", "QAT onnxruntime"), (0,))
 PACKAGES = ("torchvision", "timm", "transformers")
 _BATCHES = 4  # of training, in each epoch
 
@@ -328,8 +328,10 @@ def main() -> None:
     parser.add_argument("--cell-mb", type=int, default=8000, help="limit of a cell's memory (default: 8000)")
     parser.add_argument("--again", action="store_true", help="repeat cells that have a result")
     parser.add_argument("--table", action="store_true", help="print what is recorded as Markdown, and run nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file with a JSON line for each cell")
-    parser.add_argument("--quick", action="store_true", help="two networks, two columns, one seed, into no file")
+    parser.add_argument(
+        "--results", type=Path, help=f"file with a JSON line for each cell (default: {RESULTS.name}, none if quick)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one network, two columns, one seed: shows that it runs")
     parser.add_argument("--cell", nargs=4, metavar=("NETWORK", "COLUMN", "SEED", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
@@ -337,7 +339,7 @@ def main() -> None:
         run_cell(network, column, int(seed), arguments.samples, Path(path))
         return
     if arguments.table:
-        print(table(recorded(arguments.results)))
+        print(table(recorded(arguments.results or RESULTS)))
         return
     _run(parser, arguments)
 
@@ -349,10 +351,11 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         parser.error(f"argument --networks must be among {names}, but got {unknown}")
     columns, seeds, samples = arguments.columns, arguments.seeds, arguments.samples
     if arguments.quick:
-        networks, columns, seeds, samples = QUICK, ("fp32", "PTQ openvino"), (0,), 8
+        (networks, columns, seeds), samples = QUICK, 8
     began = time.monotonic()
     about = _about()
-    known = {} if arguments.again or arguments.quick else recorded(arguments.results)
+    results = arguments.results or (None if arguments.quick else RESULTS)
+    known = recorded(results) if results is not None and not arguments.again else {}
     done: dict[tuple[str, str, int], dict[str, Any]] = {}
     for network, column, seed in cells(networks, columns, seeds):
         if (network, column, seed) in known:
@@ -363,9 +366,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         line = {"network": network, "column": column, "seed": seed, "pixels": pixels[network], "samples": samples}
         line |= {**found, "date": datetime.datetime.now().isoformat(timespec="seconds"), **about}
         done[network, column, seed] = line
-        if not arguments.quick:
-            arguments.results.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.results.open("a") as file:
+        if results is not None:
+            results.parent.mkdir(parents=True, exist_ok=True)
+            with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         seconds = ", ".join(f"{step} {s:.0f}" for step, s in line["seconds"].items())
         said = f": {line['reason'][:300]}" if line["reason"] else ""
