@@ -383,7 +383,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
         return self.head(self.norm(self.layers(x))[:, 0])
 
 
@@ -473,7 +473,7 @@ class Swin(nn.Module):
                 size, width = size // 2, 2 * width
             for i in range(depth):
                 shift = window // 2 if i % 2 and size > window else 0
-                layers.append(SwinLayer(width, max(width // 16, 1), size, window, shift))
+                layers.append(SwinLayer(width, max(width // 16, 1), size, min(window, size), shift))
         self.layers, self.norm, self.head = nn.Sequential(*layers), nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -144,8 +144,15 @@ def test_image_network(trainer, tmp_path, name):
 
 def test_bert_of_many_layers(trainer, tmp_path):
     hf = pytest.importorskip("transformers", reason="transformers is an optional package")
-    sizes = {"num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 128, "num_labels": 10}
-    module, data = Text(hf.BertForSequenceClassification(hf.BertConfig(100, 32, **sizes))), Sentences()
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "num_labels": 10,
+    }
+    module, data = Text(hf.BertForSequenceClassification(hf.BertConfig(**sizes))), Sentences()
     report = ship(trainer, tmp_path / "bundle", module, data, "qat onnxruntime")
     batch = next(iter(DataLoader(data, 4)))
     check(tmp_path / "bundle", report, module, {n: batch[n] for n in ("input_ids", "attention_mask")}, 70)
