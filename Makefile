@@ -1,9 +1,10 @@
-# make demo | make test | make lint | make install
+# make demo | make test | make lint | make install | make zoo
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ZOO := .venv-zoo/.installed
 
-.PHONY: install demo test lint wheel clean
+.PHONY: install demo test lint wheel zoo clean
 
 install: $(INSTALLED)
 
@@ -36,5 +37,16 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -c 'import lightning_accel as la; assert "site" in la.__file__, la.__file__; print(la.__version__, [getattr(la, n).__name__ for n in la.__all__ if n[0] != "_"])'
 
+# Ordinary networks of torchvision, timm and transformers, each shipped from `fit`: hours, and not part of `test`. It goes on where it
+# stopped; `make zoo ARGS="--minutes 30 --networks ResNet-50"` runs a part, `make zoo ARGS=--table` prints what is known.
+zoo: $(ZOO)
+	.venv-zoo/bin/python -m benchmarks.real_zoo $(ARGS)
+
+$(ZOO): pyproject.toml constraints-zoo.txt
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-zoo.txt \
+		'torch==2.14.1' 'torchvision==0.29.1' timm 'transformers>=5,<6' --editable '.[cpu,openvino,tensorrt-rtx]'
+	@touch $@
+
 clean:
-	rm -rf .venv build artifacts .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-zoo build artifacts .mypy_cache .ruff_cache .pytest_cache

@@ -37,7 +37,7 @@ from lightning_accel.inputs import (
     own_forward,
     own_signature,
 )
-from lightning_accel.quantization.capture import CaptureError, no_logs, taken_name
+from lightning_accel.quantization.capture import CaptureError, fixed_batch, no_logs, taken_name
 from lightning_accel.quantization.convert import TrainedIntegers, convert
 from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
 
@@ -179,7 +179,10 @@ def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     except Exception as error:  # torch.export documents no common base
         if str(error).startswith("Method `forward` must"):
             raise
-        raise CaptureError(f"Argument `module` must be one that torch.export can capture, but got: {error}") from error
+        raise CaptureError(
+            fixed_batch(error, f"`{type(source).__name__}.forward`")
+            or f"Argument `module` must be one that torch.export can capture, but got: {error}"
+        ) from error
 
 
 def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_accel.inputs import Call, isolated_random, mode
+from lightning_accel.inputs import Call, isolated_random, kept_buffers, mode
 
 _SAMPLES = 2  # enough to see that samples stay apart
 
@@ -71,21 +71,44 @@ def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
     Raises:
         ValueError: it returns none.
     """
-    dtype = torch.get_default_dtype()
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    try:
-        with isolated_random(), mode(module, False), torch.enable_grad(), torch.inference_mode(False):
-            torch.manual_seed(0)
-            torch.set_default_dtype(dtype if parameter is None else parameter.dtype)
-            result = module(*call[0], **call[1])
-    finally:
-        torch.set_default_dtype(dtype)
+    with torch.enable_grad():
+        result = _run(module, call, training=False)
     found = [t for t in _tensors(result) if t.is_floating_point()]
     if not found:
         raise ValueError(
             f"Method `forward` must return tensors for channels to be removed, but got a {type(result).__name__}."
         )
     return found
+
+
+def layers_run(module: nn.Module, call: Call, training: bool) -> set[str]:
+    """Names of the submodules with parameters of their own that a forward runs in that mode; buffers keep their values."""
+    run: set[str] = set()
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: run.add(name))
+        for name, part in module.named_modules()
+        if any(True for _ in part.parameters(recurse=False))
+    ]
+    try:
+        with kept_buffers(module), torch.no_grad():
+            _run(module, call, training)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def _run(module: nn.Module, call: Call, training: bool) -> Any:
+    """Call a module in a mode, in its own precision and always with the same random numbers."""
+    dtype = torch.get_default_dtype()
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    try:
+        with isolated_random(), mode(module, training), torch.inference_mode(False):
+            torch.manual_seed(0)
+            torch.set_default_dtype(dtype if parameter is None else parameter.dtype)
+            return module(*call[0], **call[1])
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def count_macs(module: nn.Module, call: Call) -> int:

@@ -2,7 +2,8 @@
 
 On a copy with random weights in float64: everything that would leave is set to zero, then it is removed. The outputs must
 be the same. What fails is kept and the reason told, whatever went wrong: an operation that normalises over channels, a
-forward that fixes their number, a dependency that was misread.
+forward that fixes their number, a dependency that was misread. Layers that run in train mode alone, such as auxiliary heads, don't
+show in these outputs; there the forward must still run.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import nn
 
 from lightning_accel.globs import select
 from lightning_accel.inputs import Call
-from lightning_accel.pruning.copies import converted, copy_of, few_samples, outputs_of
+from lightning_accel.pruning.copies import converted, copy_of, few_samples, layers_run, outputs_of
 from lightning_accel.pruning.groups import Candidate, Group, candidate_groups
 from lightning_accel.pruning.layers import FIXED_HEADS, makes_channels
 from lightning_accel.pruning.slices import Chosen, removal_of, removed
@@ -57,6 +58,14 @@ class _Reference:
             self.module.float()
             self._call = converted(self._call, lambda t: t.float() if t.is_floating_point() else t)
             self.outputs()
+        self._trains_more = bool(self._layers_run(training=True) - self._layers_run(training=False))
+
+    def _layers_run(self, training: bool) -> set[str]:
+        """Layers that a mode runs; none if the forward can't be run in it on random numbers."""
+        try:
+            return layers_run(self._part, self._call, training)
+        except Exception:  # of the user's code; without removal it proves nothing about channels
+            return set()
 
     def outputs(self) -> list[torch.Tensor]:
         """What the forward computes now."""
@@ -68,12 +77,16 @@ class _Reference:
         removal = removal_of(self.module, groups, chosen)
         with removed(self.module, removal, physically=False):
             expected = [t.detach() for t in self.outputs()]
+        where = ""
         try:
             with removed(self.module, removal):
                 outputs = [t.detach() for t in self.outputs()]
+                if self._trains_more:
+                    where = " in train mode"
+                    layers_run(self._part, self._call, training=True)
         except Exception as error:  # any error of a forward without these channels is the reason to keep them
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"forward needs all of its channels: {said}"
+            return f"forward needs all of its channels{where}: {said}"
         if [t.shape for t in outputs] != [t.shape for t in expected]:
             return "it reaches the output"
         for output, wanted in zip(outputs, expected, strict=True):

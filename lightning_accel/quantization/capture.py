@@ -133,8 +133,8 @@ def _explain(
             f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
-    if taken := taken_name(error, module):
-        return taken
+    if reason_known := taken_name(error, module) or fixed_batch(error, what):
+        return reason_known
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
     if line := user_line(error, module):
         message += f" (at {line})"
@@ -154,6 +154,19 @@ def taken_name(error: BaseException, module: nn.Module) -> str:
     return (
         f"Argument `module` must have no submodule named `{missed[1]}`, a name that graphs of torch.export use themselves, but got "
         f"`{type(module).__name__}.{missed[1]}`. Rename it."
+    )
+
+
+def fixed_batch(error: BaseException, what: str) -> str:
+    """What to say where the code makes the number of samples a constant; empty where that isn't it."""
+    fixed = re.search(
+        r"You marked batch as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
+    )
+    if fixed is None:
+        return ""
+    return (
+        f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
+        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
     )
 
 

@@ -289,3 +289,17 @@ class Parametrized(nn.Module):
 
     def forward(self, x):
         return self.head(torch.relu(self.free(torch.relu(self.conv(x)))).mean((2, 3)))
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs in train mode alone, as GoogLeNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.deep, self.head, self.auxiliary = nn.Conv2d(8, 12, 3), nn.Linear(12, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        logits = self.head(torch.relu(self.deep(x)).mean((2, 3)))
+        return (logits, self.auxiliary(x.mean((2, 3)))) if self.training else logits

@@ -41,6 +41,16 @@ CASES = [
         {"a": "the channels of `b` can't be followed through the operations around it", "head": "output"},
     ),
     (nets.Grouped, X, {"a": (4, 4), "grouped": (3, 4), "b": (6, 1)}, {"head": "output"}),
+    (
+        nets.Auxiliary,
+        X,
+        {"deep": (12, 1)},
+        {
+            "stem": "forward needs all of its channels in train mode: ",
+            "auxiliary": "forward doesn't run it",
+            "head": "output",
+        },
+    ),
     (nets.Flattened, X, {"conv": (6, 1), "linear": (10, 1)}, {"head": "output"}),
     (nets.GroupNormed, X, {"conv": (4, 3), "conv2": (5, 1)}, {"head": "output"}),
     (nets.Gated, X, {"up": (8, 2), "down": (6, 1)}, {"head": "output"}),
@@ -141,6 +151,7 @@ NAMES = [
         "concatenation",
         "input between",
         "grouped",
+        "head of train mode",
         "flatten",
         "group norm",
         "chunk",
@@ -225,7 +236,8 @@ def test_outputs_are_those_with_zeros_in_place_of_what_left(make, x, leave, kept
     # what is left can be trained
     args, kwargs = call_of(x)
     result = module.train()(*args, **kwargs)
-    (result["logits"] if isinstance(result, dict) else result).sum().backward()
+    heads = result if isinstance(result, tuple) else [result["logits"] if isinstance(result, dict) else result]
+    torch.stack([head.sum() for head in heads]).sum().backward()
     assert all(p.grad is None or p.grad.shape == p.shape for p in module.parameters())
 
 
