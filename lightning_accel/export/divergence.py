@@ -88,16 +88,16 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
     for segment, got, failure in _results(model, segments, constants, reference.values):
         seen |= set(segment.places)
         if got is None:
-            says, error = f"it can't be run: {failure}", float("inf")
+            says, share = f"it can't be run: {failure}", float("inf")
         else:
-            error, own = _errors(reference, segment, got, constants)
-            noise[segment.output] = error.rms
-            largest, ratio = max(largest, error.share), max(ratio, own)
+            error, own = _errors(reference, segment, got)
+            noise[segment.output], share = error.rms, error.share
+            largest, ratio = max(largest, share), max(ratio, own)
             if own <= FACTOR:
                 continue
-            error, says = error.share, f"it is off by {error.share:.2e} of its range"
+            says = f"it is off by {share:.2e} of its range"
         sentence = _sentence(segment, reference.origin.get(segment.output, ""), constants, says)
-        return NodeCheck(len(seen), len(model.graph.node), error, sentence, float("inf"), noise)
+        return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
     return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
 
 
@@ -248,7 +248,9 @@ def _results(
         size += 2 * values[segment.output].nbytes
         if size > _CHUNK or index == len(segments) - 1:
             try:
-                yield from [(s, array, "") for s, array in zip(chunk, _run(model, chunk, constants, values), strict=True)]
+                yield from [
+                    (s, array, "") for s, array in zip(chunk, _run(model, chunk, constants, values), strict=True)
+                ]
             except Exception:  # ONNX Runtime's exceptions have no common class but this one
                 yield from (_alone(model, s, constants, values) for s in chunk)
             chunk, size = [], 0
@@ -315,9 +317,7 @@ class _Error:
     rms: float
 
 
-def _errors(
-    reference: _Reference, segment: _Segment, got: np.ndarray, constants: Mapping[str, onnx.TensorProto]
-) -> tuple[_Error, float]:
+def _errors(reference: _Reference, segment: _Segment, got: np.ndarray) -> tuple[_Error, float]:
     """The error of a segment, and the largest of its channels in multiples of PyTorch's own."""
     want = reference.values[segment.output]
     if want.shape != got.shape:

@@ -37,6 +37,7 @@ class ModuleNetwork:
         self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, torch.Tensor)]
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name; tensors that aren't inputs of the file are those of the example."""
         return self._run(feeds, torch.contiguous_format)
 
     def orders(self) -> dict[str, Network]:
@@ -48,12 +49,12 @@ class ModuleNetwork:
         }
 
     def _without_onednn(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False  # `flags` would also set TF32, with a warning on CPUs
+        backend: Any = torch.backends.mkldnn  # its `flags` would also set TF32, with a warning on CPUs
+        before, backend.enabled = backend.enabled, False
         try:
             return self(feeds)
         finally:
-            torch.backends.mkldnn.enabled = before
+            backend.enabled = before
 
     def _run(self, feeds: Mapping[str, np.ndarray], memory_format: torch.memory_format) -> dict[str, np.ndarray]:
         filled = list(self._leaves)

@@ -105,7 +105,9 @@ class _Cut:
             for node in self.nodes
             if node.op_type == "DequantizeLinear" and self._quantizes(self.producer.get(node.input[0]))
         }
-        kinds = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+        kinds = {
+            v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+        }
         self.floats = [
             name
             for name, node in self.producer.items()
@@ -114,10 +116,18 @@ class _Cut:
             and counts.get(name, 0) > 1
             and any(read not in self.constants for read in reads(node))
         ]
-        self.ends = [*self.pairs, *self.floats, *(name for name in self.shown if name not in (*self.pairs, *self.floats))]
+        self.ends = [
+            *self.pairs,
+            *self.floats,
+            *(name for name in self.shown if name not in (*self.pairs, *self.floats)),
+        ]
 
     def _quantizes(self, node: NodeProto | None) -> bool:
-        return node is not None and node.op_type == "QuantizeLinear" and np.size(self.constants.get(node.input[1], ())) == 1
+        return (
+            node is not None
+            and node.op_type == "QuantizeLinear"
+            and np.size(self.constants.get(node.input[1], ())) == 1
+        )
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The file as written: values at the cuts, and before each quantization."""
@@ -178,7 +188,10 @@ class _Cut:
             list(self.model.graph.initializer),
         )
         model = helper.make_model(
-            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, functions=self.model.functions
+            graph,
+            opset_imports=self.model.opset_import,
+            ir_version=self.model.ir_version,
+            functions=self.model.functions,
         )
         onnx.save(model, path)
         return inputs
@@ -197,9 +210,7 @@ class _Cut:
         return " -> ".join(reversed(found)) or f"QuantizeLinear of `{start}`"
 
 
-def _judged(
-    engine: str, cut: _Cut, values: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
-) -> KernelCheck:
+def _judged(engine: str, cut: _Cut, values: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> KernelCheck:
     largest_step, flipped, farthest, largest_float, diverging = 0, 0.0, 0.0, 0.0, ""
     noise: dict[str, float] = {}
     for name in cut.ends:
@@ -246,6 +257,8 @@ def _share(want: np.ndarray, got: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
         off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
     finite = a[np.isfinite(a)]
-    span = max(float(finite.max(initial=0.0) - finite.min(initial=0.0)), float(np.abs(finite).max(initial=0.0)) * 1e-3, 1e-30)
+    span = max(
+        float(finite.max(initial=0.0) - finite.min(initial=0.0)), float(np.abs(finite).max(initial=0.0)) * 1e-3, 1e-30
+    )
     worst = float(off.max(initial=0.0)) / span
     return worst if np.isfinite(worst) else float("inf")

@@ -27,7 +27,18 @@ REPLICATES = 2  # runs with noise from different seeds
 _ROUNDING = {"fp32": 2.0**-22, "fp16": 2.0**-11, "bf16": 2.0**-8}
 _EDGE = 1e-4  # steps: what float32 sums alone move a value by before it is rounded, where none was seen to move
 _SAMPLES, _BATCH = 64, 32  # of the comparisons of a network with itself
-_NO_ROUNDING = {"DequantizeLinear", "Cast", "Reshape", "Transpose", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Slice", "Gather"}
+_NO_ROUNDING = {
+    "DequantizeLinear",
+    "Cast",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Identity",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Gather",
+}
 
 
 def with_noise(

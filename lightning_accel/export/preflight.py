@@ -24,7 +24,6 @@ from lightning_accel.inputs import mode
 from lightning_accel.quantization.prepare import QuantizedForward
 from lightning_accel.quantization.targets import Target, cannot_reproduce
 
-
 _SAMPLES = 8
 
 

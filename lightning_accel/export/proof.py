@@ -63,7 +63,9 @@ def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "")
     nodes = check_nodes(export.path, export.program, samples)
     if nodes.diverging:
         again = f" Repeat this step with: {repeat}" if repeat else ""
-        raise VerificationError(f"{what[:1].upper()}{what[1:]} must compute what PyTorch does. {nodes.diverging}{again}")
+        raise VerificationError(
+            f"{what[:1].upper()}{what[1:]} must compute what PyTorch does. {nodes.diverging}{again}"
+        )
     return nodes
 
 

@@ -53,7 +53,7 @@ class Verification:
         null: how far the network is from itself, ``{variant: {"median": ..., "p99": ..., "maximum": ..., ...}}``.
         worst_channel: the channel that differs most of its own spread, and by how much: the median over samples.
         equal: share of equal integers and booleans; ``None`` where there are none.
-        crossed: share of values on the other side of a threshold: 0 where the output has both signs, 0.5 for probabilities.
+        same_side: share of values on the same side of a threshold: 0 where the output has both signs, 0.5 for probabilities.
         metric: the user's metrics, reference and engine, by name.
         first_divergence: first node whose output differs on the same inputs, if it was looked for.
         note: what could not be measured, and why.
@@ -77,7 +77,7 @@ class Verification:
     null: dict[str, dict[str, float]] = field(default_factory=dict)
     worst_channel: str = ""
     equal: float | None = None
-    crossed: float | None = None
+    same_side: float | None = None
     metric: dict[str, tuple[float, float]] = field(default_factory=dict)
     first_divergence: str = ""
     note: str = ""
@@ -118,7 +118,7 @@ class Verification:
             "agreement": self.agreement,
             "agreement_decided": self.agreement_decided,
             "equal": self.equal,
-            "crossed": self.crossed,
+            "same_side": self.same_side,
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -269,7 +269,7 @@ class _Comparison:
             distribution=shown,
             cosine=min(self.cosines, default=None),
             equal=sum(o.equal for o in counted) / sum(o.counted for o in counted) if counted else None,
-            crossed=max((o.crossed for o in floats.values() if o.crossed is not None), default=None),
+            same_side=min((side for o in floats.values() if (side := o.same_side) is not None), default=None),
             broken=list(self.broken),
             channels=channels,
         )
@@ -326,11 +326,13 @@ class _Output:
         return max(self.high - self.low, 1e-30)
 
     @property
-    def crossed(self) -> float | None:
-        """Share of values on the other side of the threshold that such an output has; ``None`` if it has none."""
+    def same_side(self) -> float | None:
+        """Share of values on the same side of the threshold that such an output has; ``None`` if it has none."""
         if self.low < _LOGIT < self.high:
-            return self.turned[_LOGIT] / self.elements
-        return self.turned[_PROBABILITY] / self.elements if 0.0 <= self.low < _PROBABILITY < self.high <= 1.0 else None
+            return 1.0 - self.turned[_LOGIT] / self.elements
+        if 0.0 <= self.low < _PROBABILITY < self.high <= 1.0:
+            return 1.0 - self.turned[_PROBABILITY] / self.elements
+        return None
 
     def channel_shares(self) -> dict[int, np.ndarray]:
         """By axis, of each channel the median over samples of its largest error, as a share of the channel's own spread."""
@@ -341,7 +343,11 @@ class _Output:
                 spread = np.nan_to_num(high - low, posinf=0.0, nan=0.0)
                 # A channel that hardly varies is held against the size of its values; one that doesn't, against the whole output.
                 size = np.nan_to_num(np.maximum(np.abs(low), np.abs(high)), posinf=0.0, nan=0.0)
-            spread = np.where(spread > 0.0, np.maximum.reduce([spread, size * 1e-3, np.full_like(spread, self.span * 1e-6)]), self.span)
+            spread = np.where(
+                spread > 0.0,
+                np.maximum.reduce([spread, size * 1e-3, np.full_like(spread, self.span * 1e-6)]),
+                self.span,
+            )
             if parts:
                 found[axis] = np.median(np.concatenate(parts), axis=0) / spread
         return found
@@ -383,24 +389,30 @@ def _judged(
         if not value <= limit(name):
             result.failures.append(f"{what} is {value:.2e} of the output range, above {result.limits[name]:.1e}")
     _judge_channels(result, channels)
+    _judge_shares(result, check_agreement)
+    return result
+
+
+def _judge_shares(result: Verification, check_agreement: bool) -> None:
+    """Predictions, integers and thresholds: a share of samples, which on few of them is uncertain by itself."""
+    nulls = list(result.null.values())
     shares = [("equal", "integers and booleans are equal on", result.equal, "of them")]
     if check_agreement:
         decided = f"of the samples that are decided by more than the error ({result.decided or 0:.0%} of all)"
         shares.append(("agreement_decided", "predictions agree on", result.agreement_decided, decided))
     if check_agreement and nulls:  # without them nothing says how many samples lie on the edge between two classes
         shares.append(("agreement", "predictions agree on", result.agreement, "of the samples"))
-        crossed = None if result.crossed is None else 1.0 - result.crossed
-        shares.append(("crossed", "outputs lie on the same side of the threshold for", crossed, "of the values"))
-    for name, what, value, of in shares:
-        if value is None:
+        shares.append(
+            ("same_side", "outputs lie on the same side of a threshold for", result.same_side, "of the values")
+        )
+    for name, what, share, of in shares:
+        if share is None:
             continue
-        kept = [1.0 - null[name] if name == "crossed" else null[name] for null in nulls if name in null]
-        differ = max([1.0 - tolerance.agreement, *(FACTOR * (1.0 - share) for share in kept)])
-        least = 1.0 - (_upper(differ, result.samples) if nulls else differ)
-        result.limits[name] = least
-        if value < least:
-            result.failures.append(f"{what} {value:.2%} {of}, below {least:.2%}")
-    return result
+        differ = [FACTOR * (1.0 - null[name]) for null in nulls if name in null]
+        most = max([1.0 - result.tolerance.agreement, *differ])
+        least = result.limits[name] = 1.0 - (_upper(most, result.samples) if nulls else most)
+        if share < least:
+            result.failures.append(f"{what} {share:.2%} {of}, below {least:.2%}")
 
 
 def _judge_channels(result: Verification, nulls: Sequence[Mapping[str, np.ndarray]]) -> None:
