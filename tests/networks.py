@@ -319,40 +319,6 @@ class ShuffleNetV2(nn.Module):
         return self.head(self.blocks(x))
 
 
-class DenseLayer(nn.Module):
-    """Norm before convolution; its input is kept beside its output."""
-
-    def __init__(self, before: int, growth: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(before), nn.Conv2d(before, 4 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv2(torch.relu(self.norm2(self.conv1(torch.relu(self.norm1(x))))))], 1)
-
-
-class DenseNet(nn.Module):
-    """https://arxiv.org/abs/1608.06993; these depths are DenseNet-121's."""
-
-    def __init__(self, depths: Sequence[int] = (6, 12, 24, 16), growth: int = 32, classes: int = 10) -> None:
-        super().__init__()
-        before = 2 * growth
-        blocks: list[nn.Module] = [conv(3, before, 7, 2, act=nn.ReLU()), nn.MaxPool2d(3, 2, 1)]
-        for stage, depth in enumerate(depths):
-            if stage:
-                half = nn.Conv2d(before, before // 2, 1, bias=False)
-                blocks += [nn.BatchNorm2d(before), nn.ReLU(), half, nn.AvgPool2d(2)]
-                before //= 2
-            for _ in range(depth):
-                blocks.append(DenseLayer(before, growth))
-                before += growth
-        self.blocks, self.norm = nn.Sequential(*blocks), nn.BatchNorm2d(before)
-        self.head = Head(before, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.norm(self.blocks(x))))
-
-
 class Encoder(nn.Module):
     """Pre-norm transformer layer: ``(N, T, C)`` to the same."""
 
