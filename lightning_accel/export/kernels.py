@@ -44,7 +44,8 @@ class KernelCheck:
         farthest: largest distance, in steps, from the edge between two integers of a value that was rounded the other way.
         largest_float: largest error of a floating-point tensor, as a share of its range.
         diverging: the first region that computes something else, in one sentence; empty if none does.
-        noise: by quantized tensor, the distance from an edge within which this engine may round the other way.
+        edges: by quantized tensor, the farthest such distance that was seen in it.
+        sizes: by quantized tensor, how many values were looked at.
     """
 
     engine: str
@@ -54,7 +55,20 @@ class KernelCheck:
     farthest: float
     largest_float: float
     diverging: str = ""
-    noise: dict[str, float] = field(default_factory=dict, repr=False)
+    edges: dict[str, float] = field(default_factory=dict, repr=False)
+    sizes: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def noise(self) -> dict[str, float]:
+        """By quantized tensor, the distance from an edge within which this engine may round the other way.
+
+        In a small tensor hardly any value lies near an edge. There what is usual for the engine counts, as far as none of the
+        values speaks against it: of ``n``, ``n * a / 2`` are rounded the other way within a distance ``a``, and by Poisson's
+        law none is, where 3 are expected, once in 20 times.
+        """
+        seen = [edge for edge in self.edges.values() if edge > 0.0]
+        usual = float(np.quantile(seen, 0.75)) if seen else 0.0
+        return {name: max(edge, min(usual, 6.0 / self.sizes[name])) for name, edge in self.edges.items()}
 
     def joined(self, other: "KernelCheck") -> "KernelCheck":
         """Both checks of one engine together."""
@@ -66,13 +80,14 @@ class KernelCheck:
             max(self.farthest, other.farthest),
             max(self.largest_float, other.largest_float),
             self.diverging or other.diverging,
-            {name: max(distance, other.noise.get(name, 0.0)) for name, distance in self.noise.items()},
+            {name: max(edge, other.edges.get(name, 0.0)) for name, edge in self.edges.items()},
+            self.sizes,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
         values = asdict(self)
-        del values["noise"]
+        del values["edges"], values["sizes"]
         return values
 
 
@@ -112,9 +127,13 @@ def _isolated(
 def _in_place(
     engine: str, cut: "_Cut", feeds: Mapping[str, np.ndarray], folder: Path, options: Mapping[str, Any]
 ) -> KernelCheck:
-    cut.show(folder / "whole.onnx")
+    integers = (
+        engine == "onnxruntime"
+    )  # which fuses a DequantizeLinear only where its result isn't shown; OpenVINO has no others
+    cut.show(folder / "whole.onnx", integers)
     with load_runner(folder / "whole.onnx", engine, **options) as runner:
         found = dict(zip(cut.shows, _run(runner, feeds), strict=True))
+    found |= {name: cut.dequantized(name, found[name]) for name in cut.pairs if integers and name not in cut.shown}
     inputs = cut.write(folder / "regions.onnx", {**feeds, **found}, quantized=False)
     with load_runner(folder / "regions.onnx", "onnxruntime", emulate=True) as runner:
         outputs = _run(runner, inputs)
@@ -199,13 +218,26 @@ class _Cut:
         """Outputs of the whole network with its quantized tensors shown."""
         return [*self.shown, *(name for name in self.pairs if name not in self.shown)]
 
-    def show(self, path: Path) -> None:
-        """Write the whole network, its quantized tensors among its outputs."""
+    def show(self, path: Path, integers: bool) -> None:
+        """Write the whole network, its quantized tensors among its outputs, as integers or dequantized."""
         whole = onnx.ModelProto()
         whole.CopyFrom(self.model)
-        kind = TensorProto.FLOAT
-        whole.graph.output.extend(helper.make_tensor_value_info(n, kind, None) for n in self.shows[len(self.shown) :])
+        added = self.shows[len(self.shown) :]
+        if integers:  # tensors that are dequantized twice are shown once, under the names of both
+            for name in added:
+                whole.graph.node.append(
+                    helper.make_node("Identity", [self.pairs[name][1].input[0]], [f"{name}::shown"])
+                )
+            whole.graph.output.extend(helper.make_empty_tensor_value_info(f"{name}::shown") for name in added)
+        else:
+            whole.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in added)
         onnx.save(whole, path)
+
+    def dequantized(self, name: str, integers: np.ndarray) -> np.ndarray:
+        """What DequantizeLinear makes of integers."""
+        _, scale, *rest = self.pairs[name][1].input
+        zero_point = self.constants[rest[0]].astype(np.int32) if rest else np.int32(0)
+        return ((integers.astype(np.int32) - zero_point).astype(np.float32) * self.constants[scale]).astype(np.float32)
 
     def before(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
         """What stands before each quantization, and isn't an input."""
@@ -303,7 +335,7 @@ def _judged(
     engine: str, cut: _Cut, values: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], how: str
 ) -> KernelCheck:
     largest_step, flipped, farthest, largest_float, diverging = 0, 0.0, 0.0, 0.0, ""
-    noise: dict[str, float] = {}
+    edges, sizes = dict[str, float](), dict[str, int]()
     for name in cut.ends:
         want, got = values[name], found[name]
         wrong = ""
@@ -317,7 +349,7 @@ def _judged(
             else:
                 step, share, edge, drift = _steps(want / scale, got / scale, values[quantize.input[0]] / scale)
             largest_step, flipped, farthest = max(largest_step, step), max(flipped, share), max(farthest, edge)
-            noise[name] = edge
+            edges[name], sizes[name] = edge, want.size
             if step > 1:
                 wrong = f"its integers are off by up to {step} steps ({share:.1%} of them differ)"
             elif abs(drift) > DRIFT:
@@ -329,7 +361,7 @@ def _judged(
                 wrong = f"it is off by {error:.1e} of its range"
         if wrong and not diverging:
             diverging = f"First diverging kernel: {cut.describe(name)}, {how}: {wrong}."
-    return KernelCheck(engine, len(cut.ends), largest_step, flipped, farthest, largest_float, diverging, noise)
+    return KernelCheck(engine, len(cut.ends), largest_step, flipped, farthest, largest_float, diverging, edges, sizes)
 
 
 def _steps(want: np.ndarray, got: np.ndarray, exact: np.ndarray) -> tuple[int, float, float, float]:
