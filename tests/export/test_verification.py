@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from lightning_accel import VerificationError, export_onnx, load_runner, verify
 from lightning_accel.export.divergence import check_nodes
 from lightning_accel.export.evaluate import ModuleNetwork
-from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT, KERNEL_INT8
+from lightning_accel.export.tolerances import EMULATED_INT8, FLOAT, FP16, KERNEL_INT8
 from tests.quantization.test_prepare import make, quantized
 
 SAMPLES = {"x": np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)}
@@ -143,3 +143,112 @@ def test_a_right_file_passes(tmp_path, name, target):
         network = ModuleNetwork(module, export, ((x,), {}))
         result = verify(network, runner.run, samples, tolerance=EMULATED_INT8, check_agreement=False)
     assert result.passed, result.failures
+
+
+def detector(scores):
+    """Boxes in pixels beside scores below 1, as ``(N, 4 + C, A)``."""
+
+    def network(feeds):
+        rng = np.random.default_rng(1)
+        boxes, own = rng.uniform(0, 640, (40, 4, 6)), rng.uniform(0, 1, (40, 3, 6))
+        return {"y": np.concatenate([boxes, scores(own)], 1).astype(np.float32)}
+
+    return network
+
+
+@pytest.mark.parametrize("tolerance", [FP16, KERNEL_INT8])
+def test_a_small_channel_is_held_against_its_own_spread(tolerance):
+    """Scores that are all zero are nothing beside boxes of 640 pixels; still they are wrong."""
+    right = detector(lambda own: own)
+    result = verify(right, detector(lambda own: own * 0), SAMPLES, batch_sizes=(40,), tolerance=tolerance)
+    assert result.max_error < tolerance.p99
+    assert any(line.startswith("channel 4 of output y, axis 1, is off by") for line in result.failures)
+    near = verify(right, detector(lambda own: own * 1.001), SAMPLES, batch_sizes=(40,), tolerance=tolerance)
+    assert near.passed
+    assert near.worst_channel.startswith("channel ")
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_one_time_step_of_a_sequence_is_seen(step):
+    x = np.random.default_rng(0).normal(size=(40, 5, 3)).astype(np.float32)
+
+    def wrong(feeds):
+        y = x.copy()
+        y[:, step] = y[::-1, step]
+        return {"y": y}
+
+    result = verify(lambda f: {"y": x}, wrong, SAMPLES, batch_sizes=(40,), tolerance=KERNEL_INT8)
+    assert any(f"channel {step} of output y, axis 1" in line for line in result.failures)
+
+
+def test_integers_and_booleans_are_counted():
+    right = lambda feeds: {"class": feeds["x"].argmax(1), "on": feeds["x"] > 0}  # noqa: E731
+    wrong = lambda feeds: {"class": (feeds["x"] + 1e-9).argmax(1), "on": feeds["x"] > 0.5}  # noqa: E731
+    assert verify(right, right, SAMPLES, batch_sizes=(40,)).equal == 1.0
+    result = verify(right, wrong, SAMPLES, batch_sizes=(40,))
+    off = ((SAMPLES["x"] > 0) != (SAMPLES["x"] > 0.5)).sum()
+    assert result.equal == pytest.approx(1 - off / (40 + 200))
+    assert any(line.startswith("integers and booleans are equal on ") for line in result.failures)
+
+
+def noisy(size, seed):
+    def network(feeds):
+        return {"y": feeds["x"] + np.random.default_rng(seed).normal(size=(40, 5)) * size}
+
+    return network
+
+
+def test_a_network_is_held_against_its_own_null_divergence():
+    same = lambda feeds: {"y": feeds["x"]}  # noqa: E731
+    nulls = {f"noise {i}": verify(same, noisy(1e-3, i), SAMPLES, batch_sizes=(40,)) for i in range(3)}
+    as_large = verify(same, noisy(1e-3, 9), SAMPLES, batch_sizes=(40,))
+    assert not as_large.passed  # by the tolerance of float32
+    judged = as_large.against(nulls)
+    assert judged.passed, judged.failures
+    assert judged.limits["median"] == pytest.approx(2 * max(n.median_error for n in nulls.values()))
+    assert set(judged.null) == set(nulls)
+    assert judged.to_dict()["null"]["noise 0"]["p99"] == nulls["noise 0"].p99_error
+    larger = verify(same, noisy(4e-3, 9), SAMPLES, batch_sizes=(40,)).against(nulls)
+    assert [line.partition(" is ")[0] for line in larger.failures[:3]] == [
+        "the median error",
+        "the 99th percentile of the error",
+        "the largest error",
+    ]
+
+    def one_channel(feeds):
+        y = noisy(1e-3, 9)(feeds)["y"]
+        y[:, 2] += 0.3
+        return {"y": y}
+
+    assert any(
+        "channel 2 of output y" in f
+        for f in verify(same, one_channel, SAMPLES, batch_sizes=(40,)).against(nulls).failures
+    )
+
+
+def test_shapes_are_no_matter_of_noise():
+    same = lambda feeds: {"y": feeds["x"]}  # noqa: E731
+    short = verify(same, lambda f: {"y": f["x"][:1]}, SAMPLES, batch_sizes=(40,))
+    assert any("has shape" in line for line in short.against({"noise": short}).failures)
+
+
+def test_thresholds_and_predictions_are_held_against_noise():
+    logits = np.random.default_rng(0).normal(size=(400, 3))
+
+    def network(size, seed=0):
+        return lambda feeds: {"y": logits + np.random.default_rng(seed).normal(size=logits.shape) * size}
+
+    samples = {"x": np.zeros((400, 1), np.float32)}
+    nulls = {"noise": verify(network(0), network(0.05, 1), samples, batch_sizes=(400,))}
+    assert nulls["noise"].same_side < 1.0
+    assert verify(network(0), network(0.05, 2), samples, batch_sizes=(400,)).against(nulls).passed
+
+    def flipped(feeds):  # as far away as noise is, and always to the side of another prediction
+        y = network(0.05, 2)(feeds)["y"]
+        best = np.sort(logits, 1)
+        near = (best[:, 2] - best[:, 1]) < 0.25
+        y[near] = np.take_along_axis(logits, logits.argsort(1)[:, ::-1], 1)[near][:, ::-1]
+        return {"y": y}
+
+    failures = verify(network(0), flipped, samples, batch_sizes=(400,)).against(nulls).failures
+    assert any(line.startswith("predictions agree on") and line.count("of the samples") for line in failures)
