@@ -12,6 +12,7 @@ import scipy.stats
 from benchmarks.trials import interval, paired, run_trials
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(900)  # several scripts in a row, on a machine that may be slow or busy
 RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
 
 
