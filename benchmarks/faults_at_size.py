@@ -158,7 +158,7 @@ def main() -> None:
                     alarms.append(f"{label}: {says}")
                 print(f"{label}: {time.perf_counter() - started:.1f} s to prove the right file", flush=True)
                 right = export.path.read_bytes()
-                faults = [*FAULTS, *LOCAL, *(INTEGER_FAULTS if int8 else [])]
+                faults = [*(INTEGER_FAULTS if int8 else []), *FAULTS, *LOCAL]
                 for fault in faults[:4] if arguments.quick else faults:
                     model = onnx.load_from_string(right)
                     try:

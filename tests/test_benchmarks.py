@@ -150,3 +150,20 @@ def test_exports(script, last):
     lines = process.stdout.splitlines()
     assert any(line.startswith("cpu: ") for line in lines)
     assert re.fullmatch(last, lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        ("null_divergence", r"false alarms: 0 of \d+ right files and engines \(target: 0, reached\)"),
+        ("faults_at_size", r"faults found: (\d+) of \1 \(target: all, and no false alarm, reached\)"),
+        (
+            "bundle_time",
+            r"ResNet-18, quarter width at 96 pixels, to a proven bundle: \d+ s, .* MB \(target: .*, (reached|missed)\)",
+        ),
+    ],
+)
+def test_proofs_at_size(script, last):
+    lines = quick(script).stdout.splitlines()
+    assert any(line.startswith("cpu: ") for line in lines)
+    assert re.fullmatch(last, lines[-1])
