@@ -245,11 +245,11 @@ def _measure_metric(
             continue
         check.metric[name] = (one, two)
         limit = check.tolerance.metric * max(1.0, abs(one)) + 1e-12
-        if name.endswith("loss") or (finite and abs(one - two) <= limit):
+        if finite and (name.endswith("loss") or abs(one - two) <= limit):
             continue
-        if own is None:
+        if finite and own is None:
             own = _null_metrics(order, files, before, steps) if check.null else {}
-        if not finite or abs(one - two) > FACTOR * own.get(name, 0.0):
+        if own is None or not finite or abs(one - two) > FACTOR * own.get(name, 0.0):
             check.failures.append(f"the metric `{name}` is {two:.4f} instead of {one:.4f}")
 
 

@@ -12,12 +12,13 @@ import torch
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt import build_engine
+from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.integers import check_integers
 from lightning_accel.export.kernels import ENGINES, check_kernels
 from lightning_accel.export.onnx import OnnxExport, export_onnx
 from lightning_accel.export.order import Order
 from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
-from lightning_accel.export.proof import prove_nodes
+from lightning_accel.export.proof import check_repeatable, prove_nodes
 from lightning_accel.export.verification import VerificationError
 from lightning_accel.extras import require
 from lightning_accel.inputs import mode
@@ -97,6 +98,10 @@ def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
         )
         check_integers(export.path, export.trained)
         samples = order.data.samples(whole, export.input_names, _SAMPLES)
+        if random := check_repeatable(ModuleNetwork(whole, export, call), samples):
+            raise VerificationError(
+                f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
+            )
         prove_nodes(export, samples, "the untrained network's file")
         for engine in order.engines:
             _try_engine(order, export, engine, samples)

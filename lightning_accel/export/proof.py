@@ -13,9 +13,10 @@ from lightning_accel.export.divergence import NodeCheck, check_nodes
 from lightning_accel.export.evaluate import ModuleNetwork
 from lightning_accel.export.null_divergence import NullDivergence
 from lightning_accel.export.onnx import OnnxExport
-from lightning_accel.export.tolerances import Tolerance
+from lightning_accel.export.tolerances import FLOAT, Tolerance
 from lightning_accel.export.verification import Feeds, Network, Verification, VerificationError, verify
 
+_FEW = 8
 _NONE = (
     "No node differs by itself when fed the reference's inputs: what differs lies in the order of the file's inputs or "
     "outputs, or in how the engine runs the file."
@@ -46,6 +47,23 @@ class FileProof:
             "largest_error": nodes.largest_error,
             "largest_ratio": nodes.largest_ratio,
         }
+
+
+def check_repeatable(network: Network, samples: Feeds) -> str:
+    """Why a network can't be held against anything: it differs from itself on the same inputs; empty if it doesn't.
+
+    Args:
+        network: the module.
+        samples: inputs, each ``(S, ...)``; 8 samples are used.
+    """
+    few = {name: array[:_FEW] for name, array in samples.items()}
+    again = verify(network, network, few, tolerance=FLOAT, batch_sizes=(_FEW,))
+    if again.passed:
+        return ""
+    return (
+        f"in PyTorch, too, the same inputs give outputs that differ by up to {again.max_error:.1e} of their range: the network draws "
+        "random numbers in evaluation, or keeps a state"
+    )
 
 
 def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "") -> NodeCheck:
@@ -100,7 +118,10 @@ def prove_file(
     nodes = check_nodes(export.path, export.program, samples)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
     null = NullDivergence(export.path, samples, nodes.noise, network, others)
-    if not nodes.diverging and not check.broken and (export.trained or not check.passed):
+    random = "" if check.passed else check_repeatable(network, samples)
+    if random:  # such a network is as far from itself as from anything
+        check.failures.append(random)
+    elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
         check = check.against({**null.orders(tolerance), **null.noise(tolerance)})
     if nodes.diverging and check.passed:
         check.failures.append("a node computes something else")

@@ -227,7 +227,7 @@ class Noisy(Classifier):
 
 def test_a_network_that_no_file_can_equal_fails_in_preflight(trainer, tmp_path):
     watch = Stop("stop")
-    with pytest.raises(la.VerificationError, match="the untrained network's file computes must be what was trained"):
+    with pytest.raises(la.VerificationError, match="must give the same outputs for the same inputs"):
         trainer(la.ModelExport(tmp_path / "b"), watch).fit(Noisy(10.0), loader(), val())
     assert not list(tmp_path.glob("*b*"))
 
