@@ -16,7 +16,7 @@ Feeds = Mapping[str, np.ndarray]
 Network = Callable[[Feeds], Mapping[str, np.ndarray]]
 
 _SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
-FACTOR = 2.0  # what an engine may differ by, in multiples of the network's own null divergence; docs/verification.md simulates it
+FACTOR = 2.0  # what an engine may differ by, in multiples of the network's own null divergence; docs/verification.md says why
 _Z = 3.29  # of the upper bound of a share that was counted on few samples: passed by chance once in 2,000 times
 _CHANNELS = 2**24  # values of samples times channels that are kept; beyond it an output is compared as a whole
 _PROBABILITY, _LOGIT = 0.5, 0.0  # thresholds that scores are commonly held against
