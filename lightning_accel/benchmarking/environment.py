@@ -4,10 +4,10 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from lightning_accel.engines.cuda import gpu_name
+from lightning_accel.engines.kernel_probe import cpu_fields
 
 PACKAGES = (
     "torch",
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
         >>> environment()["cpu_flags"]["avx2"]  # doctest: +SKIP
         True
     """
-    fields = _cpuinfo()
+    fields = cpu_fields()
     flags = fields.get("flags", fields.get("Features"))
     present = None if flags is None else set(flags.split())
     torch = sys.modules.get("torch")
@@ -52,16 +52,6 @@ def environment() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "torch_threads": None if torch is None else torch.get_num_threads(),
     }
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Return the fields of the first core in Linux's description; empty on other systems."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _version(name: str) -> str | None:

@@ -147,12 +147,12 @@ def engine_version(engine: str) -> str:
 @cache
 def cpu_name() -> str:
     """Model of this machine's CPU, for people."""
-    return _cpu().get("model name") or platform.processor() or platform.machine()
+    return cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def cache_file(engine: str) -> Path:
     """Where findings about an engine are kept: one file for each engine, version, and CPU with its flags."""
-    fields = _cpu()
+    fields = cpu_fields()
     machine = [platform.system(), platform.machine(), cpu_name(), fields.get("flags") or fields.get("Features") or ""]
     machine += [os.environ.get(name, "") for name in _ISA_VARIABLES]
     digest = hashlib.sha256(json.dumps([_SCHEMA, *machine]).encode()).hexdigest()[:16]
@@ -229,7 +229,7 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
 
 
 @cache
-def _cpu() -> dict[str, str]:
+def cpu_fields() -> dict[str, str]:
     """The fields of the first core in Linux's description; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
