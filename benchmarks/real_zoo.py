@@ -189,7 +189,7 @@ def _recipe(column: str) -> tuple[list[Any], list[str], int]:
         return [], ["onnxruntime", "tensorrt"], 1
     target = "onnxruntime" if column == "channels, QAT" else column.split()[1]
     natural = target_of(target).engines[0]
-    others = [e for e in ("onnxruntime", "openvino") if not cannot_reproduce(target_of(target), e, concatenates=True)]
+    others = [e for e in ("onnxruntime", "openvino") if not cannot_reproduce(target_of(target), e, forms=("concatenation",))]
     engines = list(dict.fromkeys([natural, *others, *(["tensorrt"] if target == "portable" else [])]))
     if column.startswith("PTQ"):
         return [la.PostTrainingQuantization(target, calibration_batches=_BATCHES)], engines, 1

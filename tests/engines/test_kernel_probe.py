@@ -120,12 +120,12 @@ def test_it_is_measured_once_for_each_engine_version_and_cpu(fresh, monkeypatch)
 @pytest.mark.parametrize("change", ["model name", "flags"])
 def test_another_cpu_has_another_file(change, monkeypatch):
     before = cache_file("openvino")
-    monkeypatch.setattr(kernel_probe, "_cpu", lambda: {"model name": "A CPU", "flags": "avx2"})
+    monkeypatch.setattr(kernel_probe, "cpu_fields", lambda: {"model name": "A CPU", "flags": "avx2"})
     monkeypatch.setattr(kernel_probe, "cpu_name", lambda: "A CPU")
     one = cache_file("openvino")
-    monkeypatch.setattr(kernel_probe, "_cpu", lambda: {"model name": "A CPU", "flags": "avx2 avx512_vnni"})
+    monkeypatch.setattr(kernel_probe, "cpu_fields", lambda: {"model name": "A CPU", "flags": "avx2 avx512_vnni"})
     if change == "model name":
-        monkeypatch.setattr(kernel_probe, "_cpu", lambda: {"model name": "B CPU", "flags": "avx2"})
+        monkeypatch.setattr(kernel_probe, "cpu_fields", lambda: {"model name": "B CPU", "flags": "avx2"})
         monkeypatch.setattr(kernel_probe, "cpu_name", lambda: "B CPU")
     assert len({before, one, cache_file("openvino")}) == 3
 
