@@ -40,7 +40,7 @@ wheel: $(INSTALLED)
 # Ordinary networks of torchvision, timm and transformers, each shipped from `fit`: hours, and not part of `test`. It goes on where it
 # stopped; `make zoo ARGS="--minutes 30 --networks ResNet-50"` runs a part, `make zoo ARGS=--table` prints what is known.
 zoo: $(ZOO)
-	.venv-zoo/bin/python -m benchmarks.real_zoo $(ARGS)
+	.venv-zoo/bin/python -m experiments.real_zoo $(ARGS)
 
 $(ZOO): pyproject.toml constraints-zoo.txt
 	$(PYTHON) -m venv .venv-zoo

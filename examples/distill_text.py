@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_accel as la
 from examples.options import is_quick
-from lightning_accel.extras import require
+from lightning_accel.core.optional import require
 
 TOKENS = 32
 

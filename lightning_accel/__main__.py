@@ -2,6 +2,6 @@
 
 import sys
 
-from lightning_accel.commands import main
+from lightning_accel.cli.main import main
 
 sys.exit(main())

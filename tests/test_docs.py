@@ -38,7 +38,7 @@ def test_make_targets_modules_and_configs_exist(page):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"\bmake ([a-z]+)`", text):
         assert f"\n{target}:" in makefile, target
-    for module in re.findall(r"python -m ((?:benchmarks|examples)\.\w+)", text):
+    for module in re.findall(r"python -m ((?:experiments|examples)\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).is_file(), config

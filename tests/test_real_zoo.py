@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.real_zoo import COLUMNS, RESULTS, cells, measured, recorded, table
+from experiments.real_zoo import COLUMNS, RESULTS, cells, measured, recorded, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def line(network, column, seed, outcome="ships", reason=""):
 def test_a_network_ships_and_a_run_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("transformers", reason="transformers is an optional package")
     results = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "benchmarks.real_zoo", "--quick", "--results", str(results)]
+    command = [sys.executable, "-m", "experiments.real_zoo", "--quick", "--results", str(results)]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == "cells run: 1, shipped: 1", first.stdout

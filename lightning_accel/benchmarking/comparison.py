@@ -200,3 +200,12 @@ class Comparison:
         ways = [WayResult(**{**way, "points": [Point(**point) for point in way["points"]]}) for way in values["ways"]]
         known = {one.name for one in fields(cls)}
         return cls(**{**{key: value for key, value in values.items() if key in known}, "ways": ways})
+
+
+def null_line(null: Mapping[str, Any]) -> str:
+    """What the null run gives at one point, and whether that is too noisy, and why."""
+    callers = f"{null['callers']} caller{'s' if null['callers'] > 1 else ''}"
+    says = f"null run, batch {null['batch']}, {callers}: {null['value']:.3f}x [{null['low']:.3f}, {null['high']:.3f}]"
+    if null["waiting"] is not None and null["waiting"] >= 0.01:
+        says += f", while other processes had the CPUs for {null['waiting']:.0%} of the time"
+    return says + (": too noisy for fine distinctions" if null["noisy"] else "")

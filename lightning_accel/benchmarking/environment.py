@@ -6,8 +6,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning_accel.engines.cuda import gpu_name
-from lightning_accel.engines.kernel_probe import cpu_fields
+from lightning_accel.core.cpu import cpu_fields
+from lightning_accel.engines.tensorrt.cuda import gpu_name
 
 PACKAGES = (
     "torch",

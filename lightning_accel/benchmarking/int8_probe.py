@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 
 from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.kernel_forms import Expected, KernelFile
-from lightning_accel.engines.kernel_probe import Arithmetic
 
 CHANNELS, SIZE = 64, 16
 

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Point, WayResult
 from lightning_accel.benchmarking.measure import NOISY, Ratio, median_ratio
 from lightning_accel.benchmarking.process import WayEndedError, WayProcess
-from lightning_accel.benchmarking.ways import Way
+from lightning_accel.benchmarking.variants import Way
 
 _PREDICT_BATCH = 32
 _Key = tuple[int, int]  # batch size and number of callers

@@ -125,7 +125,7 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
     if way["engine"] == "tensorrt":
         return load_runner(way["file"], "tensorrt")
     if way["mode"] not in ("", "inference_mode"):
-        from lightning_accel.benchmarking.torch_ways import TorchWay
+        from lightning_accel.benchmarking.torch_variants import TorchWay
 
         return TorchWay(way["file"], mode=way["mode"], threads=threads)
     if providers := options.get("providers"):

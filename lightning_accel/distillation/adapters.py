@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.inputs import isolated_random
-from lightning_accel.rebinding import kept_slice, resize_
+from lightning_accel.calls.example import isolated_random
+from lightning_accel.core.resizing import kept_slice, resize_
 
 _CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -85,7 +85,7 @@ def kept_channels(layer: str, channels: int, resized: Mapping[str, Sequence[Sequ
     Args:
         layer: path of the layer; its own parameters tell, or those of the last layer inside of it that has as many channels.
         channels: that it had.
-        resized: by parameter name, ``[dimension, size before, kept indices]``; see :func:`lightning_accel.structure.resized`.
+        resized: by parameter name, ``[dimension, size before, kept indices]``; see :func:`lightning_accel.core.structure.resized`.
 
     Returns:
         Indices; ``None`` if there is no telling.

@@ -13,24 +13,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_accel.compression import check_strategy
-from lightning_accel.distillation.beginning import as_teacher, begin, find_pairs, outputs_path
-from lightning_accel.distillation.cache import TeacherCache
-from lightning_accel.distillation.distillation import Distillation
-from lightning_accel.distillation.filling import fill
-from lightning_accel.distillation.graph_layers import remove_taps, without_graphs
+from lightning_accel.core.callback import check_strategy
+from lightning_accel.core.structure import Change
+from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data, stop_indexing
+from lightning_accel.distillation.cache.teacher_cache import TeacherCache
+from lightning_accel.distillation.fill_cache import fill
 from lightning_accel.distillation.hparams import keep_own_hparams_
-from lightning_accel.distillation.indexed import IndexedBatch, index_training_data, stop_indexing
-from lightning_accel.distillation.layers import recorded
+from lightning_accel.distillation.layers.graph import remove_taps, without_graphs
+from lightning_accel.distillation.layers.paths import recorded
+from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.logged import log_step
 from lightning_accel.distillation.recording import called_submodules, observed, resolve
+from lightning_accel.distillation.runtime import Distillation
 from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
-from lightning_accel.distillation.selection import split_path
+from lightning_accel.distillation.setup import as_teacher, begin, find_pairs, outputs_path
 from lightning_accel.distillation.state import average_gradients_, load_state, save_state
 from lightning_accel.distillation.supervised import adopt_, supervised_class
-from lightning_accel.distillation.teacher import freeze_, load_weights_, network_of
+from lightning_accel.distillation.teachers.base import freeze_, load_weights_, network_of
 from lightning_accel.distillation.terms import LossTerm, make_terms
-from lightning_accel.structure import Change
 
 
 class _SharesStudent(L.LightningModule):
@@ -170,7 +170,7 @@ class DistillationModule(_SharesStudent):
         """Called when channels have left the student: adapters and an averaged teacher keep what they know of the others.
 
         Args:
-            change: what was made; see :func:`lightning_accel.structure.resized`.
+            change: what was made; see :func:`lightning_accel.core.structure.resized`.
         """
         self._distillation.change(change, [name for name, _ in self.named_parameters()], self._trainer)
 

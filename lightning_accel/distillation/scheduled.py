@@ -5,8 +5,8 @@ from typing import Any
 
 import lightning as L
 
-from lightning_accel.compression import timeline_of
-from lightning_accel.schedules import Timeline, check_position, check_schedule, fraction
+from lightning_accel.core.callback import timeline_of
+from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
 
 
 class Scheduled:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.distillation.distillation import Distillation
-from lightning_accel.structure import CHECKPOINT_KEY
+from lightning_accel.core.structure import CHECKPOINT_KEY
+from lightning_accel.distillation.runtime import Distillation
 
 _ENTRY = "distillation"
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_accel.distillation.selection import logits_in, selection_of
+from lightning_accel.distillation.layers.selection import logits_in, selection_of
 
 _SHARED = {
     "device",

@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_accel.distillation.layers import expand
-from lightning_accel.distillation.rows import check_positive
+from lightning_accel.distillation.layers.paths import expand
+from lightning_accel.distillation.layers.selection import split_path
+from lightning_accel.distillation.losses.base import check_positive
+from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.scheduled import Number, Scheduled
-from lightning_accel.distillation.selection import split_path
-from lightning_accel.distillation.wants import required, wants
 
 Layer = str | list[str] | None
 
 NAMED = {
-    "kd": "losses.SoftTargetLoss",
-    "hard": "losses.HardLabelLoss",
-    "mse": "losses.LogitMSELoss",
-    "multilabel": "losses.MultiLabelLoss",
-    "regression": "losses.RegressionLoss",
+    "kd": "logits.SoftTargetLoss",
+    "hard": "logits.HardLabelLoss",
+    "mse": "logits.LogitMSELoss",
+    "multilabel": "logits.MultiLabelLoss",
+    "regression": "logits.RegressionLoss",
     "dkd": "decoupled.DKDLoss",
     "dist": "correlation.DISTLoss",
     "standardized_kd": "correlation.StandardizedLoss",
@@ -140,7 +140,7 @@ def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Te
             + (f" Did you mean {near[0]!r}?" if near else "")
         )
     module, _, cls = NAMED[name].partition(".")
-    make = getattr(import_module(f"lightning_accel.distillation.{module}"), cls)
+    make = getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls)
     if temperature is None:
         return make()
     if name == "standardized_kd":
@@ -153,7 +153,7 @@ def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Te
 def has_temperature(name: str) -> bool:
     """Whether the loss with a name has a temperature."""
     module, _, cls = NAMED[name].partition(".")
-    make = getattr(import_module(f"lightning_accel.distillation.{module}"), cls)
+    make = getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls)
     return name == "standardized_kd" or "temperature" in signature(make).parameters
 
 

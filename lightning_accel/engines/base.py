@@ -16,7 +16,7 @@ from lightning_accel.engines.manifest import resolve_bundle
 _RUNNERS = {
     "onnxruntime": "onnxruntime:OnnxRuntimeRunner",
     "openvino": "openvino:OpenVinoRunner",
-    "tensorrt": "tensorrt:TensorRTRunner",
+    "tensorrt": "tensorrt.runner:TensorRTRunner",
     "pytorch": "pytorch:PyTorchRunner",
 }
 _ENGINE_OF_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt", ".pt2": "pytorch"}

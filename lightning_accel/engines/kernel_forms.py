@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_accel.engines.kernel_probe import Arithmetic
+from lightning_accel.engines.arithmetic import Arithmetic
 
 _CHANNELS = (4, 32)  # few, and a multiple of every vector width
 _SIZE, _BATCH = 8, 4

@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.cpu import cpu_fields, cpu_name
+from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import load_runner
 
 ENGINES = ("onnxruntime", "openvino")  # engines with integer kernels for CPUs
@@ -46,23 +47,6 @@ _ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring
 _ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Integer arithmetic of a file, as far as it chooses kernels.
-
-    Args:
-        activations: ``"int8"`` with zero point 0, or ``"uint8"``.
-        weight_max: largest integer of a weight.
-        outputs: whether results of convolutions and sums are always quantized.
-        both_summands: whether both operands of a sum always are.
-    """
-
-    activations: str
-    weight_max: int
-    outputs: bool = False
-    both_summands: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,12 +128,6 @@ def engine_version(engine: str) -> str:
     return ""
 
 
-@cache
-def cpu_name() -> str:
-    """Model of this machine's CPU, for people."""
-    return cpu_fields().get("model name") or platform.processor() or platform.machine()
-
-
 def cache_file(engine: str) -> Path:
     """Where findings about an engine are kept: one file for each engine, version, and CPU with its flags."""
     fields = cpu_fields()
@@ -226,14 +204,3 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
     if not np.isfinite(errors).all():
         return Finding(*about, None, "its result is not finite")
     return Finding(*about, round(max(errors), 4))
-
-
-@cache
-def cpu_fields() -> dict[str, str]:
-    """The fields of the first core in Linux's description; empty on other systems."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}

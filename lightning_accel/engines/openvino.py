@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
-from lightning_accel.extras import require
 
 
 class OpenVinoRunner(Runner):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
 from lightning_accel.engines.pt2_archive import refuse_pickles
-from lightning_accel.extras import require
 
 NAMES_FILE = "names.json"
 
@@ -36,7 +36,7 @@ class PyTorchRunner(Runner):
         if not Path(path).is_file():
             raise FileNotFoundError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
         refuse_pickles(Path(path), torch)
-        for name in ("torch.ao.quantization.fx._decomposed", "lightning_accel.dynamic_linear"):
+        for name in ("torch.ao.quantization.fx._decomposed", "lightning_accel.quantization.arithmetic.dynamic_linear"):
             import_module(name)  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:

@@ -11,27 +11,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from lightning_accel import structure
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
-from lightning_accel.compression import check_strategy, compression_callbacks
-from lightning_accel.export.bundle import check_destination
-from lightning_accel.export.curves import Curves
+from lightning_accel.bundle.provenance import run_of
+from lightning_accel.bundle.writer import check_destination
+from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward
+from lightning_accel.core import structure
+from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.held_out import held_out
+from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.order import Order
 from lightning_accel.export.pipeline import ENGINES, write_bundle
 from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
-from lightning_accel.export.provenance import run_of
-from lightning_accel.export.reports import summary
-from lightning_accel.export.surrounded import surrounded
-from lightning_accel.export.told import history, measured, timeline
-from lightning_accel.export.untrained import predictions_of
-from lightning_accel.inputs import InputsFunction, builds_layers_late, has_forward
-from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.export.ptq_baseline import predictions_of
+from lightning_accel.export.spec import Order
+from lightning_accel.onnx.pre_post import surrounded
+from lightning_accel.quantization.base_callback import QuantizingCallback
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
-from lightning_accel.quantization.quantizing import QuantizingCallback
+from lightning_accel.reports.curves import Curves
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_accel.calls.example import Call, own_forward
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
-from lightning_accel.engines.tensorrt import build_engine, has_gpu
-from lightning_accel.engines.tensorrt_command import equivalent_command
-from lightning_accel.export.evaluate import ModuleNetwork
-from lightning_accel.export.integers import check_integers
-from lightning_accel.export.null_divergence import NullDivergence
-from lightning_accel.export.onnx import OnnxExport, export_onnx
-from lightning_accel.export.order import Order
-from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
-from lightning_accel.export.proof import prove_file
-from lightning_accel.export.tolerances import FILES, FLOAT
-from lightning_accel.export.verification import Network, Verification, VerificationError, verify
-from lightning_accel.inputs import Call, own_forward
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
+from lightning_accel.engines.tensorrt.command import equivalent_command
+from lightning_accel.export.spec import Order
+from lightning_accel.onnx.export import OnnxExport, export_onnx
+from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from lightning_accel.verification.compare import Network, Verification, VerificationError, verify
+from lightning_accel.verification.file import prove_file
+from lightning_accel.verification.integers import check_integers
+from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.tolerances import FILES, FLOAT
 
 MODEL, REFERENCE, PROGRAM, SAMPLES = "model.onnx", "reference.onnx", "model.pt2", "samples.npz"
 HALF_MODEL = "engines/model.onnx"  # int8 with the rest in fp16, which TensorRT's engine is built from

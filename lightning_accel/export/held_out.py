@@ -11,8 +11,15 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.export.onnx import feeds_of
-from lightning_accel.inputs import Call, InputsFunction, call_from_batch, isolated_random, peek, target_from_batch
+from lightning_accel.calls.example import (
+    Call,
+    InputsFunction,
+    call_from_batch,
+    isolated_random,
+    peek,
+    target_from_batch,
+)
+from lightning_accel.onnx.export import feeds_of
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_accel.extras import require
+from lightning_accel.core.optional import require
 
 _COLUMNS = ("name", "engine", "accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup", "note")
 _SHIPPED = {

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_accel.inputs import Call, canonical_call, own_signature
-from lightning_accel.structure import constructor_arguments, load_into, read_checkpoint
+from lightning_accel.calls.example import Call, canonical_call, own_signature
+from lightning_accel.core.structure import constructor_arguments, load_into, read_checkpoint
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import BenchmarkResult
-from lightning_accel.export.bundle import staged, write_manifest
-from lightning_accel.export.deciding import decide_default, scores_of
+from lightning_accel.bundle.revision import git_revision
+from lightning_accel.bundle.writer import staged, write_manifest
+from lightning_accel.calls.example import mode
+from lightning_accel.export.bundle_reports import REPORT_SCHEMA, kept_float, notes, verification_line, write_reports
+from lightning_accel.export.candidates import LineUp, line_up, row_that_ships, run_all
+from lightning_accel.export.default_engine import decide_default, scores_of
 from lightning_accel.export.files import MODEL, Files, write_files
-from lightning_accel.export.lineup import LineUp, line_up, row_that_ships, run_all
-from lightning_accel.export.order import Order
-from lightning_accel.export.reports import REPORT_SCHEMA, kept_float, notes, verification_line, write_reports
-from lightning_accel.export.revision import git_revision
-from lightning_accel.inputs import mode
-from lightning_accel.quantization.prepare import quantization_map
+from lightning_accel.export.spec import Order
+from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")

@@ -10,20 +10,20 @@ import lightning as L
 import numpy as np
 import torch
 
+from lightning_accel.calls.example import mode
+from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
-from lightning_accel.engines.tensorrt import build_engine
-from lightning_accel.export.evaluate import ModuleNetwork
-from lightning_accel.export.integers import check_integers
-from lightning_accel.export.kernels import ENGINES, check_kernels
-from lightning_accel.export.onnx import OnnxExport, export_onnx
-from lightning_accel.export.order import Order
-from lightning_accel.export.precision import BF16_OPSET, HALVES, check_lowered, lower_precision
-from lightning_accel.export.proof import check_repeatable, prove_nodes
-from lightning_accel.export.verification import VerificationError
-from lightning_accel.extras import require
-from lightning_accel.inputs import mode
-from lightning_accel.quantization.prepare import QuantizedForward
-from lightning_accel.quantization.targets import Target, cannot_reproduce
+from lightning_accel.engines.tensorrt.build import build_engine
+from lightning_accel.export.spec import Order
+from lightning_accel.onnx.export import OnnxExport, export_onnx
+from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
+from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce
+from lightning_accel.quantization.graph.prepare import QuantizedForward
+from lightning_accel.verification.compare import VerificationError
+from lightning_accel.verification.file import check_repeatable, prove_nodes
+from lightning_accel.verification.integers import check_integers
+from lightning_accel.verification.kernels import ENGINES, check_kernels
+from lightning_accel.verification.network import ModuleNetwork
 
 _SAMPLES = 8
 
@@ -39,7 +39,7 @@ def check_installed(engines: Sequence[str]) -> None:
     if "openvino" in engines:
         require("openvino", "openvino", "Engine `openvino`")
     if "tensorrt" in engines:
-        from lightning_accel.engines.tensorrt_library import load_library
+        from lightning_accel.engines.tensorrt.library import load_library
 
         load_library(None)
 

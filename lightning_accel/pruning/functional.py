@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel import structure
-from lightning_accel.globs import as_patterns
-from lightning_accel.inputs import call_from_batch
-from lightning_accel.pruning.channel_plan import ChannelPlan, ChannelTarget
-from lightning_accel.pruning.choice import Choice
-from lightning_accel.pruning.criteria import Criterion
-from lightning_accel.pruning.masks import apply_masks_, prune_masks
-from lightning_accel.structure import Change
+from lightning_accel.calls.example import call_from_batch
+from lightning_accel.core import structure
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.structure import Change
+from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
+from lightning_accel.pruning.weights.criteria import Criterion
+from lightning_accel.pruning.weights.masks import apply_masks_, prune_masks
+from lightning_accel.pruning.weights.targets import Choice
 
 
 def prune_weights_(

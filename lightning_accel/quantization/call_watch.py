@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from lightning_accel.quantization.prepare import QuantizedForward
+from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 
 class CallWatch:

@@ -11,10 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_accel import structure
-from lightning_accel.call_names import Axes, described
-from lightning_accel.globs import as_patterns
-from lightning_accel.inputs import (
+from lightning_accel.calls.example import (
     Call,
     InputsFunction,
     call_from_batch,
@@ -26,9 +23,12 @@ from lightning_accel.inputs import (
     peek,
     submodule_call,
 )
-from lightning_accel.quantization.prepare import QuantizedForward, quantized_forwards
-from lightning_accel.quantization.quantizing import AllRanks, QuantizingCallback, check_apart, ranks_of
-from lightning_accel.quantization.targets import Target, target_of
+from lightning_accel.calls.names import Axes, described
+from lightning_accel.core import structure
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.quantization.arithmetic.targets import Target, target_of
+from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, check_apart, ranks_of
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
 
 def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
@@ -69,9 +69,9 @@ def quantize_(
     Args:
         module: any module; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
         data: batches of training data as its loader yields them; looked at in eval mode.
-        target: name, or a :class:`~lightning_accel.quantization.targets.Target`.
+        target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
         batches: so many batches at most.
-        ranges: as in :class:`~lightning_accel.quantization.callback.QuantizationAwareTraining`.
+        ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         part: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
@@ -204,7 +204,7 @@ class PostTrainingQuantization(QuantizingCallback):
     Args:
         target: name, or a ``Target`` of your own.
         calibration_batches: batches of the training loader, at most.
-        ranges: as in :class:`~lightning_accel.quantization.callback.QuantizationAwareTraining`.
+        ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.inputs import InputsFunction, call_from_batch, isolated_random
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.calls.example import InputsFunction, call_from_batch, isolated_random
+from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
 
 Loss = Callable[[Any, Any], torch.Tensor]

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, Point, WayResult
-from lightning_accel.benchmarking.comparison_text import render_comparison
 from lightning_accel.benchmarking.decision import Budgets, decide, resolution
+from lightning_accel.reports.comparison_text import render_comparison
 
 PASSED = {"passed": True, "failures": []}
 

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.process import WayEndedError, WayProcess
 from lightning_accel.benchmarking.rounds import measure_ways
-from lightning_accel.benchmarking.ways import Way
-from tests.engines.onnx_models import linear, save
+from lightning_accel.benchmarking.variants import Way
+from tests.support.onnx_models import linear, save
 
 QUICK = BenchmarkSettings(
     batches=(1, 8), callers=(1, 3), seconds=0.04, turn_s=0.005, warmup_s=0.0, min_rounds=4, limit_s=30.0, threads=1

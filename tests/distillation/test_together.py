@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import lightning_accel as la
-from tests.models import Classifier, Residual, loader
+from tests.support.models import Classifier, Residual, loader
 
 
 def module(tmp_path, seed=0):

@@ -122,7 +122,7 @@ def test_bundle_runs_in_a_process_that_cannot_import_torch(bundle):
 
         with la.load_runner(sys.argv[1]) as runner:
             print(runner(np.array([[1, 2, 3]], np.float32)).tolist())
-        import lightning_accel.engines.tensorrt, lightning_accel.benchmarking.measure
+        import lightning_accel.engines.tensorrt.build, lightning_accel.benchmarking.measure
         others = ["pruning", "distillation", "quantization", "export"]
         print([name for name in others if f"lightning_accel.{name}" in sys.modules])
     """

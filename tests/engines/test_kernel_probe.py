@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lightning_accel.engines import kernel_probe
+from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_forms import BUILDERS, kernel_file
-from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Arithmetic, Finding, cache_file, probe_kernels
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, cache_file, probe_kernels
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,8 @@ def test_files_hold_sums_that_saturate_without_vnni(form):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_is_measured_is_what_the_engine_computes_in_another_process(engine, fresh):
     here = [probe_kernels(engine, form, Arithmetic("int8", 63)) for form in ("linear", "concatenation")]
-    code = "import sys; from lightning_accel.engines.kernel_probe import *; found = [probe_kernels(sys.argv[1], f, "
+    code = "import sys; from lightning_accel.engines.arithmetic import Arithmetic; "
+    code += "from lightning_accel.engines.kernel_probe import *; found = [probe_kernels(sys.argv[1], f, "
     code += "Arithmetic('int8', 63)) for f in ('linear', 'concatenation')]; print([f.error for f in found]); "
     code += "assert not {'torch', 'lightning'} & set(sys.modules)"
     again = {**os.environ, "XDG_CACHE_HOME": str(fresh.parent / "another")}

@@ -7,11 +7,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_accel.benchmarking.page import render_html
-from lightning_accel.benchmarking.plots import plot_comparison
-from lightning_accel.benchmarking.report import Row, render_markdown
 from lightning_accel.export.logging import log_bundle, scalars
-from tests.benchmarking.reports import whole_report
+from lightning_accel.reports.page import render_html
+from lightning_accel.reports.plots import plot_comparison
+from lightning_accel.reports.run_report import Row, render_markdown
+from tests.reports.whole import whole_report
 
 
 @pytest.fixture

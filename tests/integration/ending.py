@@ -3,7 +3,7 @@
 import torch
 
 import lightning_accel as la
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.graph.prepare import quantized_forwards
 
 
 def everything(trainer, pl_module, calls):

@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.compression import check_strategy
-from lightning_accel.export.evaluate import ModuleNetwork, through_engine
-from lightning_accel.export.onnx import export_onnx
+from lightning_accel.core.callback import check_strategy
+from lightning_accel.export.evaluate import through_engine
 from lightning_accel.export.preflight import check_readable
-from lightning_accel.quantization.capture import CaptureError
-from tests.models import Classifier, Residual, images, loader
+from lightning_accel.onnx.export import export_onnx
+from lightning_accel.quantization.graph.capture import CaptureError
+from lightning_accel.verification.network import ModuleNetwork
+from tests.support.models import Classifier, Residual, images, loader
 
 
 class Bytes(L.LightningDataModule):

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_accel as la
-from lightning_accel import structure
+from lightning_accel.core import structure
 from tests.integration.ending import assert_same, everything
-from tests.models import Classifier, Residual, loader
+from tests.support.models import Classifier, Residual, loader
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, STEPS = 5, 4  # of 8 images
@@ -165,8 +165,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch, lightning as L, lightning_accel as la
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_accel import structure
-from tests.models import Classifier, Residual, loader
+from lightning_accel.core import structure
+from tests.support.models import Classifier, Residual, loader
 
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)

@@ -13,8 +13,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch, lightning as L, lightning_accel as la
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_accel.quantization.prepare import quantized_forwards
-from tests.models import Classifier, Residual, loader
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from tests.support.models import Classifier, Residual, loader
 
 folder = Path(sys.argv[2])
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ from pathlib import Path
 import torch, lightning as L, lightning_accel as la
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.quantization.graph.prepare import quantized_forwards
 
 folder, ranks = Path(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

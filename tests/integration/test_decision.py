@@ -12,10 +12,10 @@ from torchmetrics.regression import R2Score
 
 import lightning_accel as la
 from lightning_accel.benchmarking.comparison import Comparison
-from lightning_accel.commands import main
+from lightning_accel.cli.main import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.export.logging import scalars
-from tests.models import Classifier, images, loader
+from tests.support.models import Classifier, images, loader
 
 QUICK = la.BenchmarkSettings(
     batches=(1, 8), callers=(1,), seconds=0.1, turn_s=0.01, warmup_s=0.02, min_rounds=4, threads=1

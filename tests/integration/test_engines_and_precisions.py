@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.commands import main
-from lightning_accel.engines.cuda import has_gpu
+from lightning_accel.cli.main import main
 from lightning_accel.engines.manifest import read_manifest
+from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.export.logging import scalars
 from lightning_accel.export.pipeline import ENGINES
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.pruning.choice import prunable_parameters
-from lightning_accel.pruning.masks import measured_sparsity
-from lightning_accel.quantization.prepare import quantized_forwards
-from tests.models import Classifier, Residual, images, loader
-from tests.quantization.test_callback import Text, sentences
+from lightning_accel.pruning.weights.masks import measured_sparsity
+from lightning_accel.pruning.weights.targets import prunable_parameters
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from tests.quantization.test_qat import Text, sentences
+from tests.support.models import Classifier, Residual, images, loader
 
 VAL = {"batch_size": 32}
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_accel as la
 from lightning_accel import VerificationError
-from tests.networks import (
+from tests.support.networks import (
     Bottleneck,
     ConvNeXt,
     Detector,

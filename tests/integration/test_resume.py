@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import lightning_accel as la
-from lightning_accel import structure
-from lightning_accel.pruning.choice import prunable_parameters
-from lightning_accel.pruning.masks import measured_sparsity
-from lightning_accel.quantization.prepare import quantized_forwards
+from lightning_accel.core import structure
+from lightning_accel.pruning.weights.masks import measured_sparsity
+from lightning_accel.pruning.weights.targets import prunable_parameters
+from lightning_accel.quantization.graph.prepare import quantized_forwards
 from tests.integration.ending import assert_same, everything
-from tests.models import Classifier, Residual, loader
+from tests.support.models import Classifier, Residual, loader
 
 ROOT = Path(__file__).parents[2]
 EPOCHS, STEPS = 4, 6  # of 8 images
@@ -124,7 +124,7 @@ class Block:
         if name.split(".")[0] == "lightning_accel": raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 import torch
-from tests.models import Classifier
+from tests.support.models import Classifier
 net = Classifier.load_from_checkpoint({str(folder / "epochs" / "epoch=3.ckpt")!r}, map_location="cpu", weights_only=True)
 assert net.hparams.dropout == 0.2 and type(net) is Classifier
 torch.save(net.state_dict(), {str(folder / "loaded.pt")!r})

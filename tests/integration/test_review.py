@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.export.integers import check_integers
-from lightning_accel.quantization.convert import convert
-from lightning_accel.quantization.prepare import quantized_forwards
-from tests.models import Classifier, Residual, loader
-from tests.quantization.test_prepare import quantized
+from lightning_accel.quantization.graph.convert import convert
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from lightning_accel.verification.integers import check_integers
+from tests.quantization.graph.test_prepare import quantized
+from tests.support.models import Classifier, Residual, loader
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

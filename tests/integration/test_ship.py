@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.engines.cuda import has_gpu
 from lightning_accel.engines.manifest import read_manifest
-from tests.models import Classifier, images, loader
+from lightning_accel.engines.tensorrt.cuda import has_gpu
+from tests.support.models import Classifier, images, loader
 
 
 def val(count=64):

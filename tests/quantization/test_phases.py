@@ -12,9 +12,9 @@ from torch import nn
 import lightning_accel as la
 from lightning_accel import QuantizationAwareTraining
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from lightning_accel.quantization.capture import CaptureError
-from lightning_accel.quantization.prepare import quantized_forwards
-from tests.models import Classifier, images, loader
+from lightning_accel.quantization.graph.capture import CaptureError
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from tests.support.models import Classifier, images, loader
 
 
 class Watch(Callback):

@@ -7,15 +7,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from benchmarks.zoo import network, samples
+from lightning_accel.calls.example import own_signature
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from lightning_accel.export.evaluate import ModuleNetwork
-from lightning_accel.export.integers import check_integers
-from lightning_accel.export.proof import prove_file
-from lightning_accel.export.tolerances import EMULATED_INT8
-from lightning_accel.inputs import own_signature
-from lightning_accel.quantization.prepare import quantized_forwards
-from tests.models import Classifier, images, loader
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from lightning_accel.verification.file import prove_file
+from lightning_accel.verification.integers import check_integers
+from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.tolerances import EMULATED_INT8
+from tests.support.models import Classifier, images, loader
+from tests.support.zoo import network, samples
 
 
 def test_a_quantized_copy_is_close_and_the_module_stays():

@@ -1,0 +1,133 @@
+"""How much longer a quantization-aware training step takes than a float one.
+
+A step is forward, cross-entropy, backward and SGD on a batch of 64 images; the quantization-aware one also learns ranges,
+as in ``fit``; once more with ranges and batch norm statistics frozen, as the last third of a phase is. Beside it, on copies of
+the same network, the quantization-aware steps of ``torch.ao`` (FX) and, where it is installed, of torchao (PT2E), each with its
+default configuration for x86. All take turns in one process, in an order shuffled anew each round, so that the machine's moods
+hit all alike. A ratio is the median over rounds; its 95 % interval comes from resampling them.
+
+    python -m experiments.qat_step [--quick]
+"""
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from examples.models import ResNet
+from experiments import print_environment, verdict
+from lightning_accel.benchmarking.measure import Ratio, benchmark
+from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.quantization.arithmetic.targets import target_of
+from lightning_accel.quantization.graph.prepare import QuantizedForward
+
+TARGET, AIM = 1.25, 1.1
+
+
+def step_of(net: torch.nn.Module, forward: QuantizedForward | None) -> Callable[[], None]:
+    """One training step of ``net``, quantization-aware if its forward was taken over."""
+    images, labels = torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+
+    def step() -> None:
+        if forward is not None:
+            forward.bank.learning = True
+        loss = cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if forward is not None:
+            forward.bank.learning = False
+            forward.bank.update()
+
+    return step
+
+
+def quantized(net: torch.nn.Module) -> QuantizedForward:
+    """Put fake-quant of the `portable` arithmetic into ``net``."""
+    forward = QuantizedForward(net, describe_inputs((torch.randn(64, 1, 28, 28),), {}), target_of("portable"))
+    net.__dict__["forward"] = forward
+    return forward
+
+
+def fx(net: torch.nn.Module) -> torch.nn.Module:
+    """The same network, prepared by ``torch.ao`` in FX graph mode."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    return prepare_qat_fx(net.train(), get_default_qat_qconfig_mapping("x86"), (torch.randn(2, 1, 28, 28),))
+
+
+def pt2e(net: torch.nn.Module) -> torch.nn.Module:
+    """The same network, prepared by torchao on an exported graph."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(net.train(), (torch.randn(4, 1, 28, 28),), dynamic_shapes=batch).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    return prepare_qat_pt2e(exported, quantizer)
+
+
+def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
+    """Time of a quantization-aware step divided by that of a float step; the others are printed."""
+    plain = ResNet(depth, width=16).train()
+    ways = {"float": step_of(plain, None)}
+    for name in ("quantization-aware", "ranges and statistics frozen"):
+        aware = copy.deepcopy(plain)
+        forward = quantized(aware)
+        step = step_of(aware, forward)
+        for _ in range(8):  # ranges are learned in float first, as the callback does
+            step()
+        forward.bank.activate()
+        forward.bank.frozen = forward.bank.norms_frozen = "frozen" in name
+        ways[name] = step
+    peers = {"torch.ao FX": fx, **({"torchao PT2E": pt2e} if find_spec("torchao") else {})}
+    for name, prepare in peers.items():
+        ways[name] = step_of(prepare(copy.deepcopy(plain)), None)
+    result = benchmark(
+        ways,
+        baseline="float",
+        rounds=rounds,
+        min_rounds=min(20, rounds),
+        max_seconds=seconds,
+        warmup_s=seconds / 20,
+    )
+    net = f"ResNet-{depth} w16"
+    for way in result.measurements:
+        slower = Ratio(1 / way.speedup.value, 1 / way.speedup.high, 1 / way.speedup.low)
+        print(
+            f"{net}, {way.name}: p50 {way.p50_ms:.2f} ms, p90 {way.p90_ms:.2f} ms, "
+            f"{slower.value:.4f} [{slower.low:.4f}, {slower.high:.4f}] of the float step, {result.rounds} rounds",
+            flush=True,
+        )
+    null = result.null
+    print(f"{net}, null run (the float step twice): {null.value:.4f} [{null.low:.4f}, {null.high:.4f}]")
+    own = result["quantization-aware"].speedup
+    return Ratio(1 / own.value, 1 / own.high, 1 / own.low)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds: shows that it runs, not what it costs")
+    quick = parser.parse_args().quick
+    warnings.simplefilter("ignore")  # the peers are deprecated, or tell their own developers something
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    print_environment()
+    if find_spec("torchao") is None:
+        print("torchao PT2E: not measured, pip install torchao")
+    depths = (8,) if quick else (8, 20)
+    ratios = [ratio(depth, *((3, 1.0) if quick else (400, 90.0))) for depth in depths]
+    nets = ", ".join(f"ResNet-{depth} w16" for depth in depths)
+    print(f"aim: {AIM}")
+    print(verdict(f"quantization-aware step / float step ({nets}, batch 64)", ratios, TARGET))
+
+
+if __name__ == "__main__":
+    main()

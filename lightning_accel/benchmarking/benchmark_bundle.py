@@ -1,0 +1,256 @@
+"""The benchmark of a bundle: every way to run the network side by side, each with its accuracy, and the one that ships."""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
+from lightning_accel.benchmarking.decision import Budgets, decide
+from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.prepare import prepared
+from lightning_accel.benchmarking.rounds import Measured, measure_ways
+from lightning_accel.benchmarking.samples import (
+    KEPT,
+    assembled,
+    check_samples,
+    describe,
+    kept_samples,
+    score,
+    synthetic_samples,
+)
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
+from lightning_accel.benchmarking.variants import BASELINE, Way, ways_of
+from lightning_accel.bundle.writer import check_recordable, record_comparison
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.verification import tolerances
+from lightning_accel.verification.bundle import SAMPLES, proven_file, split_samples
+from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.kernels import ENGINES, check_kernels
+from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.saturation import saturates
+
+
+def benchmark_bundle(
+    folder: str | Path,
+    samples: Feeds | None = None,
+    labels: np.ndarray | None = None,
+    *,
+    scores: str | None = None,
+    budgets: Budgets | None = None,
+    everything: bool = False,
+    ways: Sequence[str] | None = None,
+    settings: BenchmarkSettings | None = None,
+    record: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run a bundle's network in all the ways that people run networks, side by side; decide which one ships.
+
+    Args:
+        folder: the bundle.
+        samples: held-out inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, predictions
+            are compared with those, else with the baseline's. ``None`` takes the samples in the bundle, if it was
+            written with any; without them only speed is measured, and only plain float32 can ship. A network that was
+            quantized without training is compared with the baseline, which is what was trained.
+        labels: class of each sample, integers ``(S,)``; for logits of each position ``(S, ...)``; or, in floating point,
+            the values that the first output should have.
+        scores: ``"classes"``: accuracy and agreement are shares of predictions, by the largest logit of the first output;
+            ``"values"``: they are its R². ``None``: as the labels are, else as in the run that wrote the bundle, else
+            classes if the first output has more than one column.
+        budgets: what may be lost and what it may cost; ``None`` decides nothing.
+        everything: all ways instead of the half dozen that matter.
+        ways: names of the ways instead; the baseline is always among them.
+        settings: batch sizes, callers, times, threads.
+        record: write ``comparison.json`` into the bundle, and the decision into its manifest as the default.
+        progress: told what is being done.
+
+    Returns:
+        What was measured. After Ctrl-C what was measured until then, and no decision.
+
+    Raises:
+        FileNotFoundError: there is no bundle, or one of its files is missing.
+        ValueError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it; a bundle that
+            can't be recorded in: it holds the current folder, or is a mount point.
+        PermissionError: nor can one whose parent can't be written to.
+
+    Example:
+        >>> comparison = benchmark_bundle("artifacts", budgets=Budgets(max_drop=0.5))  # doctest: +SKIP
+        >>> comparison.decision["why"]  # doctest: +SKIP
+        'openvino int8 ships: 2.61x [2.55, 2.68] as fast as fp32 in ONNX Runtime at batch 32; ...'
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if record:
+        check_recordable(folder)
+    source = "given"
+    if samples is None and (folder / SAMPLES).is_file():
+        source = "kept in the bundle"
+        with np.load(folder / SAMPLES, allow_pickle=False) as kept:
+            samples = dict(kept)
+    comparison = compare_ways(
+        folder,
+        manifest,
+        samples,
+        labels,
+        source=source,
+        scores=scores,
+        budgets=budgets,
+        everything=everything,
+        names=ways,
+        settings=settings,
+        progress=progress,
+    )
+    if record:
+        record_comparison(folder, comparison.to_dict(), shipped_line(comparison))
+    return comparison
+
+
+def compare_ways(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    samples: Feeds | None,
+    labels: np.ndarray | None = None,
+    *,
+    source: str,
+    scores: str | None = None,
+    budgets: Budgets | None = None,
+    everything: bool = False,
+    names: Sequence[str] | None = None,
+    settings: BenchmarkSettings | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Measure and decide, without writing anything; arguments as in :func:`benchmark_bundle`.
+
+    Args:
+        folder: the files.
+        manifest: ``engines``, ``files``, ``model``, ``precision``, ``trained``, ``scores``, ``inputs`` and ``outputs`` are read.
+        samples: inputs, and outputs or none of them.
+        labels: of the samples.
+        source: where the samples come from, for the report.
+        scores: what outputs are.
+        budgets: limits of the decision.
+        everything: all ways.
+        names: these ways.
+        settings: how it is measured.
+        progress: told what is being done.
+    """
+    settings = settings or BenchmarkSettings()
+    if budgets is not None and budgets.batch not in (None, *settings.batches):
+        raise ValueError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
+    if scores not in (None, CLASSES, VALUES):
+        raise ValueError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
+    if scores is None and labels is None:
+        scores = manifest.get("scores")
+    chosen = _chosen(ways_of(folder, manifest), everything, names)
+    with load_runner(folder / proven_file(manifest, "fp32"), "onnxruntime", emulate=True) as runner:
+        known = samples is not None
+        feeds, wanted = split_samples(samples, manifest) if samples is not None else (synthetic_samples(runner), {})
+        scores = check_samples(runner, feeds, labels if known else None, scores)
+        keep = kept_samples(runner, feeds, scores) if known else 0
+    if labels is not None and not known:
+        raise ValueError(
+            "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
+        )
+    machine = environment()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = [prepared(way, Path(scratch)) for way in chosen]
+        measured = measure_ways(
+            made, feeds, settings, baseline=BASELINE, keep=keep, classify=scores == CLASSES, progress=progress
+        )
+        for row in measured.rows:
+            describe(row, folder)
+    against = "nothing: there were no held-out samples"
+    if known:
+        if manifest["precision"] == "int8" and manifest.get("trained") == "fp32":
+            wanted = {}  # outputs of the quantized network, which nobody trained
+        against = "the trained network" if wanted else BASELINE
+        score(measured, BASELINE, wanted, labels, scores)
+        hold_kernels(measured, folder, manifest, feeds)
+    comparison = assembled(
+        measured,
+        feeds,
+        settings,
+        baseline=BASELINE,
+        machine=machine,
+        source=source if known else None,
+        against=against,
+        scores=scores,
+    )
+    if budgets is not None and not measured.interrupted:
+        comparison.decision = decide(comparison, budgets)
+    return comparison
+
+
+def shipped_line(comparison: Comparison) -> dict[str, str] | None:
+    """What the manifest has to name as its default after a decision; ``None`` leaves it as it is."""
+    name = (comparison.decision or {}).get("ship")
+    if name is None:
+        return None
+    way = comparison[name]
+    assert way.file is not None
+    return {"engine": way.engine, "file": way.file, "precision": way.precision}
+
+
+def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) -> list[Way]:
+    known = [way.name for way in ways]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"Argument `ways` must be among {known}, but got {unknown}.")
+    if names is not None:
+        return [way for way in ways if way.name in (BASELINE, *names)]
+    return [way for way in ways if everything or way.common]
+
+
+def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
+    """An engine ships only if its kernels, on this machine, compute what the proven file says.
+
+    Args:
+        measured: rows with what they computed; those that can ship get ``kernels``.
+        folder: the bundle.
+        manifest: its model and files.
+        feeds: the samples.
+    """
+    few = {name: array[:KEPT] for name, array in feeds.items()}
+    count = len(next(iter(few.values())))
+    right: dict[Path, Feeds] = {}
+    for row in measured.rows:
+        got = {name: array[:count] for name, array in row.computed.items()}
+        if not got or row.way.unshippable:
+            continue
+        file = folder / proven_file(manifest, row.way.precision)
+        if file not in right:
+            with load_runner(file, "onnxruntime", emulate=True) as runner:
+                right[file] = runner.run(few)
+        check = verify(
+            _answering(right[file]),
+            _answering(got),
+            few,
+            engine=row.way.name,
+            tolerance=tolerances.ENGINES[row.way.precision],
+            batch_sizes=(count,),
+        )
+        failures: list[str] = []
+        noise: dict[str, float] | None = None
+        if row.way.precision == "int8" and row.way.engine in ENGINES:
+            kernels = check_kernels(file, row.way.engine, few)
+            noise = kernels.noise
+            failures = [reason for reason in (kernels.diverging, saturates(file, row.way.engine)) if reason]
+        if not check.passed and not failures:  # a deep network may differ as much from itself
+            half = row.way.precision.rpartition("+")[2]
+            rounding = half if half in ("fp16", "bf16") else None
+            check = check.against(NullDivergence(file, few).noise(check.tolerance, steps=noise, rounding=rounding))
+        names = ("samples", "median_error", "p99_error", "max_error", "failures", "passed")
+        found = {name: value for name, value in check.to_dict().items() if name in names}
+        # JSON has no infinity, which is the error of what isn't a number; the failures say so in words.
+        row.result.kernels = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in found.items()}
+        if failures:
+            row.result.kernels |= {"passed": False, "failures": [*check.failures, *failures]}
+
+
+def _answering(outputs: Feeds) -> Network:
+    """The network whose outputs are known for all samples at once."""
+    return lambda feeds: outputs

@@ -1,0 +1,64 @@
+"""Files that are made for a comparison only, of the float32 file in the bundle; none of them ships."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_accel.benchmarking.variants import Way
+from lightning_accel.core.optional import require
+
+
+def prepared(way: Way, folder: Path) -> Way:
+    """Make what a way runs; one that can't be made here says why.
+
+    Args:
+        way: one with ``make``; others are returned as they are.
+        folder: where the file goes.
+    """
+    if not way.make or way.missing:
+        return way
+    assert way.file is not None
+    try:
+        if way.make == "dynamic int8":
+            return replace(way, file=dynamic_int8(way.file, folder / "dynamic.onnx"))
+        return replace(way, file=_tensorrt(way.file, way.precision, folder))
+    except Exception as error:  # quantizers and builders raise what they like; it becomes the row's reason
+        return replace(way, missing=f"it can't be made: {type(error).__name__}: {error}"[:500])
+
+
+def dynamic_int8(source: Path, out: Path) -> Path:
+    """Quantize a float32 ONNX file as ONNX Runtime does without data: weights now, activations as they come.
+
+    Weights become uint8, the only form in which its convolutions run, and one that no CPU's kernels saturate with.
+
+    Args:
+        source: the float32 file.
+        out: the file to write.
+
+    Raises:
+        ModuleNotFoundError: ONNX Runtime isn't installed.
+    """
+    quantization = require("onnxruntime.quantization", "cpu", "Way `onnxruntime dynamic int8`")
+    import onnx
+
+    model = onnx.load(source)
+    del model.graph.value_info[:]  # shapes that the exporter left contradict those of the new nodes
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # advice to optimize the file first; the engine does so when it loads it
+    try:
+        quantization.quantize_dynamic(model, out, weight_type=quantization.QuantType.QUInt8)
+    finally:
+        root.setLevel(level)
+    return out
+
+
+def _tensorrt(source: Path, precision: str, folder: Path) -> Path:
+    """Build an engine that the bundle doesn't hold; asked for only where there is a GPU."""
+    from lightning_accel.engines.tensorrt.build import build_engine
+    from lightning_accel.onnx.half_precision import lower_precision
+
+    if precision == "fp16":
+        lower_precision(source, folder / "fp16.onnx", "fp16")
+        source = folder / "fp16.onnx"
+    return build_engine(source, folder / f"{precision}.engine").path

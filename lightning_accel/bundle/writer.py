@@ -1,0 +1,243 @@
+"""Bundle: the folder that ships. Written beside its place and moved there whole, so there is never half of one."""
+
+import ctypes
+import errno
+import glob
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning_accel import __version__
+from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, read_manifest, seal_of, sha256_of
+from lightning_accel.engines.tensorrt.cuda import has_gpu
+from lightning_accel.engines.tensorrt.library import EngineInfo, sidecar_of
+
+COMPARISON = "comparison.json"
+_OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose process numbers are their own
+
+
+def check_destination(dirpath: str | Path) -> None:
+    """Check that a bundle could be written: before training, not after.
+
+    Raises:
+        ValueError: the path is a file, or a folder that holds something else.
+        PermissionError: its parent can't be written to.
+    """
+    path = Path(dirpath)
+    if path.is_file():
+        raise ValueError(f"Argument `dirpath` must be a folder, but got the file {str(path)!r}.")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"Argument `dirpath` must be a new folder or an earlier bundle, but got {str(path)!r}, which holds other files. "
+            "A bundle replaces its folder whole: choose another one."
+        )
+    try:
+        existing = next(p for p in (path.parent, *path.parent.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"Argument `dirpath` must lie in a folder that can be written to, but got {str(path)!r}: {error.strerror}."
+        ) from error
+
+
+def check_recordable(folder: str | Path) -> None:
+    """Check that a comparison could be recorded in a bundle: before it is measured, not after.
+
+    Raises:
+        ValueError: the bundle can't change places with another folder without loss.
+        PermissionError: the folder that it lies in can't be written to.
+    """
+    path, here = Path(folder).resolve(), Path.cwd()
+    if path == here or path in here.parents:
+        raise ValueError(
+            f"Argument `record` must be False (`--no-record`) for a bundle that holds the current folder, but got {path}: recording puts "
+            "a new folder in its place. Run it from outside of the bundle."
+        )
+    if path.is_mount():
+        raise ValueError(
+            f"Argument `record` must be False (`--no-record`) for a bundle that is a mount point, but got {path}: recording puts a new "
+            "folder in its place. Mount the folder that it lies in."
+        )
+    try:
+        check_destination(path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"Argument `record` must be False (`--no-record`) for a bundle in a folder that can't be written to, but got {path}."
+        ) from error
+
+
+@contextmanager
+def staged(dirpath: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``dirpath`` when the block ends well, and disappears when it doesn't.
+
+    The two folders change places in one step (on Linux), so that a process that is killed leaves the old bundle or the new
+    one. What a killed process left beside it is removed by the next one.
+    """
+    path = Path(dirpath)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_OWNER}{os.getpid()}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_OWNER}{os.getpid()}.", dir=path.parent))
+            os.rename(path, old / "bundle")
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; whether this system and file system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    here = -100  # AT_FDCWD: paths are relative to the current folder
+    if rename(here, os.fsencode(first), here, os.fsencode(second), 2) == 0:  # 2: RENAME_EXCHANGE
+        return True
+    if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS):  # the file system can't
+        return False
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that are no longer running left beside the bundle."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(_OWNER)}*"):
+        number = left.name.removeprefix(f".{path.name}.{_OWNER}").split(".")[0]
+        if number.isdigit() and int(number) != os.getpid() and not _runs(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where signal 0 is Ctrl+C; nothing is swept there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``manifest.json`` with the SHA-256 and size of each file in the folder, and of itself."""
+    files = {
+        str(file.relative_to(folder)): {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / MANIFEST
+    }
+    manifest = {"schema": SCHEMA, "version": __version__, **content, "files": files}
+    text = json.dumps({"sha256": seal_of(manifest), **manifest}, indent=2, allow_nan=False)
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(text + "\n")
+        os.replace(temporary, folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
+    """Add what was verified on this machine to a bundle's manifest, under ``verified_on``.
+
+    Raises:
+        ValueError: the bundle changed after it was written.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    kept = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    write_manifest(Path(folder), {**kept, "verified_on": [*kept.get("verified_on", []), dict(result)]})
+
+
+def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> None:
+    """Put a comparison into a bundle as ``comparison.json``, and what was decided into its manifest.
+
+    The bundle is put together anew beside its place, of the same files, and takes its place in one step. What else lies in
+    the folder stays, and is listed from then on.
+
+    Args:
+        folder: the bundle.
+        comparison: content of the file; its ``decision`` goes into the manifest too, if one was made.
+        default: engine and file that ``load_runner`` takes from now on; ``None`` leaves them as they are.
+
+    Raises:
+        ValueError: the bundle changed after it was written.
+    """
+    folder = Path(folder).resolve()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    content = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    with staged(folder) as new:
+        for file in (file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
+            place = new / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(file, place)
+        write_comparison(new, comparison)
+        write_manifest(new, {**content, **decided(comparison, default)})
+
+
+def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
+    """Write ``comparison.json`` into a folder that is not a bundle yet."""
+    (folder / COMPARISON).unlink(missing_ok=True)  # it may be a link to the file in the bundle that is replaced
+    (folder / COMPARISON).write_text(json.dumps(comparison, indent=2, allow_nan=False) + "\n")
+
+
+def decided(comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> dict[str, Any]:
+    """What a decision changes in a manifest."""
+    decision = comparison.get("decision")
+    changed: dict[str, Any] = {} if decision is None else {"decision": decision}
+    return changed if default is None else {**changed, "default": dict(default)}
+
+
+def _link_or_copy(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # a file system without links, or a limit on them
+        shutil.copy2(source, place)
+
+
+def replace_engine(folder: str | Path, build: Callable[[Path, Path], EngineInfo]) -> tuple[EngineInfo, Path]:
+    """Put a newly built TensorRT engine in the place of a bundle's, and into its manifest.
+
+    Args:
+        folder: the bundle.
+        build: given the ONNX file and a place for the engine, builds it there.
+
+    Returns:
+        What is known about the engine, in its place, and the ONNX file.
+
+    Raises:
+        ValueError: the bundle has no TensorRT engine, or changed after it was written.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    line = manifest["engines"].get("tensorrt")
+    if line is None:
+        raise ValueError(
+            f"Argument `model` must be a bundle with an engine of tensorrt, but {folder} has {list(manifest['engines'])}."
+        )
+    source = folder / line["built_from"]
+    place = folder / line["file"]
+    with tempfile.TemporaryDirectory(prefix=".engine.", dir=folder) as scratch:
+        built = build(source, Path(scratch) / place.name)
+        os.replace(built.path, place)  # a crash from here on leaves files that the manifest refuses
+    info = replace(built, path=place, onnx=Path(os.path.relpath(source, place.parent)).as_posix())
+    sidecar_of(place).write_text(json.dumps(info.to_dict(), indent=2) + "\n")
+    line = {**line, "library": info.library, "version": info.version, "status": info.status, "runs_here": has_gpu()}
+    kept = {key: value for key, value in manifest.items() if key not in ("sha256", "schema", "version", "files")}
+    write_manifest(folder, {**kept, "engines": {**manifest["engines"], "tensorrt": line}})
+    return info, source

@@ -1,0 +1,173 @@
+"""Copies of a module to try things on, and what they compute and cost."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_accel.calls.example import Call, isolated_random, kept_buffers, mode
+
+_SAMPLES = 2  # enough to see that samples stay apart
+
+
+def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Copy a module with converted tensors; the original's are never held twice.
+
+    Args:
+        module: any module; what took over its ``forward`` is left out.
+        convert: from a parameter or buffer to the copy's, which must not share memory with it.
+
+    Returns:
+        The copy in eval mode; its floating-point parameters have gradients.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        data = convert(parameter.detach())
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=data.is_floating_point())
+    for buffer in module.buffers():
+        memo[id(buffer)] = convert(buffer.detach())
+    for part in module.modules():
+        if "forward" in vars(part):
+            memo[id(vars(part)["forward"])] = None
+    copy = deepcopy(module, memo)
+    for part in copy.modules():
+        vars(part).pop("forward", None)
+        part.training = False
+    return copy
+
+
+def few_samples(call: Call) -> Call:
+    """A call with the first samples of its batch; the batch is the first dimension of the first tensor."""
+    sizes = [t.shape[0] for t in _tensors(call) if t.ndim]
+    size = sizes[0] if sizes else 0
+
+    def shorten(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:_SAMPLES] if tensor.ndim and tensor.shape[0] == size else tensor
+
+    return _map(call, shorten)
+
+
+def sample_count(call: Call) -> int:
+    """Samples in a call."""
+    return next((t.shape[0] for t in _tensors(call) if t.ndim), 1)
+
+
+def converted(call: Call, convert: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    """A call with other tensors in the same places."""
+    return _map(call, convert)
+
+
+def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
+    """The floating-point tensors that a module returns, in eval mode and always with the same random numbers.
+
+    Gradients are on: without them some layers take a fused path that can't be looked into.
+
+    Raises:
+        ValueError: it returns none.
+    """
+    with torch.enable_grad():
+        result = _run(module, call, training=False)
+    found = [t for t in _tensors(result) if t.is_floating_point()]
+    if not found:
+        raise ValueError(
+            f"Method `forward` must return tensors for channels to be removed, but got a {type(result).__name__}."
+        )
+    return found
+
+
+def layers_run(module: nn.Module, call: Call, training: bool) -> set[str]:
+    """Names of the submodules with parameters of their own that a forward runs in that mode; buffers keep their values."""
+    run: set[str] = set()
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: run.add(name))
+        for name, part in module.named_modules()
+        if any(True for _ in part.parameters(recurse=False))
+    ]
+    try:
+        with kept_buffers(module), torch.no_grad():
+            _run(module, call, training)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return run
+
+
+def _run(module: nn.Module, call: Call, training: bool) -> Any:
+    """Call a module in a mode, in its own precision and always with the same random numbers."""
+    dtype = torch.get_default_dtype()
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    try:
+        with isolated_random(), mode(module, training), torch.inference_mode(False):
+            torch.manual_seed(0)
+            torch.set_default_dtype(dtype if parameter is None else parameter.dtype)
+            return module(*call[0], **call[1])
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def count_macs(module: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of one sample in matrix products and convolutions, counted while they run.
+
+    Half of what ``torch.utils.flop_counter`` counts. Attention is counted as the two matrix products that it is.
+
+    Args:
+        module: in any state; it is run.
+        call: how its ``forward`` is called.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        outputs_of(module, call)
+    return counter.get_total_flops() // 2 // sample_count(call)
+
+
+def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]:
+    """A copy on which MACs can be counted at little cost: without data, or with it where a forward looks at values.
+
+    Args:
+        module: to copy.
+        path: of the submodule that will be run.
+        call: how that is called.
+    """
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    # What was seen before the Trainer cast the module ("bf16-true") is of another precision than the module is now.
+    call = converted(few_samples(call), lambda t: t.to(dtype) if t.is_floating_point() else t)
+    with suppress(Exception):  # whatever a forward raises on tensors without data, the other copy is the answer
+        empty = copy_of(module, lambda t: torch.empty_like(t, device="meta"))
+        shapes = converted(call, lambda t: t.to("meta"))
+        outputs_of(empty.get_submodule(path), shapes)
+        return empty, shapes
+    return copy_of(module, lambda t: t.to("cpu", copy=True)), converted(call, lambda t: t.to("cpu"))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Entries of all parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(v, function) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map(v, function) for v in value)
+    if isinstance(value, Mapping):
+        return {key: _map(v, function) for key, v in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in _tensors(v)]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _tensors(v)]
+    if is_dataclass(value):
+        return [t for f in fields(value) for t in _tensors(getattr(value, f.name))]
+    return []

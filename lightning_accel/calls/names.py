@@ -1,0 +1,110 @@
+"""Names of a network's inputs and outputs, from the places of tensors in a call and in its result, and of their axes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lightning_accel.calls.example import Call, own_signature
+from lightning_accel.calls.shapes import ResultShape, describe_inputs
+
+Axes = Mapping[str, Mapping[int, str]]  # of inputs: {name: {axis: symbol}}
+
+
+def input_names(module: nn.Module, call: Call, given: Sequence[str] | None) -> list[str]:
+    """One name for each tensor of a call in canonical form: its parameter of ``forward``, or its key in a dict.
+
+    Raises:
+        ValueError: ``given`` names another number of inputs.
+    """
+    bound = own_signature(module).bind(*call[0], **call[1])
+    leaves = pytree.tree_flatten_with_path(dict(bound.arguments))[0]
+    names = short_names([path for path, leaf in leaves if isinstance(leaf, torch.Tensor)], "input")
+    return _checked("input_names", names, given)
+
+
+def checked_axes(dynamic: Axes, names_in: Sequence[str], call: Call) -> dict[str, dict[int, str]]:
+    """Axes beyond the batch that may change, counted from the front.
+
+    Args:
+        dynamic: ``{input: {axis: symbol}}``; axes of one symbol have one size.
+        names_in: names of the call's tensors.
+        call: an example.
+
+    Raises:
+        ValueError: an unknown input, an axis that isn't there or is the batch, or a name that isn't one.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    shapes = {name: tuple(tensor.shape) for name, tensor in zip(names_in, tensors, strict=True)}
+    axes: dict[str, dict[int, str]] = {}
+    for name, of_input in dynamic.items():
+        if name not in shapes:
+            raise ValueError(f"Argument `dynamic` must name inputs, of {list(names_in)}, but got {name!r}.")
+        for axis, symbol in of_input.items():
+            counted = axis + len(shapes[name]) if axis < 0 else axis
+            if not 0 < counted < len(shapes[name]):
+                raise ValueError(
+                    f"Argument `dynamic` must give axes 1 to {len(shapes[name]) - 1} of input `{name}` of shape {shapes[name]} "
+                    f"(0, the batch, is dynamic anyway), but got {axis}."
+                )
+            if not isinstance(symbol, str) or not symbol.isidentifier() or symbol == "batch":
+                raise ValueError(
+                    f'Argument `dynamic` must name axis {axis} of input `{name}` by an identifier other than "batch", but got {symbol!r}.'
+                )
+            if shapes[name][counted] < 2:
+                raise ValueError(
+                    f"Argument `inputs` must give input `{name}` at least 2 along its dynamic axis {axis}, but got shape {shapes[name]}."
+                )
+            axes.setdefault(name, {})[counted] = symbol
+    return axes
+
+
+def described(module: nn.Module, call: Call, dynamic: Axes | None) -> dict[str, Any]:
+    """:func:`~lightning_accel.calls.shapes.describe_inputs` of a call in canonical form, with axes named by input.
+
+    Raises:
+        ValueError: as :func:`checked_axes`.
+    """
+    names = input_names(module, call, None)
+    axes = checked_axes(dynamic or {}, names, call)
+    return describe_inputs(*call, [axes.get(name, {}) for name in names])
+
+
+def output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:
+    """One name for each tensor of a result: its key in a dict, or ``"output"``.
+
+    Raises:
+        ValueError: ``given`` names another number of outputs.
+    """
+    return _checked("output_names", short_names(result.paths(), "output"), given)
+
+
+def _checked(argument: str, names: list[str], given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        return names
+    if isinstance(given, str) or len(given) != len(names) or len(set(given)) != len(names) or not all(given):
+        raise ValueError(
+            f"Argument `{argument}` must hold {len(names)} different names (by default {names}), but got {given!r}."
+        )
+    return list(given)
+
+
+def short_names(paths: list[Any], default: str) -> list[str]:
+    """Short names from paths in a nested structure: the last key, with its predecessors where that says too little."""
+    keys = [[str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path] for path in paths]
+
+    def text(parts: list[str], keep: int) -> str:
+        joined = re.sub(r"\W+", "_", "_".join(parts[-keep:]))
+        return f"{default}_{joined}" if joined.isdigit() else joined or default
+
+    depth = [next((n for n in range(1, len(parts) + 1) if not parts[-n].isdigit()), len(parts) or 1) for parts in keys]
+    while True:
+        names = [text(parts, keep) for parts, keep in zip(keys, depth, strict=True)]
+        twice = [i for i, name in enumerate(names) if names.count(name) > 1 and depth[i] < len(keys[i])]
+        if not twice:
+            return names if len(set(names)) == len(names) else [f"{default}_{i}" for i in range(len(paths))]
+        for i in twice:
+            depth[i] += 1

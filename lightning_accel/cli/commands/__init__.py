@@ -1,0 +1,1 @@
+"""One module for each command that needs neither torch nor lightning to start."""

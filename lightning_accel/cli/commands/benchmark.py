@@ -1,0 +1,218 @@
+"""One bundle: every way to run its network side by side, each in a process of its own, with accuracy, and the one that ships.
+
+Several bundles or files: their latency side by side, in this process. In both the ways take turns in an order shuffled
+anew each round, and a null run of the baseline against itself shows what this machine makes of a difference that isn't there.
+
+Exit code of one bundle: 0; 1 if nothing fits the budgets, or for an error; 130 after Ctrl-C, which keeps what was measured.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
+from lightning_accel.benchmarking.decision import Budgets
+from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
+from lightning_accel.cli.arrays import load_arrays, load_labels
+from lightning_accel.cli.main import INTERRUPTED
+from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.manifest import MANIFEST, read_manifest
+from lightning_accel.reports.comparison_text import render_comparison
+
+_OF_ONE_BUNDLE = {
+    "all": False,
+    "way": None,
+    "labels": None,
+    "scores": None,
+    "callers": None,
+    "limit": 60.0,
+    "max_drop": None,
+    "max_latency_ms": None,
+    "max_bytes": None,
+    "budget_batch": None,
+    "markdown": None,
+    "no_record": False,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "models", nargs="+", help="a bundle; or several bundles or files, `artifacts:tensorrt` is an engine of one"
+    )
+    parser.add_argument(
+        "--batch", type=int, action="append", help="samples in a call, several times; default 1 and 32, or 32"
+    )
+    parser.add_argument("--data", type=Path, help="samples: .npz by input name, or .npy; default: those in the bundle")
+    parser.add_argument(
+        "--threads", type=int, help="threads of each engine; default: one for each core, or its own choice"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="time for each way, batch size and number of callers, default 2; or in all, default 10",
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    one = parser.add_argument_group("one bundle")
+    one.add_argument("--all", action="store_true", help="all ways, not only the half dozen that matter")
+    one.add_argument("--way", action="append", help="a way by its name, several times")
+    one.add_argument(
+        "--labels",
+        type=Path,
+        help=".npy file with the class of each sample of --data, or with the values of its outputs",
+    )
+    one.add_argument(
+        "--scores",
+        choices=(CLASSES, VALUES),
+        help="what the first output holds: logits of classes, or values, whose R² is taken; default: as the labels, as in the run",
+    )
+    one.add_argument(
+        "--callers", type=int, action="append", help="threads that call at once, several times; default 1 and 4"
+    )
+    one.add_argument("--limit", type=float, default=60.0, help="time for a way in all, in seconds; default 60")
+    one.add_argument(
+        "--max-drop", type=float, help="decide: percentage points of accuracy that may be lost against fp32; default 1"
+    )
+    one.add_argument("--max-latency-ms", type=float, help="decide: largest median latency of a call, one caller")
+    one.add_argument("--max-bytes", type=int, help="decide: largest file")
+    one.add_argument(
+        "--budget-batch", type=int, help="batch size at which latency counts; default: the largest of --batch"
+    )
+    one.add_argument("--markdown", type=Path, help="write the tables there")
+    one.add_argument("--no-record", action="store_true", help="leave the bundle as it is")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    first = Path(arguments.models[0])
+    if len(arguments.models) == 1 and first.is_dir():
+        return _one_bundle(first, arguments)
+    given = [name for name, default in _OF_ONE_BUNDLE.items() if getattr(arguments, name) != default]
+    if given:
+        raise ValueError(
+            f"Argument `--{given[0].replace('_', '-')}` must be given with one bundle, but got {arguments.models}."
+        )
+    return _side_by_side(arguments)
+
+
+def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
+    from lightning_accel.benchmarking.benchmark_bundle import benchmark_bundle
+
+    samples = None if arguments.data is None else load_arrays(arguments.data, read_manifest(bundle)["inputs"])
+    comparison = benchmark_bundle(
+        bundle,
+        samples,
+        None if arguments.labels is None else load_labels(arguments.labels),
+        scores=arguments.scores,
+        budgets=_budgets(arguments),
+        everything=arguments.all,
+        ways=arguments.way,
+        settings=settings_of(arguments),
+        record=not arguments.no_record,
+        progress=show,
+    )
+    show("")
+    for name, value in comparison.environment.items():
+        print(f"{name}: {value}")
+    text = render_comparison(comparison)
+    print(f"\n{text}\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text + "\n", encoding="utf-8")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+    print(_ending(bundle, comparison, recorded=not arguments.no_record))
+    if comparison.interrupted:
+        return INTERRUPTED
+    return 1 if comparison.decision is not None and comparison.decision["ship"] is None else 0
+
+
+def settings_of(arguments: argparse.Namespace) -> BenchmarkSettings:
+    """How it is measured, of what was given; the rest is the default."""
+    given: dict[str, Any] = {
+        "batches": tuple(arguments.batch) if arguments.batch else None,
+        "callers": tuple(arguments.callers) if arguments.callers else None,
+        "seconds": arguments.seconds,
+        "threads": arguments.threads,
+        "limit_s": arguments.limit,
+    }
+    if arguments.seconds is not None and arguments.seconds > 0:  # twenty turns, and a warm-up that fits
+        given |= {"turn_s": min(0.1, arguments.seconds / 20), "warmup_s": min(0.3, arguments.seconds / 4)}
+    return BenchmarkSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _budgets(arguments: argparse.Namespace) -> Budgets | None:
+    given = {
+        "max_drop": arguments.max_drop,
+        "max_latency_ms": arguments.max_latency_ms,
+        "max_bytes": arguments.max_bytes,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        if arguments.budget_batch is not None:
+            raise ValueError("Argument `--budget-batch` must come with a budget, e.g. --max-drop 0.5, but got none.")
+        return None
+    return Budgets(**given, batch=arguments.budget_batch)
+
+
+def _ending(bundle: Path, comparison: Comparison, *, recorded: bool) -> str:
+    where = f"Recorded in {bundle / 'comparison.json'}." if recorded else "The bundle was left as it is."
+    if comparison.decision is None:
+        return where if comparison.interrupted else f"{where} To decide what ships: --max-drop 0.5"
+    if comparison.decision["ship"] is None:
+        return f"{where} Its default stays."
+    return f"{where} {MANIFEST} names {comparison.decision['ship']} as the default." if recorded else where
+
+
+def show(text: str) -> None:
+    """Tell on a terminal what is being done."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:78]:78s}", end="\r" if not text else "", file=sys.stderr, flush=True)
+
+
+def _side_by_side(arguments: argparse.Namespace) -> int:
+    if arguments.batch is not None and len(arguments.batch) > 1:
+        raise ValueError(f"Argument `--batch` must be one number for several models, but got {arguments.batch}.")
+    batch = arguments.batch[0] if arguments.batch else 32
+    with ExitStack() as stack:
+        ways = {}
+        for text in arguments.models:
+            path, _, engine = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
+            runner = stack.enter_context(load_runner(path, engine or None, threads=arguments.threads))
+            ways[text] = partial(runner.run, _feeds(runner, batch, arguments.data))
+        result = benchmark(ways, max_seconds=10.0 if arguments.seconds is None else arguments.seconds)
+    for name, value in environment().items():
+        print(f"{name}: {value}")
+    for way in result.measurements:
+        speedup = f"{way.speedup.value:.3f}x [{way.speedup.low:.3f}, {way.speedup.high:.3f}]"
+        print(f"{way.name}: p50 {way.p50_ms:.3f} ms, p90 {way.p90_ms:.3f} ms, {speedup}, batch {batch}")
+    null = result.null
+    print(f"null run: {null.value:.3f}x [{null.low:.3f}, {null.high:.3f}]{', a noisy machine' if result.noisy else ''}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    return 0
+
+
+def _feeds(runner: Runner, batch: int, data: Path | None) -> dict[str, np.ndarray]:
+    if data is not None:
+        arrays = load_arrays(data, list(runner.input_names))
+        if missing := [name for name in runner.input_names if name not in arrays]:
+            raise ValueError(
+                f"Argument `--data` must hold the inputs {list(runner.input_names)}, but got none for {missing}, only {list(arrays)}."
+            )
+        return {name: np.resize(arrays[name], (batch, *arrays[name].shape[1:])) for name in runner.input_names}
+    feeds = {}
+    for spec in runner.inputs:
+        if None in spec.shape[1:]:
+            raise ValueError(
+                f"Argument `--data` must be given for input `{spec.name}`, whose shape {spec.shape} is open."
+            )
+        feeds[spec.name] = np.zeros([batch if size is None else size for size in spec.shape], spec.dtype)
+    return feeds

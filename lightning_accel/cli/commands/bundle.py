@@ -1,0 +1,31 @@
+"""Write a bundle in the form that a server takes."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("bundle", type=Path, help="the bundle's folder")
+    parser.add_argument("--triton", type=Path, required=True, metavar="REPOSITORY", help="Triton's model repository")
+    parser.add_argument("--name", help="name of the model; default: the bundle's folder")
+    parser.add_argument("--engine", help="engine of the bundle; default: its default")
+    parser.add_argument("--version", type=int, default=1, help="version of the model; default 1")
+    parser.add_argument("--max-batch", type=int, default=64, help="largest batch; default 64")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write and print."""
+    from lightning_accel.serving.triton import write_triton
+
+    name = arguments.name or arguments.bundle.resolve().name
+    folder = write_triton(
+        arguments.bundle,
+        arguments.triton,
+        name=name,
+        engine=arguments.engine,
+        version=arguments.version,
+        max_batch=arguments.max_batch,
+    )
+    print(f"{folder}: {name} for Triton; start it with: tritonserver --model-repository={arguments.triton.resolve()}")
+    return 0

@@ -1,0 +1,151 @@
+"""What is installed, which engines run or only build here, and what they make of int8 on this CPU."""
+
+import argparse
+import json
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.int8_probe import int8_speed
+from lightning_accel.engines.arithmetic import Arithmetic
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, probe_kernels
+from lightning_accel.engines.tensorrt.build import has_gpu
+from lightning_accel.engines.tensorrt.library import LIBRARIES, load_library
+
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "onnxruntime-gpu": "gpu",
+    "openvino": "openvino",
+    "tensorrt": "gpu",
+    "tensorrt-rtx-cu12": "tensorrt-rtx",
+    "wandb": "wandb",
+    "transformers": "transformers",
+    "matplotlib": "report",
+}
+
+_FORMATS = (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63))  # activations, largest weight
+_UNLOADABLE = "installed, but can't be loaded"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--json", type=Path, help="write the findings there")
+    parser.add_argument("--no-probe", action="store_true", help="don't run the engines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look and print.
+
+    Returns:
+        0, or 1 if something is broken: no ONNX Runtime, two of them over each other, an engine that can't be loaded.
+    """
+    found = diagnose(probe=not arguments.no_probe)
+    print(_screen(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if found["broken"] else 0
+
+
+def diagnose(*, probe: bool = True) -> dict[str, Any]:
+    """What this machine can do, as JSON values.
+
+    Args:
+        probe: run the engines on small int8 files.
+
+    Returns:
+        ``environment``, ``extras`` (package -> version, or how to install it), ``engines`` (name -> status), ``int8`` (speed, for
+        each engine and format), ``kernels`` (error, for each engine, form of operators and format), ``broken`` (what must be
+        mended).
+    """
+    extras = {package: _version(package) or f'pip install "lightning-accel[{e}]"' for package, e in _EXTRAS.items()}
+    installed = {package for package in _EXTRAS if _version(package)}
+    broken = []
+    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+        broken.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: uninstall both, then install one"
+        )
+    if not {"onnxruntime", "onnxruntime-gpu"} & installed:
+        broken.append('no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"')
+    engines = {name: _engine(name) for name in ("onnxruntime", "openvino", *LIBRARIES)}
+    broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(_UNLOADABLE)]
+    runs = [engine for engine in ENGINES if probe and engines[engine].startswith("runs")]
+    kernels = [
+        probe_kernels(engine, form, Arithmetic(*of)).to_dict() for engine in runs for form in FORMS for of in _FORMATS
+    ]
+    int8 = [vars(int8_speed(engine, *of)) for engine in runs for of in _FORMATS]
+    return {
+        "environment": environment(),
+        "extras": extras,
+        "engines": engines,
+        "int8": int8,
+        "kernels": kernels,
+        "broken": broken,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _engine(name: str) -> str:
+    """Status of an engine in words."""
+    if name in LIBRARIES:
+        try:
+            load_library(name)
+        except ModuleNotFoundError:
+            return "not installed"
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"{_UNLOADABLE}: {error}"
+        return "builds and runs here" if has_gpu() else "builds here, runs on an NVIDIA GPU"
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        return "not installed" if error.name == name else f"{_UNLOADABLE}: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{_UNLOADABLE}: {error}"
+    if name == "onnxruntime":
+        providers = [p.removesuffix("ExecutionProvider") for p in module.get_available_providers()]
+        return f"runs here ({', '.join(providers)})"
+    return "runs here (CPU)"
+
+
+def _screen(found: dict[str, Any]) -> str:
+    machine = found["environment"]
+    flags = ", ".join(flag for flag, has in machine["cpu_flags"].items() if has) or "none that matter"
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores ({flags}); GPU: {machine['gpu'] or 'none'}",
+        f"Python {machine['python']}, torch {machine['packages'].get('torch', 'not installed')}",
+        "",
+        *(f"{name:18s} {status}" for name, status in found["engines"].items()),
+        "",
+        *(f"{name:18s} {status}" for name, status in found["extras"].items()),
+    ]
+    if found["int8"]:
+        lines += ["", "int8 on this CPU: a 3x3 convolution, 64 channels, 1 thread, against float32 in the same engine:"]
+    lines += [f"{one['engine']:18s} {_format(one):22s} {one['speedup']:.1f}x" for one in found["int8"]]
+    if found["kernels"]:
+        lines += [
+            "",
+            "int8 kernels on this CPU: largest error in steps of the output's quantization, exact is at most one:",
+        ]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for one in found["kernels"]:
+        wrong = rows.setdefault((f"{one['engine']} {one['version']}", one["form"]), [])
+        if not one["exact"]:
+            wrong.append(f"{_format(one['arithmetic'])} {_words(one)}")
+    lines += [f"{engine:18s} {form:34s} {'; '.join(wrong) or 'exact'}" for (engine, form), wrong in rows.items()]
+    return "\n".join([*lines, *(f"BROKEN: {text}" for text in found["broken"])])
+
+
+def _format(values: dict[str, Any]) -> str:
+    return f"{values['activations']} x int8 up to {values['weight_max']}"
+
+
+def _words(values: dict[str, Any]) -> str:
+    given = {name: value for name, value in values.items() if name != "exact"}
+    return str(Finding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))

@@ -1,0 +1,268 @@
+"""Law 3: structure changes in one place.
+
+Whatever changes what a module is made of is written down as a :class:`Change` on the module, travels in the checkpoint
+under ``checkpoint["lightning_accel"]["structure"]``, and is replayed on a freshly built module *before* weights are
+restored. A capability registers how its kind of change is replayed and undone; this file knows no kind by name.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+CHECKPOINT_KEY = "lightning_accel"
+_RECORD = "_lightning_accel_record"
+_ROOMS = {  # where each kind registers itself
+    "quantize": "lightning_accel.quantization.graph.prepare",
+    "remove_channels": "lightning_accel.pruning.channels.slices",
+}
+Resized = dict[str, list[list[Any]]]  # by parameter name: [dimension, size before, kept indices]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of structure.
+
+    Args:
+        kind: registered name of the kind of change.
+        owner: ``state_key`` of the callback that made it.
+        args: what is needed to make it again; plain Python values only, so that records can be compared.
+    """
+
+    kind: str
+    owner: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How changes of one kind are made and unmade.
+
+    Args:
+        replay: makes the change on a module that does not have it.
+        undo: takes it back; raises ``ValueError`` if it can't be taken back.
+        restore: gives a replayed change the state that its owner saved in the checkpoint (ranges, for instance).
+        resized: what became of each parameter's shape. Changes that resize are made on averaged copies too.
+    """
+
+    replay: Callable[[nn.Module, Change], None]
+    undo: Callable[[nn.Module, Change], None]
+    restore: Callable[[nn.Module, Change, dict[str, Any]], None]
+    resized: Callable[[Change], Resized] = lambda change: {}
+
+
+_KINDS: dict[str, Kind] = {}
+
+
+def register(name: str, kind: Kind) -> None:
+    """Register a kind of change under its name."""
+    _KINDS[name] = kind
+
+
+def record_of(module: nn.Module) -> list[Change]:
+    """The changes made to a module, oldest first."""
+    return module.__dict__.setdefault(_RECORD, [])
+
+
+def _kind(change: Change) -> Kind:
+    if change.kind not in _KINDS and change.kind in _ROOMS:
+        import_module(_ROOMS[change.kind])
+    if change.kind not in _KINDS:
+        raise ValueError(
+            f"The checkpoint must hold changes of a known kind ({sorted(_ROOMS)}), but got {change.kind!r}. "
+            "It was written by a newer lightning-accel: update it."
+        )
+    return _KINDS[change.kind]
+
+
+def apply(module: nn.Module, change: Change) -> None:
+    """Make a change and write it into the module's record."""
+    _kind(change).replay(module, change)
+    record_of(module).append(change)
+
+
+def undo(module: nn.Module, change: Change) -> None:
+    """Take back the newest change."""
+    _kind(change).undo(module, change)
+    record_of(module).remove(change)
+
+
+def resized(change: Change) -> Resized:
+    """What a change did to the shapes of parameters: ``{name: [[dimension, size before, kept indices], ...]}``."""
+    return _kind(change).resized(change)
+
+
+def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
+    """Bring a module to exactly the structure described by ``changes``, whatever it has now.
+
+    Returns:
+        The changes that were made now: those that the module did not have yet.
+
+    Raises:
+        ValueError: the module has a change that can't be taken back, such as other channels removed.
+    """
+    have = record_of(module)
+    common = next((i for i, pair in enumerate(zip(have, changes, strict=False)) if pair[0] != pair[1]), None)
+    common = min(len(have), len(changes)) if common is None else common
+    for change in reversed(have[common:]):
+        undo(module, change)
+    for change in changes[common:]:
+        apply(module, change)
+    return changes[common:]
+
+
+def save_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write the record of ``module`` into a checkpoint; several callbacks may do so, the content is the same."""
+    changes = [asdict(change) for change in record_of(module)]
+    checkpoint.setdefault(CHECKPOINT_KEY, {})["structure"] = changes
+
+
+def load_record(checkpoint: dict[str, Any]) -> list[Change]:
+    """The record in a checkpoint; empty if there is none."""
+    return [Change(**entry) for entry in checkpoint.get(CHECKPOINT_KEY, {}).get("structure", [])]
+
+
+def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
+    """Call ``action`` with the checkpoint that the Trainer restores next, before its weights are loaded.
+
+    In ``setup`` the Trainer doesn't tell yet which checkpoint it will load. The one thing that it calls between reading
+    the file and loading the weights, in fit as in test, is the module's ``on_load_checkpoint``.
+    """
+    no_restore(module)
+    module.__dict__["on_load_checkpoint"] = _BeforeRestore(module, action)
+
+
+def no_restore(module: LightningModule) -> None:
+    """Forget about the next restore: there was none, or it is over."""
+    present = module.__dict__.get("on_load_checkpoint")
+    if isinstance(present, _BeforeRestore):
+        present.remove()
+
+
+class _BeforeRestore:
+    """Stands before a module's ``on_load_checkpoint`` for one call."""
+
+    def __init__(self, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
+        self._module, self._action = module, action
+        self._taken = module.__dict__.get("on_load_checkpoint")
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.remove()
+        self._action(checkpoint)
+        self._module.on_load_checkpoint(checkpoint)
+
+    def remove(self) -> None:
+        del self._module.__dict__["on_load_checkpoint"]
+        if self._taken is not None:
+            self._module.__dict__["on_load_checkpoint"] = self._taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_BeforeRestore":
+        return self  # a copied module is not the one that is restored
+
+
+def read_plain(path: str | Path, argument: str) -> Any:
+    """Read what ``torch.save`` wrote, on the CPU and without unpickling foreign code.
+
+    Args:
+        path: the file.
+        argument: whose value the path is, for the messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds more than plain values and tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Argument `{argument}` must be a checkpoint file, but got {str(path)!r}, which does not exist."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
+        reason = text.splitlines()[0] if text else type(error).__name__
+        raise ValueError(
+            f"Argument `{argument}` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
+            "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
+        ) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU without unpickling foreign code (``weights_only=True``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or no Lightning checkpoint.
+    """
+    checkpoint = read_plain(path, "ckpt_path")
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"Argument `ckpt_path` must be a Lightning checkpoint with a `state_dict`, but got {str(path)!r} without one."
+        )
+    return checkpoint
+
+
+def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **init: Any) -> LightningModule:
+    """Build a module, replay its structure, load its weights: what comes back computes what was trained.
+
+    Args:
+        cls: the user's LightningModule class.
+        ckpt_path: checkpoint written during a run with callbacks of this library (a plain one works too).
+        init: constructor arguments; they go over the hyper-parameters in the checkpoint.
+
+    Returns:
+        The module in eval mode on the CPU. A quantization-aware trained one computes with its fake-quants.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    checkpoint = read_checkpoint(ckpt_path)
+    module = cls(**constructor_arguments(cls, checkpoint, init))
+    module.configure_model()
+    load_into(module, checkpoint)
+    return module.eval()
+
+
+def constructor_arguments(
+    cls: type[LightningModule], checkpoint: Mapping[str, Any], init: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a module's constructor: the checkpoint's hyper-parameters, as far as it takes them, and what goes over them."""
+    accepted = signature(cls.__init__).parameters.values()
+    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted)
+    names = {p.name for p in accepted}
+    kept = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if takes_any or k in names}
+    return {**kept, **init}
+
+
+def load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Bring a module to the structure and the weights of a checkpoint that was read."""
+    replay(module, load_record(checkpoint))
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    restore_states(module, checkpoint)
+
+
+def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Give each replayed change the state that its owner saved."""
+    states = checkpoint.get("callbacks", {})
+    for change in record_of(module):
+        if change.owner in states:
+            _kind(change).restore(module, change, states[change.owner])
+
+
+def average_models(trainer: Trainer) -> Iterator[nn.Module]:
+    """The averaged copies (EMA, SWA) of the module that the trainer's callbacks keep."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            yield callback._average_model.module
+        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+            yield callback._average_model

@@ -1,0 +1,1 @@
+"""Teacher outputs computed once for each sample and kept on disk."""

@@ -1,0 +1,140 @@
+"""Which samples a batch is made of: index and batch travel together until just before ``training_step``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_accel.distillation.cache.fingerprint import of_sample
+
+
+class IndexedBatch(NamedTuple):
+    """A batch of the user's loader, and where its samples lie in the data set: ``(N,)``, int64.
+
+    ``digests`` tell what the first sample was, ``(1,)``, or all of them, ``(N,)``; int64.
+    """
+
+    batch: Any
+    index: Tensor  # type: ignore[assignment]  # the field hides `tuple.index`, which nobody calls
+    digests: Tensor
+
+
+class _Samples(NamedTuple):
+    """What a batch will be made of."""
+
+    index: list[int]  # type: ignore[assignment]  # as above
+    samples: list[Any]
+
+
+class IndexedDataset:
+    """A data set whose samples are fetched a batch at a time, and bring their indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Any) -> _Samples:
+        """What DataLoader asks for before it asks for one sample after the other."""
+        own = getattr(self.dataset, "__getitems__", None)
+        samples = [self.dataset[i] for i in indices] if own is None else own(indices)
+        return _Samples([int(i) for i in indices], samples)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):  # while being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class _Collate:
+    """The user's ``collate_fn``, with the indices and the first sample's digest beside its batch.
+
+    Args:
+        collate: the user's.
+        every: whether every sample's digest is asked for; one a batch costs a training step nothing that shows.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], every: bool = False) -> None:
+        self.collate, self.every = collate, every
+
+    def __call__(self, fetched: Any) -> IndexedBatch:
+        index, samples = fetched  # of IndexedDataset.__getitems__
+        digests = [of_sample(sample) for sample in (samples if self.every else samples[:1])]
+        # by way of NumPy, which reads a list several times faster than torch.tensor
+        numbers = (torch.from_numpy(np.array(values, np.int64)) for values in (index, digests))
+        return IndexedBatch(self.collate(samples), *numbers)
+
+
+def index_loader(loader: Any) -> DataLoader:
+    """A copy of a loader, with its sampler and all else, that yields :class:`IndexedBatch`.
+
+    Raises:
+        ValueError: its data set can't be indexed, or it makes no batches itself.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(getattr(loader, "dataset", loader)).__name__
+        raise ValueError(
+            f"Argument `cache` must be used with a DataLoader over a data set with indices, but got {what}. Iterables have "
+            "none: train without a cache."
+        )
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "Argument `cache` must be used with a DataLoader that makes batches, but got `batch_size=None`."
+        )
+    if isinstance(loader.dataset, IndexedDataset):
+        return loader
+    other = copy(loader)
+    # past DataLoader's own __setattr__, which guards these for the sake of samplers made for another data set
+    vars(other)["dataset"] = IndexedDataset(loader.dataset)
+    vars(other)["collate_fn"] = _Collate(loader.collate_fn)
+    return other
+
+
+def in_order(loader: DataLoader, indices: list[int]) -> DataLoader:
+    """A loader of certain samples, in order, with the workers and the ``collate_fn`` of an indexed loader; all digests."""
+    collate: Any = loader.collate_fn
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+    return DataLoader(
+        loader.dataset,
+        batch_size=size,
+        sampler=indices,
+        collate_fn=_Collate(collate.collate, every=True),
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def index_training_data(trainer: L.Trainer) -> None:
+    """Have the trainer's training loader indexed, whenever it is built, after all that Lightning does to it."""
+    loop, strategy = trainer.fit_loop, trainer.strategy
+    setup_data = loop.setup_data
+
+    def indexed_setup_data() -> None:
+        with _processed(strategy, index_loader):
+            setup_data()
+
+    vars(loop)["setup_data"] = indexed_setup_data
+
+
+def stop_indexing(trainer: L.Trainer) -> None:
+    """Undo :func:`index_training_data`."""
+    vars(trainer.fit_loop).pop("setup_data", None)
+
+
+@contextmanager
+def _processed(strategy: Any, further: Callable[[Any], Any]) -> Iterator[None]:
+    """``strategy.process_dataloader``, the last thing that happens to a loader, followed by ``further``."""
+    process = strategy.process_dataloader
+    vars(strategy)["process_dataloader"] = lambda loader: further(process(loader))
+    try:
+        yield
+    finally:
+        vars(strategy).pop("process_dataloader", None)

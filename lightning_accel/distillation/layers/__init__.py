@@ -1,0 +1,1 @@
+"""Addresses of layers and of tensors in what they return."""

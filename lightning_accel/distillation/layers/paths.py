@@ -1,0 +1,106 @@
+"""Layers by path: ``"net.layer3"``, ``"encoder.*.attention"``, ``"bert[hidden_states][-1]"``."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_accel.distillation.layers.graph import captured_owner, tapped
+from lightning_accel.distillation.layers.selection import split_path
+
+_Recorded = dict[str, list[tuple[Any, int]]]  # module path -> what it returned, and at which version
+
+
+def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[str]:
+    """Paths with their globs replaced by the layers that match, in the order of the network.
+
+    Args:
+        root: the network.
+        paths: one or several; ``*`` and ``?`` stand for parts of one name, not for dots.
+        argument: for messages.
+
+    Returns:
+        Paths without globs; what stood in brackets is kept.
+
+    Raises:
+        ValueError: a path leads nowhere; near matches are listed.
+
+    Example:
+        >>> net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.ReLU())})
+        >>> expand(net, "body.*", "student_layer")
+        ['body.0', 'body.1']
+    """
+    names = [name for name, _ in root.named_modules() if name]
+    found: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        module, _ = split_path(path, argument)
+        suffix = path[len(module) :]
+        pattern = re.escape(module).replace(r"\*", "[^.]*").replace(r"\?", "[^.]")
+        matches = [name for name in names if re.fullmatch(pattern, name)] if module else [""]
+        if not matches:
+            near = get_close_matches(module, names, n=4, cutoff=0.5) or names[:8]
+            raise ValueError(
+                f"Argument `{argument}` must be the path of a layer of {type(root).__name__}, but got {path!r}. "
+                f"Near it: {', '.join(near) or 'nothing, it has no layers'}."
+            )
+        found += [name + suffix for name in matches]
+    return found
+
+
+@contextmanager
+def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
+    """Keep what submodules return while the context lasts; hooks are gone afterwards.
+
+    Where a captured graph has taken over the ``forward`` of a module around them, they are read from the graph.
+
+    Args:
+        root: the network.
+        modules: dotted paths of submodules.
+
+    Raises:
+        ValueError: a layer can't be told apart in a captured graph.
+    """
+    found: _Recorded = {path: [] for path in modules}
+
+    def keep(path: str, output: Any) -> None:
+        found[path].append((output, _version(output)))
+
+    with ExitStack() as stack:
+        for path in modules:
+            owner = captured_owner(root, path)
+            if owner is not None:
+                stack.enter_context(tapped(root, owner, path, keep))
+                continue
+            hook = root.get_submodule(path).register_forward_hook(lambda m, a, output, path=path: keep(path, output))
+            stack.callback(hook.remove)
+        yield found
+
+
+def once(found: _Recorded, path: str, argument: str) -> Any:
+    """What a layer returned, if it was called once and is still what it was.
+
+    Raises:
+        RuntimeError: otherwise.
+    """
+    calls = found[path]
+    if len(calls) != 1:
+        times = f"{len(calls)} times" if calls else "not at all"
+        raise RuntimeError(
+            f"Argument `{argument}` must name a layer that is called once in a step, but {path!r} was called {times}. "
+            "Name the layer around it, or one that has a single call."
+        )
+    output, version = calls[0]
+    if _version(output) != version:
+        raise RuntimeError(
+            f"Argument `{argument}` must name a layer whose output stays, but that of {path!r} was overwritten in place by a "
+            "later layer, ReLU(inplace=True) for instance. Name that layer."
+        )
+    return output
+
+
+def _version(output: Any) -> int:
+    """How often a tensor was written to; inference mode doesn't count."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0

@@ -1,0 +1,269 @@
+"""All that a DistillationModule has beside its student. No Module, so that nothing in it gets registered."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core import structure
+from lightning_accel.distillation.adapters import (
+    channels_of,
+    keep_channels_,
+    kept_channels,
+    make_adapter,
+    replace_parameters_,
+    takes,
+)
+from lightning_accel.distillation.cache.teacher_cache import TeacherCache
+from lightning_accel.distillation.layers.paths import once, recorded
+from lightning_accel.distillation.layers.selection import logits_in, select, selection_of, split_path
+from lightning_accel.distillation.losses.base import check_same_shape
+from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
+from lightning_accel.distillation.targets import Where, find, fits
+from lightning_accel.distillation.teachers.base import network_of
+from lightning_accel.distillation.teachers.ema import EMATeacher
+from lightning_accel.distillation.terms import LossTerm, Pair
+
+LOGITS = ""
+Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
+Answer = tuple[Mapping[str, Any], Any]  # what layers returned in a call, and what the network did
+
+
+@dataclass
+class Distillation:
+    """Teacher, losses and what is between them and the student.
+
+    Args:
+        teacher: frozen network.
+        terms: losses with weights and layers.
+        alpha: weight of the distillation loss.
+        outputs: where the student's logits are; path, callable or None.
+        teacher_outputs: from what the teacher returns to logits; callable, selection such as ``"[logits]"``, or None.
+        target: where the target is in a batch.
+        mask: where the padding mask is in a batch.
+        cache: of the teacher's outputs.
+        task_loss: for a plain ``nn.Module`` student, ``(logits, target) -> scalar``.
+        optimizer: for a plain ``nn.Module`` student, ``parameters -> Optimizer``.
+        evaluate: whether validation and test distill, too.
+    """
+
+    teacher: nn.Module
+    terms: list[LossTerm]
+    alpha: Number
+    outputs: str | Callable[[Any], Tensor] | None = None
+    teacher_outputs: str | Callable[[Any], Tensor] | None = None
+    target: Where = None
+    mask: Where = None
+    cache: TeacherCache | None = None
+    task_loss: Callable[[Any, Any], Tensor] | None = None
+    optimizer: Callable[..., Any] | None = None
+    evaluate: bool = False
+    in_charge: bool = field(default=True, kw_only=True)  # of the teacher's device: copies of the student (EMA) are not
+    verified: bool = field(default=False, kw_only=True)  # logits were seen exactly once in a step
+    pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> layers, once networks are known
+    adapters: dict[str, nn.Module] = field(default_factory=dict, kw_only=True)
+    restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
+    ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
+    index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
+    digests: Tensor | None = field(default=None, kw_only=True)  # of the first of them
+
+    def __post_init__(self) -> None:
+        self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """What has to follow the student from device to device."""
+        own = (self.teacher, self.task_loss, *(term.loss for term in self.terms), *self.adapters.values())
+        return (m for m in own if isinstance(m, nn.Module))
+
+    def scheduled(self) -> dict[str, Scheduled]:
+        """The numbers that change in the course of the run, by the name they are logged under."""
+        found = {f"distillation/{name}": s for name, s in find_scheduled(self).items()}
+        for term in self.terms:
+            for name, number in find_scheduled(term).items():
+                found[f"distillation/{term.name}/{name}"] = number
+        return found
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a term compares logits."""
+        return any(term.student_layer is None for term in self.terms)
+
+    def student_layers(self) -> list[str]:
+        """Paths of the student's layers that terms compare."""
+        return [pair.student for pairs in self.pairs.values() for pair in pairs if pair.student is not None]
+
+    def teacher_layers(self) -> list[str]:
+        """Paths of the teacher's layers that terms compare."""
+        return [pair.teacher for pairs in self.pairs.values() for pair in pairs if pair.teacher is not None]
+
+    def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signals:
+        """What the teacher says."""
+        return self.teacher_signals(*self.ask(args, kwargs))
+
+    @torch.no_grad()
+    def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+        """Call the teacher. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
+        network, paths = network_of(self.teacher), self.teacher_layers()
+        modules = [module for path in paths if (module := split_path(path, "teacher_layer")[0])]
+        with recorded(network, list(dict.fromkeys(modules))) as found:
+            try:
+                return found, self.teacher(*args, **kwargs)
+            except Exception as error:
+                error.add_note(
+                    "Raised by the teacher, which is called with the arguments of the student's recorded call."
+                )
+                raise
+
+    def teacher_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
+        """What the teacher said: its logits and layers."""
+        signals = {path: _signal(found, output, path, "teacher_layer") for path in self.teacher_layers()}
+        if self.needs_logits:
+            signals[LOGITS] = logits_in(output, self.teacher_outputs, "teacher_outputs")
+        return signals
+
+    def student_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
+        """What the student said in a step: its logits and layers."""
+        signals = {path: _signal(found, output, path, "student_layer") for path in self.student_layers()}
+        if self.needs_logits:
+            outputs = self.outputs if callable(self.outputs) else selection_of(self.outputs)
+            signals[LOGITS] = logits_in(output, outputs, "outputs")
+        return signals
+
+    def losses(self, student: Signals, teacher: Signals, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all terms, and each of them unweighted by name."""
+        target = find(batch, self.target, "target")
+        mask = find(batch, self.mask, "mask")
+        masked = False
+        parts: dict[str, Tensor] = {}
+        for term in self.terms:
+            asked, values = term.wants, []
+            for pair in self.pairs[term.name]:
+                ours, theirs = student[pair.student or LOGITS], teacher[pair.teacher or LOGITS]
+                if pair.key in self.adapters:
+                    ours = self.adapters[pair.key](ours)
+                if pair.student is None and ours.shape != theirs.shape:
+                    check_same_shape_of_logits(ours, theirs)
+                others = {"target": target, "batch": batch}
+                if mask is not None and fits(mask, ours):
+                    others["mask"] = mask
+                    masked = masked or "mask" in asked
+                if target is None and "target" in term.requires:
+                    raise ValueError(
+                        f"Argument `target` must say where the target is in a batch for the loss {term.name!r}, but got None, "
+                        f'and a {type(batch).__name__} has none under a usual name. Give `target="labels"`, an index or a callable.'
+                    )
+                values.append(term.loss(ours, theirs, **{k: v for k, v in others.items() if k in asked}))
+            parts[term.name] = torch.stack(values).mean() if len(values) > 1 else values[0]
+            _check_scalar(term.name, parts[term.name])
+        if mask is not None and self.mask is not None and not masked:
+            raise ValueError(
+                f"Argument `mask` must fit what a loss compares, but got a mask {tuple(mask.shape)} that none of "
+                f"{', '.join(parts)} takes."
+            )
+        weighted = [(float(term.weight), parts[term.name]) for term in self.terms]
+        first, *rest = [part if weight == 1 else weight * part for weight, part in weighted]
+        return sum(rest, start=first), parts
+
+    @torch.no_grad()
+    def check_logits(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that losses can take logits, as far as these alone tell; one that needs a target isn't asked.
+
+        Raises:
+            ValueError: shapes differ, or a loss can't take them.
+        """
+        check_same_shape_of_logits(student, teacher)
+        for term in self.terms:
+            if not term.requires:
+                _check_scalar(term.name, term.loss(student, teacher))
+
+    def build_adapters(self, student: Signals, teacher: Signals, network: nn.Module) -> None:
+        """Make the adapters that are missing, in the network's dtype; those that fit stay."""
+        for term in self.terms:
+            for pair in self.pairs[term.name]:
+                if pair.student is None or pair.teacher is None or not term.adapter:
+                    continue
+                ours, theirs = student[pair.student], teacher[pair.teacher]
+                present = self.adapters.get(pair.key)
+                if present is not None and takes(present) == channels_of(ours):
+                    continue
+                if ours.ndim != theirs.ndim or channels_of(ours) != channels_of(theirs):
+                    self.adapters[pair.key] = make_adapter(ours, theirs, dtype_of(network))
+
+    def follow(self, student: Signals, teacher: Signals, network: nn.Module, trainer: L.Trainer | None) -> list[str]:
+        """Make the adapters of layers anew that have changed their number of channels; their names."""
+        stale = {
+            pair.key: self.adapters.pop(pair.key)
+            for term in self.terms
+            for pair in self.pairs[term.name]
+            if pair.key in self.adapters
+            and takes(self.adapters[pair.key]) != channels_of(student[pair.student or LOGITS])
+        }
+        grown = len(self.adapters)
+        self.build_adapters(student, teacher, network)
+        if (stale or len(self.adapters) > grown) and trainer is not None:
+            new = [p for key in self.adapters for p in self.adapters[key].parameters()]
+            replace_parameters_(trainer.optimizers[0], [p for a in stale.values() for p in a.parameters()], new)
+            share_(self.adapters, trainer)
+        return list(stale)
+
+    def change(self, change: structure.Change, order: Sequence[str], trainer: L.Trainer | None) -> None:
+        """Follow a student whose parameters were resized: adapters and an average lose what the student lost.
+
+        Args:
+            change: what was made.
+            order: names of the student's parameters, in its order.
+            trainer: whose optimizers keep state of the adapters.
+        """
+        resized = structure.resized(change)
+        resized = {name: resized[name] for name in order if name in resized}
+        for pair in (pair for pairs in self.pairs.values() for pair in pairs if pair.key in self.adapters):
+            adapter = self.adapters[pair.key]
+            layer, _ = split_path(pair.student or "", "student_layer")
+            kept = kept_channels(layer, takes(adapter), resized) if layer else None
+            if kept is not None:
+                keep_channels_(adapter, kept, trainer.optimizers if trainer is not None else ())
+        if self.ema is not None and resized:
+            self.ema.change_(change)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
+        other = copy(self)  # averaged models copy the student: one teacher is enough
+        other.in_charge = False
+        return other
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of a network's parameters."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
+    """Give all ranks the adapters of rank zero: they drew different random numbers."""
+    if trainer.world_size > 1:
+        for parameter in (p for adapter in adapters.values() for p in adapter.parameters()):
+            torch.distributed.broadcast(parameter.data, src=0)
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if not (isinstance(value, Tensor) and value.ndim == 0):
+        raise ValueError(f"Argument `losses` must return a scalar Tensor, but the loss {name!r} returned {value!r}.")
+
+
+def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits of different shapes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    try:
+        check_same_shape(student, teacher)
+    except ValueError as error:
+        raise ValueError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
+
+
+def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:
+    module, keys = split_path(path, argument)
+    return select(once(dict(found), module, argument) if module else output, keys, path, argument)

@@ -1,0 +1,194 @@
+"""What happens once, before the first step: layers are found, shapes compared, adapters made, a cache filled."""
+
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_accel.calls.example import (
+    Call,
+    call_by_signature,
+    isolated_random,
+    kept_buffers,
+    peek,
+    training_loader,
+    transferred,
+)
+from lightning_accel.core.callback import CompressionCallback
+from lightning_accel.distillation.adapters import replace_parameters_
+from lightning_accel.distillation.layers.graph import layer_node, without_graphs
+from lightning_accel.distillation.layers.paths import recorded
+from lightning_accel.distillation.layers.selection import split_path
+from lightning_accel.distillation.recording import resolve
+from lightning_accel.distillation.runtime import LOGITS, Answer, Distillation, share_
+from lightning_accel.distillation.teachers.base import network_of
+from lightning_accel.distillation.teachers.ema import EMATeacher
+from lightning_accel.distillation.teachers.onnx import OnnxTeacher
+from lightning_accel.distillation.terms import Pair, pairs_of
+from lightning_accel.engines.base import Runner
+
+_FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
+
+
+def as_teacher(teacher: Any) -> nn.Module:
+    """A teacher as a module: itself, an average of the student, or a file behind a Runner.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if teacher == "ema":
+        return EMATeacher()
+    if isinstance(teacher, Runner):
+        return OnnxTeacher(teacher)
+    if isinstance(teacher, str | Path):
+        if not Path(teacher).exists():
+            raise ValueError(
+                f'Argument `teacher` must be an nn.Module, "ema" or the path of an ONNX file, engine or bundle, but got '
+                f"{str(teacher)!r}, which does not exist."
+            )
+        return OnnxTeacher(teacher)
+    several = " Write `TeacherEnsemble([...])`." if isinstance(teacher, list | tuple) else ""
+    raise ValueError(
+        f'Argument `teacher` must be an nn.Module, "ema" or a path, but got a {type(teacher).__name__}.{several}'
+    )
+
+
+def outputs_path(outputs: Any) -> str | None:
+    """The path of the module or method in ``outputs``; ``None`` for the student itself."""
+    return (split_path(outputs, "outputs")[0] or None) if isinstance(outputs, str) else None
+
+
+def find_pairs(module: nn.Module, distillation: Distillation) -> dict[str, list[Pair]]:
+    """The layers of all terms.
+
+    Raises:
+        ValueError: a path leads nowhere.
+    """
+    teacher = network_of(distillation.teacher)
+    student = cast(nn.Module, module.student)  # its class is the one that the user knows
+    return {term.name: pairs_of(term, student, teacher) for term in distillation.terms}
+
+
+def begin(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+    """Find layers, compare shapes, make adapters and give them to the optimizer, fill the cache.
+
+    Raises:
+        ValueError: a path that leads nowhere, or shapes that can't be aligned.
+    """
+    path = outputs_path(distillation.outputs)
+    owner, method = resolve(module, path)
+    ema = distillation.ema
+    if ema is not None:
+        name = next((n for n, m in module.named_modules() if m is owner), "")
+        ema.begin_(cast(nn.Module, module.student), name, method)
+    distillation.pairs = find_pairs(module, distillation)
+    _check_graphs(module, distillation)
+    _try(module, distillation, inputs)
+    _restore(distillation, ema)
+    parameters = [p for adapter in distillation.adapters.values() for p in adapter.parameters()]
+    if parameters:
+        replace_parameters_(module.trainer.optimizers[0], [], parameters)
+
+
+def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+    """Ask student and teacher about a few samples: what doesn't fit shows now, and adapters get their shapes.
+
+    How ``training_step`` calls ``forward`` is a guess, unless layers or ``inputs`` rely on it: then one that fails is no error,
+    and one that works tells of the logits alone.
+
+    Raises:
+        ValueError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
+            call of ``forward`` that the batch doesn't tell.
+    """
+    trainer, sure = module.trainer, bool(distillation.student_layers()) or inputs is not None
+    loader = training_loader(trainer)
+    if not sure and (not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)):
+        return  # a stream can't be looked into without taking from it
+    try:
+        with isolated_random():
+            batch = transferred(trainer, peek(loader, samples=_FEW), module.device)
+        call = call_of(module, outputs_path(distillation.outputs), batch, inputs)
+        found = _answers(module, distillation, call)
+    except Exception:
+        if sure:
+            raise
+        return  # the first step tells how training_step makes the call
+    student, teacher = distillation.student_signals(*found[0]), distillation.teacher_signals(*found[1])
+    if not sure:
+        distillation.check_logits(student[LOGITS], teacher[LOGITS])
+        return
+    distillation.build_adapters(student, teacher, module)
+    with torch.no_grad():  # a loss that can't take these shapes says so now
+        distillation.losses(student, teacher, batch)
+    share_(distillation.adapters, trainer)
+
+
+def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | None) -> Call:
+    """How the module or method at ``outputs`` is called for a batch, by ``inputs`` or by its signature.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    owner, method = resolve(module, path)
+    with without_graphs(module):
+        own = signature(getattr(owner, method))
+    return call_by_signature(own, path or "forward", batch, inputs)
+
+
+def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Answer, Answer]:
+    """What student and teacher return for one call: no gradients, no statistics, no random numbers used up."""
+    owner, method = resolve(module, outputs_path(distillation.outputs))
+    layers = [name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])]
+    with torch.no_grad(), isolated_random(), kept_buffers(module), without_graphs(module):
+        with recorded(module, list(dict.fromkeys(layers))) as found:
+            output = getattr(owner, method)(*call[0], **call[1])
+        return (found, output), distillation.ask(*call)
+
+
+def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:
+    """Layers must be found in the graphs that will take over from them; that is known now, not at the epoch of the change.
+
+    Raises:
+        ValueError: a layer can't be told apart in such a graph.
+    """
+    names = {name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])}
+    callbacks = [c for c in module.trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    for callback in callbacks if names else ():
+        prepare = getattr(callback, "prepare", None)
+        for owner, forward in (prepare(module.trainer, module) if prepare is not None else {}).items():
+            inside = [n for n in names if n != owner and n.startswith(f"{owner}." if owner else "")]
+            for name in inside:
+                layer_node(forward.graph(True), name.removeprefix(f"{owner}." if owner else ""))
+
+
+def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:
+    """Go on with the adapters and the average of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint holds others.
+    """
+    state, distillation.restored = distillation.restored, None
+    if state is None:
+        return
+    saved = state.get("adapters", {})
+    if saved.keys() != distillation.adapters.keys():
+        raise ValueError(
+            f"Argument `ckpt_path` must be resumed with the losses and layers that wrote it, but got adapters "
+            f"{sorted(distillation.adapters) or 'none'} for a checkpoint with {sorted(saved) or 'none'}."
+        )
+    for key, adapter in distillation.adapters.items():
+        adapter.load_state_dict(saved[key])
+        gradients = state.get("gradients", {}).get(key, [])
+        for parameter, gradient in zip(adapter.parameters(), gradients, strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+    if ema is not None and ema.network is not None:
+        if "ema" not in state:
+            raise ValueError("Argument `ckpt_path` must hold the average of an EMATeacher, but got one without.")
+        ema.network.load_state_dict(state["ema"])

@@ -1,0 +1,87 @@
+"""A teacher that is the average of the student over steps."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.core import structure
+from lightning_accel.distillation.layers.graph import without_graphs
+
+
+class EMATeacher(nn.Module):
+    """The student's own average over steps (https://arxiv.org/abs/1703.01780): self-distillation.
+
+    Built from the student when ``fit`` begins, without its captured graphs, so it stays float while the student is
+    quantized. It is part of the training's state: the checkpoint keeps it beside the student, and a resume goes on with it.
+
+    Args:
+        decay: share of the average that stays at each optimizer step, in [0, 1).
+        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start fades fast.
+
+    Raises:
+        ValueError: ``decay`` is out of its range.
+
+    Example:
+        >>> EMATeacher(decay=0.99).decay
+        0.99
+    """
+
+    layers_in = "network"
+
+    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"Argument `decay` must be in [0, 1), but got {decay}.")
+        self.decay, self.warmup = decay, warmup
+        self.network: nn.Module | None = None
+        self._method, self._path = "forward", ""
+
+    def begin_(self, student: nn.Module, path: str, method: str) -> None:
+        """Become a copy of the submodule of a student whose ``method`` makes the logits."""
+        part = student.get_submodule(path)
+        trainer = vars(part).get("_trainer")
+        with without_graphs(part):
+            try:
+                if trainer is not None:
+                    vars(part)["_trainer"] = None
+                self.network = copy.deepcopy(part).eval().requires_grad_(False)
+            finally:
+                if trainer is not None:
+                    vars(part)["_trainer"] = trainer
+        self._path, self._method = path, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the average returns."""
+        if self.network is None:
+            raise RuntimeError("An EMATeacher exists only in `fit`: it is made of the student when training begins.")
+        return getattr(self.network, self._method)(*args, **kwargs)
+
+    def change_(self, change: structure.Change) -> None:
+        """Lose the channels that the student has lost; an average of a part of it starts anew at the next step."""
+        if self.network is not None and not self._path:
+            structure.apply(self.network, change)
+
+    @torch.no_grad()
+    def update_(self, student: nn.Module, step: int) -> None:
+        """Move towards the student after an optimizer step.
+
+        Args:
+            student: as in :meth:`begin_`. One that changed its shapes, since channels left, starts the average anew.
+            step: optimizer steps before this one.
+        """
+        ours, theirs = self._state(self.network), self._state(student.get_submodule(self._path))
+        if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+            self.begin_(student, self._path, self._method)
+            return
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        floats = [k for k, v in ours.items() if v.is_floating_point()]
+        torch._foreach_lerp_([ours[k] for k in floats], [theirs[k] for k in floats], 1 - decay)
+        for key, value in ours.items():
+            if not value.is_floating_point():
+                value.copy_(theirs[key])
+
+    @staticmethod
+    def _state(network: nn.Module | None) -> dict[str, Tensor]:
+        return {} if network is None else {**dict(network.named_parameters()), **dict(network.named_buffers())}

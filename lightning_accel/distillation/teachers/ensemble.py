@@ -1,0 +1,59 @@
+"""Several teachers as one."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_accel.distillation.layers.selection import select, split_path
+
+
+class TeacherEnsemble(nn.Module):
+    """Several teachers as one: a weighted mean of their logits, or of their probabilities.
+
+    Args:
+        teachers: networks that take the student's inputs and agree in the shape of their logits.
+        weights: one for each, above 0, brought to sum 1; ``None``: all the same.
+        average: ``"logits"``, or ``"probabilities"``: the logarithm of the mean of softmaxes over dimension 1, so that a
+            teacher with large logits doesn't rule.
+        outputs: where logits are in what a teacher returns: ``"[logits]"``, ``"[0]"``; empty for a Tensor.
+
+    Raises:
+        ValueError: an argument breaks a rule above.
+
+    Example:
+        >>> TeacherEnsemble([nn.Identity(), nn.Flatten()], weights=[3, 1])(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2.]])
+    """
+
+    def __init__(
+        self,
+        teachers: list[nn.Module],
+        weights: list[float] | None = None,
+        average: str = "logits",
+        outputs: str = "",
+    ) -> None:
+        super().__init__()
+        if not teachers:
+            raise ValueError("Argument `teachers` must hold a teacher, but got none.")
+        weights = [1.0] * len(teachers) if weights is None else list(weights)
+        if len(weights) != len(teachers) or not all(w > 0 and math.isfinite(w) for w in weights):
+            raise ValueError(
+                f"Argument `weights` must be above 0, one for each of {len(teachers)} teachers, but got {weights}."
+            )
+        if average not in ("logits", "probabilities"):
+            raise ValueError(f'Argument `average` must be "logits" or "probabilities", but got {average!r}.')
+        self.teachers = nn.ModuleList(teachers)
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.average = average
+        self._outputs, self._keys = outputs, split_path(outputs, "outputs")[1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of all teachers, averaged."""
+        logits = [select(t(*args, **kwargs), self._keys, self._outputs, "outputs") for t in self.teachers]
+        if self.average == "probabilities":
+            logs = [F.log_softmax(x.float(), dim=1) + math.log(w) for x, w in zip(logits, self.weights, strict=True)]
+            return torch.logsumexp(torch.stack(logs), dim=0)
+        return torch.stack([w * x for w, x in zip(self.weights, logits, strict=True)]).sum(0)

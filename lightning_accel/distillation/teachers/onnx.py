@@ -1,0 +1,47 @@
+"""A teacher in a file, run by an engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_accel.engines.base import Runner, load_runner
+
+
+class OnnxTeacher(nn.Module):
+    """A teacher in a file: ONNX, a TensorRT engine or a bundle, run by :func:`load_runner`.
+
+    Args:
+        path: file or bundle, or a :class:`Runner` that is open already.
+        engine: as for :func:`load_runner`.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        ValueError: a file that no engine takes.
+
+    Example:
+        >>> teacher = OnnxTeacher("teacher.onnx")  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | Path | Runner, engine: str | None = None) -> None:
+        super().__init__()
+        self.runner = path if isinstance(path, Runner) else load_runner(path, engine)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """The output of a network with one, else a dict of all by name. Floats are cast to what the file asks for."""
+        feeds = dict(zip(self.runner.input_names, args, strict=False)) | kwargs
+        device = next(iter(feeds.values())).device
+        dtypes = {spec.name: spec.dtype for spec in self.runner.inputs}
+        arrays = {}
+        for name, tensor in feeds.items():
+            array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+            arrays[name] = array.astype(dtypes.get(name, array.dtype)) if tensor.is_floating_point() else array
+        outputs = {name: torch.from_numpy(array).to(device) for name, array in self.runner.run(arrays).items()}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A teacher that runs in an engine can't be pickled. Build it in each process.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxTeacher":
+        return self  # an engine holds no weights that a copy could change

@@ -1,0 +1,1 @@
+"""TensorRT: building engines, running them, and reading their layers."""

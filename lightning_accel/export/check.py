@@ -1,0 +1,290 @@
+"""Check: can a module be captured, exported, quantized and built, and what stands in the way? Tried, in half a minute."""
+
+import math
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_accel.calls.example import Call, canonical_call, has_forward, isolated_random, mode, own_signature
+from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
+from lightning_accel.engines.tensorrt.library import LIBRARIES
+from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
+from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
+from lightning_accel.quantization.graph.capture import capture, user_line
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.quantization.ptq import quantize
+from lightning_accel.verification.file import prove_nodes
+from lightning_accel.verification.integers import check_integers
+
+_SAMPLES = 8
+_ENGINES = ("onnxruntime", "openvino", "tensorrt")
+_LOST_IN = ("__del__", "remove", "_remove")  # finalizers and callbacks of weak references: Python drops what they raise
+_AGAIN_S = 1.0  # after which the alarm rings again, should it have been dropped all the same
+
+
+class _OutOfTimeError(BaseException):
+    """The time is over; no `except Exception` on the way may take it for a failure of what it interrupts."""
+
+
+@dataclass
+class Finding:
+    """What one step found.
+
+    Args:
+        step: what was tried: ``forward``, ``train``, ``capture``, ``export``, ``quantize``, or ``build`` and an engine.
+        status: ``"ok"``, ``"stands in the way"``, ``"not here"`` (an engine isn't installed) or ``"not tried"``.
+        detail: what was found, or the reason.
+        where: file and line of what stands in the way, where it is known.
+        seconds: that it took.
+        lines: more of it, for instance the operators that stay float.
+    """
+
+    step: str
+    status: str
+    detail: str = ""
+    where: str = ""
+    seconds: float = 0.0
+    lines: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        place = f" (at {self.where})" if self.where and self.where not in self.detail else ""
+        return "\n".join(
+            [f"{self.step:19s} {self.status}: {self.detail}{place}", *(f"    {line}" for line in self.lines)]
+        )
+
+
+def check_module(
+    module: nn.Module,
+    call: Call,
+    *,
+    target: str = "portable",
+    engines: Sequence[str] | None = None,
+    seconds: float = 30.0,
+    spent: float = 0.0,
+) -> list[Finding]:
+    """Try everything that comes after training, on the module as it is.
+
+    Args:
+        module: any module; mode and weights stay as they are.
+        call: positional and keyword arguments of ``forward``: an example.
+        target: arithmetic to quantize for; a network that was trained with fake-quant has one already.
+        engines: to build; ``None``: those that are installed.
+        seconds: after which what is left isn't tried; what runs then is interrupted.
+        spent: how many of them are gone already.
+
+    Returns:
+        A finding for each step. A step that needs another's result is ``"not tried"`` if that one failed.
+
+    Raises:
+        ValueError: an unknown target or engine, or no time.
+    """
+    trained = list(quantized_forwards(module).values())
+    wanted = trained[0].target if trained else target_of(target)
+    installed = [engine for engine in _ENGINES if _has(engine)]
+    chosen = installed if engines is None else list(engines)
+    if unknown := [engine for engine in chosen if engine not in _ENGINES]:
+        raise ValueError(f"Argument `engines` must be among {list(_ENGINES)}, but got {unknown}.")
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
+    call = canonical_call(own_signature(module), *call)
+    end = time.monotonic() + seconds - spent
+    findings: list[Finding] = []
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, isolated_random():
+        quantizing: tuple[str, Callable[[], tuple[str, list[str]]]] = (
+            ("export", partial(_quantized, trained, made))
+            if trained
+            else ("capture", partial(_quantize, module, call, wanted.name, Path(folder), made))
+        )
+        steps: list[tuple[str, str, Callable[[], tuple[str, list[str]]]]] = [
+            ("train", "", partial(_train, module)),
+            ("forward", "", partial(_forward, module, call)),
+            ("capture", "forward", partial(_capture, module, call)),
+            ("export", "capture", partial(_export, module, call, Path(folder), made)),
+            ("quantize", *quantizing),
+        ]
+        steps += [(f"build {engine}", "", partial(_build, engine, wanted, made, Path(folder))) for engine in chosen]
+        for name, needs, step in steps:
+            if name.startswith("build "):
+                needs = _needs(name.removeprefix("build "), wanted, made)
+            failed = next((f for f in findings if f.step == needs and f.status != "ok"), None)
+            if failed is not None:
+                findings.append(Finding(name, "not tried", f"it needs what `{needs}` makes"))
+                continue
+            findings.append(_tried(name, step, module, end - time.monotonic(), seconds))
+    return findings
+
+
+def _tried(
+    name: str, step: Callable[[], tuple[str, list[str]]], module: nn.Module, left: float, seconds: float
+) -> Finding:
+    started = time.monotonic()
+    try:
+        if left <= 0:
+            raise _OutOfTimeError
+        with _alarm(left):
+            detail, lines = step()
+        found = Finding(name, "ok", detail, lines=lines)
+    except _OutOfTimeError:
+        found = Finding(name, "not tried", f"the {seconds:g} s are over: give it more with `seconds`")
+    except ModuleNotFoundError as error:
+        found = Finding(name, "not here", str(error))
+    except Exception as error:  # torch.export, the exporter and the engines raise a dozen unrelated types
+        text = " ".join(str(error).split()) or type(error).__name__
+        found = Finding(name, "stands in the way", text[:1500], user_line(error, module))
+    found.seconds = round(time.monotonic() - started, 2)
+    return found
+
+
+def _train(module: nn.Module) -> tuple[str, list[str]]:
+    """Whether the callbacks take it; what can be known without a Trainer."""
+    if not isinstance(module, L.LightningModule):
+        return "no LightningModule: the functions take it, the callbacks want one", []
+    if not module.automatic_optimization:
+        raise ValueError(
+            "Argument `automatic_optimization` must be True for the callbacks that prune and quantize, but got False. Export and "
+            "post-training quantization don't ask for it."
+        )
+    if not has_forward(module):
+        raise ValueError(
+            f"Argument `model` must have a `forward` to export, but {type(module).__name__} has none. Write one that takes the "
+            "network's inputs and returns its outputs."
+        )
+    return "automatic optimization, and a `forward`", []
+
+
+def _forward(module: nn.Module, call: Call) -> tuple[str, list[str]]:
+    with mode(module, False), torch.no_grad():
+        module(*call[0], **call[1])
+    return f"{sum(p.numel() for p in module.parameters()):,} parameters", []
+
+
+def _capture(module: nn.Module, call: Call) -> tuple[str, list[str]]:
+    description = describe_inputs(*call)
+    graphs = [capture(module, description, training) for training in (False, True)]
+    nodes = [sum(node.op == "call_function" for node in graph.graph.nodes) for graph in graphs]
+    return f"{nodes[0]} operators in evaluation, {nodes[1]} in training", []
+
+
+def _export(module: nn.Module, call: Call, folder: Path, made: dict[str, Any]) -> tuple[str, list[str]]:
+    export = export_onnx(module, call, folder / "float.onnx")
+    made["export"] = export, call
+    with mode(module, False):
+        nodes = prove_nodes(export, _samples(export, call), "the file")
+    with load_runner(export.path, "onnxruntime", emulate=True) as runner:
+        runner.run({name: array[:1] for name, array in _samples(export, call).items()})
+    return f"{nodes.nodes} of {nodes.of} nodes compute what PyTorch does; it runs at batch sizes 1 and {_SAMPLES}", []
+
+
+def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: dict[str, Any]) -> tuple[str, list[str]]:
+    small = quantize(module, [call], target=target, ranges="min_max", inputs=partial(_arguments, module))
+    export = export_onnx(small, call, folder / "int8.onnx")
+    counts = check_integers(export.path, export.trained)
+    forwards = list(quantized_forwards(small).values())
+    made["quantize"] = export, call
+    made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
+    return _told(f"{target}: ", forwards, counts["integers"])
+
+
+def _quantized(forwards: Sequence[QuantizedForward], made: dict[str, Any]) -> tuple[str, list[str]]:
+    """What was quantized in training is exported already; what it holds is looked at."""
+    export, _ = made["quantize"] = made["export"]
+    made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
+    integers = check_integers(export.path, export.trained)["integers"]
+    return _told(f"quantized already, for {forwards[0].target.name}: ", forwards, integers)
+
+
+def _told(what: str, forwards: Sequence[QuantizedForward], integers: int) -> tuple[str, list[str]]:
+    kept = {name: why for forward in forwards for name, why in forward.kept_float.items()}
+    done = sum(len(forward.quantized) for forward in forwards)
+    lines = [f"{name} stays float: {why}" for name, why in kept.items()]
+    return f"{what}{done} operators in int8, {integers:,} integers in the file", lines
+
+
+def _needs(engine: str, target: Target, made: Mapping[str, Any]) -> str:
+    """Which file an engine can run: the int8 one, unless its kernels compute another arithmetic."""
+    return "export" if cannot_reproduce(target, engine, forms=made.get("forms", ())) else "quantize"
+
+
+def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
+    needs = _needs(engine, target, made)
+    if needs == "export" and made.get("quantize") is made["export"]:  # there is no other file than the int8 one
+        raise ValueError(cannot_reproduce(target, engine, forms=made["forms"]))
+    export, call = made[needs]
+    what = "int8" if needs == "quantize" else "fp32; int8 of this target isn't for this engine"
+    if engine == "tensorrt":
+        info = build_engine(export.path, folder / "model.engine")
+        run = "runs here" if has_gpu() else "built, not run: there is no GPU here"
+        return f"{what}, {info.library} {info.version}, {info.bytes:,} bytes, {run}", list(info.warnings)
+    with load_runner(export.path, engine) as runner:
+        runner.run(_samples(export, call))
+    return f"{what}, runs here", []
+
+
+def _samples(export: OnnxExport, call: Call) -> dict[str, np.ndarray]:
+    feeds = feeds_of(call, export.input_names)
+    batch = len(next(iter(feeds.values())))
+    for name, array in feeds.items():
+        if array.ndim == 0 or len(array) != batch:
+            raise ValueError(
+                f"Argument `{name}` must have the batch of {batch} as its first dimension, but got shape {array.shape}: a bundle is "
+                "verified sample by sample. Make it a constant of the module, or one value a sample."
+            )
+    return {name: np.resize(array, (_SAMPLES, *array.shape[1:])) for name, array in feeds.items()}
+
+
+def _arguments(module: nn.Module, call: Call) -> Any:
+    """A call in the form that ``quantize`` takes from ``inputs``."""
+    args, kwargs = call
+    return dict(own_signature(module).bind(*args, **kwargs).arguments) if kwargs else tuple(args)
+
+
+def _has(engine: str) -> bool:
+    return any(find_spec(name) is not None for name in (LIBRARIES if engine == "tensorrt" else (engine,)))
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer, where the system and the thread allow it; Python between two calls into C, that is."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        while frame is not None and frame.f_globals is not globals():
+            if frame.f_code.co_name in _LOST_IN:
+                signal.setitimer(signal.ITIMER_REAL, 0.01, _AGAIN_S)
+                return
+            frame = frame.f_back
+        raise _OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:  # somebody else's alarm goes on
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 0.001), interval)

@@ -1,0 +1,117 @@
+"""The decision at the end of a run: the bundle's default is the fastest way within the budgets, on all held-out data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.benchmarking.benchmark_bundle import compare_ways, shipped_line
+from lightning_accel.benchmarking.comparison import Comparison
+from lightning_accel.benchmarking.scores import CLASSES, VALUES
+from lightning_accel.bundle.writer import decided, write_comparison
+from lightning_accel.export.files import Files
+from lightning_accel.export.spec import Order
+from lightning_accel.onnx.export import feeds_of
+
+
+def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
+    """How the network's first output is scored: as classes, as values, or ``None`` where nobody and no target tells.
+
+    Args:
+        order: what it says counts; else its held-out data is looked at.
+        files: the trained network.
+        labelled: whether there are labels that are classes of the network's first output.
+    """
+    if order.scores is not None or labelled:
+        return order.scores or CLASSES
+    target = order.data.first_target(order.whole)
+    feeds = feeds_of(order.data.first_call(order.whole), files.shipped.input_names)
+    output = next(iter(files.network(feeds).values()))
+    return next((scores for scores in (VALUES, CLASSES) if _fits(target, output, scores)), None)
+
+
+def _fits(target: np.ndarray | None, output: np.ndarray, scores: str) -> bool:
+    """Whether targets are the values that an output should have, or the classes of its logits."""
+    if target is None:
+        return False
+    if scores == VALUES:
+        shaped = target.shape == output.shape or (*target.shape, 1) == output.shape
+        return shaped and np.issubdtype(target.dtype, np.floating)
+    shaped = output.ndim >= 2 and target.shape == (len(output), *output.shape[2:])
+    whole = shaped and np.issubdtype(target.dtype, np.integer)
+    return bool(whole and target.min() >= 0 and target.max() < output.shape[1])
+
+
+def decide_default(
+    order: Order,
+    files: Files,
+    folder: Path,
+    content: Mapping[str, Any],
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """Run the network in the ways that matter, and write ``comparison.json``.
+
+    Where none of the engines asked for runs on this machine, the ways are measured and nothing is decided: a CPU's fastest way
+    says nothing about the engine that the bundle is for, which stays the default.
+
+    Args:
+        order: what is shipped, its budgets, and the held-out data.
+        files: the bundle's files and the trained network.
+        folder: where they lie; no manifest is needed yet.
+        content: what the manifest will say of engines, file, precision, scores, inputs and outputs.
+        report: gets the comparison, and a note on what was decided.
+
+    Returns:
+        What the decision changes in the manifest.
+    """
+    feeds, targets = order.data.everything(order.whole, files.shipped.input_names)
+    outputs = _outputs(files, feeds, order.batch_size)
+    here = any(line["runs_here"] for line in content["engines"].values())
+    written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}
+    comparison = compare_ways(
+        folder,
+        {**content, "files": written},
+        {**feeds, **outputs},
+        _labels(targets, next(iter(outputs.values())), content["scores"]),
+        source=f"the {order.data.source}",
+        scores=content["scores"],
+        budgets=order.budgets if here else None,
+        settings=order.benchmark,
+    )
+    report["comparison"] = comparison.to_dict()
+    report["notes"].append(_told(comparison, order, here=here))
+    write_comparison(folder, report["comparison"])
+    return decided(report["comparison"], shipped_line(comparison))
+
+
+def _told(comparison: Comparison, order: Order, *, here: bool) -> str:
+    """The decision in a sentence, or why there is none."""
+    if comparison.decision is not None:
+        return f"Decision: {comparison.decision['why']}"
+    if comparison.interrupted:
+        return "Nothing was decided: the comparison was interrupted."
+    assert not here
+    names = " and ".join(order.engines)
+    return (
+        f"Nothing was decided: {names}, which this bundle is for, can't run on this machine, and stays the default. Decide on the machine "
+        "that is to run it: lightning-accel benchmark BUNDLE, with the budgets."
+    )
+
+
+def _labels(targets: np.ndarray | None, output: np.ndarray, scores: str | None) -> np.ndarray | None:
+    """Targets that outputs can be scored against."""
+    if targets is None or scores is None or not _fits(targets, output, scores):
+        return None
+    # Values of 0 and 1 alone are what logits are trained towards, which are no such values themselves.
+    return None if scores == VALUES and np.isin(targets, (0, 1)).all() else targets
+
+
+def _outputs(files: Files, feeds: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
+    """What the trained network computes for all held-out samples."""
+    count = len(next(iter(feeds.values())))
+    parts = [
+        files.network({name: array[start : start + batch] for name, array in feeds.items()})
+        for start in range(0, count, batch)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in files.shipped.output_names}

@@ -1,0 +1,1 @@
+"""ONNX files: export, half precision, pre- and post-processing."""

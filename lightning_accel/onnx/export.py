@@ -1,0 +1,291 @@
+"""ONNX: a module's ``forward`` in eval mode as one file, with the Q/DQ nodes that were trained."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from lightning_accel.calls import names as call_names
+from lightning_accel.calls.example import (
+    Call,
+    canonical_call,
+    isolated_random,
+    mode,
+    named_keywords,
+    own_forward,
+    own_signature,
+)
+from lightning_accel.calls.names import Axes, checked_axes
+from lightning_accel.calls.shapes import (
+    ResultShape,
+    batch_shapes,
+    describe_inputs,
+    dynamic_axes,
+    example_inputs,
+    traced_batch,
+)
+from lightning_accel.onnx import file as onnx_file
+from lightning_accel.onnx.pre_post import surrounded
+from lightning_accel.onnx.translations import TRANSLATIONS
+from lightning_accel.quantization.graph.capture import CaptureError, fixed_batch, no_logs, taken_name
+from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
+
+OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
+NEWEST = 23  # the newest that it writes
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """An exported file and what is needed to check it against the module.
+
+    Args:
+        path: the file.
+        input_names: names of its inputs, in the order of the tensors in the call.
+        output_names: names of its outputs, in the order of the tensors in the result.
+        program: the captured graph that was written; its node names are the file's tensor names.
+        trained: integers of each quantized part, by module path; empty for a float export.
+        result: how the result is nested.
+        axes: dynamic axes beyond the batch, ``{input: {axis: name}}``.
+        captured: the graph before the exporter took its operators apart; PyTorch runs it.
+    """
+
+    path: Path
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    program: ExportedProgram = field(repr=False)
+    trained: dict[str, TrainedIntegers] = field(repr=False)
+    result: ResultShape = field(repr=False)
+    axes: Axes = field(default_factory=dict)
+    captured: ExportedProgram | None = field(default=None, repr=False)
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Any,
+    path: str | Path,
+    *,
+    quantized: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic: Axes | None = None,
+    preprocess: nn.Module | None = None,
+    postprocess: nn.Module | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    opset: int | None = None,
+    largest: int = onnx_file.LARGEST,
+) -> OnnxExport:
+    """Write ``module.forward`` in eval mode as ONNX, with a dynamic batch.
+
+    A module that was trained quantization-aware is written with its integers and Q/DQ nodes. The file holds no paths of
+    this machine: the same weights and metadata give the same bytes in any folder.
+
+    Args:
+        module: any module; mode, weights and random generators stay as they are.
+        inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes and types
+            matter; the first dimension is the batch. With ``preprocess`` it is a call of that module.
+        path: file to write.
+        quantized: ``False`` writes the float network under the fake-quants.
+        input_names: default: the parameter names of ``forward`` and keys of dicts.
+        output_names: default: ``"output"``, or the keys of the result.
+        dynamic: further axes that may change, ``{input name: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``. Axes of
+            the same name always have the same size. ``None``: those that a quantized ``forward`` was captured with.
+        preprocess: module that makes the network's arguments of the file's inputs (of uint8 pixels, say); stays in float.
+        postprocess: module that makes the file's outputs of the network's result (softmax, top-k); stays in float.
+        metadata: notes that travel in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
+        opset: 18 to 23. ``None``: the lowest that carries the network and, if it is quantized, what its target asks for.
+        largest: bytes above which weights go to ``<path>.data`` beside the file; protobuf ends at 2 GB.
+
+    Returns:
+        The file's names and the program behind it.
+
+    Raises:
+        CaptureError: the module can't be captured.
+        ValueError: names, axes or an opset that don't fit.
+        TypeError: ``preprocess`` or ``postprocess`` is no module.
+
+    Example:
+        >>> export = export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), tmp_path / "linear.onnx")  # doctest: +SKIP
+        >>> export.input_names  # doctest: +SKIP
+        ('input',)
+    """
+    if opset is not None and opset not in range(OPSET, NEWEST + 1):
+        raise ValueError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
+    module = surrounded(module, preprocess, postprocess)
+    given: Call = inputs if _is_call(inputs) else _as_call(inputs)
+    call = canonical_call(own_signature(module), *given)
+    description = describe_inputs(*call)
+    names_in = call_names.input_names(module, call, input_names)
+    parts = quantized_forwards(module) if quantized else {}
+    opset = max([OPSET, *(part.target.opset for part in parts.values())]) if opset is None else opset
+    axes = checked_axes(dynamic or {}, names_in, call)
+    if dynamic is None and "" in parts:
+        axes = {n: captured for n, captured in zip(names_in, dynamic_axes(parts[""].inputs), strict=True) if captured}
+    _check_captured(axes, names_in, parts)
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    args, kwargs = example_inputs(description, device)
+    trained: dict[str, TrainedIntegers] = {}
+    with ExitStack() as stack:
+        stack.enter_context(mode(module, False))
+        stack.enter_context(isolated_random())
+        stack.enter_context(torch.no_grad())
+        source = stack.enter_context(_shipped(module, quantized, trained))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # notes of the exporter to its own developers
+        stack.enter_context(no_logs())
+        if source is module:
+            stack.enter_context(named_keywords(module, kwargs))
+        shapes = batch_shapes(source, args, kwargs, traced_batch(description), [axes.get(n, {}) for n in names_in])
+        results = stack.enter_context(_tensors_only(source))
+        program = _captured(source, args, kwargs, shapes)
+        names_out = call_names.output_names(results[-1], output_names)
+        written = _written(program, module, opset, names_in, names_out)
+    model = written.model_proto
+    onnx_file.clean(model, axes, metadata or {})
+    onnx_file.write(model, Path(path), largest)
+    apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
+    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), apart, trained, results[-1], axes, program)
+
+
+def _check_captured(axes: Axes, names_in: Sequence[str], parts: Mapping[str, QuantizedForward]) -> None:
+    """A quantized part was captured for certain axes; the file can't have more.
+
+    Raises:
+        ValueError: it would have.
+    """
+    for path, forward in parts.items() if axes else ():
+        captured = dynamic_axes(forward.inputs)
+        whole = zip(names_in, captured, strict=True) if path == "" else ()
+        if not any(captured) or any(not axes.get(name, {}).keys() <= known.keys() for name, known in whole):
+            raise ValueError(
+                f"Argument `dynamic` must hold axes that the quantized `{path or 'forward'}` was captured with, but got "
+                f"{ {name: dict(of_input) for name, of_input in axes.items()} }. Give `dynamic` to what quantizes, too."
+            )
+
+
+def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:  # torch.export documents no common base
+        if str(error).startswith("Method `forward` must"):
+            raise
+        raise CaptureError(
+            fixed_batch(error, f"`{type(source).__name__}.forward`")
+            or f"Argument `module` must be one that torch.export can capture, but got: {error}"
+        ) from error
+
+
+def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:
+    try:
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names_in,
+            output_names=names_out,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise CaptureError(
+            taken_name(cause, module)
+            or f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
+        ) from error
+    assert written is not None
+    return written
+
+
+def _is_call(inputs: Any) -> bool:
+    """Whether ``inputs`` already is ``(args, kwargs)``."""
+    return (
+        isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict)
+    )
+
+
+def _as_call(inputs: Any) -> Call:
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    return ((), dict(inputs)) if isinstance(inputs, dict) else ((inputs,), {})
+
+
+@contextmanager
+def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedIntegers]) -> Iterator[nn.Module]:
+    """What is to be traced: the converted graph of the module, or the module with converted parts in its tree."""
+    parts = quantized_forwards(module)
+    with ExitStack() as stack:
+        if not quantized or not parts:
+            for path in parts:
+                stack.enter_context(own_forward(module.get_submodule(path)))
+            yield module
+            return
+        converted = {}
+        for path, forward in parts.items():
+            converted[path], trained[path] = convert(forward)
+        if "" in converted:
+            yield converted[""]
+            return
+        for path, graph in converted.items():
+            parent, _, key = path.rpartition(".")
+            owner = module.get_submodule(parent)
+            stack.callback(owner._modules.__setitem__, key, owner._modules[key])
+            owner._modules[key] = graph
+        yield module
+
+
+@contextmanager
+def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
+    """``module.forward`` returns its tensors alone, as ONNX does; yields the shapes that its results had."""
+    if isinstance(
+        module, GraphModule
+    ):  # made by convert for this export; torch.export doesn't see an instance's forward
+        yield [_graph_tensors_only(module)]
+        return
+    forward, taken = module.forward, module.__dict__.get("forward")
+    shapes: list[ResultShape] = []
+
+    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        shape, found = ResultShape.of(forward(*args, **kwargs))
+        shapes.append(shape)
+        return tuple(found)
+
+    tensors.__signature__ = signature(forward)  # type: ignore[attr-defined]
+    module.__dict__["forward"] = tensors
+    try:
+        yield shapes
+    finally:
+        del module.__dict__["forward"]
+        if taken is not None:
+            module.__dict__["forward"] = taken
+
+
+def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:
+    """The same for a captured graph, whose result is written in its output node."""
+    output, codegen = graph_module.graph.output_node(), cast(Any, graph_module.graph._codegen)
+    leaves, _ = pytree.tree_flatten(output.args[0])
+    values = [leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves]
+    result, _ = ResultShape.of(pytree.tree_unflatten(values, codegen.pytree_info.out_spec))
+    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Node))
+    output.args = (tensors,)
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
+    graph_module.recompile()
+    return result
+
+
+def feeds_of(call: Call, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A call's tensors as named arrays for an engine."""
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}

@@ -1,0 +1,1 @@
+"""What a run will do, computed before it trains: the plan, and conflicts between its phases."""

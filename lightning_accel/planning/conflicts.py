@@ -1,0 +1,70 @@
+"""Conflicts: phases of a run that work against each other, though each alone is in order; each with what mends it.
+
+What can't run at all is an error in ``setup`` and isn't repeated here.
+"""
+
+import math
+from collections.abc import Iterator
+
+import lightning as L
+
+from lightning_accel.core.callback import compression_callbacks, timeline_of
+from lightning_accel.distillation.scheduled import bounds
+from lightning_accel.pruning.weights.callback import WeightPruning
+from lightning_accel.quantization.qat import QuantizationAwareTraining
+
+
+def conflicts(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """What the run's callbacks do to each other's work, and how to mend it; empty if nothing is wrong.
+
+    Args:
+        trainer: once training has begun, so that steps are known.
+        pl_module: its module.
+    """
+    return [*_pruned_too_late(trainer), *_never_trained(trainer), *_distilled_for_nothing(pl_module)]
+
+
+def _pruned_too_late(trainer: L.Trainer) -> Iterator[str]:
+    """Weights that become zero after what depends on them was settled."""
+    length = timeline_of(trainer).steps_per_epoch
+    callbacks = compression_callbacks(trainer)
+    for qat in (c for c in callbacks if isinstance(c, QuantizationAwareTraining)):
+        for pruning in (c for c in callbacks if isinstance(c, WeightPruning)):
+            late = {what: step for what, step in qat.settles().items() if step < pruning.steps[1]}
+            if late:
+                what, step = min(late.items(), key=lambda item: item[1])
+                yield (
+                    f"WeightPruning({pruning.name!r}) ends in epoch {pruning.steps[1] / length:g}, after {what} became final in epoch "
+                    f"{step / length:.4g}: they belong to a network that still had more weights. End it by epoch "
+                    f"{max(math.floor(step / length), 0)}, or start QuantizationAwareTraining later."
+                )
+
+
+def _never_trained(trainer: L.Trainer) -> Iterator[str]:
+    """Fake-quant that begins when no step is left."""
+    total = timeline_of(trainer).total_steps
+    for qat in (c for c in compression_callbacks(trainer) if isinstance(c, QuantizationAwareTraining)):
+        begins = qat.fake_quant_step(trainer)
+        if begins >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            yield (
+                f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]}, watches "
+                f"{qat.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it earlier, lower "
+                "`calibration_batches`, or take PostTrainingQuantization, which needs no training."
+            )
+
+
+def _distilled_for_nothing(pl_module: L.LightningModule) -> Iterator[str]:
+    """A teacher that runs at each step and whose loss doesn't count, or a student that learns from its own copy."""
+    distillation = getattr(pl_module, "_distillation", None)
+    if distillation is None:
+        return
+    if bounds(distillation.alpha)[1] == 0:
+        yield (
+            "DistillationModule runs its teacher at each step, and the distillation loss counts nothing: `alpha` is 0. Raise it, "
+            "or train the student alone."
+        )
+    if all(bounds(term.weight)[1] == 0 for term in distillation.terms):
+        yield (
+            "DistillationModule runs its teacher at each step, and every loss has `weight` 0. Give one of them a weight, or train "
+            "the student alone."
+        )

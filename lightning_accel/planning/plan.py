@@ -1,0 +1,233 @@
+"""Plan: what a run will do to which layer and when, found out by everything but training."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from typing_extensions import override
+
+from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
+from lightning_accel.calls.example import has_forward, owner_and_call
+from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
+from lightning_accel.core.schedules import Timeline
+from lightning_accel.planning.conflicts import conflicts
+from lightning_accel.quantization.base_callback import QuantizingCallback
+
+_HIGH = 0.1  # share of the peak learning rate above which what is learned late starts too early
+_LOW = 0.01  # share below which what is pruned last is hardly made up for
+_BYTES = "bytes of weights"
+_LONGEST = 500_000  # steps over which learning rates are simulated
+
+
+@dataclass
+class Phase:
+    """What one callback will do.
+
+    Args:
+        callback: its class and name.
+        steps: first and last optimizer step.
+        epochs: the same in epochs.
+        lr: learning rate of the first parameter group at the first step; ``None`` where it can't be known.
+        lr_share: the same as a share of the run's highest.
+        worth: what it brings where the network runs; empty if nothing is to be said.
+        layers: layer or weight -> what will be done to it, or why nothing is.
+    """
+
+    callback: str
+    steps: tuple[int, int]
+    epochs: tuple[float, float]
+    lr: float | None
+    lr_share: float | None
+    worth: str
+    layers: dict[str, str]
+
+
+@dataclass
+class Plan:
+    """A dry run of ``fit``.
+
+    Args:
+        steps_per_epoch: optimizer steps.
+        total_steps: of the run.
+        sizes: parameters, MACs for one sample and bytes of weights, today and as predicted for the end, by name.
+        phases: what each callback will do, in order of time.
+        warnings: what is worth a second look.
+        conflicts: phases that work against each other, and what mends it.
+    """
+
+    steps_per_epoch: float
+    total_steps: float
+    sizes: dict[str, dict[str, int]]
+    phases: list[Phase] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.total_steps:g} optimizer steps, {self.steps_per_epoch:g} an epoch"]
+        for what, size in self.sizes.items():
+            lines.append(f"{what}: " + ", ".join(f"{number:,} {unit}" for unit, number in size.items()))
+        for phase in self.phases:
+            (first, last), (begin, end) = phase.steps, phase.epochs
+            until = f" to epoch {end:g} (step {last})" if last > first else ""
+            rate = "" if phase.lr is None else f", learning rate {phase.lr:.3g} ({phase.lr_share:.0%} of the highest)"
+            lines += ["", f"{phase.callback}: from epoch {begin:g} (step {first}){until}{rate}"]
+            lines += [f"  brings: {phase.worth}"] if phase.worth else []
+            width = max((len(name) for name in phase.layers), default=0)
+            lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
+        told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
+        lines += ["", *told] if told else []
+        return "\n".join(lines)
+
+
+def plan(
+    trainer: L.Trainer,
+    model: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    ckpt_path: str | None = None,
+) -> Plan:
+    """Run everything of ``fit`` up to the first training step, and say what the callbacks would do from there.
+
+    What can't work is found here: every preflight runs. Nothing is trained, logged or written.
+
+    Args:
+        trainer: with the callbacks in question.
+        model: as for ``fit``.
+        datamodule: as for ``fit``.
+        train_dataloaders: as for ``fit``.
+        val_dataloaders: as for ``fit``.
+        ckpt_path: plan the rest of a run from its checkpoint.
+
+    Returns:
+        The plan; ``print`` it.
+
+    Raises:
+        ValueError: what ``fit`` would raise before its first step.
+    """
+    stop = _BeforeTheFirstStep()
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    sanity, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+    trainer.callbacks, trainer.loggers = [_NoEnd(), *callbacks, stop], []  # type: ignore[attr-defined]
+    try:
+        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        trainer.num_sanity_val_steps = sanity
+    if stop.plan is None:
+        raise RuntimeError("The run must have a first training step to be planned, but `fit` ended without one.")
+    return stop.plan
+
+
+class _NoEnd(Callback):
+    """Ends a run that has no step left, before other callbacks take it for one that trained and ship it."""
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise _TunerExitException
+
+
+class _BeforeTheFirstStep(Callback):
+    """Makes the plan once the loaders, optimizers and schedules of the run exist, then ends it."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.plan = _plan(trainer, pl_module)
+        raise _TunerExitException  # Lightning's own way to end a run that isn't one: no callback takes it for a failure
+
+
+def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
+    timeline = timeline_of(trainer)
+    callbacks = compression_callbacks(trainer)
+    rates = _learning_rates(trainer, timeline)
+    sizes = {"today": {"parameters": parameter_count(pl_module), **_macs(trainer, pl_module, callbacks)}}
+    sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}
+    sizes |= {f"after {type(c).__name__}": {} for c in callbacks if isinstance(c, QuantizingCallback)}
+    _add_bytes(sizes, pl_module, callbacks)
+    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=conflicts(trainer, pl_module))
+    for callback in sorted(callbacks, key=lambda c: c.steps[0]):
+        first, last = callback.steps
+        begin, end = first / timeline.steps_per_epoch, last / timeline.steps_per_epoch
+        who = type(callback).__name__ + (
+            f" {callback.name!r}" if len(callbacks) > len({type(c) for c in callbacks}) else ""
+        )
+        rate = rates[min(first, len(rates) - 1)] * callback.lr_scale if rates else None
+        share = rate / max(rates) if rate is not None and max(rates) > 0 else None
+        share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
+        layers = callback.plan(trainer, pl_module)
+        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.worth, layers))
+        # Pruning is no exception to be warned of: it wants a rate at which the network learns anew.
+        if callback.wants_low_rate and share is not None and share > _HIGH:
+            made.warnings.append(
+                f"{who} starts at {share:.0%} of the highest learning rate; what it changes is learned best below {_HIGH:.0%}."
+            )
+        if not callback.wants_low_rate and share_at_end is not None and share_at_end < _LOW:
+            made.warnings.append(
+                f"{who} ends at {share_at_end:.1%} of the highest learning rate; too little is left to make up for what went. "
+                "End it earlier."
+            )
+    return made
+
+
+def _add_bytes(
+    sizes: dict[str, dict[str, int]], pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]
+) -> None:
+    """Size of the weights in a file: 4 bytes for each parameter, 1 for those that are stored as int8."""
+    for size in sizes.values():
+        if "parameters" in size:
+            size[_BYTES] = 4 * size["parameters"]
+    entries = {name: p.numel() for name, p in pl_module.named_parameters()}
+    for callback in callbacks:  # channels leave first
+        after = callback.predicted_entries(pl_module)
+        entries = {name: min(count, after.get(name, count)) for name, count in entries.items()}
+    for callback in callbacks:
+        if isinstance(callback, QuantizingCallback):
+            integers = sum(entries[name] for name in callback.int8_weights(pl_module))
+            sizes[f"after {type(callback).__name__}"][_BYTES] = 4 * sum(entries.values()) - 3 * integers
+
+
+def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:
+    """MACs of one sample of the forward that the callbacks look into; empty if there is none."""
+    looking = [
+        (getattr(c, "module", None) or getattr(c, "paths", [""])[0], c.inputs)
+        for c in callbacks
+        if hasattr(c, "inputs")
+    ]
+    path, inputs = looking[0] if looking else ("", None)
+    if not path and not has_forward(pl_module):
+        return {}
+    _, call = owner_and_call(pl_module, path, trainer, inputs)
+    empty, shapes = skeleton(pl_module, path, call)
+    return {"MACs a sample": count_macs(empty.get_submodule(path), shapes)}
+
+
+def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:
+    """The first parameter group's learning rate before each optimizer step; empty where it can't be known beforehand."""
+    configs = trainer.lr_scheduler_configs
+    total = timeline.total_steps
+    if len(trainer.optimizers) != 1 or total > _LONGEST or any(config.reduce_on_plateau for config in configs):
+        return []
+    kept = {id(p): p for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    optimizer, schedulers = copy.deepcopy((trainer.optimizers[0], [c.scheduler for c in configs]), dict(kept))
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer step came before: there is none
+        for step in range(trainer.global_step, int(total)):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            for config, scheduler in zip(configs, schedulers, strict=True):
+                due = step + 1 if config.interval == "step" else (step + 1) / timeline.steps_per_epoch
+                if due == int(due) and int(due) % config.frequency == 0:
+                    scheduler.step()
+    return [rates[0]] * trainer.global_step + rates if rates else []

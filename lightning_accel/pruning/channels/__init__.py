@@ -1,0 +1,1 @@
+"""Channel pruning: coupled channels are removed, so that tensors become smaller."""

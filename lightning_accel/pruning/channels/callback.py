@@ -1,0 +1,316 @@
+"""ChannelPruning: removes channels while training goes on, so that tensors become smaller."""
+
+from collections.abc import Sequence
+from math import ceil, isinf
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from lightning_accel.calls.copies import parameter_count
+from lightning_accel.calls.example import InputsFunction, builds_layers_late, owner_and_call
+from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer, timeline_of
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.schedules import check_schedule, fraction
+from lightning_accel.core.structure import Change
+from lightning_accel.pruning.channels.equivalence import NOT_RUN
+from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
+
+
+class ChannelPruning(CompressionCallback):
+    """Remove the least important channels, neurons and attention heads while training goes on (https://arxiv.org/abs/2301.12900).
+
+    Channels that depend on each other leave together, at the beginnings of epochs; the optimizer keeps its state for those
+    that stay. Before training, each group of channels is proven to be removable, or kept with the reason, which is told; the
+    output layer is kept. Logged: ``macs`` (multiply-accumulates of one sample) and ``parameters``, counted on the tensors.
+
+    Args:
+        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
+        macs_reduction: factor by which MACs shrink, above 1. Exactly one of the two.
+        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        scope: ``"global"`` compares all channels with each other, ``"layer"`` removes the same share from each group.
+        schedule: ``"linear"``, ``"cubic"``, ``"cosine"``, ``"exponential"`` or ``"constant"`` (one-shot at ``start``).
+        start: epoch (int) or share of the run (float) at whose first epoch boundary the first channels leave.
+        end: epoch or share by which the target is reached; ``None``: half of the run after ``start``, ``start`` itself for
+            ``"constant"``.
+        round_to: the channels of a pruned group are a multiple of it; 8 suits tensor cores.
+        limits: by glob of layers, the share of a group's channels that may leave at most.
+        include: globs of layers whose channels may leave; ``None`` means all.
+        exclude: globs of layers whose channels stay; wins.
+        module: dotted path of the submodule that ``training_step`` calls if it doesn't call ``forward``.
+        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        name: the state's name in the checkpoint; needed if two are used.
+
+    Raises:
+        ValueError: an argument is out of its range; before training, a glob that matches nothing, a target that can't be
+            reached, or nothing to remove.
+
+    Example:
+        >>> ChannelPruning(macs_reduction=2.0, end=8).target.macs_reduction
+        2.0
+    """
+
+    wants_low_rate = False
+
+    def __init__(
+        self,
+        pruning_ratio: float | None = None,
+        macs_reduction: float | None = None,
+        importance: str = "group_norm",
+        scope: str = "global",
+        schedule: str = "linear",
+        start: int | float = 0,
+        end: int | float | None = None,
+        round_to: int = 1,
+        limits: dict[str, float] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        module: str | None = None,
+        inputs: InputsFunction | None = None,
+        name: str = "channels",
+    ) -> None:
+        super().__init__(name=name, start=start, end=end)
+        chosen = as_patterns("include", include), as_patterns("exclude", exclude)
+        self.target = ChannelTarget(
+            pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen
+        )
+        self.resizes = round_to
+        self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
+        self.reached = 0.0  # fraction of the way to the target
+        self._plan: ChannelPlan | None = None
+        self._foreseen: tuple[dict[int, list[int]], dict[str, int]] | None = (
+            None  # what would leave now, what would stay
+        )
+        self._epochs = (0, 0)  # of the first and the last removal
+        self._taylor: dict[str, torch.Tensor] = {}
+        self._macs: int | None = None  # of the module as it is now; None: not counted yet
+        self._seen: nn.Module | None = None
+        self._retargeted = False  # resumed with another target than the checkpoint's
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            raise ValueError(
+                "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
+            )
+        self._retargeted = False
+        if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
+            self.reached, self._taylor = 0.0, {}
+        self._seen, self._plan, self._foreseen = pl_module, None, None
+        if not builds_layers_late(pl_module):
+            self._prepare(trainer, pl_module)
+
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
+        self._macs, self._taylor, self._foreseen = None, {}, None
+        if self._plan is not None:
+            self._plan.follow(change.args)
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._prepare(trainer, pl_module)
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ChannelPlan:
+        """Look into the network now: what can't be pruned must not show in the middle of the run."""
+        if self._plan is None:
+            _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)
+            self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target), None
+            for group in self._plan.groups:
+                if group.kept:
+                    rank_zero_info(f"ChannelPruning: the channels of {_and(group.layers)} are kept: {group.kept}.")
+        return self._plan
+
+    @property
+    @override
+    def worth(self) -> str:
+        return "fewer operations and smaller tensors; engines that work in blocks of 8 or 16 channels gain less than the MACs say"
+
+    @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        plan = self._prepare(trainer, pl_module)
+        chosen, _ = self._foresee(plan, pl_module)
+        lines: dict[str, str] = {}
+        for i, group in enumerate(plan.groups):
+            channels, gone = group.units * group.width, len(chosen.get(i, ())) * group.width
+            what = f"channels kept: {group.kept}" if group.kept else f"{channels} channels -> about {channels - gone}"
+            lines |= dict.fromkeys(group.layers, what)
+        return lines
+
+    @override
+    def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
+        if self._plan is None:  # a bundle made from a checkpoint, without a run
+            return {}
+        original = self._plan.original
+        sizes = {"parameters": parameter_count(pl_module), "MACs a sample": self._plan.macs(pl_module)}
+        before = {"parameters": original["parameters"], "MACs a sample": original["macs"]}
+        rows = {"all": ", ".join(f"{before[what]:,} -> {size:,} {what}" for what, size in sizes.items())}
+        for group in self._plan.groups:
+            text = f"{group.original * group.width} -> {group.units * group.width}"
+            rows |= dict.fromkeys(group.layers, f"kept: {group.kept}" if group.kept else text)
+        return {f"channels ({self.name})": rows}
+
+    @override
+    def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+        groups = self._plan.groups if self._plan is not None else []
+        return "share of channels that left", {n: 1 - g.units / g.original for g in groups for n in g.layers}
+
+    @override
+    def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
+        return self._foresee(self._plan, pl_module)[1] if self._plan is not None else {}
+
+    @override
+    def predicted_entries(self, pl_module: L.LightningModule) -> dict[str, int]:
+        if self._plan is None:
+            return {}
+        return self._plan.entries_after(pl_module, self._foresee(self._plan, pl_module)[0])
+
+    def _foresee(self, plan: ChannelPlan, pl_module: L.LightningModule) -> tuple[dict[int, list[int]], dict[str, int]]:
+        if self._foreseen is None:
+            self._foreseen = plan.foresee(pl_module)
+        return self._foreseen
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        check_one_optimizer(trainer, type(self).__name__)
+        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+            raise ValueError("The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS.")
+        if self._retargeted:
+            self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
+        self._epochs = self._boundaries(trainer)
+        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.target.importance == "taylor" and begins:
+            raise ValueError(
+                f'Argument `start` must be at least 1 with importance "taylor", but got {self.start}: gradients must be seen '
+                "before the first removal. Start later or choose another importance."
+            )
+
+    def _boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
+        """Epochs at whose beginnings the first and the last channels leave.
+
+        Raises:
+            ValueError: the run has no such epochs, or something captures the network's shapes before the last one.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 0, 0
+        timeline = timeline_of(trainer)
+        length = timeline.steps_per_epoch
+
+        def epoch(argument: str, value: float) -> int:
+            return value if isinstance(value, int) else ceil(timeline.step(argument, value) / length)
+
+        first = epoch("start", self.start)
+        total = timeline.total_steps / length
+        if self.end is not None:
+            last = epoch("end", self.end)
+        elif self.schedule == "constant":
+            last = first
+        elif isinf(timeline.total_steps):
+            raise ValueError("Argument `end` must be given for a run of unknown length, but got None.")
+        else:
+            last = first + int(total - first) // 2
+        if last >= total:
+            raise ValueError(
+                f"Argument `end` must lie before the end of the run, but got {self.end}, which is epoch {last} of {total:g}: the "
+                "network has to train after the last removal. Train longer or end earlier."
+            )
+        if not isinf(length):
+            self._start_step, self._end_step = first * int(length), last * int(length)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CompressionCallback) and callback.captures:
+                begins = epoch("start", callback.start)
+                if begins < last or (
+                    isinstance(callback.start, float) and timeline.step("start", callback.start) < self._end_step
+                ):
+                    raise ValueError(
+                        f"Argument `end` must be at or before the start of {type(callback).__name__} ({callback.start}), but got "
+                        f"{self.end}: it needs the final shapes. End earlier or start it later."
+                    )
+        return first, last
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first, last = self._epochs
+        epoch = trainer.current_epoch
+        if epoch >= first:
+            # The last of the boundaries from first to last reaches the target: with one, that one does.
+            due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
+            if due > self.reached:
+                self._remove(trainer, pl_module, due)
+        self._taylor = {}  # the steps of one epoch are seen
+
+    def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
+        plan = self._prepare(trainer, pl_module)
+        taylor = self._taylor
+        if self.target.importance == "taylor" and not taylor:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise RuntimeError('Importance "taylor" must have seen gradients before channels leave, but got none.')
+            taylor = {g.name: torch.zeros(g.units) for g in plan.groups}
+        chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, taylor))  # identical on every rank
+        self.reached = due
+        if chosen:
+            change_structure(trainer, pl_module, plan.change(pl_module, chosen, self.state_key))
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.target.importance != "taylor" or self.reached >= 1 or self._plan is None:
+            return
+        if trainer.current_epoch < self._epochs[0] - 1:
+            return  # no removal at the end of this epoch
+        for name, scores in self._plan.collect(pl_module).items():
+            self._taylor[name] = self._taylor[name].to(scores.device) + scores if name in self._taylor else scores
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._macs is None:
+            self._macs = self._prepare(trainer, pl_module).macs(pl_module)
+        suffix = "" if self.name == "channels" else f"/{self.name}"
+        pl_module.log(f"macs{suffix}", float(self._macs), rank_zero_only=True)
+        pl_module.log(f"parameters{suffix}", float(parameter_count(pl_module)), rank_zero_only=True)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        unseen = [g.name for g in self._plan.groups if g.kept == NOT_RUN] if self._plan is not None else []
+        if unseen and self.reached > 0 and isinstance(exception, RuntimeError):
+            exception.add_note(
+                f"ChannelPruning removed channels, and `forward` doesn't run {_and(unseen)}. If a training step feeds them what left, "
+                "exclude the layers that make it."
+            )
+
+    @override
+    def unfinished(self) -> str:
+        if self.reached >= 1:
+            return ""
+        target = self.target
+        wanted = (
+            f"pruning ratio {target.pruning_ratio}" if target.pruning_ratio else f"{target.macs_reduction}x fewer MACs"
+        )
+        return f"ChannelPruning({self.name!r}) has gone {self.reached:.0%} of the way to {wanted}"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        taylor = {name: scores.cpu() for name, scores in self._taylor.items()}
+        target = [self.target.pruning_ratio, self.target.macs_reduction]
+        return {"reached": self.reached, "taylor": taylor, "target": target, **self.phase_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.reached, self._taylor = state_dict["reached"], dict(state_dict["taylor"])
+        if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
+            self.reached, self._retargeted = 0.0, True  # targets are absolute: the next boundary goes on to this one
+
+
+def _and(layers: Sequence[str]) -> str:
+    return ", ".join(f"`{layer}`" for layer in layers[:6]) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")

@@ -1,0 +1,204 @@
+"""Proof: channels leave only where leaving is shown to compute what zeroing computed.
+
+On a copy with random weights in float64: everything that would leave is set to zero, then it is removed. The outputs must
+be the same. What fails is kept and the reason told, whatever went wrong: an operation that normalises over channels, a
+forward that fixes their number, a dependency that was misread. Layers that run in train mode alone, such as auxiliary heads, don't
+show in these outputs; there the forward must still run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+
+import torch
+from torch import nn
+
+from lightning_accel.calls.copies import converted, copy_of, few_samples, layers_run, outputs_of
+from lightning_accel.calls.example import Call
+from lightning_accel.core.globs import select
+from lightning_accel.pruning.channels.groups import Candidate, Group, candidate_groups
+from lightning_accel.pruning.channels.layers import FIXED_HEADS, makes_channels
+from lightning_accel.pruning.channels.slices import Chosen, removal_of, removed
+
+NOT_RUN = "forward doesn't run it"
+_OTHERWISE = "without some of its channels the others compute something else"
+_EXACT, _ROUNDED = 1e-9, 1e-4  # of the output's range: float64, and float32 where a forward insists on it
+
+
+class _Reference:
+    """A module with random weights, and how to tell whether groups may leave it."""
+
+    def __init__(self, module: nn.Module, path: str, call: Call) -> None:
+        call = few_samples(call)
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+        def cpu(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.detach().to("cpu", copy=True)
+            return tensor.double() if tensor.is_floating_point() else tensor
+
+        self._call = converted(call, lambda t: noise(t) if t.is_floating_point() else cpu(t))
+        self.module = copy_of(module, cpu)
+        self._part = self.module.get_submodule(path)
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():  # fresh weights may be all zero or all one: those prove nothing
+                spread = float(parameter.data.std()) if parameter.numel() > 1 else 0.0
+                parameter.data += noise(parameter.data) * max(spread if isfinite(spread) else 0.0, 0.05)
+        for part in self.module.modules():
+            if isinstance(getattr(part, "running_mean", None), torch.Tensor):
+                part.running_mean.add_(0.1 * noise(part.running_mean))  # type: ignore[operator, arg-type]
+                part.running_var.add_(noise(part.running_var).abs())  # type: ignore[operator, arg-type]
+        self._tolerance = _EXACT
+        try:
+            self.outputs()
+        except RuntimeError:  # a forward that casts to float32 itself
+            self._tolerance = _ROUNDED
+            self.module.float()
+            self._call = converted(self._call, lambda t: t.float() if t.is_floating_point() else t)
+            self.outputs()
+        self._trains_more = bool(self._layers_run(training=True) - self._layers_run(training=False))
+
+    def _layers_run(self, training: bool) -> set[str]:
+        """Layers that a mode runs; none if the forward can't be run in it on random numbers."""
+        try:
+            return layers_run(self._part, self._call, training)
+        except Exception:  # of the user's code; without removal it proves nothing about channels
+            return set()
+
+    def outputs(self) -> list[torch.Tensor]:
+        """What the forward computes now."""
+        return outputs_of(self._part, self._call)
+
+    def failure(self, groups: Sequence[Group], share: float) -> str:
+        """Why a share of the units of all groups can't leave at once; empty if it can."""
+        chosen: Chosen = {i: _spread(g.units, share, i) for i, g in enumerate(groups)}
+        removal = removal_of(self.module, groups, chosen)
+        with removed(self.module, removal, physically=False):
+            expected = [t.detach() for t in self.outputs()]
+        where = ""
+        try:
+            with removed(self.module, removal):
+                outputs = [t.detach() for t in self.outputs()]
+                if self._trains_more:
+                    where = " in train mode"
+                    layers_run(self._part, self._call, training=True)
+        except Exception as error:  # any error of a forward without these channels is the reason to keep them
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"forward needs all of its channels{where}: {said}"
+        if [t.shape for t in outputs] != [t.shape for t in expected]:
+            return "it reaches the output"
+        for output, wanted in zip(outputs, expected, strict=True):
+            span = float(wanted.max() - wanted.min()) if wanted.numel() else 0.0
+            if not bool((output - wanted).abs().max() <= self._tolerance * span):
+                return _OTHERWISE
+        return ""
+
+
+def _spread(units: int, share: float, seed: int) -> list[int]:
+    """A share of the units, at least one and never all, in no regular pattern."""
+    count = min(units - 1, max(1, round(share * units)))
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed + 1))
+    return sorted(order[:count].tolist())
+
+
+def find_groups(
+    module: nn.Module, call: Call, path: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Group]:
+    """The groups of channels of a module, each proven to be removable or kept with the reason.
+
+    Args:
+        module: any module; not changed.
+        call: how a ``forward`` is called; the values don't matter, integers and masks apart.
+        path: of the submodule whose ``forward`` that is; empty for the module's own.
+        include: globs of layers whose channels may leave; empty means all.
+        exclude: globs of layers whose channels stay; wins.
+
+    Returns:
+        In the order of the layers.
+
+    Raises:
+        ValueError: a glob matches nothing; the forward can't be run in eval mode.
+    """
+    reference = _Reference(module, path, call)
+    candidates = candidate_groups(reference.module, reference.outputs)
+    candidates += [Candidate(group, (), ()) for group in _unseen(reference, candidates, path)]
+    layers = list(dict.fromkeys(layer for c in candidates for layer in c.group.layers))
+    allowed = set(select(layers, include, exclude, "layer with channels"))
+    groups, open_ = [c.group for c in candidates], []
+    for i, candidate in enumerate(candidates):
+        excluded = [layer for layer in candidate.group.layers if layer not in allowed]
+        if excluded:
+            first = candidate.group.layers[0]
+            reason = "it is excluded" if first in excluded else f"`{excluded[0]}`, which shares them, is excluded"
+            groups[i] = replace(groups[i], kept=reason)
+        elif not groups[i].kept:
+            open_.append(i)
+    proven = _prove(reference, candidates, groups, open_)
+    for i in open_:
+        if i not in proven:
+            groups[i] = replace(groups[i], kept=groups[i].kept or "it can't leave together with the others")
+    return groups
+
+
+def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -> list[Group]:
+    """Layers that are in no group, each as one that is kept."""
+    seen = {layer for candidate in candidates for layer in candidate.group.layers}
+    layers = {
+        name: layer.weight
+        for name, layer in reference.module.named_modules()
+        if name not in seen
+        and makes_channels(reference.module, name)
+        and f"{name}.".startswith(f"{path}." if path else "")
+    }
+    if not layers:
+        return []
+    total = torch.stack([t.sum() for t in reference.outputs() if t.requires_grad]).sum()
+    used = torch.autograd.grad(total, list(layers.values()), allow_unused=True)
+    groups = []
+    for (name, weight), gradient in zip(layers.items(), used, strict=True):
+        reason = NOT_RUN if gradient is None else "the operations around it can't be followed"
+        if isinstance(reference.module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            reason = FIXED_HEADS
+        units = weight.shape[0]
+        groups.append(Group(name, (name,), units, units, 1, {}, frozenset(), frozenset(), {}, reason))
+    return groups
+
+
+def _prove(
+    reference: _Reference, candidates: Sequence[Candidate], groups: list[Group], wanted: Sequence[int]
+) -> list[int]:
+    """Positions of groups that can leave together; all at once where that works, else halves, then joined again."""
+    if not wanted:
+        return []
+    if len(wanted) == 1:
+        return _prove_one(reference, candidates[wanted[0]], groups, wanted[0])
+    for i in wanted:
+        groups[i] = replace(groups[i], attributes=candidates[i].variants[0])
+    if not reference.failure([groups[i] for i in wanted], 0.5):
+        return list(wanted)
+    half = len(wanted) // 2
+    proven = _prove(reference, candidates, groups, wanted[:half]) + _prove(reference, candidates, groups, wanted[half:])
+    if len(proven) < 2 or not reference.failure([groups[i] for i in proven], 0.5):
+        return proven
+    accepted: list[int] = []
+    for i in proven:
+        if not reference.failure([groups[j] for j in (*accepted, i)], 0.5):
+            accepted.append(i)
+    return accepted
+
+
+def _prove_one(reference: _Reference, candidate: Candidate, groups: list[Group], i: int) -> list[int]:
+    reason = ""
+    for attributes in candidate.variants:
+        group = replace(groups[i], attributes=attributes)
+        reasons = [reference.failure([group], share) for share in (0.0, 0.5)]
+        if not any(reasons):
+            groups[i] = group
+            return [i]
+        reason = reason or next(r for r in reasons if r)
+    if reason == _OTHERWISE and candidate.norms:
+        reason = f"`{candidate.norms[0]}` normalises over its channels: without some the others change"
+    groups[i] = replace(groups[i], kept=reason)
+    return []

@@ -1,0 +1,245 @@
+"""The plan of a channel pruning: which groups there are, what the target is, which units leave to reach it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.calls.copies import count_macs, few_samples, parameter_count, skeleton
+from lightning_accel.calls.example import Call
+from lightning_accel.core import structure
+from lightning_accel.core.structure import Change
+from lightning_accel.pruning.channels.criteria import check_importance, taylor_scores, unit_scores
+from lightning_accel.pruning.channels.equivalence import find_groups
+from lightning_accel.pruning.channels.groups import channel_count
+from lightning_accel.pruning.channels.selection import Block, fewest, removal_order, shares_of, units_of
+from lightning_accel.pruning.channels.slices import Removal, follow, removal_of, removed
+from lightning_accel.pruning.weights.masks import check_scope
+
+KIND = "remove_channels"
+
+
+@dataclass(frozen=True)
+class ChannelTarget:
+    """How many channels should leave, and by which rules.
+
+    Args:
+        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
+        macs_reduction: factor by which MACs shrink, above 1.
+        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        scope: ``"global"`` or ``"layer"``.
+        round_to: channels of a pruned group are a multiple of it.
+        limits: by glob of layers, the share of a group's channels that may leave at most.
+        include: globs of layers whose channels may leave; empty means all.
+        exclude: globs of layers whose channels stay; wins.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    pruning_ratio: float | None = None
+    macs_reduction: float | None = None
+    importance: str = "group_norm"
+    scope: str = "global"
+    round_to: int = 1
+    limits: Mapping[str, float] = field(default_factory=dict)
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        ratio, reduction = self.pruning_ratio, self.macs_reduction
+        if (ratio is None) == (reduction is None):
+            got = "neither" if ratio is None else f"both ({ratio} and {reduction})"
+            raise ValueError(f"Exactly one of `pruning_ratio` and `macs_reduction` must be given, but got {got}.")
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1):
+            raise ValueError(
+                f"Argument `pruning_ratio` must be a share of channels in (0, 1), but got {ratio!r}. Write 0.5 for half of them."
+            )
+        if reduction is not None and (
+            isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 1 < reduction < float("inf")
+        ):
+            raise ValueError(
+                f"Argument `macs_reduction` must be a factor above 1, but got {reduction!r}. Write 2.0 for half of the MACs."
+            )
+        check_importance(self.importance)
+        check_scope(self.scope)
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ValueError(f"Argument `round_to` must be a number of channels >= 1, but got {self.round_to!r}.")
+        for glob, share in self.limits.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ValueError(
+                    f"Argument `limits` must map globs to shares in [0, 1], but got {share!r} for {glob!r}."
+                )
+
+
+class ChannelPlan:
+    """The groups of a module and what is to become of them.
+
+    Args:
+        module: whose channels are removed.
+        path: dotted path of the submodule whose ``forward`` is looked into; empty for the module itself.
+        call: how that ``forward`` is called.
+        target: what to reach, absolutely: relative to the module before any channel left it.
+
+    Raises:
+        ValueError: no channel may leave, a glob matches nothing, or the target can't be reached.
+    """
+
+    def __init__(self, module: nn.Module, path: str, call: Call, target: ChannelTarget) -> None:
+        self.target, self._path = target, path
+        self._call = few_samples(call)
+        self.groups = find_groups(module, call, path, target.include, target.exclude)
+        earlier = [c.args["original"] for c in structure.record_of(module) if c.kind == KIND]
+        self.original: dict[str, Any] = earlier[0] if earlier else self._measure(module)
+        units = self.original["units"]
+        self.groups = [replace(g, original=max(units.get(g.name, 0), g.units)) for g in self.groups]
+        self._check(module)
+
+    def _check(self, module: nn.Module) -> None:
+        self._shares = shares_of(self.groups, self.target.limits)
+        open_ = [g for g in self.groups if not g.kept]
+        if not open_:
+            kept = (
+                "; ".join(f"`{g.name}`: {g.kept}" for g in self.groups[:8]) or "it has no convolution or linear layer"
+            )
+            raise ValueError(f"Channel pruning must find channels that may leave, but got none ({kept}).")
+        if self.target.importance == "bn_scale":
+            for group in open_:
+                unit_scores(group, dict(module.named_parameters()), "bn_scale")
+        scores = [torch.zeros(g.units) for g in self.groups]
+        most = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
+        if self._reached(module, 1.0)(most):
+            return
+        rules = "with at least `round_to` channels left in each group, `limits` and what is kept"
+        if self.target.pruning_ratio is not None:
+            share = self._gone(most) / self._total
+            raise ValueError(
+                f"Argument `pruning_ratio` must be reachable {rules}: at most {share:.3f}, but got {self.target.pruning_ratio}."
+            )
+        least = self._counter(module)(most)
+        raise ValueError(
+            f"Argument `macs_reduction` must be reachable {rules}: at most {self.original['macs'] / max(least, 1):.2f}, but got "
+            f"{self.target.macs_reduction}."
+        )
+
+    def check_not_exceeded(self, module: nn.Module) -> None:
+        """Check that no more has left already than should.
+
+        Raises:
+            ValueError: it has; channels can't come back.
+        """
+        ratio, reduction = self.target.pruning_ratio, self.target.macs_reduction
+        if ratio is not None and (share := self._gone(()) / self._total) > ratio + 1e-9:
+            raise ValueError(
+                f"Argument `pruning_ratio` must be at least the share of channels that has left already, {share:.3f}, but got "
+                f"{ratio}. Channels can't come back: raise it, or train from an earlier checkpoint."
+            )
+        if reduction is not None and (factor := self.original["macs"] / self.macs(module)) > reduction + 1e-9:
+            raise ValueError(
+                f"Argument `macs_reduction` must be at least the factor that is reached already, {factor:.2f}, but got "
+                f"{reduction}. Channels can't come back: raise it, or train from an earlier checkpoint."
+            )
+
+    def _measure(self, module: nn.Module) -> dict[str, Any]:
+        units = {g.name: g.units for g in self.groups}
+        return {"macs": self.macs(module), "parameters": parameter_count(module), "units": units}
+
+    def macs(self, module: nn.Module) -> int:
+        """MACs of one sample, counted on the tensors as they are."""
+        return self._counter(module)(())
+
+    def choose(
+        self, module: nn.Module, fraction: float = 1.0, taylor: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[int, list[int]]:
+        """Units that leave next, by position of their group; empty if the target is reached as it is.
+
+        Args:
+            module: as it is now; not changed.
+            fraction: of the way from the original module to the target, in [0, 1].
+            taylor: for that importance, scores by group name.
+
+        Raises:
+            RuntimeError: the target can't be reached any more.
+        """
+        parameters = dict(module.named_parameters())
+        collected = taylor or {}
+        scores = [
+            torch.zeros(g.units)
+            if g.kept
+            else unit_scores(g, parameters, self.target.importance, collected.get(g.name))
+            for g in self.groups
+        ]
+        blocks = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
+        chosen = fewest(blocks, self._reached(module, fraction))
+        if chosen is None:
+            raise RuntimeError(
+                "The target must still be reachable, but other callbacks have changed the network so that it isn't."
+            )
+        return units_of(chosen)
+
+    def foresee(self, module: nn.Module) -> tuple[dict[int, list[int]], dict[str, int]]:
+        """What would leave if all of it left now, and the parameters and MACs of what would stay; nothing is changed.
+
+        With importance ``"taylor"``, which depends on gradients to come, units are those of ``"group_norm"``.
+        """
+        target = self.target
+        if target.importance == "taylor":
+            self.target = replace(target, importance="group_norm")
+        try:
+            chosen = self.choose(module)
+        finally:
+            self.target = target
+        copy, call = skeleton(module, self._path, self._call)
+        with removed(copy, removal_of(copy, self.groups, chosen)):
+            macs = count_macs(copy.get_submodule(self._path), call)
+            return chosen, {"parameters": parameter_count(copy), "MACs a sample": macs}
+
+    def entries_after(self, module: nn.Module, chosen: Mapping[int, Sequence[int]]) -> dict[str, int]:
+        """Entries of each parameter, by name, once channels have left; nothing is changed."""
+        copy, _ = skeleton(module, self._path, self._call)
+        with removed(copy, removal_of(copy, self.groups, chosen)):
+            return {name: p.numel() for name, p in copy.named_parameters()}
+
+    def change(self, module: nn.Module, chosen: Mapping[int, Sequence[int]], owner: str) -> Change:
+        """The record of a removal."""
+        return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})
+
+    def collect(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Scores of importance ``"taylor"`` from the gradients that are there, by group name."""
+        parameters = dict(module.named_parameters())
+        found = {g.name: taylor_scores(g, parameters) for g in self.groups if not g.kept}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
+    def follow(self, removal: Removal) -> None:
+        """Go over to the coordinates that hold after channels have left."""
+        self.groups = follow(self.groups, removal)
+
+    @property
+    def _total(self) -> int:
+        return sum(g.original * g.width for g in self.groups if not g.kept)
+
+    def _gone(self, blocks: Sequence[Block]) -> int:
+        return self._total - channel_count(self.groups) + sum(block.channels for block in blocks)
+
+    def _counter(self, module: nn.Module) -> Callable[[Sequence[Block]], int]:
+        """MACs once blocks have left, counted on a copy from which they have."""
+        copy, call = skeleton(module, self._path, self._call)
+        part = copy.get_submodule(self._path)
+
+        def count(blocks: Sequence[Block]) -> int:
+            with removed(copy, removal_of(copy, self.groups, units_of(blocks))):
+                return count_macs(part, call)
+
+        return count
+
+    def _reached(self, module: nn.Module, fraction: float) -> Callable[[Sequence[Block]], bool]:
+        if self.target.pruning_ratio is not None:
+            wanted = ceil(self.target.pruning_ratio * fraction * self._total - 1e-9)
+            return lambda blocks: self._gone(blocks) >= wanted
+        assert self.target.macs_reduction is not None
+        macs = self.original["macs"] * (1 - fraction * (1 - 1 / self.target.macs_reduction))
+        count = self._counter(module)
+        return lambda blocks: count(blocks) <= macs

@@ -1,0 +1,1 @@
+"""Weight pruning: masks over single weights, N:M patterns, blocks or channels."""

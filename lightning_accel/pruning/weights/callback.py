@@ -1,0 +1,399 @@
+"""WeightPruning: zeroes weights under masks, on a schedule, to an absolute target."""
+
+from collections.abc import Callable
+from typing import Any
+from zlib import crc32
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_accel.calls.example import builds_layers_late
+from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.resizing import kept_slice
+from lightning_accel.core.schedules import Timeline, check_schedule, fraction
+from lightning_accel.core.structure import Change, average_models, resized
+from lightning_accel.pruning.weights.criteria import check_criterion, taylor
+from lightning_accel.pruning.weights.granularity import granularity_of
+from lightning_accel.pruning.weights.masks import (
+    apply_masks_,
+    check_reachable,
+    check_scope,
+    measured_sparsity,
+    prune_masks,
+    sparsity_by_name,
+)
+from lightning_accel.pruning.weights.rewind import rewind_, snapshot
+from lightning_accel.pruning.weights.targets import Choice
+
+_UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
+_MEMORY = 0.9  # share of the earlier steps in the average of Taylor scores
+_WORTH = {
+    "weight": "smaller when compressed; no speed-up in dense engines",
+    "2:4": "up to 2x in TensorRT's sparse kernels on GPUs that have them; no speed-up elsewhere",
+}
+
+
+class WeightPruning(CompressionCallback):
+    """Zero the least important weights while training goes on (https://arxiv.org/abs/1710.01878).
+
+    The share of zeros follows ``schedule`` from 0 at ``start`` to ``sparsity`` at ``end`` and stays there. Masks live in
+    this callback's state; the module gets neither hooks nor parametrizations. Logged: ``sparsity`` in all and of each
+    weight, counted on the tensors.
+
+    What it brings: 2:4 is what NVIDIA's sparse tensor cores run faster; other zeros make files compress better, dense
+    engines not faster. For fewer operations use :class:`~lightning_accel.ChannelPruning`.
+
+    Args:
+        sparsity: share of zeros among the chosen weights at the end, in [0, 1); or one for each name glob,
+            ``{"layer4.*": 0.9, "head.*": 0.5}``; ``None`` for the share that an N:M pattern has.
+        criterion: ``"l1"`` (``"magnitude"``), ``"l2"``, ``"taylor"`` (weight times gradient, averaged over steps),
+            ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+        granularity: ``"weight"``; ``"2:4"`` and other N:M (N of M *kept*); ``"4x4"`` blocks of output by input channels;
+            ``"channel"`` or ``"input_channel"``: whole ones as masks, tensors keep their size.
+        scope: ``"global"`` compares all chosen weights with each other, ``"layer"`` prunes the same share of each.
+        schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"exponential"``, ``"constant"`` (one-shot at ``start``), or a
+            function from progress to a fraction.
+        start: epoch (int) or share of the run (float) at which pruning begins.
+        end: epoch or share at whose first step the target is reached; ``None``: half of the run after ``start``,
+            ``start`` itself for ``"constant"``.
+        include: name globs of parameters; ``None`` means all weights with two or more dimensions that divide into units.
+        exclude: name globs; wins over ``include``.
+        every: optimizer steps between two mask updates; ``None``: a hundredth of the phase.
+        rewind: epoch to whose start all weights go back at each mask update, 0 for the initialisation (the lottery ticket,
+            https://arxiv.org/abs/1803.03635); the optimizer's state is cleared, the learning rate's schedule goes on.
+        name: the state's name in the checkpoint; needed if two are used.
+
+    Raises:
+        ValueError: an argument is out of its range; in ``setup``, a glob that matches nothing; before the first step, a
+            target below the share of zeros there is, or weights that another WeightPruning has chosen.
+
+    Example:
+        >>> WeightPruning(sparsity=0.8, end=8).sparsity
+        0.8
+        >>> WeightPruning(granularity="2:4").sparsity
+        0.5
+    """
+
+    wants_low_rate = False
+
+    def __init__(
+        self,
+        sparsity: float | dict[str, float] | None = None,
+        criterion: str | Callable = "l1",
+        granularity: str = "weight",
+        scope: str = "global",
+        schedule: str | Callable = "cubic",
+        start: int | float = 0,
+        end: int | float | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        every: int | None = None,
+        rewind: int | None = None,
+        name: str = "weights",
+    ) -> None:
+        super().__init__(name=name, start=start, end=end)
+        self.choice = Choice(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
+        self.sparsity = self.choice.targets if isinstance(sparsity, dict) else self.choice.targets["*"]
+        check_scope(scope)
+        if every is not None and every < 1:
+            raise ValueError(f"Argument `every` must be a number of steps >= 1, but got {every}.")
+        if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int) or rewind < 0):
+            raise ValueError(f"Argument `rewind` must be an epoch >= 0, but got {rewind!r}.")
+        if rewind is not None and every is None and schedule != "constant":
+            raise ValueError(
+                "Argument `every` must be the steps of a round with `rewind`, but got None: weights would go back a hundred times."
+            )
+        self.criterion, self.granularity, self.scope = check_criterion(criterion), granularity, scope
+        self.schedule, self.every, self.rewind = check_schedule(schedule), every, rewind
+        self._clear()
+        self._weights: dict[str, torch.nn.Parameter] = {}
+        self._hook: Any = None
+        self._module: L.LightningModule | None = None
+
+    def _clear(self) -> None:
+        self.masks: dict[str, torch.Tensor] = {}
+        self.reached = 0.0  # fraction of the targets that the masks in force have; 1 once they are reached
+        self._chosen: list[str] = []
+        self._importance: dict[str, torch.Tensor] = {}
+        self._rewound: dict[str, torch.Tensor] = {}
+        self._loaded_targets: dict[str, float] = {}
+        self._last_step = -1
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            if self._module is not pl_module:  # used for another module before, in a cross-validation, say
+                self._clear()
+            self._module = pl_module
+        if stage == "fit" and not builds_layers_late(pl_module):
+            self._choose(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        check_one_optimizer(trainer, type(self).__name__)
+        self._choose(trainer, pl_module)  # layers may have come since setup
+        if self.end is None and self.schedule != "constant" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            last = timeline_of(trainer).step("end", 1.0)
+            self._end_step = self._start_step + (last - self._start_step + 1) // 2
+        self._check_zeros()
+        if not self.masks:
+            for name, reason in self.choice.left_dense(pl_module).items():
+                rank_zero_info(f"WeightPruning: `{name}` stays dense: {reason}.")
+        self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
+        self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
+        # Right after the update, before any other callback (EMA, a checkpoint) sees the weights.
+        self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
+        back = 0 if self.rewind is None or trainer.fast_dev_run else timeline_of(trainer).step("rewind", self.rewind)  # type: ignore[attr-defined]
+        if back > self._start_step:
+            raise ValueError(f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}.")
+        self._remember(trainer, pl_module)
+        self._update(trainer.global_step, trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._remember(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.criterion != "taylor" or self.reached == 1.0:
+            return
+        for name, weight in self._weights.items():
+            if weight.grad is not None:
+                score = taylor(name, weight, weight.grad)
+                known = self._importance.get(name)
+                self._importance[name] = score if known is None else known.lerp_(score, 1.0 - _MEMORY)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._last_step:  # micro-batches of an accumulation end without a step
+            self._update(trainer.global_step, trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        for name, share in self.sparsity_of(pl_module).items():
+            key = self._log_name if name == "all" else f"{self._log_name}/{name}"
+            pl_module.log(key, share, rank_zero_only=True)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._apply()  # EMA may have put its average into the module just now
+        self._remove_hook()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._remove_hook()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._remove_hook()
+
+    @override
+    def unfinished(self) -> str:
+        if self.reached >= 1.0:
+            return ""
+        if not isinstance(self.sparsity, dict):
+            return (
+                f"WeightPruning({self.name!r}) reached sparsity {self.reached * self.sparsity:.3f} of {self.sparsity:g}"
+            )
+        return f"WeightPruning({self.name!r}) reached {self.reached:.1%} of its targets"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "chosen": list(self._weights),
+            "reached": self.reached,
+            "importance": {name: score.cpu() for name, score in self._importance.items()},
+            "rewound": self._rewound,
+            "targets": self.choice.targets,
+            "last_step": self._last_step,
+            **self.phase_state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.masks, self.reached = dict(state_dict["masks"]), state_dict["reached"]
+        self._chosen, self._last_step = list(state_dict["chosen"]), state_dict["last_step"]
+        self._loaded_targets = dict(state_dict["targets"])
+        self._importance, self._rewound = dict(state_dict["importance"]), dict(state_dict["rewound"])
+
+    def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
+        """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
+        weights = self._of(module) if self._chosen else self.choice.weights(module)
+        return sparsity_by_name(weights)
+
+    @override
+    def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
+        return {f"sparsity ({self.name})": self.sparsity_of(pl_module)}
+
+    @override
+    def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
+        return "share of zeros", self.sparsity_of(pl_module)
+
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
+        cuts = resized(change)
+        self._importance = {name: kept_slice(score, cuts.get(name, ())) for name, score in self._importance.items()}
+        if self.granularity != "weight":  # units shift where channels leave: they are chosen anew at the next update
+            self.masks, self.reached = {}, 0.0
+            return
+        self.masks = {name: kept_slice(mask, cuts.get(name, ())) for name, mask in self.masks.items()}
+        if self.masks:  # what left may have been sparser than what stayed: the next update makes up for it
+            self.reached = min([self.reached, *self._pruned_shares().values()])
+
+    @property
+    @override
+    def worth(self) -> str:
+        return _WORTH["2:4" if self.granularity == "2:4" else "weight"]
+
+    @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        lines = {}
+        units = {"weight": "weights", "channel": "output channels", "input_channel": "input channels"}.get(
+            self.granularity, f"{self.granularity} units"
+        )
+        for share, names in self.choice.groups(self._weights):
+            for name in names:
+                where = "" if self.scope == "layer" or len(names) == 1 else f", with {len(names) - 1} others together"
+                lines[name] = f"{share:.0%} of its {units} become zero{where}"
+        return lines | {name: f"stays dense: {reason}" for name, reason in self.choice.left_dense(pl_module).items()}
+
+    @property
+    def _log_name(self) -> str:
+        return "sparsity" if self.name == "weights" else f"sparsity/{self.name}"
+
+    def _of(self, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        named = dict(module.named_parameters())
+        return {name: named[name] for name in self._chosen}
+
+    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fix which weights are meant: those of the checkpoint, if one was loaded, since what is frozen may have changed."""
+        if not self._chosen:
+            self._weights = self.choice.weights(pl_module)
+        elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
+            raise ValueError(
+                f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
+                "Resume with the same `include` and `exclude`."
+            )
+        else:
+            self._weights = self._of(pl_module)
+        for share, names in self.choice.groups(self._weights):
+            check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
+        self._check_resizing(trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                isinstance(other, WeightPruning)
+                and other is not self
+                and (both := self._weights.keys() & other._weights.keys())
+            ):
+                raise ValueError(
+                    f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
+                    "Use globs that don't overlap, or one callback with a dict of targets."
+                )
+
+    def _check_resizing(self, trainer: L.Trainer) -> None:
+        """Units must still fit once another callback has made the tensors smaller."""
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, CompressionCallback) or not other.resizes:
+                continue
+            who = type(other).__name__
+            if self.rewind is not None:
+                raise ValueError(
+                    f"Argument `rewind` must be None beside {who}, but got {self.rewind}: weights of then have other shapes."
+                )
+            for size in granularity_of(self.granularity).block or ():
+                if other.resizes % size:
+                    raise ValueError(
+                        f"Argument `round_to` of {who} must be a multiple of {size} beside granularity {self.granularity!r}, but got "
+                        f"{other.resizes}: what stays has to divide into units."
+                    )
+
+    def _check_zeros(self) -> None:
+        """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
+        if self.masks and self._loaded_targets == self.choice.targets:
+            return  # resumed as it was; where channels left, what stays may be sparser than its target
+        for share, names in self.choice.groups(self._weights):
+            for part in [names] if self.scope == "global" else [[name] for name in names]:
+                held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in part]
+                zeros = measured_sparsity(held)
+                if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
+                    where = "" if self.scope == "global" else f" in `{part[0]}`"
+                    raise ValueError(
+                        f"Argument `sparsity` must be at least the share of zeros there is{where}, {zeros:.4g}, but got {share:g}. "
+                        "Exclude weights that begin at zero, or raise it."
+                    )
+        if self.masks:  # resumed with other targets: from where the masks are
+            self.reached = min([1.0, *self._pruned_shares().values()])
+
+    def _pruned_shares(self) -> dict[float, float]:
+        """What the masks in force prune, as a fraction of each target."""
+        groups = [(share, names) for share, names in self.choice.groups(self.masks) if share]
+        return {share: measured_sparsity(self.masks[name] for name in names) / share for share, names in groups}
+
+    @property
+    def _coarse(self) -> bool:
+        """Whether masks of whole units may overshoot a target by a part of a unit."""
+        return bool(self.masks) and self.granularity != "weight" and ":" not in self.granularity
+
+    def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights of the start of epoch ``rewind``."""
+        if self.rewind is not None and not self._rewound and trainer.current_epoch == self.rewind:
+            self._rewound = snapshot(pl_module)
+
+    def _update(self, step: int, trainer: L.Trainer) -> None:
+        """Move the masks to where the schedule is before optimizer step ``step``, if it is time to."""
+        self._last_step = step
+        share = fraction(self.schedule, Timeline.progress(step, self._start_step, self._end_step))
+        every = self.every or max(1, (self._end_step - self._start_step) // _UPDATES)
+        due = step >= self._end_step or (step - self._start_step) % every == 0
+        if share <= self.reached or not due:
+            return
+        if self.criterion == "taylor" and not self._importance:
+            raise ValueError(
+                f"Argument `start` must leave a step before the first pruning with criterion 'taylor', but got {self.start}: there "
+                "is no gradient yet."
+            )
+        criterion = self.criterion if self.criterion != "taylor" else lambda name, weight, grad: self._importance[name]
+        generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
+        for target, names in self.choice.groups(self._weights):
+            self.masks |= prune_masks(
+                {name: self._weights[name] for name in names},
+                target * share,
+                criterion=criterion,
+                granularity=self.granularity,
+                scope=self.scope,
+                masks=self.masks,
+                generator=generator,
+            )
+        self.reached = share
+        if self._rewound and step > 0 and self._module is not None:
+            rewind_(self._module, self._rewound, trainer.optimizers[0])
+            rank_zero_info(
+                f"WeightPruning: step {step}: weights and buffers went back to the start of epoch {self.rewind}."
+            )
+        self._apply()
+        for average in average_models(trainer):
+            named = dict(average.named_parameters())
+            apply_masks_({name: named[name] for name in self.masks}, self.masks)
+
+    def _apply(self) -> None:
+        apply_masks_(self._weights, self.masks)
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

@@ -1,0 +1,198 @@
+"""Masks: which weights stay. Plain functions over ``{name: tensor}``, usable without a Trainer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lightning_accel.pruning.weights.criteria import RANDOM, Criterion, check_criterion, scores_of
+from lightning_accel.pruning.weights.granularity import granularity_of
+from lightning_accel.pruning.weights.threshold import keep_highest
+
+SCOPES = ("layer", "global")
+
+
+def prune_masks(
+    weights: Mapping[str, torch.Tensor],
+    sparsity: float,
+    *,
+    criterion: str | Criterion = "l1",
+    granularity: str = "weight",
+    scope: str = "global",
+    masks: Mapping[str, torch.Tensor] | None = None,
+    grads: Mapping[str, torch.Tensor | None] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """Masks under which a share of the weights is zero.
+
+    The share is absolute: ``round(sparsity * n)`` of ``n`` weights are pruned, in each tensor (``scope="layer"``) or in
+    all together (``scope="global"``), counting those that ``masks`` pruned before, which stay pruned. With units larger
+    than a weight it is the nearest number of units; whole channels always leave one in each tensor.
+
+    Args:
+        weights: tensors by name; any shape for single weights, ``(O, I, ...)`` else.
+        sparsity: share of zeros in [0, 1]; at most that of the pattern for N:M.
+        criterion: a key of ``CRITERIA``, ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+        granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
+        scope: ``"layer"`` or ``"global"``.
+        masks: masks in force, as returned by an earlier call.
+        grads: gradients by name, for the criteria that need them; default: each tensor's ``grad``.
+        generator: for ``"random"``; ``None`` means the global one.
+
+    Returns:
+        Boolean tensors of the weights' shapes; ``True`` where the weight stays.
+
+    Raises:
+        ValueError: an argument is out of its range, or a tensor doesn't divide into the granularity's units.
+
+    Example:
+        >>> prune_masks({"w": torch.tensor([0.1, -3.0, 0.2, 2.0])}, 0.5)["w"]
+        tensor([False,  True, False,  True])
+    """
+    check_sparsity(sparsity)
+    check_scope(scope)
+    check_criterion(criterion)
+    units = granularity_of(granularity)
+    if units.sparsity is not None and sparsity > units.sparsity + 1e-9:
+        raise ValueError(
+            f"Argument `sparsity` must be at most {units.sparsity:g} with granularity {granularity!r}, but got {sparsity}."
+        )
+    for name, weight in weights.items():
+        if units.name != "weight" and (
+            reason := "it has one dimension" if weight.ndim < 2 else units.misfit(weight.shape)
+        ):
+            raise ValueError(
+                f"Argument `weights` must divide into units of {granularity!r}, but got `{name}`: {reason}."
+            )
+    check_reachable({name: weight.shape for name, weight in weights.items()}, sparsity, granularity, scope)
+    drawn = (
+        {n: scores_of(criterion, n, w, generator=generator) for n, w in weights.items()} if criterion == RANDOM else {}
+    )
+
+    def scores(name: str) -> torch.Tensor:
+        """Scores of single weights, made anew each time: all of them at once would be a second copy of the network."""
+        weight = weights[name]
+        grad = weight.grad if grads is None else grads.get(name)
+        found = drawn[name] if drawn else scores_of(criterion, name, weight, grad)
+        if masks is not None and name in masks:  # below every score: once pruned, pruned for good
+            own = isinstance(criterion, str) and not drawn  # a new tensor, not one that somebody keeps
+            found = (found if own else found.clone()).masked_fill_(~masks[name], -torch.inf)
+        return found
+
+    kept = {}
+    for names in [list(weights)] if scope == "global" else [[name] for name in weights]:
+        if units.name == "weight":
+            sizes = [weights[name].numel() for name in names]
+            drop = round(sparsity * sum(sizes))
+            keeps = keep_highest([lambda name=name: scores(name).reshape(-1) for name in names], sizes, drop)  # type: ignore[misc]
+            kept.update({name: keep.reshape(weights[name].shape) for name, keep in zip(names, keeps, strict=True)})
+            continue
+        parts = [(units.unit_scores(scores(name)), units.unit_size(weights[name].shape)) for name in names]
+        zeros = sparsity * sum(weights[name].numel() for name in names)
+        pruned = _units_that_go(parts, zeros, leave_one=units.dim is not None)
+        kept.update({name: units.expand(gone, scores(name)) for name, gone in zip(names, pruned, strict=True)})
+    return kept
+
+
+def _units_that_go(parts: list[tuple[torch.Tensor, int]], zeros: float, leave_one: bool) -> list[torch.Tensor]:
+    """The units with the lowest scores that together hold nearest to ``zeros`` weights.
+
+    Args:
+        parts: scores of a tensor's units ``(U,)``, and the weights that are zero in a pruned unit.
+        zeros: weights that are to be zero.
+        leave_one: keep the best unit of each tensor.
+
+    Returns:
+        For each tensor ``(U,)``, ``True`` for units that go.
+    """
+    size = parts[0][1]
+    if not leave_one and all(other == size for _, other in parts):
+        lengths = [len(scores) for scores, _ in parts]
+        drop = min(round(zeros / size), sum(lengths))
+        return [~keep for keep in keep_highest([lambda s=s: s for s, _ in parts], lengths, drop)]  # type: ignore[misc]
+    joined = torch.cat([scores for scores, _ in parts])
+    if torch.isnan(joined).any():
+        raise ValueError("Argument `criterion` must give numbers, but got NaN. Has the training diverged?")
+    if leave_one:
+        first = 0
+        for scores, _ in parts:
+            joined[first + int(scores.argmax())] = torch.inf
+            first += len(scores)
+    order = torch.sort(joined, stable=True).indices
+    sizes = torch.cat([torch.full((len(scores),), size) for scores, size in parts])
+    cumulated = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[order.cpu()].cumsum(0)])
+    spare = len(parts) if leave_one else 0
+    count = int((cumulated[: len(cumulated) - spare] - zeros).abs().argmin())
+    pruned = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    pruned[order[:count]] = True
+    return list(pruned.split([len(scores) for scores, _ in parts]))
+
+
+def apply_masks_(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> None:
+    """Zero the pruned weights in place, unseen by autograd."""
+    if masks:
+        with torch.no_grad():
+            torch._foreach_mul_([weights[name] for name in masks], list(masks.values()))
+
+
+def measured_sparsity(tensors: Iterable[torch.Tensor]) -> float:
+    """Share of exact zeros, counted over all tensors together; 0 for none."""
+    return sparsity_by_name(dict(enumerate(tensors)))["all"]
+
+
+def sparsity_by_name(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
+    """Share of exact zeros of each tensor, counted once, and of all together under ``"all"``; 0 for none."""
+    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+    zeros = {name: sizes[name] - int(torch.count_nonzero(tensor)) for name, tensor in tensors.items()}
+    shares = {name: zeros[name] / size if size else 0.0 for name, size in sizes.items()}
+    total = sum(sizes.values())
+    return {**shares, "all": sum(zeros.values()) / total if total else 0.0}
+
+
+def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granularity: str, scope: str) -> None:
+    """Check that whole channels can make up a share of zeros: one stays in each tensor.
+
+    Args:
+        shapes: of the tensors, by name.
+        sparsity: share of zeros.
+        granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`; only channels have a limit.
+        scope: ``"layer"`` or ``"global"``.
+
+    Raises:
+        ValueError: the nearest number of channels is more than there are.
+    """
+    units = granularity_of(granularity)
+    if units.dim is None:
+        return
+    for names in [list(shapes)] if scope == "global" else [[name] for name in shapes]:
+        channel = [units.unit_size(shapes[name]) for name in names]
+        total = sum(shapes[name].numel() for name in names)
+        most = total - sum(channel)
+        if sparsity * total > most + min(channel, default=0) / 2:
+            where = "in each tensor" if scope == "global" else f"in `{names[0]}`"
+            raise ValueError(
+                f"Argument `sparsity` must leave a channel {where}: at most {most / total:.3f} with granularity "
+                f"{granularity!r}, but got {sparsity:g}."
+            )
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Check a share of zeros.
+
+    Raises:
+        ValueError: it is outside [0, 1).
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"Argument `sparsity` must be a share of zeros in [0, 1), but got {sparsity!r}. Write 0.8 for 80 percent."
+        )
+
+
+def check_scope(scope: str) -> None:
+    """Check where the least important weights are looked for.
+
+    Raises:
+        ValueError: it is not one of ``SCOPES``.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"Argument `scope` must be one of {list(SCOPES)}, but got {scope!r}.")

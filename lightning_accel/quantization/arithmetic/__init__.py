@@ -1,0 +1,1 @@
+"""Integer arithmetic: targets, fake-quantization, and the observers that choose ranges."""

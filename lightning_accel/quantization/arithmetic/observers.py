@@ -1,0 +1,266 @@
+"""Ranges: which values of each activation the integers cover, learned from training data."""
+
+import math
+from typing import Any, Protocol
+
+import torch
+
+from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, straight_through
+from lightning_accel.quantization.arithmetic.targets import Target
+
+METHODS = ("moving_average", "min_max", "percentile", "mse", "lsq")
+PERCENTILE = 99.99
+_SAMPLE = 2**16  # values of a tensor that percentile and mse look at
+_NO_CLIP = (-torch.inf, torch.inf)
+
+
+def _stride(count: int) -> int:
+    """Distance between the values of a sample: one that shares no factor with the tensor's size, else it skips whole channels."""
+    stride = max(1, count // _SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
+class Ranks(Protocol):
+    """What the ranks of a distributed run agree on."""
+
+    def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest ``low`` and largest ``high`` of all ranks."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over all ranks."""
+
+
+class RangeBank:
+    """The ranges of all activations of one captured module, updated together once a step.
+
+    They lie in vectors outside the module: nothing is added to its ``state_dict``.
+
+    Args:
+        keys: names of the quantized tensors, e.g. ``"layer1.0.conv1:input"``.
+        target: arithmetic to simulate.
+        method: how a range follows from the values: ``"moving_average"`` of each batch's smallest and largest; ``"min_max"``
+            of all batches; ``"percentile"``: what 99.99 % of a batch lie within, averaged over batches; ``"mse"``: the
+            range with the smallest squared rounding error, averaged over batches; ``"lsq"``: begins as ``"mse"``, then the
+            step is learned by gradient (https://arxiv.org/abs/1902.08153).
+        momentum: weight of a new batch in the moving average.
+    """
+
+    def __init__(
+        self,
+        keys: list[str],
+        target: Target,
+        method: str = "moving_average",
+        momentum: float = 0.05,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"Argument `ranges` must be one of {METHODS}, but got {method!r}.")
+        self.keys, self.target, self.method, self.momentum = keys, target, method, momentum
+        self.active = False  # fake-quant happens
+        self.learning = False  # training forwards are watched
+        self.calibrating = False  # forwards in eval mode are watched too
+        self.frozen = False  # ranges are final
+        self.norms_frozen = False  # batch norms keep their statistics in training
+        self.off: frozenset[str] = frozenset()  # operators that compute in float for now
+        self.low = torch.zeros(len(keys))
+        self.high = torch.zeros(len(keys))
+        self.batches = 0  # batches seen so far
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._steps: torch.Tensor | None = None  # scales that are learned
+        self._moments: list[torch.Tensor] = []
+        self._updates = 0
+        self.refresh()
+
+    @property
+    def watches(self) -> bool:
+        """Whether training batches still change the ranges by what is seen of them."""
+        return not self.frozen and not (self.active and self.method in ("percentile", "mse", "lsq"))
+
+    def refresh(self) -> None:
+        """Derive scales and zero points from the ranges."""
+        self.scales, self.zero_points = activation_qparams(self.low, self.high, self.target)
+        if self._steps is not None:
+            self.scales = self._steps.detach().clone()
+        self._grids: dict[tuple[int, tuple[float, float]], tuple[torch.Tensor, int, int, tuple[float, float]]] = {}
+        self._values = (self.scales.tolist(), self.zero_points.tolist())
+
+    def _grid(self, index: int, clip: tuple[float, float]) -> tuple[torch.Tensor, int, int, tuple[float, float]]:
+        """Scale, smallest and largest integer relative to the zero point, and where the gradient ends."""
+        found = self._grids.get((index, clip))
+        if found is None:
+            step, zero = self._values[0][index], self._values[1][index]
+            low, high = self.target.limits[0] - zero, self.target.limits[1] - zero
+            edges = ((low - 0.5) * step, (high + 0.5) * step)
+            if clip != _NO_CLIP:
+                scale = self.scales[index]
+                low = max(low, int((torch.tensor(clip[0], device=scale.device) / scale).round()))
+                if clip[1] != torch.inf:
+                    high = min(high, int((torch.tensor(clip[1], device=scale.device) / scale).round()))
+                edges = max(edges[0], clip[0]), min(edges[1], clip[1])
+            found = self._grids[index, clip] = (self.scales[index], low, high, edges)
+        return found
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device of the activations."""
+        if self.low.device != device:
+            self.low, self.high = self.low.to(device), self.high.to(device)
+            if self._steps is not None:
+                self._steps = self._steps.detach().to(device).requires_grad_()
+                self._moments = [m.to(device) for m in self._moments]
+            self.refresh()
+
+    def quantize(
+        self, index: int, x: torch.Tensor, training: bool, clip: tuple[float, float] = _NO_CLIP
+    ) -> torch.Tensor:
+        """Fake-quant of tensor ``index``; in training its range is noted down first.
+
+        Args:
+            index: row of the tensor.
+            x: any shape.
+            training: whether it belongs to a training forward.
+            clip: values to clip ``x`` to first, with zero gradient outside: an activation that was taken over.
+        """
+        if (training or self.calibrating) and self.learning and self.watches:
+            self._note(index, x.detach(), clip)
+        if not self.active:
+            return x if clip == _NO_CLIP else x.clamp(*(None if abs(v) == torch.inf else v for v in clip))
+        scale, low, high, edges = self._grid(index, clip)
+        learn = training and self._steps is not None and not self.frozen
+        if learn:
+            scale = self._steps[index]  # type: ignore[index]
+        return straight_through(x if x.dtype is torch.float32 else x.float(), scale, low, high, edges, learn)
+
+    def _note(self, index: int, x: torch.Tensor, clip: tuple[float, float]) -> None:
+        low, high = x.aminmax()
+        if self.method in ("percentile", "mse", "lsq") and bool(torch.isfinite(low) & torch.isfinite(high)):
+            flat = x.flatten()
+            flat = flat[:: _stride(flat.numel())].float().clamp(*clip)
+            if self.method == "percentile":
+                low, high = torch.quantile(flat, flat.new_tensor([1 - PERCENTILE / 100, PERCENTILE / 100])).unbind()
+            else:
+                low, high = self._least_error(flat)
+        elif clip != _NO_CLIP:
+            low, high = low.clamp(*clip), high.clamp(*clip)
+        if index in self._seen:
+            low, high = torch.minimum(low, self._seen[index][0]), torch.maximum(high, self._seen[index][1])
+        self._seen[index] = (low, high)
+
+    def _least_error(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range, of 40 that are shrunk evenly, with the smallest mean squared rounding error."""
+        shrunk = torch.linspace(0.2, 1.0, 40, device=values.device)
+        low, high = (bound * shrunk for bound in values.aminmax())
+        scales, zeros = activation_qparams(low, high, self.target)
+        smallest, largest = self.target.limits
+        errors = []
+        for scale, zero in zip(scales, zeros, strict=True):
+            rounded = torch.div(values, scale).round_().clamp_(smallest - zero, largest - zero).mul_(scale)
+            errors.append((rounded - values).square_().mean())
+        best = torch.stack(errors).argmin()
+        return low[best], high[best]
+
+    def update(self, ranks: Ranks | None = None) -> None:
+        """Take the ranges noted since the last call into those in force.
+
+        Args:
+            ranks: the other ranks of a distributed run; each calls this.
+
+        Raises:
+            ValueError: a range isn't finite; the message names the tensor.
+        """
+        if not self.watches or (not self._seen and ranks is None):
+            self._seen.clear()
+            return
+        low, high = self.low.clone(), self.high.clone()
+        if self._seen:
+            index = torch.tensor(list(self._seen), device=low.device)
+            low[index] = torch.stack([pair[0].float() for pair in self._seen.values()])
+            high[index] = torch.stack([pair[1].float() for pair in self._seen.values()])
+        self._seen.clear()
+        if ranks is not None:
+            low, high = ranks.extremes(low, high)
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        if not bool(finite.all()):
+            names = [self.keys[i] for i in torch.nonzero(~finite).flatten().tolist()]
+            raise ValueError(
+                f"Activations must be finite while ranges are learned, but got NaN or Inf first at {names[0]}."
+            )
+        if self.batches == 0:
+            self.low, self.high = low, high
+        elif self.method == "min_max":
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        else:
+            weight = self.momentum if self.method == "moving_average" else 1 / (self.batches + 1)
+            self.low, self.high = torch.lerp(self.low, low, weight), torch.lerp(self.high, high, weight)
+        self.batches += 1
+        self.refresh()
+
+    def activate(self) -> None:
+        """From now on fake-quant happens."""
+        self.active = True
+        if self.method == "lsq" and self._steps is None:
+            self._steps = self.scales.clone().requires_grad_()
+            self._moments = [torch.zeros_like(self.scales), torch.zeros_like(self.scales)]
+
+    def learn_steps(self, lr: float, ranks: Ranks | None = None) -> None:
+        """One step of Adam (https://arxiv.org/abs/1412.6980) on the logarithms of the scales, by the gradients noted so far.
+
+        Args:
+            lr: relative change of a scale in one step.
+            ranks: the other ranks of a distributed run; each calls this.
+        """
+        if self._steps is None or self.frozen:
+            return
+        grad = torch.zeros_like(self._moments[0]) if self._steps.grad is None else self._steps.grad
+        grad = grad if ranks is None else ranks.mean(grad)
+        self._steps.grad = None
+        if not bool(torch.isfinite(grad).all()):
+            return  # a step that a gradient scaler skips for the weights too
+        grad = grad * self._steps.detach()
+        first, second = self._moments
+        first.lerp_(grad, 0.1)
+        second.lerp_(grad.square(), 0.001)
+        self._updates += 1
+        mean, deviation = first / (1 - 0.9**self._updates), (second / (1 - 0.999**self._updates)).sqrt()
+        with torch.no_grad():
+            self._steps.mul_(torch.exp(-lr * mean / (deviation + 1e-12)))
+        self.refresh()
+
+    def forget(self) -> None:
+        """Drop what was noted since the last update."""
+        self._seen.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ranges by name, on the CPU."""
+        return {
+            "keys": list(self.keys),
+            "low": self.low.cpu(),
+            "high": self.high.cpu(),
+            "batches": self.batches,
+            "active": self.active,
+            "frozen": self.frozen,
+            "norms_frozen": self.norms_frozen,
+            "steps": None if self._steps is None else self._steps.detach().cpu(),
+            "moments": [m.cpu() for m in self._moments],
+            "updates": self._updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved ranges.
+
+        Raises:
+            ValueError: they belong to other tensors.
+        """
+        if state["keys"] != self.keys:
+            raise ValueError(
+                f"Argument `ckpt_path` must hold ranges of this network's tensors, but got {len(state['keys'])} ranges for "
+                f"{len(self.keys)} tensors, or other names. Resume with the same model and `include`/`exclude`."
+            )
+        device = self.low.device
+        self.low, self.high = state["low"].to(device), state["high"].to(device)
+        self.batches, self.active = state["batches"], state["active"]
+        self.frozen, self.norms_frozen = state["frozen"], state["norms_frozen"]
+        self._steps = None if state["steps"] is None else state["steps"].to(device).requires_grad_()
+        self._moments = [m.to(device) for m in state["moments"]]
+        self._updates = state["updates"]
+        self.refresh()

@@ -1,0 +1,229 @@
+"""Targets: the integer arithmetic of the runtime that will execute the network (law 8).
+
+INT8 is not one arithmetic. A :class:`Target` says which one: training simulates it, export writes it, verification runs
+it. Dequantized value = ``(integer - zero_point) * scale``. Needs no torch: a machine that only runs bundles asks here, too.
+"""
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from lightning_accel.core.cpu import cpu_name
+from lightning_accel.engines.arithmetic import Arithmetic
+from lightning_accel.engines.kernel_probe import ENGINES, Finding, engine_version, probe_kernels
+
+Probe = Callable[[str, str, Arithmetic], Finding]
+
+# Kinds of operators that a target may compute in integers.
+CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
+ATTENTION, SUM, POOLING, EMBEDDING = "attention", "sum", "pooling", "embedding"
+OPERATORS = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
+ACTIVATIONS = ("int8", "uint8")
+_LARGEST_UNSATURATED = 64  # two products with uint8 stay within int16: 2 * 255 * 64 = 32,640
+
+
+@dataclass(frozen=True)
+class Target:
+    """Arithmetic of one runtime, and what it computes in it. A new one is a new instance: no code depends on the name.
+
+    Args:
+        name: what the user writes.
+        activations: ``"int8"``: zero point 0 (symmetric); ``"uint8"``: any zero point (affine).
+        weight_max: largest integer of a weight; weights are int8, symmetric, per output channel.
+        engines: engines whose kernels reproduce this arithmetic, the natural one first.
+        why: one sentence for the report.
+        operators: kinds of operators for which the runtime has integer kernels.
+        outputs: whether it computes a convolution or sum in integers only if the result is quantized too.
+        both_summands: whether both operands of a residual sum must be integers; else the sum is part of the convolution before
+            it, whose accumulator is added to as it is.
+        rest: what is not int8: ``"float32"``, or ``"float16"`` by casts in the file.
+        opset: ONNX opset of the file: the lowest that carries all this and that the parser accepts.
+
+    Raises:
+        ValueError: a value that isn't one of those above.
+
+    Example:
+        >>> Target("dsp", "int8", 127, ("onnxruntime",), "8 bits throughout", operators=("convolution",)).rest
+        'float32'
+    """
+
+    name: str
+    activations: str
+    weight_max: int
+    engines: tuple[str, ...]
+    why: str
+    operators: tuple[str, ...] = (CONVOLUTION, LINEAR, MATMUL, SUM)
+    outputs: bool = False
+    both_summands: bool = False
+    rest: str = "float32"
+    opset: int = 18
+
+    def __post_init__(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}.")
+        if not 1 <= self.weight_max <= 127:
+            raise ValueError(f"Argument `weight_max` must be from 1 to 127 (int8), but got {self.weight_max!r}.")
+        if unknown := sorted(set(self.operators) - set(OPERATORS)):
+            raise ValueError(f"Argument `operators` must hold some of {OPERATORS}, but got {unknown}.")
+        if self.rest not in ("float32", "float16"):
+            raise ValueError(f'Argument `rest` must be "float32" or "float16", but got {self.rest!r}.')
+
+    @property
+    def signed_activations(self) -> bool:
+        """Whether activations are int8 with zero point 0, the only form that TensorRT's parser accepts."""
+        return self.activations == "int8"
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of an activation."""
+        return (-128, 127) if self.signed_activations else (0, 255)
+
+
+@cache
+def cpu_has_vnni() -> bool:
+    """Whether this CPU multiplies 8-bit integers without saturating 16-bit sums (VNNI on x86, dot product on ARM).
+
+    Source: the kernel's list of CPU flags; where there is none (macOS, Windows), only ARM is taken to have it.
+    """
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    return "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+def _full_range(vnni: bool) -> tuple[int, str]:
+    """Largest weight that no kernel of this CPU saturates with, and why."""
+    if vnni:
+        return 127, "full-range weights: this CPU has VNNI"
+    return 63, "7-bit weights: without VNNI this CPU's kernels add pairs of products in saturating int16"
+
+
+def _onnxruntime(vnni: bool) -> Target:
+    weight_max, why = _full_range(vnni)
+    kinds = (CONVOLUTION, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
+    why = f"uint8 activations, {why}"
+    return Target("onnxruntime", "uint8", weight_max, ("onnxruntime",), why, kinds, outputs=True, both_summands=True)
+
+
+def _openvino(vnni: bool) -> Target:
+    weight_max, why = _full_range(vnni)
+    # Without attention: in one comparison its fused kernel in float was up to 8 % faster than int8 products around a softmax.
+    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM, EMBEDDING)
+    why = f"uint8 activations, {why}"
+    return Target("openvino", "uint8", weight_max, ("openvino",), why, kinds)
+
+
+def target_of(name: str | Target, vnni: bool | None = None) -> Target:
+    """The target of that name; one that is a :class:`Target` already is returned as it is.
+
+    Args:
+        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"`` or ``"portable"``.
+        vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(name, Target):
+        return name
+    has_vnni = cpu_has_vnni() if vnni is None else vnni
+    known = {
+        "tensorrt": lambda: Target(
+            "tensorrt",
+            "int8",
+            127,
+            ("tensorrt",),
+            "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16",
+            (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM),
+            rest="float16",
+        ),
+        "onnxruntime": lambda: _onnxruntime(has_vnni),
+        "openvino": lambda: _openvino(has_vnni),
+        "portable": lambda: Target(
+            "portable",
+            "int8",
+            63,
+            ("onnxruntime", "tensorrt", "openvino"),
+            "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it",
+        ),
+    }
+    if name not in known:
+        raise ValueError(f"Argument `target` must be one of {sorted(known)}, but got {name!r}.")
+    return known[name]()
+
+
+def saturation(weight: int, engine: str, vnni: bool) -> str:
+    """Why int8 weights overflow in an engine's kernels; empty if they can't.
+
+    Args:
+        weight: the largest magnitude among the integers.
+        engine: ``"onnxruntime"`` or ``"openvino"``; others have other kernels.
+        vnni: whether its CPU has VNNI.
+
+    Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
+    reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767. VNNI adds in int32.
+    """
+    if vnni or weight <= _LARGEST_UNSATURATED or engine not in ("onnxruntime", "openvino"):
+        return ""
+    return (
+        f"weights up to {weight} saturate in the int8 kernels of a CPU without VNNI; "
+        "the targets `onnxruntime`, `openvino` and `portable` keep to 7 bits there"
+    )
+
+
+def arithmetic_of(target: Target) -> Arithmetic:
+    """What of a target chooses an engine's kernels."""
+    return Arithmetic(target.activations, target.weight_max, target.outputs, target.both_summands)
+
+
+def cannot_reproduce(
+    target: Target,
+    engine: str,
+    *,
+    forms: Iterable[str] = (),
+    vnni: bool | None = None,
+    probe: Probe = probe_kernels,
+) -> str:
+    """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
+
+    For this machine that is measured, on the forms that the network holds. Of another CPU no more is known than its flags say.
+
+    Args:
+        target: what was trained for.
+        engine: what is to run it.
+        forms: of the network's operators, see :data:`~lightning_accel.engines.kernel_probe.FORMS`.
+        vnni: whether another CPU has VNNI; ``None`` means this machine, on which the engine is probed.
+        probe: measures what an engine makes of a form.
+    """
+    if engine == "tensorrt" and not target.signed_activations:
+        return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
+    if vnni is not None:
+        return saturation(target.weight_max, engine, vnni)
+    if engine not in ENGINES or not engine_version(engine):  # the error of a missing engine names its extra
+        return ""
+    wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
+    return _refusal(target, engine, wrong, forms, probe) if wrong else ""
+
+
+def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Iterable[str], probe: Probe) -> str:
+    """What was measured, and the target whose arithmetic the engine reproduces."""
+    others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
+    right = (
+        other.name
+        for other in others
+        if arithmetic_of(other) != arithmetic_of(target)
+        and all(found.exact for found in _probed(other, engine, forms, probe))
+    )
+    name = next(right, None)
+    mend = "no target of this library is exact there" if name is None else f"the target `{name}` is exact there"
+    told = "; ".join(f"{found.form}: {found}" for found in wrong)
+    return (
+        f"with {target.activations} activations and weights up to {target.weight_max} {engine} {wrong[0].version} computes something else "
+        f"than the file says on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({told}); {mend}"
+    )
+
+
+def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[Finding]:
+    return [probe(engine, form, arithmetic_of(target)) for form in sorted(forms)]

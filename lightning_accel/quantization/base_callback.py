@@ -1,0 +1,249 @@
+"""What the callbacks that quantize share: which parts of the network they capture, and the checks before training."""
+
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.compile import to_uncompiled
+from typing_extensions import override
+
+from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward, owner_and_call
+from lightning_accel.calls.names import Axes, described
+from lightning_accel.core import structure
+from lightning_accel.core.callback import CompressionCallback
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.quantization.arithmetic.observers import METHODS
+from lightning_accel.quantization.arithmetic.targets import Target, target_of
+from lightning_accel.quantization.graph.capture import CaptureError
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantize_change, quantized_forwards
+
+
+class QuantizingCallback(CompressionCallback):
+    """Base of the callbacks that put fake-quant into ``forward``.
+
+    Args:
+        target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target` of your own.
+        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
+        include: globs of operators to quantize; ``None`` means all.
+        exclude: globs of operators that stay float.
+        calibration_batches: training batches that are only watched.
+        ranges: how ranges are learned.
+        inputs: maps a batch to the arguments of ``forward``.
+        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``.
+        name: the state's name in the checkpoint.
+        start: epoch or share of the run at which it begins.
+        activations: ``"static"``, ``"dynamic"`` or ``"float"``.
+    """
+
+    captures = True
+
+    def __init__(
+        self,
+        *,
+        target: str | Target,
+        module: str | list[str] | None,
+        include: str | list[str] | None,
+        exclude: str | list[str] | None,
+        calibration_batches: int,
+        ranges: str,
+        inputs: InputsFunction | None,
+        dynamic: Axes | None,
+        name: str,
+        start: int | float,
+        activations: str = "static",
+    ) -> None:
+        super().__init__(name=name, start=start)
+        if calibration_batches < 1:
+            raise ValueError(f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}.")
+        if ranges not in METHODS:
+            raise ValueError(f"Argument `ranges` must be one of {METHODS}, but got {ranges!r}.")
+        self.target = target_of(target)
+        self.paths = list(as_patterns("module", module)) or [""]
+        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
+        self.calibration_batches, self.ranges, self.inputs = calibration_batches, ranges, inputs
+        self.dynamic, self.activations = dynamic or {}, activations
+        self._prepared: dict[str, QuantizedForward] = {}  # captured in preflight, placed at `start`
+        self._placed: dict[str, QuantizedForward] = {}
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # A callback may be used for another module, in a cross-validation, say.
+        parts = dict(pl_module.named_modules())
+        self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
+        self.structure_replayed(pl_module)
+        if stage != "fit":
+            return
+        who = type(self).__name__
+        check_apart("module", [p for c in trainer.callbacks if isinstance(c, QuantizingCallback) for p in c.paths])  # type: ignore[attr-defined]
+        if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
+            raise ValueError(
+                f"Argument `precision` must keep float32 weights with {who}, but got {trainer.precision!r}. "
+                'Use "32-true", "bf16-mixed" or "16-mixed".'
+            )
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            to_uncompiled(pl_module)
+            rank_zero_warn(f"{who} captures `forward` itself: the module runs without torch.compile in this fit.")
+        if not builds_layers_late(pl_module):
+            self.prepare(trainer, pl_module)
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether the network computes with fake-quant by now."""
+        return bool(self._placed) and all(forward.bank.active for forward in self._placed.values())
+
+    @override
+    def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
+        self._prepared = {}  # captured with the shapes of before: captured again where it is needed
+
+    @override
+    def structure_replayed(self, pl_module: L.LightningModule) -> None:
+        self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
+        for forward in self._placed.values():
+            wanted = (self.target.name, self.include, self.exclude)
+            if (forward.target.name, forward.include, forward.exclude) != wanted:
+                raise ValueError(
+                    f"Arguments `target`, `include` and `exclude` must be those that the network was quantized with "
+                    f"({forward.target.name!r}, {list(forward.include)}, {list(forward.exclude)}), but got "
+                    f"{self.target.name!r}, {list(self.include)}, {list(self.exclude)}."
+                )
+        record = structure.record_of(pl_module)
+        for i, change in enumerate(record):
+            if change.kind == "quantize" and change.args["module"] in self._placed:
+                record[i] = replace(change, owner=self.state_key)  # who keeps the ranges from now on
+        self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if _exchanges_norms(trainer):  # since setup: batch norms are other modules now
+            self._prepared = {}
+            self._capture_anew()
+        self.prepare(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if _exchanges_norms(trainer):  # back, before `on_fit_end`
+            self._capture_anew()
+
+    def _capture_anew(self) -> None:
+        for forward in self._placed.values():
+            forward.forget_graphs()
+
+    def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
+        """Capture the untrained network now: what can't be captured must not fail in the middle of the run.
+
+        Returns:
+            The forwards that are, or at ``start`` will be, in place, by path. A second call does nothing.
+        """
+        for path in self.paths:
+            if path in self._placed or path in self._prepared:
+                continue
+            owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
+            try:
+                forward = QuantizedForward(
+                    owner,
+                    described(owner, call, self.dynamic),
+                    self.target,
+                    self.include,
+                    self.exclude,
+                    path,
+                    self.ranges,
+                    self.activations,
+                )
+            except CaptureError as error:
+                if path and not has_forward(pl_module):
+                    error.add_note(
+                        f"`{type(pl_module).__name__}` has no `forward`, so `{path}` was called with the batch itself. If `training_step` "
+                        "calls it with something else, write a `forward` that does so, too."
+                    )
+                raise
+            self._prepared[path] = forward
+            for operator, reason in forward.kept_float.items():
+                rank_zero_info(f"{type(self).__name__}: `{operator}` stays float: {reason}.")
+        return {**self._prepared, **self._placed}
+
+    @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        lines: dict[str, str] = {}
+        for path, forward in {**self._prepared, **self._placed}.items():
+            before = f"{path}." if path else ""
+            lines |= {f"{before}{name}": f"{self.target.name} int8" for name in forward.quantized}
+            lines |= {f"{before}{name}": f"stays float: {reason}" for name, reason in forward.kept_float.items()}
+        return lines
+
+    def int8_weights(self, pl_module: L.LightningModule) -> list[str]:
+        """Names of the module's parameters that are stored as integers in the end."""
+        stored: set[int] = set()
+        for path, forward in {**self._prepared, **self._placed}.items():
+            part = dict((pl_module.get_submodule(path) if path else pl_module).named_modules())
+            weights = (getattr(part.get(name), "weight", None) for name in forward.quantized)
+            stored |= {id(weight) for weight in weights if isinstance(weight, torch.Tensor)}
+        return [name for name, parameter in pl_module.named_parameters() if id(parameter) in stored]
+
+    def place(self, pl_module: L.LightningModule) -> None:
+        """Let the captured graphs take over from now on, and write it into the record."""
+        for path, forward in self._prepared.items():
+            pl_module.get_submodule(path).__dict__["forward"] = forward
+            structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
+        self._placed, self._prepared = self._prepared, {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "ranges": {path: forward.bank.state_dict() for path, forward in self._placed.items()},
+            **self.phase_state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if lost := state_dict["ranges"].keys() - self._placed.keys():
+            raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
+        for path, ranges in state_dict["ranges"].items():
+            self._placed[path].bank.load_state_dict(ranges)
+
+
+def _exchanges_norms(trainer: L.Trainer) -> bool:
+    """Whether Lightning exchanges batch norms for synchronized ones while it trains: ``Trainer(sync_batchnorm=True)``."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def check_apart(argument: str, paths: list[str]) -> None:
+    """No part of the network is quantized by two callbacks, or twice by one.
+
+    Raises:
+        ValueError: one is.
+    """
+    for i, path in enumerate(paths):
+        for other in paths[:i]:
+            if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
+                raise ValueError(
+                    f"Argument `{argument}` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
+                    f"and {path or 'the whole forward'!r}. Name each part once."
+                )
+
+
+class AllRanks:
+    """The ranks of a distributed run, so that every rank learns the same ranges."""
+
+    def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest ``low`` and largest ``high`` of all ranks."""
+        both = torch.cat([-low, high])
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        return -both[: len(low)], both[len(low) :]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over all ranks."""
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
+
+
+def ranks_of(trainer: L.Trainer) -> AllRanks | None:
+    """The ranks of a run; ``None`` if there is one."""
+    return AllRanks() if trainer.world_size > 1 else None

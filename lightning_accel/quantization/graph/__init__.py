@@ -1,0 +1,1 @@
+"""Captured graphs: where fake-quantization is inserted, and how it becomes integers."""

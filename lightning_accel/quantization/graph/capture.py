@@ -1,0 +1,253 @@
+"""Capture: a module's ``forward`` as a graph that shares the module's parameter and buffer objects.
+
+The module itself is left alone: the graph lies outside ``_modules`` and looks its tensors up in the module at each call,
+so optimizers, EMA, checkpoints and device moves keep working on the module.
+"""
+
+import inspect
+import logging
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_accel.calls.example import canonical_call, mode, named_keywords, own_forward, own_signature
+from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.quantization.graph.operators import is_view
+from lightning_accel.quantization.graph.sync_norm import one_rank
+
+
+class CaptureError(RuntimeError):
+    """A module's ``forward`` can't be captured as a graph."""
+
+
+def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
+    """Capture ``module.forward`` in train or eval mode.
+
+    Args:
+        module: the module; neither its mode, its tensors nor the random generators change.
+        description: inputs, from :func:`describe_inputs`.
+        training: mode in which it is captured; ``None``: each submodule in the mode it is in.
+        path: the module's name, for the error message.
+
+    Returns:
+        A graph of ``aten`` operators; its parameters and buffers are the module's own objects.
+
+    Raises:
+        CaptureError: ``torch.export`` can't; the message names the user's file and line, and a submodule for which it works.
+    """
+    cumulative = [
+        name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.momentum is None
+    ]
+    if training and cumulative:
+        raise CaptureError(
+            f"Argument `momentum` of the batch norm `{cumulative[0]}` must be a number, but got None: its cumulative average is Python "
+            "that depends on values, which torch.export can't capture. Give it one, such as 0.1."
+        )
+    try:
+        return _export(module, description, training)
+    except Exception as error:  # torch.export documents no common base
+        raise CaptureError(_explain(module, description, training, path, error)) from error
+
+
+@contextmanager
+def no_logs() -> Iterator[None]:
+    """Without the log lines that torch.export writes for its own developers; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _export(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> GraphModule:
+    tensor = next(iter(module.parameters()), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    args, kwargs = example_inputs(description, device)
+    keep = torch.get_rng_state()
+    with (
+        named_keywords(module, kwargs),
+        one_rank(module),
+        nullcontext() if training is None else mode(module, training),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
+            try:
+                shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+                graph_module = program.module()
+            finally:
+                torch.set_rng_state(keep)
+    for node in list(graph_module.graph.nodes):  # we check the inputs ourselves, in microseconds and in words
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph_module.graph.erase_node(node)
+    _out_of_place(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _out_of_place(graph_module: GraphModule) -> None:
+    """``relu_`` becomes ``relu``: a fake-quant may keep the tensor that an operator in place would overwrite.
+
+    In a captured graph every later reader reads the operator's own node, so values stay. Operators on inputs, parameters,
+    buffers and views write into something that is seen elsewhere; they are left alone.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+            continue
+        name, source = node.target._schema.name.split("::")[1], node.args[0]
+        if (
+            not name.endswith("_")
+            or name.endswith("__")
+            or not isinstance(source, Node)
+            or source.op != "call_function"
+        ):
+            continue
+        if is_view(source) or any(is_view(reader) for reader in source.users):
+            continue
+        twin = getattr(getattr(torch.ops.aten, name[:-1], None), node.target._overloadname, None)
+        if twin is not None:
+            node.target = twin
+
+
+def _explain(
+    module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str, error: Exception
+) -> str:
+    what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if fixed := re.findall(r"You marked .*?\.size\(\)\[(\d+)\] as dynamic but .* a constant \((\d+)\)", str(error)):
+        return (
+            f"Argument `dynamic` must name axes along which {what} computes the same at any size, but torch.export fixes "
+            f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
+            "unroll time). Leave it out and pad to one size."
+        )
+    if reason_known := taken_name(error, module) or fixed_batch(error, what):
+        return reason_known
+    message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
+    if line := user_line(error, module):
+        message += f" (at {line})"
+    works = _submodule_that_works(module, description, training)
+    if works:
+        name = f"{path}.{works}" if path else works
+        return f'{message}. Its submodule `{name}` can be captured: use QuantizationAwareTraining(module="{name}").'
+    return f"{message}. Keep data-dependent Python out of `forward`, or name a submodule with `module=`."
+
+
+def taken_name(error: BaseException, module: nn.Module) -> str:
+    """What to say where a submodule's name is one that torch's captured graphs use themselves; empty where that isn't it."""
+    missed = re.search(r"target (\w+)\.\S+ references nonexistent attribute", str(error))
+    taken = set(dir(GraphModule(nn.Module(), Graph()))) - set(dir(nn.Module()))
+    if missed is None or missed[1] not in taken:
+        return ""
+    return (
+        f"Argument `module` must have no submodule named `{missed[1]}`, a name that graphs of torch.export use themselves, but got "
+        f"`{type(module).__name__}.{missed[1]}`. Rename it."
+    )
+
+
+def fixed_batch(error: BaseException, what: str) -> str:
+    """What to say where the code makes the number of samples a constant; empty where that isn't it."""
+    fixed = re.search(
+        r"You marked batch as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
+    )
+    if fixed is None:
+        return ""
+    return (
+        f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
+        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
+    )
+
+
+def user_line(error: BaseException, module: nn.Module) -> str:
+    """The innermost line of the traceback that lies in no installed package."""
+    installed = sysconfig.get_paths()["purelib"]
+    here = str(Path(__file__).parents[2])
+    found = ""
+    seen: BaseException | None = error
+    while seen is not None:
+        for frame in traceback.extract_tb(seen.__traceback__):
+            file = frame.filename
+            if not file.startswith((installed, here, "<", sysconfig.get_paths()["stdlib"])):
+                found = f"{file}:{frame.lineno}"
+        seen = seen.__cause__ or seen.__context__
+    if found:
+        return found
+    source = inspect.getsourcefile(type(module))
+    return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
+
+
+def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> str:
+    """The largest submodule, at most two levels down, that can be captured with the inputs it gets; empty if none."""
+    calls: dict[str, dict[str, Any]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                calls.setdefault(name, describe_inputs(*canonical_call(own_signature(m), args, kwargs)))
+            except (TypeError, ValueError):
+                return
+
+        return note
+
+    candidates = {
+        name: m
+        for name, m in module.named_modules()
+        if name and name.count(".") < 2 and any(True for _ in m.parameters())
+    }
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in candidates.items()]
+    tensor = next(module.parameters(), torch.zeros(()))
+    args, kwargs = example_inputs(description, tensor.device)
+    keep = torch.get_rng_state()
+    try:
+        with own_forward(module), mode(module, False), torch.no_grad():
+            module(*args, **kwargs)
+    except Exception:  # the forward fails on zeros: the submodules called before that are still candidates
+        pass
+    finally:
+        torch.set_rng_state(keep)
+        for handle in handles:
+            handle.remove()
+    for name in sorted(calls, key=lambda n: -sum(p.numel() for p in candidates[n].parameters()))[:6]:
+        try:
+            _export(candidates[name], calls[name], training)
+        except Exception:  # this one can't be captured either
+            continue
+        return name
+    return ""
+
+
+class Bindings:
+    """Keeps a captured graph's tensors those of the module, also after ``.to(device)`` has replaced buffer objects."""
+
+    def __init__(self, graph_module: GraphModule, module: nn.Module) -> None:
+        self._links: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        for node in graph_module.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            prefix, _, key = node.target.rpartition(".")
+            try:
+                owner = module.get_submodule(prefix)
+            except AttributeError:  # a constant that torch.export lifted: it belongs to the graph alone
+                continue
+            inner = graph_module.get_submodule(prefix)
+            for theirs, ours in ((owner._parameters, inner._parameters), (owner._buffers, inner._buffers)):
+                if key in theirs and key in ours:
+                    self._links.append((theirs, ours, key))
+
+    def sync(self) -> None:
+        """Point the graph at the module's present tensors."""
+        for theirs, ours, key in self._links:
+            if ours[key] is not theirs[key]:
+                ours[key] = theirs[key]

@@ -1,0 +1,176 @@
+"""Convert: fake-quants become quantize/dequantize operators, weights become stored integers.
+
+Nothing is computed anew here: integers, scales, zero points and biases come from the same objects that training and
+evaluation use, so what is written is what was simulated.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.ao.quantization.fx._decomposed
+from torch.fx import GraphModule, Node
+
+from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant
+from lightning_accel.quantization.graph.prepare import QuantizedForward
+
+_qd = torch.ops.quantized_decomposed
+_STORED = ("weight_int8", "weight_scale", "weight_zero_point", "bias")  # what is stored for an operator
+
+
+@dataclass(frozen=True)
+class TrainedIntegers:
+    """What training ended with, to hold the exported file against.
+
+    Args:
+        weights: name of the stored weight -> (integers int8, scales float32 ``(C,)``, axis).
+        activations: (scale, zero point) of each place where a tensor is quantized, by the tensor's key.
+    """
+
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor, int]]
+    activations: dict[str, tuple[float, int]]
+
+
+def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
+    """A snapshot of the quantized network as a graph of integers, scales and float operators.
+
+    Args:
+        forward: with ranges that have seen data; it and its module stay as they are.
+
+    Returns:
+        The graph, on the module's device, and the integers it was built from.
+
+    Raises:
+        ValueError: ranges have seen no data.
+    """
+    bank = forward.bank
+    if bank.batches == 0 and bank.keys:
+        raise ValueError("Ranges must have seen data before convert, but got none: train, or calibrate, past `start`.")
+    graph_module = deepcopy(forward.graph(training=False))
+    trained = TrainedIntegers({}, {})
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        part = graph_module.get_submodule(node.target)
+        if isinstance(part, ActivationFakeQuant):
+            key, (scale, zero_point) = bank.keys[part.index], part.qparams()
+            while key in trained.activations:  # tensors that are concatenated have one range
+                key += "'"
+            trained.activations[key] = (scale, zero_point)
+            _quantize_activation(graph_module, node, part, scale, zero_point)
+        elif write := _WRITERS.get(type(part)):
+            name = _free_name(graph_module, node.target.removeprefix("folded_"))
+            trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    _drop_unused_tensors(graph_module)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module, trained
+
+
+def _free_name(graph_module: GraphModule, name: str) -> str:
+    """The operator's name, or one behind which no tensor of the user's has a name that convert gives: ``head_bias``."""
+    while any(hasattr(graph_module, f"{name}_{kind}") for kind in _STORED):
+        name += "_"
+    return name
+
+
+def _quantize_activation(
+    graph_module: GraphModule, node: Node, part: ActivationFakeQuant, scale: float, zero_point: int
+) -> None:
+    target = part.bank.target
+    arguments = (scale, zero_point, *target.limits, getattr(torch, target.activations))
+    with graph_module.graph.inserting_before(node):
+        integers = graph_module.graph.call_function(_qd.quantize_per_tensor.default, (node.args[0], *arguments))
+        back = graph_module.graph.call_function(_qd.dequantize_per_tensor.default, (integers, *arguments))
+    back.meta = dict(node.meta)
+    node.replace_all_uses_with(back)
+    graph_module.graph.erase_node(node)
+
+
+def _quantize_operator(
+    graph_module: GraphModule, node: Node, part: FoldedOperator, name: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    state: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
+    state |= dict(graph_module.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        tensors = [state[str(a.target)].detach() if isinstance(a, Node) else None for a in node.args[1:]]
+        values, scale, bias = part.fold(*tensors)  # type: ignore[arg-type]
+        integers = values.to(torch.int8)
+    graph = graph_module.graph
+    graph_module.register_buffer(f"{name}_weight_int8", integers)
+    graph_module.register_buffer(f"{name}_weight_scale", scale)
+    graph_module.register_buffer(
+        f"{name}_weight_zero_point", torch.zeros(len(scale), dtype=torch.int64, device=scale.device)
+    )
+    limit = part.bank.target.weight_max
+    with graph.inserting_before(node):
+        stored = [graph.get_attr(f"{name}_weight_{kind}") for kind in ("int8", "scale", "zero_point")]
+        weight = graph.call_function(
+            _qd.dequantize_per_channel.default, (*stored, part.axis, -limit, limit, torch.int8)
+        )
+        new_bias = None
+        if bias is not None:
+            graph_module.register_buffer(f"{name}_bias", bias)
+            new_bias = graph.get_attr(f"{name}_bias")
+        result = graph.call_function(part.operator, (node.args[0], weight, new_bias, *part.rest))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return integers.cpu(), scale.cpu(), part.axis
+
+
+def _quantize_dynamic(
+    graph_module: GraphModule, node: Node, part: DynamicLinear, name: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    weight = dict(graph_module.named_parameters(remove_duplicate=False))[str(node.args[1].target)]  # type: ignore[union-attr]
+    integers, scale = part.fold(weight)
+    graph_module.register_buffer(f"{name}_weight_int8", integers)
+    graph_module.register_buffer(f"{name}_weight_scale", scale)
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        stored = [graph.get_attr(f"{name}_weight_{kind}") for kind in ("int8", "scale")]
+        operator = torch.ops.lightning_accel.dynamic_linear.default
+        result = graph.call_function(operator, (node.args[0], *stored, node.args[2]))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return integers.cpu(), scale.cpu(), 1
+
+
+def _quantize_embedding(
+    graph_module: GraphModule, node: Node, part: FoldedEmbedding, name: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    table = dict(graph_module.named_parameters(remove_duplicate=False))[str(node.args[0].target)]  # type: ignore[union-attr]
+    values, scale = part.fold(table)
+    graph_module.register_buffer(f"{name}_weight_int8", values.to(torch.int8))
+    graph, limit = graph_module.graph, part.bank.target.weight_max
+    with graph.inserting_before(node):
+        rows = graph.call_function(
+            torch.ops.aten.embedding.default, (graph.get_attr(f"{name}_weight_int8"), node.args[1])
+        )
+        grid = (float(scale), 0, -limit, limit, torch.int8)
+        result = graph.call_function(_qd.dequantize_per_tensor.default, (rows, *grid))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return values.to(torch.int8).cpu(), scale.cpu(), 0
+
+
+_WRITERS: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor, int]]] = {
+    FoldedOperator: _quantize_operator,
+    DynamicLinear: _quantize_dynamic,
+    FoldedEmbedding: _quantize_embedding,
+}
+
+
+def _drop_unused_tensors(graph_module: GraphModule) -> None:
+    """Float weights have no reader any more; they must not travel."""
+    read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name, owner in list(graph_module.named_modules(remove_duplicate=False)):
+        for store in (owner._parameters, owner._buffers):
+            for key in [k for k in store if (f"{name}.{k}" if name else k) not in read]:
+                del store[key]

@@ -1,0 +1,116 @@
+"""Folding: a convolution or linear layer with its batch norm as one operator with integer weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.quantization.arithmetic.dynamic_linear import dynamic_linear
+from lightning_accel.quantization.arithmetic.fake_quant import TINY, per_channel, quantize_weight, stored, straight
+from lightning_accel.quantization.arithmetic.observers import RangeBank
+
+aten = torch.ops.aten
+
+
+class FoldedOperator(nn.Module):
+    """A convolution or linear layer with quantized weight, and the batch norm behind it folded into scales and bias.
+
+    Scaling an output channel scales its step: ``norm(conv(x, q * s)) = conv(x, q * (s * f)) + b`` with
+    ``f = gamma / sqrt(var + eps)``, so the integers stay what was trained. A negative ``f`` flips their sign; a zero one
+    makes them zeros.
+
+    Args:
+        bank: says whether fake-quant is active, and the weight's integers.
+        name: of the operator in the plan.
+        operator: an ``aten`` convolution or linear.
+        axis: output channels of the weight.
+        rest: arguments of ``operator`` after the bias.
+        epsilon: of the batch norm; ``None`` if there is none.
+    """
+
+    def __init__(
+        self, bank: RangeBank, name: str, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None
+    ) -> None:
+        super().__init__()
+        self.bank, self.name, self.operator, self.axis, self.rest, self.epsilon = (
+            bank,
+            name,
+            operator,
+            axis,
+            rest,
+            epsilon,
+        )
+
+    def fold(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` that ship."""
+        integers, scale = quantize_weight(weight, self.axis, self.bank.target)
+        if self.epsilon is None:
+            return integers, scale, bias
+        gamma, beta, mean, variance = norm
+        assert mean is not None
+        assert variance is not None
+        deviation = torch.sqrt(variance + self.epsilon)
+        factor = 1.0 / deviation if gamma is None else gamma / deviation
+        integers = integers * per_channel(torch.sign(factor), weight.ndim, self.axis)
+        folded = scale * factor.abs()
+        scale = stored(
+            torch.where(folded < TINY, scale, folded), self.bank.target
+        )  # gamma 0: any scale will do for zeros
+        shift = -mean if bias is None else bias - mean
+        return integers, scale, shift * factor if beta is None else beta + shift * factor
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output of the operator (and batch norm in eval mode)."""
+        if self.bank.active and self.name not in self.bank.off:
+            integers, scale, bias = self.fold(weight, bias, *norm)
+            return self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
+        y = self.operator(x, weight, bias, *self.rest)
+        if self.epsilon is None:
+            return y
+        gamma, beta, mean, variance = norm
+        return aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer with integer weights whose input is quantized by the range of the moment, in each call anew."""
+
+    def __init__(self, bank: RangeBank, name: str) -> None:
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers ``(in, out)``, int8, and scales ``(out,)`` that ship."""
+        integers, scale = quantize_weight(weight, 0, self.bank.target)
+        return integers.t().contiguous().to(torch.int8), scale
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Output of the layer; the gradient, if there is one, is that of the float layer."""
+        if not self.bank.active or self.name in self.bank.off:
+            return aten.linear.default(x, weight, bias)
+        integers, scale = self.fold(weight)
+        with torch.no_grad():
+            result = dynamic_linear(x.float(), integers, scale, bias)
+        return straight(aten.linear.default(x, weight, bias), result) if torch.is_grad_enabled() else result
+
+
+class FoldedEmbedding(nn.Module):
+    """An embedding whose table is stored as integers with one scale: rows are looked up as integers, then scaled."""
+
+    def __init__(self, bank: RangeBank, name: str) -> None:
+        super().__init__()
+        self.bank, self.name = bank, name
+
+    def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers (in float, the table's shape) and the scale ``(1,)`` that ship."""
+        return quantize_weight(weight, None, self.bank.target)
+
+    def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the table."""
+        if not self.bank.active or self.name in self.bank.off:
+            return aten.embedding.default(weight, indices)
+        integers, scale = self.fold(weight)
+        return aten.embedding.default(integers, indices) * scale

@@ -1,0 +1,192 @@
+"""Placing: the fake-quants of a plan in a captured graph."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant
+from lightning_accel.quantization.graph.operators import clip_of, writes
+from lightning_accel.quantization.graph.plan import Plan, Point, aten
+from lightning_accel.quantization.graph.sync_norm import SyncedNorm
+
+DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
+
+
+def place_fake_quants(
+    graph_module: GraphModule, plan: Plan, tensors: Mapping[str, str], bank: RangeBank, training: bool
+) -> None:
+    """Insert the fake-quants of a plan into a captured graph, in place, one for each tensor.
+
+    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier that only a fake-quant
+    reads becomes part of it: that clips as well, and costs one pass over the tensor instead of two.
+
+    Args:
+        graph_module: the captured graph.
+        plan: its points.
+        tensors: key of each activation -> key of its row in the bank.
+        bank: holds the ranges.
+        training: whether it is the train graph.
+    """
+    rows = {key: i for i, key in enumerate(bank.keys)}
+    readers: dict[int, set[str]] = {}
+    for point in plan.points:
+        if not point.weight:
+            readers.setdefault(rows[tensors[point.key]], set()).add(point.operator)
+    placed: dict[tuple[Node, int, int], Node] = {}
+    for point in plan.points:
+        if point.weight:
+            if _is_dynamic_linear(plan, point):
+                _make_dynamic(graph_module, point, bank)
+            elif training:
+                _place_weight(graph_module, point, bank)
+            continue
+        row = rows[tensors[point.key]]
+        for root in point.roots:
+            at = (root, row, point.version)
+            if at not in placed:
+                fake = ActivationFakeQuant(bank, row, training, frozenset(readers[row]))
+                placed[at] = _insert(graph_module, point, root, f"fake_quant_{row}", fake)
+            for source, reader in point.moved:
+                if source is root:
+                    reader.replace_input_with(root, placed[at])
+    fakes = set(placed.values())
+    for point in plan.points:  # once every operator has its own, whoever else reads an integer tensor reads it too
+        for root in point.roots if point.shared else ():
+            fake_node = placed[root, rows[tensors[point.key]], point.version]
+            for user in [u for u in root.users if u not in fakes and u.op != "output"]:
+                if _after(fake_node, user):
+                    user.replace_input_with(root, fake_node)
+    for node in placed.values():
+        if training:
+            _take_over_rectifier(graph_module, node)
+    if not training:
+        for point in plan.points:
+            if point.weight and not _is_dynamic_linear(plan, point):
+                _fold(graph_module, point, bank)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _is_dynamic_linear(plan: Plan, point: Point) -> bool:
+    return plan.dynamic and point.node.target is aten.linear.default
+
+
+def _insert(graph_module: GraphModule, point: Point, root: Node, name: str, fake: nn.Module) -> Node:
+    """A node that applies a fake-quant to a tensor, before the first of its readers that may read it."""
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.add_module(name, fake)
+    users = set(root.users)
+    # A tensor that is overwritten in place has, at each version, its own readers.
+    before = point.node if point.version or any(writes(user) for user in users) else _first(root, users)
+    with graph_module.graph.inserting_before(before):
+        node = graph_module.graph.call_module(name, (root,))
+    node.meta = dict(root.meta)
+    return node
+
+
+def _first(root: Node, users: set[Node]) -> Node:
+    node = root.next
+    while node not in users:
+        node = node.next
+    return node
+
+
+def _after(first: Node, second: Node) -> bool:
+    """Whether the second node comes after the first."""
+    while second.op != "root":
+        second = second.prev
+        if second is first:
+            return True
+    return False
+
+
+def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+    name = f"fake_quant_of_{point.operand.name}" + ("" if point.axis is None else f"_{point.axis}")
+    if not hasattr(graph_module, name):
+        graph_module.add_module(name, WeightFakeQuant(bank, point.axis))
+    made = next((u for u in point.operand.users if u.op == "call_module" and u.target == name), None)
+    if made is None:
+        with graph_module.graph.inserting_before(_first(point.operand, set(point.operand.users))):
+            made = graph_module.graph.call_module(name, (point.operand,))
+        made.meta = dict(point.operand.meta)
+    point.node.update_arg(point.index, made)  # type: ignore[arg-type]  # a weight is an operand, not a result
+
+
+def _make_dynamic(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+    name = _free_name(graph_module, point)
+    graph_module.add_module(name, DynamicLinear(bank, point.operator))
+    bias = point.node.args[2] if len(point.node.args) > 2 else None
+    with graph_module.graph.inserting_before(point.node):
+        _replace(point.node, graph_module.graph.call_module(name, (*point.node.args[:2], bias)))
+
+
+def _free_name(graph_module: GraphModule, point: Point) -> str:
+    name = "folded_" + point.operator.replace(".", "_")
+    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
+        name += "_"
+    return name
+
+
+def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
+    source: Any = node.args[0]
+    clip = clip_of(source)
+    if clip is None or set(source.users) != {node} or writes(source):
+        return
+    graph_module.get_submodule(str(node.target)).clip = clip  # type: ignore[assignment]
+    node.args = (source.args[0],)
+    graph_module.graph.erase_node(source)
+
+
+def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+    """Replace an operator, and the batch norm that alone reads it, by one with integer weights."""
+    node, name = point.node, _free_name(graph_module, point)
+    graph = graph_module.graph
+    if node.target is aten.embedding.default:
+        graph_module.add_module(name, FoldedEmbedding(bank, point.operator))
+        with graph.inserting_before(node):
+            folded = graph.call_module(name, node.args[:2])
+        _replace(node, folded)
+        return
+    bias = node.args[2] if len(node.args) > 2 else None
+    norm = next(iter(node.users)) if len(node.users) == 1 else None
+    value = node.meta.get("val")
+    if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
+        norm = None  # there batch norm's channels are not the linear layer's outputs
+    if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
+        norm = None
+    tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
+    epsilon: Any = None if norm is None else norm.args[7]
+    operator = FoldedOperator(bank, point.operator, node.target, point.axis or 0, tuple(node.args[3:]), epsilon)
+    graph_module.add_module(name, operator)
+    last = node if norm is None else norm
+    with graph.inserting_before(last):
+        folded = graph.call_module(name, (node.args[0], node.args[1], bias, *tensors))
+    _replace(last, folded)
+    if norm is not None:
+        graph.erase_node(node)
+
+
+def _replace(node: Node, other: Node) -> None:
+    other.meta = dict(node.meta)
+    node.replace_all_uses_with(other)
+    node.graph.erase_node(node)
+
+
+def freeze_norms(graph_module: GraphModule) -> None:
+    """Let the batch norms of a train graph use, and keep, the statistics they have; in place."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:  # else it keeps none
+            node.update_arg(5, False)
+        if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
+            norm.frozen = True
+        counts = node.target is aten.add_.Tensor and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
+        if counts and str(node.args[0].target).endswith("num_batches_tracked") and not node.users:
+            graph.erase_node(node)
+    graph_module.recompile()

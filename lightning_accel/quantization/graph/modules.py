@@ -1,0 +1,60 @@
+"""The modules that stand in a captured graph for a fake-quant."""
+
+import torch
+from torch import nn
+
+from lightning_accel.quantization.arithmetic.fake_quant import per_channel, quantize_weight, straight
+from lightning_accel.quantization.arithmetic.observers import RangeBank
+
+
+class WeightFakeQuant(nn.Module):
+    """Fake-quant of a weight with the range of the moment; no state. All values lie within it, so the gradient is 1.
+
+    Args:
+        bank: says whether fake-quant is active, and the weight's integers.
+        axis: output channels; ``None``: one scale for all of the weight.
+    """
+
+    def __init__(self, bank: RangeBank, axis: int | None) -> None:
+        super().__init__()
+        self.bank, self.axis = bank, axis
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weight on the grid, same shape."""
+        if not self.bank.active:
+            return weight
+        integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target)
+        return straight(weight, integers.mul_(per_channel(scale, weight.ndim, self.axis)))
+
+
+class ActivationFakeQuant(nn.Module):
+    """Fake-quant of one activation.
+
+    Args:
+        bank: holds its range.
+        index: its row in the bank.
+        training: whether it stands in the train graph.
+        operators: the operators that read it; if all of them compute in float for now, so does it.
+        clip: values that an activation it took over clips to.
+    """
+
+    def __init__(
+        self,
+        bank: RangeBank,
+        index: int,
+        training: bool,
+        operators: frozenset[str] = frozenset(),
+        clip: tuple[float, float] = (-torch.inf, torch.inf),
+    ) -> None:
+        super().__init__()
+        self.bank, self.index, self.training_graph, self.operators, self.clip = bank, index, training, operators, clip
+
+    def qparams(self) -> tuple[float, int]:
+        """Scale (exactly representable in float32) and zero point in force."""
+        return float(self.bank.scales[self.index]), int(self.bank.zero_points[self.index])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape as ``x``."""
+        if self.bank.off and self.operators <= self.bank.off:
+            return x
+        return self.bank.quantize(self.index, x, self.training_graph, self.clip)

@@ -1,0 +1,242 @@
+"""QuantizationAwareTraining: trains the network with the integer arithmetic it will ship with."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from lightning_accel.calls.example import InputsFunction
+from lightning_accel.core.callback import check_one_optimizer, timeline_of
+from lightning_accel.core.schedules import check_position
+from lightning_accel.quantization.arithmetic.targets import Target
+from lightning_accel.quantization.base_callback import QuantizingCallback, ranks_of
+from lightning_accel.quantization.call_watch import CallWatch
+
+_STEP_RATE = 1e-3  # relative change of a learned step in one optimizer step, by Adam
+
+
+class QuantizationAwareTraining(QuantizingCallback):
+    """Train with fake-quant of a target's arithmetic, so that the integers that ship are the ones that were trained.
+
+    From ``start`` on, ``forward`` of the module (or of the submodules named) is a captured graph over the same parameters:
+    ranges are learned from the first training batches in float, then activations and weights are rounded as the target
+    will round them (https://arxiv.org/abs/1712.05877). Towards the end batch norm keeps its statistics, then ranges are
+    final, so that what is trained last is what ships. After ``fit`` the module still computes what ships.
+
+    Args:
+        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
+        start: epoch (int) or share of the run (float) at which it begins.
+        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``. Name them
+            if ``training_step`` calls them instead of ``forward``.
+        include: globs of operators to quantize (module paths); ``None`` means all.
+        exclude: globs of operators that stay float.
+        calibration_batches: training batches that are only watched before the first fake-quant step.
+        ranges: ``"moving_average"`` and ``"min_max"`` go on learning until ranges are frozen; ``"percentile"`` and ``"mse"`` stay as
+            calibration found them; ``"lsq"`` learns the step by gradient (https://arxiv.org/abs/1902.08153).
+        freeze_batch_norm: epoch or share of the run from which batch norm keeps its statistics; ``None``: after two thirds of
+            the phase, once the learning rate has fallen to a tenth of its highest (at a high rate training needs the
+            batch's own statistics); ``1.0``: never.
+        freeze_ranges: epoch or share of the run from which ranges are final; ``None``: after five sixths of the phase;
+            ``1.0``: never.
+        lr_scale: factor on the learning rate from ``start`` on; the schedule itself goes on as it is.
+        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
+        name: the state's name in the checkpoint.
+
+    Raises:
+        ValueError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
+        CaptureError: in ``setup``, a ``forward`` that ``torch.export`` can't capture.
+
+    Example:
+        >>> QuantizationAwareTraining(target="portable", start=0.5).target.weight_max
+        63
+    """
+
+    def __init__(
+        self,
+        target: str | Target = "tensorrt",
+        start: int | float = 0.5,
+        module: str | list[str] | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        calibration_batches: int = 8,
+        ranges: str = "moving_average",
+        freeze_batch_norm: int | float | None = None,
+        freeze_ranges: int | float | None = None,
+        lr_scale: float = 1.0,
+        inputs: InputsFunction | None = None,
+        dynamic: dict[str, dict[int, str]] | None = None,
+        name: str = "qat",
+    ) -> None:
+        super().__init__(
+            target=target,
+            module=module,
+            include=include,
+            exclude=exclude,
+            calibration_batches=calibration_batches,
+            ranges=ranges,
+            inputs=inputs,
+            dynamic=dynamic,
+            name=name,
+            start=start,
+        )
+        self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
+        for argument, value in self.freezes.items():
+            check_position(argument, value)
+            if value is not None and type(value) is type(start) and value < start:
+                raise ValueError(f"Argument `{argument}` must be at or after `start` ({start}), but got {value}.")
+        if not (isinstance(lr_scale, int | float) and 0 < lr_scale < math.inf):
+            raise ValueError(f"Argument `lr_scale` must be above 0, but got {lr_scale!r}.")
+        self.lr_scale = float(lr_scale)
+        self._freeze_steps: dict[str, float] = {}
+        self._watch: CallWatch | None = None
+        self._checked = False
+        self._stepped = 0  # optimizer steps that learned steps have followed
+        self._peak = 0.0  # highest learning rate so far
+        self._hooks: list[Any] = []
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._checked, self._peak = False, 0.0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        check_one_optimizer(trainer, type(self).__name__)
+        timeline = timeline_of(trainer)
+        if self._start_step >= timeline.total_steps:
+            raise ValueError(
+                f"Argument `start` must lie before the end of the run, but got {self.start}, which is step {self._start_step}."
+            )
+        length = timeline.total_steps - self._start_step
+        for (argument, value), share in zip(self.freezes.items(), (2 / 3, 5 / 6), strict=True):
+            early = self._start_step + share * length
+            step = timeline.step(argument, value) if value is not None and not trainer.fast_dev_run else early  # type: ignore[attr-defined]
+            self._freeze_steps[argument] = step
+        self._stepped = trainer.global_step
+        self._scale_rate(trainer.optimizers[0])
+
+    def _scale_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the rate for the length of a step: schedulers, and whoever logs it, go on with their own."""
+        own: list[list[float]] = []  # a subclass whose `step` calls that of its base runs the hooks of both
+
+        def before(*_: Any) -> None:
+            own.append([group["lr"] for group in optimizer.param_groups])
+            if len(own) == 1 and self._placed:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] * self.lr_scale
+
+        def after(*_: Any) -> None:
+            for group, lr in zip(optimizer.param_groups, own.pop(), strict=True):
+                group["lr"] = lr
+
+        if self.lr_scale != 1.0:
+            self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._placed and trainer.global_step >= self._start_step:
+            self.prepare(trainer, pl_module)
+            self.place(pl_module)
+        step, rate = trainer.global_step, max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self._peak = max(self._peak, rate)
+        settled = self.freezes["freeze_batch_norm"] is not None or rate <= 0.1 * self._peak
+        for forward in self._placed.values():
+            bank = forward.bank
+            if bank.active:  # what is frozen must have been learned
+                bank.norms_frozen = bank.norms_frozen or (settled and step >= self._freeze_steps["freeze_batch_norm"])
+                bank.frozen = bank.frozen or step >= self._freeze_steps["freeze_ranges"]
+            bank.learning = True
+        self._unwatch()  # a batch that was skipped ended without its hook
+        if self._prepared or not self._checked:
+            self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
+
+    def fake_quant_step(self, trainer: L.Trainer) -> int:
+        """Optimizer step that is the first with fake-quant; known once training has begun."""
+        return self._start_step + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+
+    def settles(self) -> dict[str, float]:
+        """What becomes final, and the optimizer step in which it does; known once training has begun."""
+        fixed = self.ranges in ("mse", "percentile")  # as calibration found them
+        settled = {"ranges": float(self._start_step) if fixed else self._freeze_steps["freeze_ranges"]}
+        if self.freezes["freeze_batch_norm"] is not None:  # else it also waits for a low learning rate
+            settled["batch norm's statistics"] = self._freeze_steps["freeze_batch_norm"]
+        return settled
+
+    @override
+    def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
+        total, calibrated = timeline_of(trainer).total_steps, self.fake_quant_step(trainer)
+        phases = [f"calibration to step {calibrated}", f"fake-quant from step {calibrated}"]
+        for argument, what in (("freeze_batch_norm", "batch norm frozen"), ("freeze_ranges", "ranges final")):
+            step = self._freeze_steps[argument]
+            low = ", once the learning rate is a tenth of its highest" if argument == "freeze_batch_norm" else ""
+            automatic = low if self.freezes[argument] is None else ""
+            phases += [f"{what} from step {math.ceil(step)}{automatic}"] if step < total else []
+        return {"(phases)": "; ".join(phases), **super().plan(trainer, pl_module)}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        watch = self._unwatch()
+        if watch is not None and outputs is not None and not self._checked:  # a step that returned None says nothing
+            watch.check()
+            self._checked = True
+        stepped, self._stepped = self._stepped != trainer.global_step, trainer.global_step
+        for forward in self._placed.values():
+            forward.bank.learning = False
+            forward.bank.update(ranks_of(trainer))
+            if stepped:
+                forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
+            if not forward.bank.active and forward.bank.batches >= self.calibration_batches:
+                forward.bank.activate()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+        for forward in self._placed.values():
+            forward.bank.learning = False
+            forward.bank.forget()
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._release()
+        super().on_train_end(trainer, pl_module)
+
+    def _release(self) -> None:
+        self._unwatch()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _unwatch(self) -> CallWatch | None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.remove()
+        return watch
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "peak": float(self._peak)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._peak = state_dict["peak"]
+
+    @override
+    def unfinished(self) -> str:
+        if self.quantizing:
+            return ""
+        seen = min((f.bank.batches for f in self._placed.values()), default=0)
+        return (
+            f"QuantizationAwareTraining({self.name!r}) hasn't trained with fake-quant yet: it starts at {self.start} and has "
+            f"seen {seen} of {self.calibration_batches} calibration batches"
+        )

@@ -1,0 +1,1 @@
+"""Reports: Markdown, HTML and plots of what was measured."""

@@ -1,0 +1,122 @@
+"""The report's beginning: what ships, how accurate, small and fast it is, and whether that is proven."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_accel.reports.run_report import Row
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to know first.
+
+    Args:
+        title: what it is about.
+        value: the number or name.
+        detail: what it is compared with.
+        good: ``False`` for what needs a reader's attention.
+    """
+
+    title: str
+    value: str
+    detail: str
+    good: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.value}" + (f" ({self.detail})" if self.detail else "")
+
+
+def facts(report: Mapping[str, Any]) -> list[Fact]:
+    """What to know first, from a report's values; empty for one without rows.
+
+    Args:
+        report: as in ``report.json``.
+    """
+    rows = [row if isinstance(row, Row) else Row(**row) for row in report.get("rows") or ()]
+    if not rows:
+        return []
+    shipped = next((row for row in rows if row.name == report.get("ships")), rows[-1])
+    found = [Fact("Ships", shipped.name, shipped.engine or "")]
+    if shipped.accuracy is not None:
+        found.append(Fact("Accuracy", f"{100 * shipped.accuracy:.2f} %", _accuracy(shipped, rows)))
+    if shipped.file_bytes:
+        found.append(Fact("Size", size(shipped.file_bytes), _size(shipped, rows[0])))
+    if shipped.p50_ms is not None:
+        slower = shipped.speedup_high is not None and shipped.speedup_high < 1
+        found.append(Fact("Latency", f"{shipped.p50_ms:.3g} ms", _latency(shipped, rows[0], report), not slower))
+    else:
+        found.append(Fact("Latency", "not measured", shipped.note, good=False))
+    checks = report.get("verification") or []
+    if checks:
+        passed = sum(bool(check.get("passed")) for check in checks)
+        value = f"{passed} of {len(checks)} comparisons passed"
+        found.append(Fact("Proof", value, _proofs(report.get("proofs") or {}), passed == len(checks)))
+    waiting = [line for line in report.get("engines") or [] if not line.get("runs_here", True)]
+    found += [Fact("Not run here", str(line["engine"]), str(line["status"]), good=False) for line in waiting]
+    marks = [note for note in report.get("notes") or [] if note.startswith("INCOMPLETE")]
+    found += [
+        Fact("Incomplete", "targets not reached", note.removeprefix("INCOMPLETE: "), good=False) for note in marks
+    ]
+    if (report.get("benchmark") or {}).get("noisy"):
+        found.append(Fact("Noise", "too high", "latencies can't be told apart finely on this machine", good=False))
+    return found
+
+
+def decision_of(report: Mapping[str, Any]) -> str:
+    """What the comparison of ways says to ship, and why; empty without a decision."""
+    decision = (report.get("comparison") or {}).get("decision")
+    if not decision:
+        return ""
+    return f"Ship {decision['ship']}: {decision['why']}" if decision["ship"] else str(decision["why"])
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units.
+
+    Example:
+        >>> [size(n) for n in (999, 8398, 1_335_452)]
+        ['999 B', '8.4 kB', '1.34 MB']
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}" if name != "kB" or count >= 1e5 else f"{count / unit:.1f} {name}"
+    return f"{count:g} B"
+
+
+def _accuracy(shipped: Row, rows: list[Row]) -> str:
+    parts = []
+    if interval := shipped.accuracy_interval:
+        parts.append(f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}] on {shipped.total:,} held-out samples")
+    full = next((r for r in rows if r.name.endswith(" fp32") and r is not shipped and r.accuracy is not None), rows[0])
+    if full is not shipped and full.accuracy is not None and shipped.accuracy is not None:
+        parts.append(f"{100 * (shipped.accuracy - full.accuracy):+.2f} points to {full.name}")
+    return "; ".join(parts)
+
+
+def _size(shipped: Row, first: Row) -> str:
+    if first is shipped or not first.file_bytes or not shipped.file_bytes:
+        return ""
+    factor = first.file_bytes / shipped.file_bytes
+    word, factor = ("smaller", factor) if factor >= 1 else ("larger", 1 / factor)
+    return f"{factor:.1f}x {word} than {first.name}"
+
+
+def _latency(shipped: Row, first: Row, report: Mapping[str, Any]) -> str:
+    where = f"batch {report['batch_size']}, {report['threads']} threads" if "threads" in report else ""
+    if first is shipped or shipped.speedup is None:
+        return where
+    interval = ""
+    if shipped.speedup_low is not None and shipped.speedup_high is not None:
+        interval = f" [{shipped.speedup_low:.2f}, {shipped.speedup_high:.2f}]"
+    told = f"{shipped.speedup:.2f}x{interval} the speed of {first.name}"
+    return f"{told}; {where}" if where else told
+
+
+def _proofs(proofs: Mapping[str, Any]) -> str:
+    parts = []
+    if integers := proofs.get("integers"):
+        parts.append(f"{integers['integers']:,} integers bit for bit")
+    if nodes := proofs.get("nodes"):
+        parts.append(f"{nodes['compared']} of {nodes['of']} nodes one by one")
+    return ", ".join(parts)

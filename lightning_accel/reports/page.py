@@ -1,0 +1,87 @@
+"""The report as one page: no script, no font, nothing that is fetched; readable on a phone, in the dark and on paper."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_accel.reports import sections
+from lightning_accel.reports.facts import Fact, decision_of, facts
+from lightning_accel.reports.markup import Markup, join, tag
+
+_SECTIONS = {
+    "comparison": ("Before and after", sections.before_after),
+    "ways": ("Ways to run it", sections.ways),
+    "verification": ("Is it what was trained?", sections.verification),
+    "layers": ("Layer by layer", sections.layers),
+    "training": ("Training", sections.training),
+    "engines": ("Engines", sections.engines),
+    "making": ("How it was made", sections.making),
+    "machine": ("Machine and notes", sections.machine),
+}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The report of a run as a page; a section appears only where there is something to say.
+
+    Args:
+        report: as in ``report.json``.
+
+    Returns:
+        A whole document. Whatever comes from the report is escaped.
+    """
+    title = str(report.get("title") or "Report")
+    parts = {key: (name, shown) for key, (name, make) in _SECTIONS.items() if (shown := make(report)) is not None}
+    links = [tag("li", tag("a", name, href=f"#{key}")) for key, (name, _) in parts.items()]
+    body = [
+        tag("header", tag("h1", title), _status(report)),
+        tag(
+            "main",
+            _summary(report),
+            tag("nav", tag("ul", *links), aria_label="Sections"),
+            *(tag("section", tag("h2", name), shown, id=key) for key, (name, shown) in parts.items()),
+        ),
+        tag("footer", "Written by lightning-accel. The same in numbers: report.json."),
+    ]
+    style = Markup((Path(__file__).with_name("page.css")).read_text(encoding="utf-8"))
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        # The page says itself that it fetches nothing: a browser holds it to that.
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("link", rel="icon", href="data:,"),  # or a browser asks the server for one
+        tag("title", title),
+        tag("style", style),
+    ]
+    return "<!doctype html>\n" + tag("html", tag("head", *head), tag("body", *body), lang="en") + "\n"
+
+
+def _status(report: Mapping[str, Any]) -> Markup | None:
+    checks = report.get("verification") or []
+    if not checks:
+        return None
+    if any(str(note).startswith("INCOMPLETE") for note in report.get("notes") or []):
+        return tag("p", tag("span", "incomplete: targets not reached", class_="chip warn"))
+    if not all(check.get("passed") for check in checks):
+        return tag("p", tag("span", "not proven", class_="chip warn"))
+    return tag("p", tag("span", "proven: what ships is what was trained", class_="chip good"))
+
+
+def _summary(report: Mapping[str, Any]) -> Markup:
+    found = facts(report)
+    decision = decision_of(report)
+    said = [note for note in report.get("notes") or [] if "uantization-aware training" in str(note)]
+    return tag(
+        "section",
+        tag("p", decision, class_="decision") if decision else None,
+        tag("dl", *map(_card, found), class_="facts") if found else None,
+        *(tag("p", note, class_="lead") for note in said),
+        id="summary",
+        aria_label="Summary",
+    )
+
+
+def _card(fact: Fact) -> Markup:
+    value = tag("dd", fact.value, class_="value")
+    detail = tag("dd", fact.detail, class_="detail") if fact.detail else None
+    return tag("div", join([tag("dt", fact.title), value, detail]), class_="fact" if fact.good else "fact warn")

@@ -1,0 +1,310 @@
+"""The report's sections as parts of a page; one for which there is nothing to say is ``None``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_accel.benchmarking.comparison import null_line
+from lightning_accel.benchmarking.pareto import Point, pareto_front
+from lightning_accel.benchmarking.scores import score_titles
+from lightning_accel.reports.facts import size
+from lightning_accel.reports.layers import layers_of, totals_of
+from lightning_accel.reports.markup import Markup, join, tag
+from lightning_accel.reports.run_report import Row, plain
+from lightning_accel.reports.svg import bar, curve, pareto_plot
+from lightning_accel.reports.tables import exact, passed, share, table, under
+
+_MOST_CURVES = 24
+
+
+def before_after(report: Mapping[str, Any]) -> Markup | None:
+    """The table of networks, and accuracy against latency and size."""
+    rows = [row if isinstance(row, Row) else Row(**row) for row in report.get("rows") or ()]
+    if not rows:
+        return None
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    titles = ["network", "accuracy", *metrics, "parameters", "size", "p50, ms", "p90, ms", "speed-up"]
+    lines = []
+    for row in rows:
+        interval, speed = row.accuracy_interval, (row.speedup_low, row.speedup_high)
+        lines.append(
+            [
+                under(row.name, row.engine, row.note),
+                under(share(row.accuracy), None if interval is None else _interval(*(100 * end for end in interval))),
+                *(_number(row.metrics.get(name), ".4f") for name in metrics),
+                _number(row.parameters, ","),
+                None if row.file_bytes is None else size(row.file_bytes),
+                _number(row.p50_ms, ".3f"),
+                _number(row.p90_ms, ".3f"),
+                under(_times(row.speedup), None if None in speed or row is rows[0] else _interval(*speed)),
+            ]
+        )
+    ships = [index for index, row in enumerate(rows) if row.name == report.get("ships")]
+    caption = f"Accuracy on held-out data; speed-ups are over {rows[0].name}. Intervals are 95 %."
+    shown = table(caption, titles, lines, marked=ships)
+    ships_name = str(report.get("ships", ""))
+    return join([shown, _plots(_points_of_rows(rows, ships_name), "networks")])
+
+
+def ways(report: Mapping[str, Any]) -> Markup | None:
+    """The comparison of ways to run the network."""
+    comparison = report.get("comparison")
+    if not comparison:
+        return None
+    found = comparison["ways"]
+    ran = [way for way in found if way["status"] == "ran"]
+    decision = comparison.get("decision") or {}
+    parts: list[Any] = []
+    parts += [tag("p", f"{null_line(point)}.", class_="lead") for point in comparison["null"]["points"]]
+    lines: list[list[Any]] = []
+    marked: list[int] = []
+    for way in ran:
+        for place, point in enumerate(way.get("points") or [{}]):
+            marked += [len(lines)] if way["name"] == decision.get("ship") else []
+            once = place == 0  # what doesn't depend on batch and callers stands in the first line
+            itself = way["name"] == comparison["baseline"]
+            ends = (None, None) if itself else (point.get("speedup_low"), point.get("speedup_high"))
+            lines.append(
+                [
+                    way["name"],
+                    point.get("batch"),
+                    point.get("callers"),
+                    _number(point.get("p50_ms"), ".3f"),
+                    _number(point.get("p90_ms"), ".3f"),
+                    _number(point.get("p99_ms"), ".3f"),
+                    _number(point.get("throughput"), ",.0f"),
+                    under(_times(point.get("speedup")), None if None in ends else _interval(*ends)),
+                    under(share(way.get("accuracy")), _of(way.get("samples"))) if once else "",
+                    share(way.get("agreement")) if once else "",
+                    size(way["file_bytes"]) if once and way.get("file_bytes") else "",
+                    size(way["peak_memory_bytes"]) if once and way.get("peak_memory_bytes") else "",
+                    _number(way.get("first_ms"), ".0f") if once else "",
+                ]
+            )
+    titles = ["way", "batch", "callers", "p50, ms", "p90, ms", "p99, ms", "samples/s", "speed-up"]
+    scores = score_titles(comparison["settings"])
+    titles += [*scores, "size", "memory, peak", "first call, ms"]
+    if lines:
+        caption = f"Speed-ups are over {comparison['baseline']}."
+        parts += [
+            table(caption, titles, lines, marked=marked),
+            _plots(_points_of_ways(ran, comparison), "ways", scores[0]),
+        ]
+    if left := [way for way in found if way["status"] != "ran"]:
+        rows = [[way["name"], way["status"], way.get("reason")] for way in left]
+        parts.append(table("Ways without numbers, and why.", ["way", "status", "reason"], rows, text=(1,), wide=(2,)))
+    if refused := decision.get("refused"):
+        parts.append(table("Ways that don't ship, and why.", ["way", "reason"], refused.items(), wide=(1,)))
+    return join(parts)
+
+
+def training(report: Mapping[str, Any]) -> Markup | None:
+    """What the run logged, over what was done to the network."""
+    points = report.get("curves") or []
+    if not points:
+        return None
+    metrics: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        for name, value in point["metrics"].items():
+            metrics.setdefault(name, []).append((point["epoch"] + 1, value))
+    last = points[-1]
+    epoch_of = (last["epoch"] + 1) / max(last["step"], 1)
+    spans = [
+        (str(line["phase"]), line["start"] * epoch_of, (line["end"] or last["step"]) * epoch_of)
+        for line in report.get("timeline") or []
+    ]
+    legend = [tag("li", tag("span", class_=f"swatch c{i % 6}"), name) for i, (name, _, _) in enumerate(spans)]
+    figures = [
+        tag("figure", tag("h3", name), curve(values, name, spans), tag("figcaption", f"{name}, by epoch"))
+        for name, values in list(metrics.items())[:_MOST_CURVES]
+    ]
+    rest = list(metrics)[_MOST_CURVES:]
+    more = tag("p", f"Not drawn, in report.json: {', '.join(rest)}.", class_="lead") if rest else None
+    return join(
+        [tag("ul", *legend, class_="legend") if legend else None, tag("div", *figures, class_="plots small"), more]
+    )
+
+
+def layers(report: Mapping[str, Any]) -> Markup | None:
+    """Each layer: channels, zeros, int8 or float with the reason."""
+    found = layers_of(report)
+    if not found:
+        return None
+    rows = []
+    for name, layer in found.items():
+        zeros = None if layer.zeros is None else bar(layer.zeros, f"{layer.zeros:.1%}")
+        precision: Any = layer.precision or None
+        if layer.precision:
+            word, _, why = layer.precision.partition(": ")
+            chip = tag("span", word, class_="chip good" if word == "int8" else "chip warn")
+            precision = join([chip, f" {why}" if why else None])
+        rows.append([name, layer.channels, zeros, precision])
+    caption = "; ".join(f"{title}: {text}" for title, text in totals_of(report).items()) or "Each layer"
+    return table(caption, ["layer", "channels", "zeros", "computed in"], rows, text=(2,), wide=(1, 3))
+
+
+def verification(report: Mapping[str, Any]) -> Markup | None:
+    """What was compared with the trained network, the errors, and their distribution."""
+    checks = report.get("verification") or []
+    if not checks:
+        return None
+    rows = []
+    for check in checks:
+        limit = check.get("tolerance") or {}
+        metric = [
+            f"{name}: {a:.4f} in PyTorch, {b:.4f} in the engine" for name, (a, b) in (check.get("metric") or {}).items()
+        ]
+        notes = [plain(check[key]) for key in ("note", "first_divergence", "failures") if check.get(key)]
+        rows.append(
+            [
+                under(check["engine"], *metric, *notes),
+                passed(check.get("passed")),
+                check.get("samples"),
+                under(exact(check.get("median_error")), _limit("at most", exact(limit.get("median")))),
+                under(exact(check.get("p99_error")), _limit("at most", exact(limit.get("p99")))),
+                under(exact(check.get("max_error")), _limit("at most", exact(limit.get("maximum")))),
+                under(share(check.get("agreement")), _limit("at least", share(limit.get("agreement")))),
+            ]
+        )
+    titles = ["compared with the trained network", "result", "samples", "median error", "99 %", "largest", "agreement"]
+    shown = table("Errors are shares of the output's range; below each its limit.", titles, rows, text=(1,))
+    spread = [check for check in checks if check.get("distribution")]
+    if not spread:
+        return shown
+    shares = list(dict.fromkeys(key for check in spread for key in check["distribution"]))
+    lines = [[check["engine"], *(exact(check["distribution"].get(key)) for key in shares)] for check in spread]
+    caption = "Divergence: that share of all errors is at most as large."
+    return join([shown, table(caption, ["compared", *shares], lines)])
+
+
+def engines(report: Mapping[str, Any]) -> Markup | None:
+    """What was built, and whether it ran here."""
+    found = report.get("engines") or []
+    if not found:
+        return None
+    keys = ("engine", "status", "precision", "file", "library", "version")
+    rows = [[line.get(key) for key in keys] for line in found]
+    told = [tag("p", f"{line['engine']}: {line['decision']}") for line in found if line.get("decision")]
+    commands = [
+        join([tag("h3", f"{line['engine']}, with the vendor's own tool"), tag("pre", line["command"], tabindex=0)])
+        for line in found
+        if line.get("command")
+    ]
+    return join([table("Engines in the bundle", list(keys), rows, text=(1, 2, 3, 4, 5)), *told, *commands])
+
+
+def making(report: Mapping[str, Any]) -> Markup | None:
+    """The exact command and configuration, and how to repeat the export."""
+    run = report.get("run") or {}
+    parts: list[Any] = []
+    if run.get("command"):
+        parts += [tag("h3", "The run"), tag("pre", run["command"], tabindex=0)]
+    if report.get("command"):
+        parts += [tag("h3", "The export again"), tag("pre", report["command"], tabindex=0)]
+    if run.get("config"):
+        parts += [tag("h3", "Configuration"), tag("pre", run["config"], tabindex=0, aria_label="configuration")]
+    settings = [
+        [f"{owner}: {name}", plain(v)] for owner, of in (run.get("settings") or {}).items() for name, v in of.items()
+    ]
+    if settings:
+        parts.append(table("Settings", ["setting", "value"], settings, wide=(1,)))
+    if phases := report.get("phases"):
+        parts += [tag("h3", "Phases"), tag("ul", *(tag("li", line) for line in phases), class_="notes")]
+    return join(parts) if parts else None
+
+
+def machine(report: Mapping[str, Any]) -> Markup | None:
+    """Where the numbers were measured, and what else there is to know."""
+    parts: list[Any] = []
+    if report.get("environment"):
+        rows = [[name.replace("_", " "), _words(value)] for name, value in report["environment"].items()]
+        parts.append(table("Where it was measured", ["", "value"], rows, wide=(1,)))
+    if notes := report.get("notes"):
+        parts += [tag("h3", "Notes"), tag("ul", *(tag("li", note) for note in notes), class_="notes")]
+    return join(parts) if parts else None
+
+
+def _plots(points: Mapping[str, Sequence[Point]], what: str, score: str = "accuracy") -> Markup | None:
+    """The two Pareto plots with their keys; a plot needs two points."""
+    figures = []
+    for cost, of in points.items():
+        if len(of) < 2:
+            continue
+        front = pareto_front(of)
+        keys = [
+            tag("li", tag("b", point.number), point.name, " ships" if point.ships else None, _on(point, front))
+            for point in of
+        ]
+        title = f"{score.capitalize()} against {cost.partition(',')[0]}"
+        figures.append(
+            tag(
+                "figure",
+                tag("h3", title),
+                pareto_plot(of, f"{title} of the {what}", cost, score),
+                tag("ul", *keys, class_="keys"),
+                tag("figcaption", "Filled and along the dashed line: no other is both better and cheaper. Bars: 95 %."),
+            )
+        )
+    return tag("div", *figures, class_="plots") if figures else None
+
+
+def _on(point: Point, front: Sequence[Point]) -> str:
+    return " (front)" if point in front else ""
+
+
+def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[Point]]:
+    found: dict[str, list[Point]] = {"latency, ms (p50)": [], "size, bytes": []}
+    for number, row in enumerate(rows, 1):
+        if row.accuracy is None:
+            continue
+        low, high = row.accuracy_interval or (row.accuracy, row.accuracy)
+        name = f"{row.name}, {row.engine}" if row.engine and row.engine not in row.name else row.name
+        for title, cost in zip(found, (row.p50_ms, row.file_bytes), strict=True):
+            if cost:
+                found[title].append(Point(str(number), name, cost, row.accuracy, low, high, row.name == ships))
+    return found
+
+
+def _points_of_ways(ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """At the batch size that the decision counts at, or else the largest; with the fewest callers."""
+    decision = comparison.get("decision") or {}
+    measured = [(point["batch"], point["callers"]) for way in ran for point in way.get("points") or ()]
+    batch, callers = max(measured, key=lambda key: (key[0], -key[1]), default=(1, 1))
+    batch = (decision.get("budgets") or {}).get("batch") or batch
+    found: dict[str, list[Point]] = {f"latency, ms (p50, batch {batch})": [], "size, bytes": []}
+    for number, way in enumerate(ran, 1):
+        accuracy = way.get("accuracy")
+        points = [p for p in way.get("points") or () if (p["batch"], p["callers"]) == (batch, callers)]
+        if accuracy is None or not points:
+            continue
+        costs = (points[0].get("p50_ms"), way.get("file_bytes"))
+        for title, cost in zip(found, costs, strict=True):
+            if cost:
+                ships = way["name"] == decision.get("ship")
+                found[title].append(Point(str(number), way["name"], cost, accuracy, accuracy, accuracy, ships))
+    return found
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _times(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}x"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return f"{low:.2f} to {high:.2f}"
+
+
+def _limit(word: str, value: str | None) -> str | None:
+    return None if value is None else f"{word} {value}"
+
+
+def _of(samples: int | None) -> str | None:
+    return None if samples is None else f"of {samples:,}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(v)}" for name, v in value.items())
+    return "unknown" if value is None else plain(value)

@@ -1,0 +1,1 @@
+"""Verification: files and engines compared with the trained network."""

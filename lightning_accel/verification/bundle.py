@@ -1,0 +1,201 @@
+"""Re-verification: a bundle held against itself on the machine at hand, without torch.
+
+The file in the bundle was proven to be the network when it was written. What its engines compute here, on this GPU or CPU and
+these versions, is held against that file, run as it is written.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.verification import tolerances
+from lightning_accel.verification.compare import Verification, verify
+from lightning_accel.verification.engine import prove_engine
+from lightning_accel.verification.null_divergence import NullDivergence
+
+SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
+_FLOAT = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class EngineProof:
+    """What was found about one engine of a bundle, or about the file itself.
+
+    Args:
+        engine: name of the engine, or what was compared.
+        file: the file that was run.
+        check: the comparison; ``None`` if the engine can't run here.
+        reason: why it can't.
+    """
+
+    engine: str
+    file: str
+    check: Verification | None
+    reason: str = ""
+
+    @property
+    def status(self) -> str:
+        """``"passed"``, ``"failed"`` or ``"not run here"``."""
+        return "not run here" if self.check is None else "passed" if self.check.passed else "failed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        numbers = None if self.check is None else self.check.to_dict()
+        return {
+            "engine": self.engine,
+            "file": self.file,
+            "status": self.status,
+            "reason": self.reason,
+            "check": numbers,
+        }
+
+    def __str__(self) -> str:
+        if self.check is None:
+            return f"{self.engine} ({self.file}): not run here: {self.reason}"
+        c = self.check
+        sizes = ", ".join(map(str, c.batch_sizes))
+        agreement = "" if c.agreement is None else f", agreement {c.agreement:.2%}"
+        numbers = f"median {c.median_error:.1e}, 99 % {c.p99_error:.1e}, largest {c.max_error:.1e} of the output range{agreement}"
+        says = f"{self.engine} ({self.file}): {self.status}: {c.samples} samples, batches of {sizes}: {numbers}"
+        return f"{says}; {'; '.join(c.failures)}" if c.failures else says
+
+
+def verify_bundle(
+    folder: str | Path,
+    samples: Mapping[str, np.ndarray] | None = None,
+    *,
+    engines: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] = (1, 7, 32),
+) -> list[EngineProof]:
+    """Check every file of a bundle, and what its engines compute on this machine.
+
+    Args:
+        folder: the bundle.
+        samples: inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, the file is held
+            against them too. ``None`` takes the samples in the bundle, if it was written with any.
+        engines: engines to run; ``None`` means all in the bundle.
+        batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
+
+    Returns:
+        One line for the file, if there are outputs to hold it against, and one for each engine.
+
+    Raises:
+        FileNotFoundError: there is no bundle, or one of its files is missing.
+        ValueError: the bundle changed after it was written, or samples or engines that don't fit it.
+
+    Example:
+        >>> for line in verify_bundle("artifacts", {"x": images}):  # doctest: +SKIP
+        ...     print(line)
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    shipped = list(manifest["engines"])
+    if unknown := [engine for engine in engines or () if engine not in shipped]:
+        raise ValueError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
+    feeds, wanted = split_samples(_samples_of(folder, samples), manifest)
+    axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
+    proofs: list[EngineProof] = []
+    with ExitStack() as stack:
+        files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
+        files.add(proven_file(manifest, manifest["precision"]))
+        right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
+        if wanted:
+            file = proven_file(manifest, manifest["precision"])
+            limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
+            known = _Known(feeds, wanted)
+            check = verify(
+                known,
+                right[file].run,
+                feeds,
+                engine="file (as written)",
+                tolerance=limits,
+                batch_sizes=(known.count,),
+            )
+            if not check.passed:
+                check = check.against(NullDivergence(folder / file, feeds).noise(limits))
+            proofs.append(EngineProof("file as written, against what was trained", file, check))
+        for engine, line, is_default in _lines(manifest, engines):
+            try:
+                runner = stack.enter_context(load_runner(folder, None if is_default else engine))
+            except (RuntimeError, ModuleNotFoundError) as error:  # no GPU, another version, a package that isn't here
+                proofs.append(EngineProof(engine, line["file"], None, str(error)))
+                continue
+            proven = proven_file(manifest, line["precision"])
+            check, _ = prove_engine(
+                right[proven].run,
+                runner,
+                feeds,
+                file=folder / proven,
+                precision=line["precision"],
+                null=NullDivergence(folder / proven, feeds),
+                tolerance=tolerances.ENGINES[line["precision"]],
+                batch_sizes=batch_sizes,
+                axes=axes,
+            )
+            proofs.append(EngineProof(engine, line["file"], check))
+    return proofs
+
+
+def _lines(manifest: Mapping[str, Any], engines: Sequence[str] | None) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
+    """Engine, file and precision of each engine; and of the default, where a decision made it another file than the engine's."""
+    for engine in engines or manifest["engines"]:
+        yield engine, manifest["engines"][engine], False
+    default = manifest.get("default", {})
+    own = manifest["engines"].get(default.get("engine"), {})
+    if "precision" in default and default["file"] != own.get("file") and engines is None:
+        yield default["engine"], default, True
+
+
+def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
+    """The file that was held against the trained network, of which an engine in this precision is made.
+
+    What isn't int8 is made of the float reference, where there is one: an int8 bundle may ship float32, or an fp16 engine.
+    """
+    return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
+
+
+class _Known:
+    """The network whose outputs are known, for exactly the samples they are known of."""
+
+    def __init__(self, feeds: Mapping[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
+        self.count, self.outputs = len(next(iter(feeds.values()))), outputs
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.outputs
+
+
+def _samples_of(folder: Path, samples: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    if samples is not None:
+        return dict(samples)
+    if not (folder / SAMPLES).is_file():
+        raise ValueError(
+            f"Argument `samples` must be given for {folder}, which holds none. Pass `--data FILE.npz` with an array for each input, or "
+            "export with ModelExport(keep_samples=16)."
+        )
+    with np.load(folder / SAMPLES, allow_pickle=False) as kept:
+        return dict(kept)
+
+
+def split_samples(
+    samples: Mapping[str, np.ndarray], manifest: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Inputs, and outputs if they are all there.
+
+    Raises:
+        ValueError: an input is missing, or there is something that is neither.
+    """
+    inputs, outputs = manifest["inputs"], manifest["outputs"]
+    missing, unknown = set(inputs) - samples.keys(), samples.keys() - {*inputs, *outputs}
+    given = [name for name in outputs if name in samples]
+    if missing or unknown or (given and len(given) != len(outputs)):
+        raise ValueError(
+            f"Argument `samples` must hold the inputs {inputs}, and the outputs {outputs} or none of them, but got {sorted(samples)}."
+        )
+    return {name: samples[name] for name in inputs}, {name: samples[name] for name in given}

@@ -1,0 +1,159 @@
+"""Proof: an exported file is the module, node by node and end to end.
+
+Exactness is the gate: each node, fed PyTorch's values, computes what PyTorch does. End to end the file may differ from PyTorch as
+much as PyTorch differs from itself, which in a deep network is far more than one node's rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_accel.engines.base import load_runner
+from lightning_accel.onnx.export import OnnxExport
+from lightning_accel.verification.compare import Feeds, Network, Verification, VerificationError, verify
+from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.nodes import NodeCheck, check_nodes
+from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.tolerances import FLOAT, Tolerance
+
+_FEW = 8
+_NONE = (
+    "No node differs by itself when fed the reference's inputs: what differs lies in the order of the file's inputs or "
+    "outputs, or in how the engine runs the file."
+)
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """What proves that a file is the network.
+
+    Args:
+        check: the comparison of the outputs.
+        nodes: the comparison node by node.
+        null: how far the network is from itself.
+    """
+
+    check: Verification
+    nodes: NodeCheck
+    null: NullDivergence
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What was compared node by node, for a report."""
+        nodes = self.nodes
+        return {
+            "compared": nodes.nodes,
+            "of": nodes.of,
+            "largest_error": nodes.largest_error,
+            "largest_ratio": nodes.largest_ratio,
+        }
+
+
+def check_repeatable(network: Network, samples: Feeds) -> str:
+    """Why a network can't be held against anything: it differs from itself on the same inputs; empty if it doesn't.
+
+    Args:
+        network: the module.
+        samples: inputs, each ``(S, ...)``; 8 samples are used.
+    """
+    few = {name: array[:_FEW] for name, array in samples.items()}
+    again = verify(network, network, few, tolerance=FLOAT, batch_sizes=(_FEW,))
+    if again.passed:
+        return ""
+    return (
+        f"in PyTorch, too, the same inputs give outputs that differ by up to {again.max_error:.1e} of their range: the network draws "
+        "random numbers in evaluation, or keeps a state"
+    )
+
+
+def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "") -> NodeCheck:
+    """Hold each node of a file against PyTorch; that is all that can be asked of an untrained network.
+
+    Args:
+        export: the file and the program it was written from.
+        samples: inputs, each ``(S, ...)``.
+        what: name of the file in messages.
+        repeat: command that repeats the step, for the message.
+
+    Raises:
+        VerificationError: a node computes something else; the message names it.
+    """
+    nodes = check_nodes(export.path, export.program, samples)
+    if nodes.diverging:
+        again = f" Repeat this step with: {repeat}" if repeat else ""
+        raise VerificationError(
+            f"{what[:1].upper()}{what[1:]} must compute what PyTorch does. {nodes.diverging}{again}"
+        )
+    return nodes
+
+
+def prove_file(
+    export: OnnxExport,
+    network: Network,
+    samples: Feeds,
+    *,
+    tolerance: Tolerance,
+    what: str = "file (as written)",
+    batch_sizes: Sequence[int] = (1, 7, 32),
+    repeat: str = "",
+) -> FileProof:
+    """Hold what a file says, run with every optimization of the engine turned off, against PyTorch.
+
+    Args:
+        export: the file and the program it was written from.
+        network: the module, see :class:`~lightning_accel.export.evaluate.ModuleNetwork`.
+        samples: inputs, each ``(S, ...)``.
+        tolerance: limits for the outputs of a network that hardly differs from itself.
+        what: name of the file in the result and in messages.
+        batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
+        repeat: command that repeats the step, for the message.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        VerificationError: they differ; the message names the first diverging node.
+    """
+    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes)
+    nodes = check_nodes(export.path, export.program, samples)
+    others = network.orders() if isinstance(network, ModuleNetwork) else {}
+    null = NullDivergence(export.path, samples, nodes.noise, network, others)
+    random = "" if check.passed else check_repeatable(network, samples)
+    if random:  # such a network is as far from itself as from anything
+        check.failures.append(random)
+    elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
+        check = check.against({**null.orders(tolerance), **null.noise(tolerance)})
+    if nodes.diverging and check.passed:
+        check.failures.append("a node computes something else")
+    check.first_divergence = nodes.diverging or ("" if check.passed else _NONE)
+    check.raise_if_failed(repeat)
+    return FileProof(check, nodes, null)
+
+
+def _end_to_end(
+    export: OnnxExport,
+    network: Network,
+    samples: Feeds,
+    tolerance: Tolerance,
+    what: str,
+    batch_sizes: Sequence[int],
+) -> Verification:
+    try:
+        with load_runner(export.path, "onnxruntime", emulate=True) as runner:
+            return verify(
+                network,
+                runner.run,
+                samples,
+                engine=what,
+                tolerance=tolerance,
+                batch_sizes=batch_sizes,
+                axes=export.axes,
+            )
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # what isn't the file that was written may fail with anything
+        infinite, count = float("inf"), len(next(iter(samples.values())))
+        fails = [f"it fails: {str(error).splitlines()[0]}"]
+        return Verification(
+            what, count, {}, infinite, infinite, infinite, None, tolerance, failures=fails, broken=list(fails)
+        )

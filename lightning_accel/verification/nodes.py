@@ -1,0 +1,367 @@
+"""Nodes: each node of a file against PyTorch on the same inputs, and the first one that computes something else.
+
+Each node is fed the reference's values, so an error is seen where it is made and not where it has grown. How exact a node
+must be isn't a fixed number: PyTorch's own float32 result is held against the same operator in float64, and the file may be
+``FACTOR`` times as far from it, channel by channel. Integers, booleans, QuantizeLinear and DequantizeLinear must be equal.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch.export import ExportedProgram
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from lightning_accel.core.optional import require
+from lightning_accel.onnx.file import reads
+from lightning_accel.quantization.graph.plan import module_of
+
+FACTOR = 32.0  # kernels of one operator differ by a few units in the last place; on right files the largest ratio seen was 11
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_EXACT = {"QuantizeLinear", "DequantizeLinear"}
+# Approximated by polynomials, which are exact to the last places of the function's range and not of each small value.
+_APPROXIMATED = {"Sigmoid", "Tanh", "Erf", "Softmax", "Exp", "Gelu", "Softplus", "Sin", "Cos", "LSTM", "GRU", "RNN"}
+_UNIT = 2.0**-24  # unit roundoff of float32
+_FLIP = 1.01  # integers made by several nodes at once: one step either way is a rounding on the edge
+_CHUNK = 2**28  # bytes of tensors that one session is fed and returns
+_FEW, _MANY = 2, 8  # samples: of a network whose tensors take much memory, and of others
+
+
+@dataclass(frozen=True)
+class NodeCheck:
+    """What comparing the nodes of a file one by one gave.
+
+    Args:
+        nodes: nodes of the file that were compared, each fed the reference's values.
+        of: nodes of the file.
+        largest_error: largest error among them, as a share of the node's own output range.
+        diverging: the first that differs or can't be run, and the module it came from, in one sentence; empty if none does.
+        largest_ratio: largest error of a channel, in multiples of PyTorch's own float32 error there.
+        noise: root mean square of each floating-point tensor's error, by name.
+    """
+
+    nodes: int
+    of: int
+    largest_error: float
+    diverging: str = ""
+    largest_ratio: float = 0.0
+    noise: dict[str, float] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class _Segment:
+    """A tensor that PyTorch has too, and the nodes that compute it from others of that kind; mostly one node.
+
+    Args:
+        output: name of the tensor.
+        places: where the nodes stand in the file.
+        nodes: the nodes, in the file's order.
+    """
+
+    output: str
+    places: list[int]
+    nodes: list[onnx.NodeProto]
+
+
+def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray]) -> NodeCheck:
+    """Compare each node of a file with the program it was exported from.
+
+    Nodes whose output the program doesn't have (the exporter writes some operators as several nodes) are run together
+    with the next one whose output it has. What draws random numbers is left to the comparison of the outputs.
+
+    Args:
+        path: the ONNX file.
+        program: from :func:`~lightning_accel.onnx.export.export_onnx`.
+        feeds: inputs by the file's names, in the order of the program's inputs; at most 8 samples of them are used.
+    """
+    model = onnx.load(path)
+    reference = _recorded(program, feeds, [value.name for value in model.graph.output])
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    segments = list(_segments(model, reference.values, constants))
+    seen: set[int] = set()  # places of nodes
+    largest, ratio, noise = 0.0, 0.0, dict[str, float]()
+    for segment, got, failure in _results(model, segments, constants, reference.values):
+        seen |= set(segment.places)
+        if got is None:
+            says, share = f"it can't be run: {failure}", float("inf")
+        else:
+            error, own = _errors(reference, segment, got)
+            noise[segment.output], share = error.rms, error.share
+            largest, ratio = max(largest, share), max(ratio, own)
+            if own <= FACTOR:
+                continue
+            says = f"it is off by {share:.2e} of its range"
+        sentence = _sentence(segment, reference.origin.get(segment.output, ""), constants, says)
+        return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
+    return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
+
+
+def _sentence(segment: _Segment, origin: str, constants: Mapping[str, onnx.TensorProto], says: str) -> str:
+    chain = " -> ".join(f"{node.op_type} `{node.name}`" for node in segment.nodes)
+    weights = [f"`{name}`" for node in segment.nodes for name in node.input if name in constants]
+    return (
+        f"First diverging node: {chain}{f' (of {origin})' if origin else ''}"
+        f"{f', which reads {weights[0]}' if weights else ''}: fed the reference's inputs {says}."
+    )
+
+
+class _Recorder(Interpreter):
+    """Runs a program in PyTorch and keeps every tensor of it."""
+
+    def __init__(self, graph_module: Any) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is torch.ops.quantized_decomposed.quantize_per_tensor.default:
+            # PyTorch's own decomposition multiplies by 1 / scale; files, engines and fake-quant divide.
+            (x, scale, zero_point, low, high, dtype), _ = self.fetch_args_kwargs_from_env(n)
+            steps = torch.round(x / torch.tensor(scale, dtype=x.dtype)) + zero_point
+            return steps.clamp(low, high).to(dtype)
+        return super().run_node(n)
+
+
+@dataclass
+class _Reference:
+    """Every tensor of a program on a few samples.
+
+    Args:
+        values: by the file's names, inputs and outputs included.
+        nodes: the program's node of each tensor that it computes.
+        origin: the module that each comes from, in words.
+        env: what the program computed, node by node.
+    """
+
+    values: dict[str, np.ndarray]
+    nodes: dict[str, Node]
+    origin: dict[str, str]
+    env: dict[Node, Any]
+
+    def exact(self, name: str, known: set[str]) -> np.ndarray | None:
+        """A tensor in float64, computed from the recorded values of the tensors in ``known``; ``None`` if PyTorch can't."""
+        done: dict[Node, Any] = {}
+
+        def argument(node: Node) -> Any:
+            return _double(self.env[node]) if node.name in known or node.op != "call_function" else computed(node)
+
+        def computed(node: Node) -> Any:
+            if node not in done:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), argument)
+                done[node] = node.target(*pytree.tree_map(_wide, args), **pytree.tree_map(_wide, kwargs))  # type: ignore[operator]
+            return done[node]
+
+        try:
+            with torch.no_grad():
+                result = computed(self.nodes[name])
+        except Exception:  # operators without float64 kernels raise RuntimeError, NotImplementedError and others
+            return None
+        return result.numpy() if isinstance(result, torch.Tensor) and result.dtype == torch.float64 else None
+
+
+def _double(value: Any) -> Any:
+    def cast(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32 else leaf
+
+    return pytree.tree_map(cast, value)
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def _recorded(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
+    """The program on as many samples as fit into memory."""
+    reference = _run_program(program, {name: array[:_FEW] for name, array in feeds.items()}, outputs)
+    bytes_each = sum(array.nbytes for array in reference.values.values()) / _FEW
+    if bytes_each * _MANY > _CHUNK or all(len(array) <= _FEW for array in feeds.values()):
+        return reference
+    return _run_program(program, {name: array[:_MANY] for name, array in feeds.items()}, outputs)
+
+
+def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
+    graph_module: Any = program.module()
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph_module.graph.erase_node(node)
+    recorder = _Recorder(graph_module)
+    with torch.no_grad():
+        placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        tensors = iter([torch.from_numpy(np.array(array)) for array in feeds.values()])
+        inputs = [
+            next(tensors) if isinstance(n.meta.get("val"), torch.Tensor) else n.meta.get("val") for n in placeholders
+        ]
+        recorder.run(*inputs, enable_io_processing=False)
+    reference = _Reference(dict(feeds), {}, {}, recorder.env)
+    for node, value in recorder.env.items():
+        if isinstance(value, torch.Tensor) and node.op == "call_function":
+            reference.values[node.name] = value.detach().cpu().numpy()
+            reference.nodes[node.name] = node
+            reference.origin[node.name] = f"module `{module_of(node)}`" if module_of(node) else ""
+    ends = [n for n in pytree.tree_leaves(graph_module.graph.output_node().args) if isinstance(n, Node)]
+    for end, name in zip(ends, outputs, strict=False) if len(ends) == len(outputs) else ():
+        if end.name in reference.nodes and name not in reference.values:
+            reference.values[name], reference.nodes[name] = reference.values[end.name], end
+            reference.origin[name] = reference.origin[end.name]
+    return reference
+
+
+def _segments(
+    model: onnx.ModelProto, values: Mapping[str, np.ndarray], constants: Mapping[str, onnx.TensorProto]
+) -> Iterator[_Segment]:
+    """The file cut at every tensor that PyTorch has too, in the order of its nodes."""
+    nodes = list(model.graph.node)
+    place = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    inputs = {value.name for value in model.graph.input}
+    for name in place:
+        if name not in values or name in inputs:
+            continue
+        found: set[int] = set()
+        waiting, complete = [name], True
+        while waiting and complete:
+            wanted = waiting.pop()
+            if not wanted or wanted in constants or (wanted in values and wanted != name):
+                continue
+            complete = wanted in place
+            if complete and place[wanted] not in found:
+                found.add(place[wanted])
+                waiting.extend(reads(nodes[place[wanted]]))
+        segment = _Segment(name, sorted(found), [nodes[index] for index in sorted(found)])
+        if complete and not any(node.op_type in _RANDOM for node in segment.nodes):
+            yield segment
+
+
+def _results(
+    model: onnx.ModelProto,
+    segments: Sequence[_Segment],
+    constants: Mapping[str, onnx.TensorProto],
+    values: Mapping[str, np.ndarray],
+) -> Iterator[tuple[_Segment, np.ndarray | None, str]]:
+    """What the file's nodes compute, many in one session; ``None`` and the reason for those that can't be run."""
+    chunk: list[_Segment] = []
+    size = 0
+    for index, segment in enumerate(segments):
+        chunk.append(segment)
+        size += 2 * values[segment.output].nbytes
+        if size > _CHUNK or index == len(segments) - 1:
+            try:
+                yield from [
+                    (s, array, "") for s, array in zip(chunk, _run(model, chunk, constants, values), strict=True)
+                ]
+            except Exception:  # ONNX Runtime's exceptions have no common class but this one
+                yield from (_alone(model, s, constants, values) for s in chunk)
+            chunk, size = [], 0
+
+
+def _alone(
+    model: onnx.ModelProto,
+    segment: _Segment,
+    constants: Mapping[str, onnx.TensorProto],
+    values: Mapping[str, np.ndarray],
+) -> tuple[_Segment, np.ndarray | None, str]:
+    try:
+        return segment, _run(model, [segment], constants, values)[0], ""
+    except Exception as failure:  # ONNX Runtime's exceptions have no common class but this one
+        return segment, None, str(failure).splitlines()[0]
+
+
+def _run(
+    model: onnx.ModelProto,
+    segments: Sequence[_Segment],
+    constants: Mapping[str, onnx.TensorProto],
+    values: Mapping[str, np.ndarray],
+) -> list[np.ndarray]:
+    """Compute a few tensors, each from the reference's values: every known tensor is an input, and its own result another output."""
+    ends = {segment.output for segment in segments}
+    nodes: dict[int, onnx.NodeProto] = {}
+    for segment in segments:
+        for index, node in zip(segment.places, segment.nodes, strict=True):
+            if index not in nodes:
+                nodes[index] = onnx.NodeProto()
+                nodes[index].CopyFrom(node)
+                for i, name in enumerate(node.output):
+                    if name in values:  # even where it isn't asked for here, since its name is an input's
+                        nodes[index].output[i] = f"{name}::file"
+    read = {name for segment in segments for node in segment.nodes for name in reads(node)}
+    inputs = sorted(read & values.keys())
+    graph = helper.make_graph(
+        [nodes[index] for index in sorted(nodes)],
+        "nodes",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(values[n].dtype), values[n].shape)
+            for n in inputs
+        ],
+        [
+            helper.make_tensor_value_info(f"{n}::file", helper.np_dtype_to_tensor_dtype(values[n].dtype), None)
+            for n in sorted(ends)
+        ],
+        [constants[name] for name in sorted(read & constants.keys())],
+    )
+    cut = helper.make_model(
+        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
+    )
+    ort = require("onnxruntime", "cpu", "Verification")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # a node that can't be run is reported once, by name
+    session = ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run([f"{segment.output}::file" for segment in segments], {name: values[name] for name in inputs})
+
+
+@dataclass(frozen=True)
+class _Error:
+    share: float  # of the tensor's range
+    rms: float
+
+
+def _errors(reference: _Reference, segment: _Segment, got: np.ndarray) -> tuple[_Error, float]:
+    """The error of a segment, and the largest of its channels in multiples of PyTorch's own."""
+    want = reference.values[segment.output]
+    if want.shape != got.shape:
+        return _Error(float("inf"), float("inf")), float("inf")
+    a, b = want.astype(np.float64), got.astype(np.float64)
+    off = _difference(a, b)
+    finite = a[np.isfinite(a)]  # masks hold infinities
+    span = max(float(finite.max(initial=0.0) - finite.min(initial=0.0)), 1e-30)
+    error = _Error(float(off.max(initial=0.0)) / span, math.sqrt(float(np.mean(off**2))) if off.size else 0.0)
+    if not np.issubdtype(want.dtype, np.floating):
+        allowed = 0.0 if len(segment.nodes) == 1 or want.dtype == bool else _FLIP
+        return error, 0.0 if float(off.max(initial=0.0)) <= allowed else float("inf")
+    if not off.any():
+        return error, 0.0
+    if segment.nodes[-1].op_type in _EXACT and len(segment.nodes) == 1:
+        return error, float("inf")
+    known = {name for node in segment.nodes for name in reads(node)} & reference.values.keys()
+    exact = reference.exact(segment.output, known)
+    if exact is None or exact.shape != a.shape:
+        exact = a
+    approximated = any(node.op_type in _APPROXIMATED for node in segment.nodes)
+    return error, _ratio(exact, a, b, float(np.abs(finite).max(initial=0.0)) if approximated else 0.0)
+
+
+def _ratio(exact: np.ndarray, torch_result: np.ndarray, file_result: np.ndarray, largest: float) -> float:
+    """Largest error of the file among all channels, in multiples of PyTorch's own, or of the last place of ``largest``."""
+    own, theirs, size = _difference(exact, torch_result), _difference(exact, file_result), np.abs(exact)
+    size = np.where(np.isfinite(size), size, 0.0)
+    worst = 0.0
+    for axis in {1, exact.ndim - 1} if exact.ndim > 1 else {None}:
+        others = tuple(i for i in range(exact.ndim) if i != axis) if axis is not None else None
+        mine, file, large = (x.max(axis=others, initial=0.0) for x in (own, theirs, size))
+        # A channel of a few values may be exact by chance: then what PyTorch is off in most channels counts, too.
+        usual = float(np.quantile(mine / np.maximum(large, 1e-300), 0.9)) if np.size(mine) > 1 else 0.0
+        floor = np.maximum.reduce(
+            [np.asarray(mine), usual * large, _UNIT * large, np.full_like(large, max(_UNIT * largest, 1e-37))]
+        )
+        worst = max(worst, float(np.max(file / floor)))
+    return worst
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    return np.where(np.isnan(off), np.inf, off)
