@@ -23,8 +23,8 @@ from torch import nn
 
 import lightning_accel as la
 from experiments import print_environment
+from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
-from lightning_accel.verification.compare import VerificationError
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork

@@ -21,8 +21,9 @@ import torch
 
 from experiments import print_environment
 from experiments.engine_zoo import quantize_
+from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
-from lightning_accel.verification.compare import Network, VerificationError
+from lightning_accel.verification.compare import Network
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork

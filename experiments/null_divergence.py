@@ -22,7 +22,8 @@ from torch import nn
 import lightning_accel as la
 from experiments import print_environment
 from lightning_accel.engines.base import load_runner
-from lightning_accel.verification.compare import FACTOR, Verification, VerificationError
+from lightning_accel.errors import VerificationError
+from lightning_accel.verification.compare import FACTOR, Verification
 from lightning_accel.verification.engine import prove_engine
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers

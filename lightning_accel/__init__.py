@@ -46,7 +46,7 @@ _PUBLIC = {
     "lower_precision": "onnx.half_precision",
     "verify": "verification.compare",
     "verify_bundle": "verification.bundle",
-    "VerificationError": "verification.compare",
+    "VerificationError": "errors",
     "ExactResume": "core.exact_resume",
     "load_from_checkpoint": "core.structure",
     "Runner": "engines.base",

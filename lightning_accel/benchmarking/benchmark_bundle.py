@@ -27,6 +27,7 @@ from lightning_accel.benchmarking.variants import BASELINE, Way, ways_of
 from lightning_accel.bundle.writer import check_recordable, record_comparison
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification import tolerances
 from lightning_accel.verification.bundle import SAMPLES, proven_file, split_samples
 from lightning_accel.verification.compare import Feeds, Network, verify
@@ -72,10 +73,10 @@ def benchmark_bundle(
         What was measured. After Ctrl-C what was measured until then, and no decision.
 
     Raises:
-        FileNotFoundError: there is no bundle, or one of its files is missing.
-        ValueError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it; a bundle that
+        MissingFileError: there is no bundle, or one of its files is missing.
+        InvalidArgumentError: the bundle changed after it was written; samples, labels, ways or budgets that don't fit it; a bundle that
             can't be recorded in: it holds the current folder, or is a mount point.
-        PermissionError: nor can one whose parent can't be written to.
+        FilePermissionError: nor can one whose parent can't be written to.
 
     Example:
         >>> comparison = benchmark_bundle("artifacts", budgets=Budgets(max_drop=0.5))  # doctest: +SKIP
@@ -141,9 +142,9 @@ def compare_ways(
     """
     settings = settings or BenchmarkSettings()
     if budgets is not None and budgets.batch not in (None, *settings.batches):
-        raise ValueError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
+        raise InvalidArgumentError(f"Argument `batch` must be one of {settings.batches}, but got {budgets.batch}.")
     if scores not in (None, CLASSES, VALUES):
-        raise ValueError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
+        raise InvalidArgumentError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
     if scores is None and labels is None:
         scores = manifest.get("scores")
     chosen = _chosen(ways_of(folder, manifest), everything, names)
@@ -153,7 +154,7 @@ def compare_ways(
         scores = check_samples(runner, feeds, labels if known else None, scores)
         keep = kept_samples(runner, feeds, scores) if known else 0
     if labels is not None and not known:
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
         )
     machine = environment()
@@ -199,7 +200,7 @@ def shipped_line(comparison: Comparison) -> dict[str, str] | None:
 def _chosen(ways: Sequence[Way], everything: bool, names: Sequence[str] | None) -> list[Way]:
     known = [way.name for way in ways]
     if unknown := [name for name in names or () if name not in known]:
-        raise ValueError(f"Argument `ways` must be among {known}, but got {unknown}.")
+        raise InvalidArgumentError(f"Argument `ways` must be among {known}, but got {unknown}.")
     if names is not None:
         return [way for way in ways if way.name in (BASELINE, *names)]
     return [way for way in ways if everything or way.common]

@@ -23,6 +23,7 @@ from lightning_accel.benchmarking.scores import CLASSES, score_titles
 from lightning_accel.benchmarking.variants import Way
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.bundle import SAMPLES, proven_file
 from lightning_accel.verification.compare import Feeds
 
@@ -110,8 +111,8 @@ def compare_bundles(
         progress: told what is being done.
 
     Raises:
-        FileNotFoundError: a bundle or a file of it is missing.
-        ValueError: a bundle changed after it was written; they take different inputs; samples or labels that don't fit.
+        MissingFileError: a bundle or a file of it is missing.
+        InvalidArgumentError: a bundle changed after it was written; they take different inputs; samples or labels that don't fit.
 
     Example:
         >>> print(compare_bundles("before", "after"))  # doctest: +SKIP
@@ -123,17 +124,19 @@ def compare_bundles(
         check_files(folder, manifests[name])
     inputs = [manifest["inputs"] for manifest in manifests.values()]
     if inputs[0] != inputs[1]:
-        raise ValueError(f"Argument `b` must be a bundle with the inputs of `a`, {inputs[0]}, but got {inputs[1]}.")
+        raise InvalidArgumentError(
+            f"Argument `b` must be a bundle with the inputs of `a`, {inputs[0]}, but got {inputs[1]}."
+        )
     source = "given"
     if samples is None:
         samples, source = _kept(folders, inputs[0])
     if labels is not None and samples is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `labels` must come with the samples that they belong to, but got no samples. Pass `--data`."
         )
     feeds = None if samples is None else {name: samples[name] for name in inputs[0] if name in samples}
     if feeds is not None and (missing := [name for name in inputs[0] if name not in feeds]):
-        raise ValueError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
+        raise InvalidArgumentError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
     told = {manifest.get("scores") for manifest in manifests.values()} - {None} if labels is None else set()
     scores = told.pop() if len(told) == 1 else None
     taken: dict[str, list[_Input]] = {}
@@ -141,7 +144,7 @@ def compare_bundles(
         with load_runner(folder / proven_file(manifests[name], "fp32"), "onnxruntime", emulate=True) as runner:
             taken[name] = [(spec.name, str(spec.dtype), spec.shape) for spec in runner.inputs]
             if not _alike(taken["A"], taken[name]):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `b` must be a bundle with the inputs of `a`, {_words(taken['A'])}, but got {_words(taken[name])}."
                 )
             feeds = feeds if feeds is not None else synthetic_samples(runner)

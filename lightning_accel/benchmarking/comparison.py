@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lightning_accel.errors import InvalidArgumentError
+
 SCHEMA = 1
 
 
@@ -30,7 +32,7 @@ class BenchmarkSettings:
         seed: of the orders and of the resampling.
 
     Raises:
-        ValueError: a number that makes no measurement.
+        InvalidArgumentError: a number that makes no measurement.
     """
 
     batches: tuple[int, ...] = (1, 32)
@@ -47,22 +49,26 @@ class BenchmarkSettings:
         for name in ("batches", "callers"):
             values = getattr(self, name)
             if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-                raise ValueError(f"Argument `{name}` must hold integers of at least 1, but got {values!r}.")
+                raise InvalidArgumentError(f"Argument `{name}` must hold integers of at least 1, but got {values!r}.")
             if len(set(values)) != len(values):
-                raise ValueError(f"Argument `{name}` must hold each number once, but got {values!r}.")
+                raise InvalidArgumentError(f"Argument `{name}` must hold each number once, but got {values!r}.")
         if 1 not in self.callers:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `callers` must hold 1, whose latency the decision is made on, but got {self.callers!r}."
             )
         for name in ("seconds", "turn_s", "limit_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"Argument `{name}` must be above 0 and finite, but got {getattr(self, name)}.")
+                raise InvalidArgumentError(
+                    f"Argument `{name}` must be above 0 and finite, but got {getattr(self, name)}."
+                )
         if not 0 <= self.warmup_s < math.inf:
-            raise ValueError(f"Argument `warmup_s` must be at least 0 and finite, but got {self.warmup_s}.")
+            raise InvalidArgumentError(f"Argument `warmup_s` must be at least 0 and finite, but got {self.warmup_s}.")
         if self.min_rounds < 2:
-            raise ValueError(f"Argument `min_rounds` must be at least 2, but got {self.min_rounds}.")
+            raise InvalidArgumentError(f"Argument `min_rounds` must be at least 2, but got {self.min_rounds}.")
         if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
-            raise ValueError(f"Argument `threads` must be an integer of at least 1, but got {self.threads!r}.")
+            raise InvalidArgumentError(
+                f"Argument `threads` must be an integer of at least 1, but got {self.threads!r}."
+            )
 
     @property
     def points(self) -> list[tuple[int, int]]:
@@ -191,10 +197,10 @@ class Comparison:
         """What :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: another schema.
+            InvalidArgumentError: another schema.
         """
         if values.get("schema") != SCHEMA:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"The comparison must have schema {SCHEMA}, but got {values.get('schema')!r}. Measure again."
             )
         ways = [WayResult(**{**way, "points": [Point(**point) for point in way["points"]]}) for way in values["ways"]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison, WayResult
 from lightning_accel.benchmarking.scores import VALUES, score_titles
+from lightning_accel.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Budgets:
         batch: batch size at which latency counts; ``None`` means the largest that is measured.
 
     Raises:
-        ValueError: a number out of its range.
+        InvalidArgumentError: a number out of its range.
 
     Example:
         >>> Budgets(max_drop=0.5).max_drop  # half a point, e.g. from 92.0 % to 91.5 %
@@ -35,11 +36,13 @@ class Budgets:
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop <= 100:
-            raise ValueError(f"Argument `max_drop` must be from 0 to 100 percentage points, but got {self.max_drop}.")
+            raise InvalidArgumentError(
+                f"Argument `max_drop` must be from 0 to 100 percentage points, but got {self.max_drop}."
+            )
         for name in ("max_latency_ms", "max_bytes", "batch"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"Argument `{name}` must be above 0 and finite, or None, but got {value}.")
+                raise InvalidArgumentError(f"Argument `{name}` must be above 0 and finite, or None, but got {value}.")
 
 
 def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
@@ -58,12 +61,12 @@ def decide(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
         ``ship`` (name of the way, or ``None`` if nothing fits), ``why``, ``budgets``, ``refused`` (name -> reason).
 
     Raises:
-        ValueError: latency counts at a batch size that wasn't measured.
+        InvalidArgumentError: latency counts at a batch size that wasn't measured.
     """
     sizes = comparison.settings["batches"]
     batch = max(sizes) if budgets.batch is None else budgets.batch
     if batch not in sizes:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `batch` must be one of the sizes that are measured, {list(sizes)}, but got {batch}."
         )
     limits = {**asdict(budgets), "batch": batch}

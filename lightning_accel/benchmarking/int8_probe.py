@@ -48,7 +48,7 @@ def int8_speed(engine: str, activations: str, weight_max: int, *, seconds: float
         seconds: time for the measurement.
 
     Raises:
-        ModuleNotFoundError: the engine isn't installed.
+        MissingPackageError: the engine isn't installed.
     """
     files = _files(Arithmetic(activations, weight_max))
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.benchmarking.environment import environment
+from lightning_accel.errors import InvalidArgumentError
 
 __all__ = ["BenchmarkResult", "Measurement", "Ratio", "benchmark", "environment", "median_ratio"]
 
@@ -118,7 +119,7 @@ def benchmark(
         seed: seed of the orders and of the resampling.
 
     Raises:
-        ValueError: no ways, an unknown baseline, or numbers that make no measurement.
+        InvalidArgumentError: no ways, an unknown baseline, or numbers that make no measurement.
 
     Example:
         >>> result = benchmark({"fp32": lambda: fp32(x), "int8": lambda: int8(x)})  # doctest: +SKIP
@@ -126,14 +127,16 @@ def benchmark(
         Ratio(value=1.83, low=1.79, high=1.88)
     """
     if not ways:
-        raise ValueError("Argument `ways` must have at least one way, but got none.")
+        raise InvalidArgumentError("Argument `ways` must have at least one way, but got none.")
     if baseline is not None and baseline not in ways:
-        raise ValueError(f"Argument `baseline` must be one of {list(ways)}, but got {baseline!r}.")
+        raise InvalidArgumentError(f"Argument `baseline` must be one of {list(ways)}, but got {baseline!r}.")
     if min_rounds < 2 or rounds < min_rounds:
-        raise ValueError(f"Argument `min_rounds` must be from 2 to `rounds` ({rounds}), but got {min_rounds}.")
+        raise InvalidArgumentError(
+            f"Argument `min_rounds` must be from 2 to `rounds` ({rounds}), but got {min_rounds}."
+        )
     for name, value in {"max_seconds": max_seconds, "warmup_s": warmup_s}.items():
         if not value >= 0:
-            raise ValueError(f"Argument `{name}` must be at least 0, but got {value}.")
+            raise InvalidArgumentError(f"Argument `{name}` must be at least 0, but got {value}.")
     baseline = baseline if baseline is not None else next(iter(ways))
     calls = [*ways.values(), ways[baseline]]  # the last one is the null run
     rng = np.random.default_rng(seed)

@@ -36,7 +36,7 @@ def dynamic_int8(source: Path, out: Path) -> Path:
         out: the file to write.
 
     Raises:
-        ModuleNotFoundError: ONNX Runtime isn't installed.
+        MissingPackageError: ONNX Runtime isn't installed.
     """
     quantization = require("onnxruntime.quantization", "cpu", "Way `onnxruntime dynamic int8`")
     import onnx

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning_accel
+from lightning_accel.errors import RunError
 
 WORKER = "lightning_accel.benchmarking.worker"
 
 
-class WayEndedError(RuntimeError):
+class WayEndedError(RunError):
     """A way can't go on; ``status`` is that of its row.
 
     Args:

@@ -14,6 +14,7 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, Point, Wa
 from lightning_accel.benchmarking.measure import NOISY, Ratio, median_ratio
 from lightning_accel.benchmarking.process import WayEndedError, WayProcess
 from lightning_accel.benchmarking.variants import Way
+from lightning_accel.errors import InvalidArgumentError
 
 _PREDICT_BATCH = 32
 _Key = tuple[int, int]  # batch size and number of callers
@@ -108,13 +109,13 @@ def measure_ways(
         progress: told what is being done.
 
     Raises:
-        ValueError: two ways of one name, or no way of the baseline's.
+        InvalidArgumentError: two ways of one name, or no way of the baseline's.
     """
     names = [way.name for way in ways]
     if len(set(names)) != len(names):
-        raise ValueError(f"Argument `ways` must have different names, but got {names}.")
+        raise InvalidArgumentError(f"Argument `ways` must have different names, but got {names}.")
     if baseline not in names:
-        raise ValueError(f"Argument `baseline` must be one of {names}, but got {baseline!r}.")
+        raise InvalidArgumentError(f"Argument `baseline` must be one of {names}, but got {baseline!r}.")
     rows = [Row(way, WayResult(way.name, way.engine, way.precision, unshippable=way.unshippable)) for way in ways]
     base = rows[names.index(baseline)]
     second = Row(base.way, WayResult("null", base.way.engine, base.way.precision))

@@ -11,6 +11,7 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, Compariso
 from lightning_accel.benchmarking.rounds import Measured, Row
 from lightning_accel.benchmarking.scores import CLASSES, VALUES, r_squared
 from lightning_accel.engines.base import Runner
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.compare import Feeds
 
 KEPT = 512  # samples on which kernels are held against the file
@@ -23,7 +24,7 @@ def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
     feeds = {}
     for spec in runner.inputs:
         if None in spec.shape[1:]:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `samples` must be given for input `{spec.name}`, whose shape {spec.shape} is open. Pass `--data FILE.npz`, or "
                 "export with ModelExport(keep_samples=16)."
             )
@@ -49,7 +50,7 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
         spec.check(feeds[spec.name])
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `samples` must hold the same number of samples (at least 1) of each input, but got {counts}."
         )
     outputs = next(iter(runner.run({name: array[:1] for name, array in feeds.items()}).values()))
@@ -63,24 +64,24 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
         if not np.issubdtype(labels.dtype, np.number) or (
             labels.shape != (count, *shape) and (*labels.shape, 1) != (count, *shape)
         ):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `labels` must hold an integer for each of the {count} samples, or the values {(count, *shape)} that "
                 f"the first output should have, but got {labels.dtype} of shape {labels.shape}."
             )
         return scores
     if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim or len(labels) != count:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `labels` must hold an integer for each of the {count} samples, but got {labels.dtype} of shape "
             f"{labels.shape}."
         )
     shape = outputs.shape[2:]
     if outputs.ndim < 2 or labels.shape[1:] != shape:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `labels` must have the shape (S, {', '.join(map(str, shape))}) of predictions, but got {labels.shape}, "
             f"where the first output has the shape {outputs.shape}."
         )
     if labels.min() < 0 or labels.max() >= outputs.shape[1]:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `labels` must be from 0 to {outputs.shape[1] - 1}, the classes of the first output, but got "
             f"{labels.min()} to {labels.max()}."
         )

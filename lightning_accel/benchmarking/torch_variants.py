@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from lightning_accel.engines.pytorch import PyTorchRunner
+from lightning_accel.errors import MissingPackageError, UnsupportedError
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,8 +27,8 @@ class TorchWay(PyTorchRunner):
         threads: threads inside an operator, of the whole process.
 
     Raises:
-        ModuleNotFoundError: torchao isn't installed.
-        NotImplementedError: the way doesn't apply to this network, or to this machine.
+        MissingPackageError: torchao isn't installed.
+        UnsupportedError: the way doesn't apply to this network, or to this machine.
     """
 
     def __init__(self, path: str | Path, *, mode: str, threads: int) -> None:
@@ -37,11 +38,11 @@ class TorchWay(PyTorchRunner):
         self._images = mode == "channels_last"
         if self._images:
             if not any(len(spec.shape) == 4 for spec in self.inputs):
-                raise NotImplementedError("no input has the four dimensions that channels_last orders anew")
+                raise UnsupportedError("no input has the four dimensions that channels_last orders anew")
             self._module.to(memory_format=torch.channels_last)
         elif mode == "compile":
             if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
-                raise NotImplementedError("torch.compile needs a C++ compiler on the CPU, and none was found")
+                raise UnsupportedError("torch.compile needs a C++ compiler on the CPU, and none was found")
             self._module = torch.compile(self._module)
         elif mode.startswith("torchao"):
             self._module = _quantized(self._module, mode)
@@ -68,11 +69,11 @@ def _quantized(module: nn.Module, mode: str) -> nn.Module:
     try:
         torchao = import_module("torchao.quantization")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "the package `torchao` is not installed: pip install torchao", name="torchao"
         ) from error
     if not with_linear_modules_(module):
-        raise NotImplementedError("torchao quantizes linear layers, and this network has none")
+        raise UnsupportedError("torchao quantizes linear layers, and this network has none")
     configs: dict[str, Callable[[], Any]] = {
         "torchao dynamic": torchao.Int8DynamicActivationInt8WeightConfig,
         "torchao weights": torchao.Int8WeightOnlyConfig,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.errors import UnsupportedError
 
 NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # what is missing is named in the message; it is no failure
 
@@ -132,7 +133,7 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
         import onnxruntime
 
         if not set(providers) <= set(onnxruntime.get_available_providers()):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"this ONNX Runtime has no {', '.join(providers)}, only {', '.join(onnxruntime.get_available_providers())}: "
                 'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
             )

@@ -18,6 +18,7 @@ from lightning_accel import __version__
 from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, read_manifest, seal_of, sha256_of
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.engines.tensorrt.library import EngineInfo, sidecar_of
+from lightning_accel.errors import FilePermissionError, InvalidArgumentError
 
 COMPARISON = "comparison.json"
 _OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose process numbers are their own
@@ -27,14 +28,14 @@ def check_destination(dirpath: str | Path) -> None:
     """Check that a bundle could be written: before training, not after.
 
     Raises:
-        ValueError: the path is a file, or a folder that holds something else.
-        PermissionError: its parent can't be written to.
+        InvalidArgumentError: the path is a file, or a folder that holds something else.
+        FilePermissionError: its parent can't be written to.
     """
     path = Path(dirpath)
     if path.is_file():
-        raise ValueError(f"Argument `dirpath` must be a folder, but got the file {str(path)!r}.")
+        raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(path)!r}.")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `dirpath` must be a new folder or an earlier bundle, but got {str(path)!r}, which holds other files. "
             "A bundle replaces its folder whole: choose another one."
         )
@@ -43,7 +44,7 @@ def check_destination(dirpath: str | Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise PermissionError(
+        raise FilePermissionError(
             f"Argument `dirpath` must lie in a folder that can be written to, but got {str(path)!r}: {error.strerror}."
         ) from error
 
@@ -52,24 +53,24 @@ def check_recordable(folder: str | Path) -> None:
     """Check that a comparison could be recorded in a bundle: before it is measured, not after.
 
     Raises:
-        ValueError: the bundle can't change places with another folder without loss.
-        PermissionError: the folder that it lies in can't be written to.
+        InvalidArgumentError: the bundle can't change places with another folder without loss.
+        FilePermissionError: the folder that it lies in can't be written to.
     """
     path, here = Path(folder).resolve(), Path.cwd()
     if path == here or path in here.parents:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `record` must be False (`--no-record`) for a bundle that holds the current folder, but got {path}: recording puts "
             "a new folder in its place. Run it from outside of the bundle."
         )
     if path.is_mount():
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `record` must be False (`--no-record`) for a bundle that is a mount point, but got {path}: recording puts a new "
             "folder in its place. Mount the folder that it lies in."
         )
     try:
         check_destination(path)
     except PermissionError as error:
-        raise PermissionError(
+        raise FilePermissionError(
             f"Argument `record` must be False (`--no-record`) for a bundle in a folder that can't be written to, but got {path}."
         ) from error
 
@@ -154,7 +155,7 @@ def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
     """Add what was verified on this machine to a bundle's manifest, under ``verified_on``.
 
     Raises:
-        ValueError: the bundle changed after it was written.
+        InvalidArgumentError: the bundle changed after it was written.
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -174,7 +175,7 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
         default: engine and file that ``load_runner`` takes from now on; ``None`` leaves them as they are.
 
     Raises:
-        ValueError: the bundle changed after it was written.
+        InvalidArgumentError: the bundle changed after it was written.
     """
     folder = Path(folder).resolve()
     manifest = read_manifest(folder)
@@ -220,14 +221,14 @@ def replace_engine(folder: str | Path, build: Callable[[Path, Path], EngineInfo]
         What is known about the engine, in its place, and the ONNX file.
 
     Raises:
-        ValueError: the bundle has no TensorRT engine, or changed after it was written.
+        InvalidArgumentError: the bundle has no TensorRT engine, or changed after it was written.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     line = manifest["engines"].get("tensorrt")
     if line is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `model` must be a bundle with an engine of tensorrt, but {folder} has {list(manifest['engines'])}."
         )
     source = folder / line["built_from"]

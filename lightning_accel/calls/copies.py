@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.calls.example import Call, isolated_random, kept_buffers, mode
+from lightning_accel.errors import InvalidArgumentError
 
 _SAMPLES = 2  # enough to see that samples stay apart
 
@@ -69,13 +70,13 @@ def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
     Gradients are on: without them some layers take a fused path that can't be looked into.
 
     Raises:
-        ValueError: it returns none.
+        InvalidArgumentError: it returns none.
     """
     with torch.enable_grad():
         result = _run(module, call, training=False)
     found = [t for t in _tensors(result) if t.is_floating_point()]
     if not found:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Method `forward` must return tensors for channels to be removed, but got a {type(result).__name__}."
         )
     return found

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_accel.errors import InvalidArgumentError
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 InputsFunction = Callable[[Any], Any]
 
@@ -23,7 +25,7 @@ def canonical_call(
     """One form for every way to write the same call: positional where possible, defaults filled in.
 
     Raises:
-        TypeError: the arguments don't fit the signature.
+        InvalidArgumentTypeError: the arguments don't fit the signature.
     """
     bound = sig.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -123,7 +125,7 @@ def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None
         Positional and keyword arguments in canonical form.
 
     Raises:
-        ValueError: the batch doesn't give what ``forward`` needs.
+        InvalidArgumentError: the batch doesn't give what ``forward`` needs.
     """
     return call_by_signature(own_signature(module), f"{type(module).__name__}.forward", batch, inputs)
 
@@ -138,13 +140,13 @@ def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunct
         inputs: the user's own rule.
 
     Raises:
-        ValueError: the batch doesn't give what the function needs.
+        InvalidArgumentError: the batch doesn't give what the function needs.
     """
     args, kwargs = _as_call(inputs(batch)) if inputs is not None else _by_signature(own.parameters, batch)
     try:
         return canonical_call(own, args, kwargs)
     except TypeError as error:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `inputs` must map a batch to the arguments of `{name}{own}`, but a batch of type {type(batch).__name__} "
             f"gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
         ) from None
@@ -222,7 +224,7 @@ def peek(loader: Any, argument: str = "train_dataloaders", samples: int | None =
         samples: how many of a map-style dataset are asked for; ``None``: as many as the loader takes.
 
     Raises:
-        ValueError: the loader is empty.
+        InvalidArgumentError: the loader is empty.
     """
     with isolated_random():
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
@@ -235,7 +237,7 @@ def peek(loader: Any, argument: str = "train_dataloaders", samples: int | None =
                 return loader.collate_fn(loader.dataset[index])
         for batch in loader:
             return batch
-    raise ValueError(f"Argument `{argument}` must yield a batch, but got an empty loader.")
+    raise InvalidArgumentError(f"Argument `{argument}` must yield a batch, but got an empty loader.")
 
 
 def _batch_size(sampler: Any) -> int:
@@ -302,13 +304,13 @@ def find_submodule(module: nn.Module, path: str, argument: str = "module") -> nn
     """The submodule at a dotted path, which came as that argument.
 
     Raises:
-        ValueError: there is none.
+        InvalidArgumentError: there is none.
     """
     try:
         return module.get_submodule(path)
     except AttributeError:
         names = ", ".join(name for name, _ in module.named_children())
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must be the path of a submodule, but got {path!r}. There are: {names}."
         ) from None
 
@@ -317,7 +319,7 @@ def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
     """How a submodule is called when its root is called with ``call``; nothing but the call is observed.
 
     Raises:
-        ValueError: there is no such submodule, or it isn't called exactly once.
+        InvalidArgumentError: there is no such submodule, or it isn't called exactly once.
     """
     part = find_submodule(module, path)
     seen: list[Call] = []
@@ -328,7 +330,7 @@ def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
     finally:
         handle.remove()
     if len(seen) != 1:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `module` must name a submodule that `forward` calls once, but got {path!r}, which it called {len(seen)} times."
         )
     return canonical_call(own_signature(part), *seen[0])
@@ -340,12 +342,12 @@ def owner_and_call(
     """The module to look into, the LightningModule or a submodule of it, and how it is called.
 
     Raises:
-        ValueError: the module has no ``forward``, or the path leads nowhere.
+        InvalidArgumentError: the module has no ``forward``, or the path leads nowhere.
     """
     forward_exists = has_forward(pl_module)
     if not path:
         if not forward_exists:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `module` must name the submodule that `training_step` calls, but got None, and "
                 f"`{type(pl_module).__name__}` has no `forward`. There are: {', '.join(n for n, _ in pl_module.named_children())}."
             )

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.example import Call, own_signature
 from lightning_accel.calls.shapes import ResultShape, describe_inputs
+from lightning_accel.errors import InvalidArgumentError
 
 Axes = Mapping[str, Mapping[int, str]]  # of inputs: {name: {axis: symbol}}
 
@@ -18,7 +19,7 @@ def input_names(module: nn.Module, call: Call, given: Sequence[str] | None) -> l
     """One name for each tensor of a call in canonical form: its parameter of ``forward``, or its key in a dict.
 
     Raises:
-        ValueError: ``given`` names another number of inputs.
+        InvalidArgumentError: ``given`` names another number of inputs.
     """
     bound = own_signature(module).bind(*call[0], **call[1])
     leaves = pytree.tree_flatten_with_path(dict(bound.arguments))[0]
@@ -35,27 +36,27 @@ def checked_axes(dynamic: Axes, names_in: Sequence[str], call: Call) -> dict[str
         call: an example.
 
     Raises:
-        ValueError: an unknown input, an axis that isn't there or is the batch, or a name that isn't one.
+        InvalidArgumentError: an unknown input, an axis that isn't there or is the batch, or a name that isn't one.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     shapes = {name: tuple(tensor.shape) for name, tensor in zip(names_in, tensors, strict=True)}
     axes: dict[str, dict[int, str]] = {}
     for name, of_input in dynamic.items():
         if name not in shapes:
-            raise ValueError(f"Argument `dynamic` must name inputs, of {list(names_in)}, but got {name!r}.")
+            raise InvalidArgumentError(f"Argument `dynamic` must name inputs, of {list(names_in)}, but got {name!r}.")
         for axis, symbol in of_input.items():
             counted = axis + len(shapes[name]) if axis < 0 else axis
             if not 0 < counted < len(shapes[name]):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `dynamic` must give axes 1 to {len(shapes[name]) - 1} of input `{name}` of shape {shapes[name]} "
                     f"(0, the batch, is dynamic anyway), but got {axis}."
                 )
             if not isinstance(symbol, str) or not symbol.isidentifier() or symbol == "batch":
-                raise ValueError(
+                raise InvalidArgumentError(
                     f'Argument `dynamic` must name axis {axis} of input `{name}` by an identifier other than "batch", but got {symbol!r}.'
                 )
             if shapes[name][counted] < 2:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `inputs` must give input `{name}` at least 2 along its dynamic axis {axis}, but got shape {shapes[name]}."
                 )
             axes.setdefault(name, {})[counted] = symbol
@@ -66,7 +67,7 @@ def described(module: nn.Module, call: Call, dynamic: Axes | None) -> dict[str, 
     """:func:`~lightning_accel.calls.shapes.describe_inputs` of a call in canonical form, with axes named by input.
 
     Raises:
-        ValueError: as :func:`checked_axes`.
+        InvalidArgumentError: as :func:`checked_axes`.
     """
     names = input_names(module, call, None)
     axes = checked_axes(dynamic or {}, names, call)
@@ -77,7 +78,7 @@ def output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:
     """One name for each tensor of a result: its key in a dict, or ``"output"``.
 
     Raises:
-        ValueError: ``given`` names another number of outputs.
+        InvalidArgumentError: ``given`` names another number of outputs.
     """
     return _checked("output_names", short_names(result.paths(), "output"), given)
 
@@ -86,7 +87,7 @@ def _checked(argument: str, names: list[str], given: Sequence[str] | None) -> li
     if given is None:
         return names
     if isinstance(given, str) or len(given) != len(names) or len(set(given)) != len(names) or not all(given):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must hold {len(names)} different names (by default {names}), but got {given!r}."
         )
     return list(given)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lightning_accel.errors import InvalidArgumentError
+
 _TENSOR = "tensor"
 _HERE = object()  # a tensor's place
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -39,12 +41,12 @@ def describe_inputs(
         axes: further dynamic axes of each tensor, in order: ``{axis: symbol}``; axes of one symbol have one size.
 
     Raises:
-        ValueError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
+        InvalidArgumentError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
     """
     args, kwargs = plain_call(args, kwargs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not tensors or tensors[0].ndim == 0:
-        raise ValueError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
+        raise InvalidArgumentError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
     batch = tensors[0].shape[0]
     further = iter(axes if axes is not None else [{}] * len(tensors))
 
@@ -59,7 +61,7 @@ def describe_inputs(
         if isinstance(value, list | tuple):
             return {"sequence": [plain(item) for item in value], "tuple": isinstance(value, tuple)}
         if not isinstance(value, _CONSTANTS):
-            raise ValueError(
+            raise InvalidArgumentError(
                 "Argument `inputs` must hold tensors, plain values (None, bool, int, float, str) and dicts, lists or tuples of "
                 f"them, but got a {type(value).__name__}. Pass `inputs=` a function of the batch that makes it a tensor or leaves it out."
             )
@@ -155,18 +157,18 @@ class ResultShape:
             Its shape and its tensors, in order.
 
         Raises:
-            ValueError: it holds no tensor, or something that is neither a tensor nor a plain value.
+            InvalidArgumentError: it holds no tensor, or something that is neither a tensor nor a plain value.
         """
         leaves, spec = pytree.tree_flatten(result)
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Method `forward` must return tensors and plain values, but got a {type(leaf).__name__} in {_words(result)}. "
                     "Return it as a tensor, or not at all."
                 )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:
-            raise ValueError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
+            raise InvalidArgumentError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
         return ResultShape(spec, tuple(_HERE if isinstance(v, torch.Tensor) else v for v in leaves)), tensors
 
     def rebuild(self, tensors: Iterable[Any]) -> Any:
@@ -206,11 +208,11 @@ class InputGuard:
         """Check a call in canonical form, as :func:`plain_call` gives it.
 
         Raises:
-            ValueError: it differs from what was captured.
+            InvalidArgumentError: it differs from what was captured.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Inputs of the quantized `{self._what}` must have the structure they were captured with, {self._words}, "
                 f"but got {_words((args, kwargs))}. Pass `inputs=` so that it shows this call."
             )
@@ -219,7 +221,7 @@ class InputGuard:
             if not isinstance(leaf, torch.Tensor) or not isinstance(want, tuple):
                 if isinstance(leaf, torch.Tensor) or isinstance(want, tuple) or not _same(leaf, want):
                     was = "a tensor" if isinstance(want, tuple) else _words(want)
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"A constant input of the quantized `{self._what}` must be {was}, as captured, but got {_words(leaf)}. "
                         "Make it a tensor if it changes."
                     )
@@ -230,12 +232,12 @@ class InputGuard:
                 for n, m in zip(shape, leaf.shape, strict=True)
             ):
                 seen = "".join(f", {symbol} = {size} before" for symbol, size in sizes.items() if symbol in shape)
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"An input of the quantized `{self._what}` must have shape ({', '.join(map(str, shape))}), as captured, but got "
                     f"{tuple(leaf.shape)}{seen}. Pad or resize, or name the axes that vary in `dynamic`."
                 )
             if leaf.dtype is not dtype and leaf.is_floating_point() != dtype.is_floating_point:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"An input of the quantized `{self._what}` must have dtype {dtype}, as captured, but got {leaf.dtype}."
                 )
 

@@ -21,13 +21,12 @@ from lightning_accel.bundle.writer import check_destination
 from lightning_accel.cli.main import COMMANDS, run
 from lightning_accel.core import structure
 from lightning_accel.distillation.hparams import nested_instantiator
+from lightning_accel.errors import CaptureError, InvalidArgumentError, VerificationError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.planning.plan import plan
-from lightning_accel.quantization.graph.capture import CaptureError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
-from lightning_accel.verification.compare import VerificationError
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
 _SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt", "name"})
@@ -79,7 +78,7 @@ class AccelTrainer(L.Trainer):
         """
         callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(callbacks) != 1:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `trainer.callbacks` must hold one ModelExport to export with, but got {len(callbacks)}."
             )
         callback = callbacks[0]
@@ -136,10 +135,12 @@ class AccelTrainer(L.Trainer):
         """
         path = ckpt or ckpt_path
         if path is None:
-            raise ValueError("Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE.")
+            raise InvalidArgumentError(
+                "Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE."
+            )
         configured = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(configured) > 1:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `trainer.callbacks` must hold one ModelExport at most, but got {len(configured)}."
             )
         export = ModelExport(dirpath, engines, **{name: getattr(c, name) for c in configured for name in _SHIPPED})
@@ -166,7 +167,7 @@ class AccelTrainer(L.Trainer):
                 datamodule.setup("test")
         structure.load_into(model, structure.read_checkpoint(path))
         if quantized := sorted(quantized_forwards(model)):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt` must be of a float network, but {path} was quantized already ({quantized}). Export it instead."
             )
         export.check_plan(self)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from lightning_accel.errors import InvalidArgumentError
+
 COMMANDS = {
     "verify": "hold a bundle's engines against its file on this machine",
     "build": "build a TensorRT engine from an ONNX file, as trtexec does",
@@ -57,7 +59,9 @@ def _run(given: Sequence[str]) -> int:
         for out in ("json", "markdown"):
             path = getattr(arguments, out, None)
             if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                raise ValueError(f"Argument `--{out}` must be a file in a folder that exists, but got {path}.")
+                raise InvalidArgumentError(
+                    f"Argument `--{out}` must be a file in a folder that exists, but got {path}."
+                )
         code: int = module.run(arguments)
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get(DEBUG):

@@ -11,6 +11,7 @@ from lightning_accel.core import resizing, structure
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
 from lightning_accel.core.schedules import Timeline, check_position
+from lightning_accel.errors import InvalidArgumentError, RunError
 
 _PREFIX = "lightning_accel."
 
@@ -26,11 +27,11 @@ class CompressionCallback(L.Callback):
 
     def __init__(self, *, name: str, start: float = 0, end: float | None = None) -> None:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"Argument `name` must be a non-empty string, but got {name!r}.")
+            raise InvalidArgumentError(f"Argument `name` must be a non-empty string, but got {name!r}.")
         check_position("start", start)
         check_position("end", end)
         if end is not None and type(start) is type(end) and end < start:
-            raise ValueError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
+            raise InvalidArgumentError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
         self.name, self.start, self.end = name, start, end
         self._start_step, self._end_step = 0, 0
         self._counting = False  # whether monitors have begun anew, with every target reached
@@ -98,7 +99,7 @@ class CompressionCallback(L.Callback):
             for argument, value in (("start", self.start), ("end", self.end)):
                 endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
                 if isinstance(value, int) and not endless and value > trainer.max_epochs:
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `{argument}` must lie within the run's {trainer.max_epochs} epochs, but got {value}. "
                         "Train longer or start earlier."
                     )
@@ -133,7 +134,7 @@ class CompressionCallback(L.Callback):
         self._start_step = timeline.step("start", self.start)
         self._end_step = self._start_step if self.end is None else timeline.step("end", self.end)
         if self._end_step < self._start_step:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `end` must be at or after `start` ({self.start}, step {self._start_step}), but got {self.end}, "
                 f"which is step {self._end_step}."
             )
@@ -166,7 +167,7 @@ class CompressionCallback(L.Callback):
         stopped = stopped_epochs(trainer)
         marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
         if stopped and not marked and (missing := _unfinished(trainer)):
-            raise RuntimeError(
+            raise RunError(
                 f"EarlyStopping must leave the run until the targets are reached, but it stopped in epoch {stopped[0]}, and "
                 f"{'; '.join(missing)}. The checkpoints are safe. Raise its `patience`, or let the phases end earlier."
             )
@@ -196,7 +197,7 @@ def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[s
         known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
         lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]
         if lost:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint with state "
                 f"of {', '.join(k.removeprefix(_PREFIX) for k in lost)}, for which the Trainer has no callback. "
                 "Add it back, with the same `name`."
@@ -226,7 +227,7 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
         change: the same on every rank.
 
     Raises:
-        RuntimeError: an optimizer keeps state that can't follow.
+        RunError: an optimizer keeps state that can't follow.
     """
     follow = resizing.optimizer_state_follows(trainer.optimizers, pl_module, structure.resized(change))
     structure.apply(pl_module, change)
@@ -254,10 +255,10 @@ def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) 
     """Refuse, before training, what isn't supported yet.
 
     Raises:
-        ValueError: manual optimization, or a strategy that shards or wraps the module in a way we don't follow.
+        InvalidArgumentError: manual optimization, or a strategy that shards or wraps the module in a way we don't follow.
     """
     if not pl_module.automatic_optimization:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `automatic_optimization` must be True with {who}, but got False. Manual optimization isn't supported."
         )
     check_strategy(trainer, who)
@@ -267,10 +268,10 @@ def check_strategy(trainer: L.Trainer, who: str) -> None:
     """Refuse strategies under which a process doesn't hold the whole module.
 
     Raises:
-        ValueError: the Trainer's is one.
+        InvalidArgumentError: the Trainer's is one.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `strategy` must be a single device or DDP with {who}, but got {type(trainer.strategy).__name__}. "
             "Strategies that shard parameters aren't supported."
         )
@@ -280,9 +281,9 @@ def check_one_optimizer(trainer: L.Trainer, who: str) -> None:
     """Refuse several optimizers, as soon as they exist.
 
     Raises:
-        ValueError: ``configure_optimizers`` returned several.
+        InvalidArgumentError: ``configure_optimizers`` returned several.
     """
     if len(trainer.optimizers) != 1:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Method `configure_optimizers` must return one optimizer with {who}, but got {len(trainer.optimizers)}."
         )

@@ -22,6 +22,8 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_accel.errors import InvalidArgumentError
+
 State = dict[str, Any]
 
 _KNOWN_SAMPLERS = (  # draw all their randomness when an iteration starts
@@ -88,7 +90,7 @@ class ExactResume(L.Callback):
         name: its state sits in the checkpoint under ``lightning_accel.ExactResume.<name>``.
 
     Raises:
-        ValueError: at resume, the checkpoint is of a run with another number of ranks.
+        InvalidArgumentError: at resume, the checkpoint is of a run with another number of ranks.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ExactResume()], logger=False)
@@ -96,7 +98,7 @@ class ExactResume(L.Callback):
 
     def __init__(self, *, name: str = "default") -> None:
         if not isinstance(name, str) or not name:
-            raise ValueError(f"Argument `name` must be a non-empty string, but got {name!r}.")
+            raise InvalidArgumentError(f"Argument `name` must be a non-empty string, but got {name!r}.")
         self.name = name
         self._loaded: list[State] | None = None  # per rank, from the checkpoint
         self._resumed: State | None = None  # this rank's, until training goes on
@@ -113,7 +115,7 @@ class ExactResume(L.Callback):
         if stage != "fit":
             return
         if sum(isinstance(callback, ExactResume) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise ValueError("Argument `callbacks` must hold one ExactResume, but got several.")
+            raise InvalidArgumentError("Argument `callbacks` must hold one ExactResume, but got several.")
         self._marks, self._loaded, self._resumed = {}, None, None
         loop = trainer.fit_loop
         _wrap(loop, "setup_data", lambda original: self._setup_data(trainer, original))
@@ -160,7 +162,7 @@ class ExactResume(L.Callback):
             )
             return
         if len(own["ranks"]) != trainer.world_size:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt_path` must be resumed on as many ranks as it was written on ({len(own['ranks'])}) with "
                 f"ExactResume, but got {trainer.world_size}. Use the same number, or drop the callback."
             )

@@ -3,17 +3,21 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from lightning_accel.errors import InvalidArgumentError
+
 
 def as_patterns(argument: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     """One glob, several or none, as a tuple.
 
     Raises:
-        ValueError: an entry is not a string.
+        InvalidArgumentError: an entry is not a string.
     """
     patterns = (value,) if isinstance(value, str) else tuple(value or ())
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ValueError(f"Argument `{argument}` must be a name glob or a list of them, but got {pattern!r}.")
+            raise InvalidArgumentError(
+                f"Argument `{argument}` must be a name glob or a list of them, but got {pattern!r}."
+            )
     return patterns
 
 
@@ -27,14 +31,14 @@ def select(names: Iterable[str], include: Sequence[str], exclude: Sequence[str],
         what: what a name stands for, for the error message.
 
     Raises:
-        ValueError: a glob matches nothing.
+        InvalidArgumentError: a glob matches nothing.
     """
     names = list(names)
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `{argument}` must match the name of a {what}, but got {pattern!r}, which matches none "
                     f"of: {near or 'nothing to choose from'}."
                 )

@@ -22,7 +22,7 @@ def draw_layers(shares: Mapping[str, float], title: str) -> Any:
         A ``matplotlib.figure.Figure``.
 
     Raises:
-        ModuleNotFoundError: matplotlib isn't installed.
+        MissingPackageError: matplotlib isn't installed.
     """
     from matplotlib.figure import Figure
 

@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_accel.errors import InvalidArgumentError, RunError
+
 
 def kept_slice(tensor: torch.Tensor, cuts: Iterable[Sequence[Any]]) -> torch.Tensor:
     """The part of a tensor that stays; the memory format (channels last) stays too.
@@ -18,7 +20,7 @@ def kept_slice(tensor: torch.Tensor, cuts: Iterable[Sequence[Any]]) -> torch.Ten
         cuts: ``(dimension, size before, kept indices)`` of each dimension that shrinks.
 
     Raises:
-        ValueError: a dimension hasn't the size that it should shrink from.
+        InvalidArgumentError: a dimension hasn't the size that it should shrink from.
 
     Example:
         >>> kept_slice(torch.arange(6).reshape(2, 3), [(1, 3, [0, 2])])
@@ -28,7 +30,7 @@ def kept_slice(tensor: torch.Tensor, cuts: Iterable[Sequence[Any]]) -> torch.Ten
     result = tensor
     for dim, size, kept in cuts:
         if result.shape[dim] != size:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"A tensor to shrink from {size} entries in dimension {dim} must have them, but got the shape {tuple(result.shape)}."
             )
         result = result.index_select(dim, torch.tensor(kept, dtype=torch.long, device=result.device))
@@ -61,7 +63,7 @@ def optimizer_state_follows(
         Call it once the parameters have their new shapes. Until then nothing is changed.
 
     Raises:
-        RuntimeError: a tensor of an optimizer's state doesn't have the parameter's shape.
+        RunError: a tensor of an optimizer's state doesn't have the parameter's shape.
     """
     names = {id(p): name for name, p in module.named_parameters()}
     sliced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -72,7 +74,7 @@ def optimizer_state_follows(
                 if name in cuts and isinstance(value, torch.Tensor) and value.numel() > 1:
                     fits = [_cut(value, parameter, cut) for cut in cuts[name]]
                     if value.ndim != parameter.ndim or None in fits:
-                        raise RuntimeError(
+                        raise RunError(
                             f"Optimizer state must have its parameter's shape for channels to be removed, but got `{key}` of "
                             f"{type(optimizer).__name__} with shape {tuple(value.shape)} for `{name}` with shape "
                             f"{tuple(parameter.shape)}. Use another optimizer (SGD, Adam, AdamW, ...)."

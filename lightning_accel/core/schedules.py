@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lightning_accel.errors import InvalidArgumentError
+
 Schedule = Callable[[float], float]
 
 
@@ -64,17 +66,17 @@ def check_schedule(schedule: str | Schedule) -> str | Schedule:
     """Return ``schedule`` if it is known, or a function that never falls, from 0 or more at 0 to 1 at 1.
 
     Raises:
-        ValueError: it is neither.
+        InvalidArgumentError: it is neither.
     """
     if not callable(schedule):
         if schedule not in SCHEDULES:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `schedule` must be one of {sorted(SCHEDULES)} or a function of progress, but got {schedule!r}."
             )
         return schedule
     values = [schedule(i / 100) for i in range(101)]
     if values[0] < 0 or abs(values[-1] - 1.0) > 1e-9 or any(b < a for a, b in pairwise(values)):
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `schedule` must never fall, from 0 or more at progress 0 to 1 at progress 1, but got a function with "
             f"{values[0]:g} at 0, {values[50]:g} at 0.5 and {values[-1]:g} at 1."
         )
@@ -85,18 +87,18 @@ def check_position(argument: str, value: float | None) -> None:
     """Check a position in a run: an int is an epoch, a float a share of the run.
 
     Raises:
-        ValueError: a negative epoch or a share outside [0, 1].
+        InvalidArgumentError: a negative epoch or a share outside [0, 1].
     """
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must be an epoch (int) or a share of the run (float), but got {value!r}."
         )
     if isinstance(value, int) and value < 0:
-        raise ValueError(f"Argument `{argument}` must be an epoch >= 0, but got {value}.")
+        raise InvalidArgumentError(f"Argument `{argument}` must be an epoch >= 0, but got {value}.")
     if isinstance(value, float) and not 0.0 <= value <= 1.0:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must be a share of the run in [0, 1], but got {value}. "
             "A float is a share; write an int for an epoch."
         )
@@ -118,19 +120,19 @@ class Timeline:
         """Optimizer step (0-based) at a position: an int counts epochs, a float is a share of the run.
 
         Raises:
-            ValueError: the run is too short for it, or its length isn't known.
+            InvalidArgumentError: the run is too short for it, or its length isn't known.
         """
         length = self.steps_per_epoch if isinstance(value, int) else self.total_steps
         if value == 0:
             return 0
         if math.isinf(length):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must be 0 for a run of unknown length, but got {value}. Set `max_steps` and, for "
                 "loaders without a length, `limit_train_batches` on the Trainer."
             )
         step = round(value * length)
         if step > self.total_steps:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must lie within the run, but got {value}, which is step {step} of a run of "
                 f"{self.total_steps:g} steps ({self.total_steps / self.steps_per_epoch:g} epochs). Train longer or start earlier."
             )

@@ -18,6 +18,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_accel.errors import InvalidArgumentError, MissingFileError
+
 CHECKPOINT_KEY = "lightning_accel"
 _RECORD = "_lightning_accel_record"
 _ROOMS = {  # where each kind registers itself
@@ -76,7 +78,7 @@ def _kind(change: Change) -> Kind:
     if change.kind not in _KINDS and change.kind in _ROOMS:
         import_module(_ROOMS[change.kind])
     if change.kind not in _KINDS:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"The checkpoint must hold changes of a known kind ({sorted(_ROOMS)}), but got {change.kind!r}. "
             "It was written by a newer lightning-accel: update it."
         )
@@ -107,7 +109,7 @@ def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
         The changes that were made now: those that the module did not have yet.
 
     Raises:
-        ValueError: the module has a change that can't be taken back, such as other channels removed.
+        InvalidArgumentError: the module has a change that can't be taken back, such as other channels removed.
     """
     have = record_of(module)
     common = next((i for i, pair in enumerate(zip(have, changes, strict=False)) if pair[0] != pair[1]), None)
@@ -176,12 +178,12 @@ def read_plain(path: str | Path, argument: str) -> Any:
         argument: whose value the path is, for the messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds more than plain values and tensors.
+        MissingFileError: there is no such file.
+        InvalidArgumentError: the file is damaged, or holds more than plain values and tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Argument `{argument}` must be a checkpoint file, but got {str(path)!r}, which does not exist."
         )
     try:
@@ -189,7 +191,7 @@ def read_plain(path: str | Path, argument: str) -> Any:
     except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
         text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
         reason = text.splitlines()[0] if text else type(error).__name__
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
             "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
         ) from error
@@ -199,12 +201,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without unpickling foreign code (``weights_only=True``).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or no Lightning checkpoint.
+        MissingFileError: there is no such file.
+        InvalidArgumentError: the file is damaged, or no Lightning checkpoint.
     """
     checkpoint = read_plain(path, "ckpt_path")
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `ckpt_path` must be a Lightning checkpoint with a `state_dict`, but got {str(path)!r} without one."
         )
     return checkpoint
@@ -222,8 +224,8 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
         The module in eval mode on the CPU. A quantization-aware trained one computes with its fake-quants.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
+        MissingFileError: there is no such file.
+        InvalidArgumentError: the file is damaged.
     """
     checkpoint = read_checkpoint(ckpt_path)
     module = cls(**constructor_arguments(cls, checkpoint, init))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_accel.calls.example import isolated_random
 from lightning_accel.core.resizing import kept_slice, resize_
+from lightning_accel.errors import InvalidArgumentError
 
 _CONVOLUTIONS = {4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -31,10 +32,10 @@ def make_adapter(student: Tensor, teacher: Tensor, dtype: torch.dtype = torch.fl
         ``nn.Conv2d`` with 1x1 kernels or ``nn.Linear``.
 
     Raises:
-        ValueError: numbers of dimensions differ.
+        InvalidArgumentError: numbers of dimensions differ.
     """
     if student.ndim != teacher.ndim or student.ndim < 2:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Features of student and teacher must have shapes that can be aligned, but got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Choose layers of the same kind with `student_layer` and `teacher_layer`."
         )
@@ -61,12 +62,12 @@ def keep_channels_(
         optimizers: whose state for the weight is cut alike.
 
     Raises:
-        ValueError: an index that the adapter doesn't have.
+        InvalidArgumentError: an index that the adapter doesn't have.
     """
     weight: nn.Parameter = adapter.weight  # type: ignore[assignment]
     kept = list(channels)
     if not kept or min(kept) < 0 or max(kept) >= takes(adapter):
-        raise ValueError(f"Argument `channels` must lie in [0, {takes(adapter)}), but got {kept}.")
+        raise InvalidArgumentError(f"Argument `channels` must lie in [0, {takes(adapter)}), but got {kept}.")
     cuts = [(1, takes(adapter), kept)]
     for optimizer in optimizers:
         state = optimizer.state.get(weight, {})

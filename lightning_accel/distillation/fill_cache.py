@@ -13,20 +13,23 @@ from lightning_accel.distillation.cache.indexed import IndexedBatch, IndexedData
 from lightning_accel.distillation.cache.teacher_cache import Signals
 from lightning_accel.distillation.runtime import Distillation
 from lightning_accel.distillation.setup import call_of, outputs_path
+from lightning_accel.errors import InvalidArgumentError
 
 
 def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
     """Open the cache of a distillation for the trainer's data, and have the teacher compute what it lacks.
 
     Raises:
-        ValueError: the data can't be indexed, or the folder belongs to another teacher or data set.
+        InvalidArgumentError: the data can't be indexed, or the folder belongs to another teacher or data set.
     """
     cache, trainer = distillation.cache, module.trainer
     loaders: Any = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
     if cache is None:
         return
     if len(loaders) != 1 or not isinstance(loaders[0].dataset, IndexedDataset):
-        raise ValueError(f"Argument `cache` must be used with one training loader, but got {len(loaders)} of them.")
+        raise InvalidArgumentError(
+            f"Argument `cache` must be used with one training loader, but got {len(loaders)} of them."
+        )
     loader: DataLoader = loaders[0]
     indexed: IndexedDataset = loader.dataset  # type: ignore[assignment]
     dataset = indexed.dataset

@@ -31,6 +31,7 @@ from lightning_accel.distillation.state import average_gradients_, load_state, s
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teachers.base import freeze_, load_weights_, network_of
 from lightning_accel.distillation.terms import LossTerm, make_terms
+from lightning_accel.errors import InvalidArgumentError, InvalidArgumentTypeError, RunError
 
 
 class _SharesStudent(L.LightningModule):
@@ -40,11 +41,13 @@ class _SharesStudent(L.LightningModule):
         """An instance of the student's class that shares the student's attributes."""
         student = signature(cls.__init__).bind(None, *args, **kwargs).arguments["student"]
         if not isinstance(student, nn.Module):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `student` must be a LightningModule or an nn.Module, but got a {type(student).__name__}."
             )
         if isinstance(student, _SharesStudent):
-            raise ValueError("Argument `student` must not be distilled already, but got a DistillationModule.")
+            raise InvalidArgumentError(
+                "Argument `student` must not be distilled already, but got a DistillationModule."
+            )
         student_class: Any = type(student)
         module = object.__new__(_distilled_class(student_class))
         object.__setattr__(module, "__dict__", vars(student))
@@ -90,8 +93,8 @@ class DistillationModule(_SharesStudent):
             student.
 
     Raises:
-        ValueError: an argument breaks a rule above; logits of student and teacher differ in shape.
-        RuntimeError: in a training step, logits or a layer weren't seen exactly once.
+        InvalidArgumentError: an argument breaks a rule above; logits of student and teacher differ in shape.
+        RunError: in a training step, logits or a layer weren't seen exactly once.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -133,7 +136,7 @@ class DistillationModule(_SharesStudent):
         network = as_teacher(teacher)
         number = isinstance(alpha, int | float | Scheduled) and not isinstance(alpha, bool)
         if not (number and 0 <= bounds(alpha)[0] <= bounds(alpha)[1] <= 1):
-            raise ValueError(f"Argument `alpha` must be in [0, 1], but got {alpha!r}.")
+            raise InvalidArgumentError(f"Argument `alpha` must be in [0, 1], but got {alpha!r}.")
         terms = make_terms(losses, temperature, student_layer, teacher_layer)
         if isinstance(teacher_outputs, str):
             split_path(teacher_outputs, "teacher_outputs")
@@ -187,7 +190,7 @@ class DistillationModule(_SharesStudent):
         for path, value in student.items():
             if torch.is_grad_enabled() and not value.requires_grad:
                 argument = "student_layer" if path else "outputs"
-                raise RuntimeError(
+                raise RunError(
                     f"Argument `{argument}` must name a call made with gradients, but {path or distillation.outputs or 'forward'!r} "
                     "was called without. Name the submodule or method that computes it in training_step."
                 )
@@ -227,7 +230,7 @@ class DistillationModule(_SharesStudent):
         if task_loss is None and self.training:
             return result, None, None
         if len(seen) != 1:
-            raise RuntimeError(_not_once(path, len(seen), called))
+            raise RunError(_not_once(path, len(seen), called))
         distillation.verified = True
         output, target = seen[0]
         return result, task_loss, (distillation.student_signals(found, output), target)
@@ -260,7 +263,7 @@ class DistillationModule(_SharesStudent):
         distillation.index = None
         if stage == "fit":
             if not self.automatic_optimization:
-                raise ValueError(
+                raise InvalidArgumentError(
                     "Argument `student` must use automatic optimization, but got `automatic_optimization = False`: with "
                     "manual optimization its training_step makes the loss and the step itself."
                 )
@@ -339,7 +342,9 @@ class DistillationModule(_SharesStudent):
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
         """Refused: the checkpoint holds the student alone."""
-        raise TypeError("A checkpoint holds the student alone: call `load_from_checkpoint` on the student's class.")
+        raise InvalidArgumentTypeError(
+            "A checkpoint holds the student alone: call `load_from_checkpoint` on the student's class."
+        )
 
 
 @cache  # a class per class, for isinstance and pickling
@@ -378,27 +383,29 @@ def _check_student(student: nn.Module, task_loss: Any, optimizer: Any) -> None:
     lightning = isinstance(student, L.LightningModule)
     for argument, value in (("task_loss", task_loss), ("optimizer", optimizer)):
         if lightning and value is not None:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must be left out when `student` is a LightningModule, but got {value!r}. "
                 "The student's own training_step and configure_optimizers are used."
             )
         if not lightning and not callable(value):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must be a callable when `student` is a plain nn.Module, but got {value!r}."
             )
     if lightning and not is_overridden("training_step", student):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `student` must define training_step, but got a {type(student).__name__} without. Add one, or pass its "
             "network with `task_loss` and `optimizer`."
         )
     for name in ("student", "teacher"):
         if hasattr(student, name):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `student` must not have an attribute named `{name}`, but got a {type(student).__name__} with one. "
                 "Rename it: DistillationModule uses the name."
             )
     if "training_step" in vars(student):
-        raise ValueError("Argument `student` must define training_step on its class, but got it on the instance.")
+        raise InvalidArgumentError(
+            "Argument `student` must define training_step on its class, but got it on the instance."
+        )
 
 
 def _not_once(path: str | None, times: int, called: list[str]) -> str:

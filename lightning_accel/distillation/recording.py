@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lightning_accel.errors import InvalidArgumentError
+
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _ABSENT = object()
 
@@ -16,7 +18,7 @@ def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
     """Object and method name that a dotted path stands for; a module stands for its ``forward``, ``None`` for the root.
 
     Raises:
-        ValueError: the path leads nowhere, or to something that can't be called.
+        InvalidArgumentError: the path leads nowhere, or to something that can't be called.
     """
     owner: Any = root
     if path is None:
@@ -29,7 +31,7 @@ def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
         return target, "forward"
     if not callable(target):
         children = ", ".join(name for name, _ in root.named_children()) or "none"
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `outputs` must be the dotted path of a submodule or method of the student, but got {path!r}. "
             f"Its submodules: {children}."
         )

@@ -27,6 +27,7 @@ from lightning_accel.distillation.targets import Where, find, fits
 from lightning_accel.distillation.teachers.base import network_of
 from lightning_accel.distillation.teachers.ema import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
+from lightning_accel.errors import InvalidArgumentError
 
 LOGITS = ""
 Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
@@ -152,7 +153,7 @@ class Distillation:
                     others["mask"] = mask
                     masked = masked or "mask" in asked
                 if target is None and "target" in term.requires:
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `target` must say where the target is in a batch for the loss {term.name!r}, but got None, "
                         f'and a {type(batch).__name__} has none under a usual name. Give `target="labels"`, an index or a callable.'
                     )
@@ -160,7 +161,7 @@ class Distillation:
             parts[term.name] = torch.stack(values).mean() if len(values) > 1 else values[0]
             _check_scalar(term.name, parts[term.name])
         if mask is not None and self.mask is not None and not masked:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `mask` must fit what a loss compares, but got a mask {tuple(mask.shape)} that none of "
                 f"{', '.join(parts)} takes."
             )
@@ -173,7 +174,7 @@ class Distillation:
         """Check that losses can take logits, as far as these alone tell; one that needs a target isn't asked.
 
         Raises:
-            ValueError: shapes differ, or a loss can't take them.
+            InvalidArgumentError: shapes differ, or a loss can't take them.
         """
         check_same_shape_of_logits(student, teacher)
         for term in self.terms:
@@ -249,19 +250,21 @@ def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
 
 def _check_scalar(name: str, value: Any) -> None:
     if not (isinstance(value, Tensor) and value.ndim == 0):
-        raise ValueError(f"Argument `losses` must return a scalar Tensor, but the loss {name!r} returned {value!r}.")
+        raise InvalidArgumentError(
+            f"Argument `losses` must return a scalar Tensor, but the loss {name!r} returned {value!r}."
+        )
 
 
 def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
     """Refuse logits of different shapes.
 
     Raises:
-        ValueError: they differ.
+        InvalidArgumentError: they differ.
     """
     try:
         check_same_shape(student, teacher)
     except ValueError as error:
-        raise ValueError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
+        raise InvalidArgumentError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
 
 
 def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:

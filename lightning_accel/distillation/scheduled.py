@@ -7,6 +7,7 @@ import lightning as L
 
 from lightning_accel.core.callback import timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
+from lightning_accel.errors import InvalidArgumentError
 
 
 class Scheduled:
@@ -22,7 +23,7 @@ class Scheduled:
         end: epoch or share at which ``last`` is reached.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> alpha = Scheduled(0.9, 0.1, "linear")
@@ -38,7 +39,7 @@ class Scheduled:
         check_position("start", start)
         check_position("end", end)
         if type(start) is type(end) and end < start:
-            raise ValueError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
+            raise InvalidArgumentError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
         self.first, self.last, self.schedule, self.start, self.end = first, last, schedule, start, end
         self._value = float(first)
 
@@ -50,11 +51,13 @@ class Scheduled:
         """Take the value of an optimizer step.
 
         Raises:
-            ValueError: ``start`` or ``end`` lies outside of the run, or after the other.
+            InvalidArgumentError: ``start`` or ``end`` lies outside of the run, or after the other.
         """
         start, end = timeline.step("start", self.start), timeline.step("end", self.end)
         if end < start:
-            raise ValueError(f"Argument `end` must be at or after `start` ({self.start}), but got {self.end}.")
+            raise InvalidArgumentError(
+                f"Argument `end` must be at or after `start` ({self.start}), but got {self.end}."
+            )
         passed = fraction(self.schedule, Timeline.progress(step, start, end))
         self._value = self.first + (self.last - self.first) * passed
 

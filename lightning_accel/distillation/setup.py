@@ -31,6 +31,7 @@ from lightning_accel.distillation.teachers.ema import EMATeacher
 from lightning_accel.distillation.teachers.onnx import OnnxTeacher
 from lightning_accel.distillation.terms import Pair, pairs_of
 from lightning_accel.engines.base import Runner
+from lightning_accel.errors import InvalidArgumentError
 
 _FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
 
@@ -39,7 +40,7 @@ def as_teacher(teacher: Any) -> nn.Module:
     """A teacher as a module: itself, an average of the student, or a file behind a Runner.
 
     Raises:
-        ValueError: none of these.
+        InvalidArgumentError: none of these.
     """
     if isinstance(teacher, nn.Module):
         return teacher
@@ -49,13 +50,13 @@ def as_teacher(teacher: Any) -> nn.Module:
         return OnnxTeacher(teacher)
     if isinstance(teacher, str | Path):
         if not Path(teacher).exists():
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `teacher` must be an nn.Module, "ema" or the path of an ONNX file, engine or bundle, but got '
                 f"{str(teacher)!r}, which does not exist."
             )
         return OnnxTeacher(teacher)
     several = " Write `TeacherEnsemble([...])`." if isinstance(teacher, list | tuple) else ""
-    raise ValueError(
+    raise InvalidArgumentError(
         f'Argument `teacher` must be an nn.Module, "ema" or a path, but got a {type(teacher).__name__}.{several}'
     )
 
@@ -69,7 +70,7 @@ def find_pairs(module: nn.Module, distillation: Distillation) -> dict[str, list[
     """The layers of all terms.
 
     Raises:
-        ValueError: a path leads nowhere.
+        InvalidArgumentError: a path leads nowhere.
     """
     teacher = network_of(distillation.teacher)
     student = cast(nn.Module, module.student)  # its class is the one that the user knows
@@ -80,7 +81,7 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     """Find layers, compare shapes, make adapters and give them to the optimizer, fill the cache.
 
     Raises:
-        ValueError: a path that leads nowhere, or shapes that can't be aligned.
+        InvalidArgumentError: a path that leads nowhere, or shapes that can't be aligned.
     """
     path = outputs_path(distillation.outputs)
     owner, method = resolve(module, path)
@@ -104,7 +105,7 @@ def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable
     and one that works tells of the logits alone.
 
     Raises:
-        ValueError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
+        InvalidArgumentError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
             call of ``forward`` that the batch doesn't tell.
     """
     trainer, sure = module.trainer, bool(distillation.student_layers()) or inputs is not None
@@ -134,7 +135,7 @@ def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | 
     """How the module or method at ``outputs`` is called for a batch, by ``inputs`` or by its signature.
 
     Raises:
-        ValueError: neither tells.
+        InvalidArgumentError: neither tells.
     """
     owner, method = resolve(module, path)
     with without_graphs(module):
@@ -156,7 +157,7 @@ def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None
     """Layers must be found in the graphs that will take over from them; that is known now, not at the epoch of the change.
 
     Raises:
-        ValueError: a layer can't be told apart in such a graph.
+        InvalidArgumentError: a layer can't be told apart in such a graph.
     """
     names = {name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])}
     callbacks = [c for c in module.trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
@@ -172,14 +173,14 @@ def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:
     """Go on with the adapters and the average of a checkpoint.
 
     Raises:
-        ValueError: the checkpoint holds others.
+        InvalidArgumentError: the checkpoint holds others.
     """
     state, distillation.restored = distillation.restored, None
     if state is None:
         return
     saved = state.get("adapters", {})
     if saved.keys() != distillation.adapters.keys():
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `ckpt_path` must be resumed with the losses and layers that wrote it, but got adapters "
             f"{sorted(distillation.adapters) or 'none'} for a checkpoint with {sorted(saved) or 'none'}."
         )
@@ -190,5 +191,7 @@ def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
     if ema is not None and ema.network is not None:
         if "ema" not in state:
-            raise ValueError("Argument `ckpt_path` must hold the average of an EMATeacher, but got one without.")
+            raise InvalidArgumentError(
+                "Argument `ckpt_path` must hold the average of an EMATeacher, but got one without."
+            )
         ema.network.load_state_dict(state["ema"])

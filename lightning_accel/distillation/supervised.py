@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_accel.distillation.layers.selection import logits_in, selection_of
+from lightning_accel.errors import InvalidArgumentError
 
 _SHARED = {
     "device",
@@ -30,7 +31,7 @@ class Supervised(L.LightningModule):
 
     def _loss(self, batch: Any, stage: str) -> Tensor:
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"A batch must be (inputs, target) when `student` is an nn.Module, but got a {type(batch).__name__}. "
                 "Wrap the network in a LightningModule whose training_step knows this batch."
             )
@@ -78,7 +79,7 @@ def adopt_(network: nn.Module) -> None:
     """Give a plain network the attributes that a LightningModule keeps.
 
     Raises:
-        ValueError: an attribute or method of the network has a name that Lightning uses for something else.
+        InvalidArgumentError: an attribute or method of the network has a name that Lightning uses for something else.
     """
     attributes = vars(L.LightningModule())
     own = {name for cls in type(network).__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
@@ -87,7 +88,7 @@ def adopt_(network: nn.Module) -> None:
     lightning = {name for cls in Supervised.__mro__ if cls not in nn.Module.__mro__ for name in vars(cls)}
     taken = sorted(name for name in own & lightning - _SHARED if not name.startswith("__"))
     if taken:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `student` must not use names of LightningModule, but got {type(network).__name__} with "
             f"{', '.join(taken)}. Hold it in a LightningModule of your own: `self.net = ...`."
         )

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_accel.errors import InvalidArgumentError
+
 Where = Callable[[Any], Tensor] | str | int | None
 
 _TARGETS = ("labels", "label", "target", "targets", "y")
@@ -24,7 +26,7 @@ def find(batch: Any, where: Where, argument: str) -> Tensor | None:
         The tensor; ``None`` if ``where`` is None and there is none.
 
     Raises:
-        ValueError: ``where`` is given and leads nowhere.
+        InvalidArgumentError: ``where`` is given and leads nowhere.
     """
     if where is None:
         return _usual(batch, argument)
@@ -38,7 +40,7 @@ def find(batch: Any, where: Where, argument: str) -> Tensor | None:
     except (KeyError, IndexError, TypeError, AttributeError):
         found = None
     if not isinstance(found, Tensor):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must lead to a Tensor in a batch, but got {where!r}, which leads to a "
             f"{type(found).__name__} in a {type(batch).__name__}{_keys(batch)}."
         )

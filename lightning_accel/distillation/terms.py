@@ -14,6 +14,7 @@ from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.losses.base import check_positive
 from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.scheduled import Number, Scheduled
+from lightning_accel.errors import InvalidArgumentError
 
 Layer = str | list[str] | None
 
@@ -54,7 +55,7 @@ class LossTerm:
             the loss needs it.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> LossTerm("hint", weight=0.3, student_layer="layer2", teacher_layer="layer3")
@@ -72,20 +73,20 @@ class LossTerm:
     ) -> None:
         check_positive("weight", weight, zero=True)
         if teacher_layer is not None and student_layer is None:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `student_layer` must be given with `teacher_layer`, but got None with {teacher_layer!r}."
             )
         self.name = name or (loss if isinstance(loss, str) else _name_of(loss))
         self.loss: Callable[..., Tensor] = named_loss(loss) if isinstance(loss, str) else loss
         if not callable(self.loss):
-            raise ValueError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
+            raise InvalidArgumentError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
         if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: no "
                 "optimizer would see them."
             )
         if isinstance(loss, str) and loss in _NEED_LAYERS and student_layer is None:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `student_layer` must name a layer for the loss {loss!r}, but got None. "
                 f'Give it: `LossTerm("{loss}", student_layer="layer3", teacher_layer="layer3")`.'
             )
@@ -113,14 +114,14 @@ def pairs_of(term: LossTerm, student: nn.Module, teacher: nn.Module) -> list[Pai
     """The layers of a term, found in the networks.
 
     Raises:
-        ValueError: a path leads nowhere, or numbers of layers differ.
+        InvalidArgumentError: a path leads nowhere, or numbers of layers differ.
     """
     if term.student_layer is None or term.teacher_layer is None:
         return [Pair(None, None, term.name)]
     ours = expand(student, term.student_layer, "student_layer")
     theirs = expand(teacher, term.teacher_layer, "teacher_layer")
     if len(ours) != len(theirs):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `teacher_layer` must lead to as many layers as `student_layer`, but got {len(theirs)} "
             f"({', '.join(theirs)}) for {len(ours)} ({', '.join(ours)}). List the layers one by one."
         )
@@ -131,11 +132,11 @@ def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Te
     """The loss with a name, with its own settings but for the temperature.
 
     Raises:
-        ValueError: there is no such name, or the loss has no temperature.
+        InvalidArgumentError: there is no such name, or the loss has no temperature.
     """
     if name not in NAMED:
         near = get_close_matches(name, NAMED, n=3, cutoff=0.4)
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `losses` must name one of {', '.join(NAMED)}, or be a callable, but got {name!r}."
             + (f" Did you mean {near[0]!r}?" if near else "")
         )
@@ -146,7 +147,7 @@ def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Te
     if name == "standardized_kd":
         return make(named_loss("kd", temperature))
     if not has_temperature(name):
-        raise ValueError(f"Argument `temperature` must be left out for the loss {name!r}, which has none.")
+        raise InvalidArgumentError(f"Argument `temperature` must be left out for the loss {name!r}, which has none.")
     return make(temperature=temperature)
 
 
@@ -169,7 +170,7 @@ def make_terms(
         teacher_layer: goes with it.
 
     Raises:
-        ValueError: an unknown name, a wrong weight, a temperature or layer that nothing uses, or nothing at all.
+        InvalidArgumentError: an unknown name, a wrong weight, a temperature or layer that nothing uses, or nothing at all.
     """
     terms: list[LossTerm] = []
     used = {"temperature": temperature is None, "student_layer": student_layer is None}
@@ -197,7 +198,7 @@ def make_terms(
             elif isinstance(value, Scheduled | int | float) and not isinstance(value, bool):
                 add(name, value)
             else:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `losses` must give a weight or a LossTerm for {name!r}, but got {value!r}. "
                     "Write `LossTerm(loss, weight=...)`."
                 )
@@ -213,14 +214,14 @@ def make_terms(
 def _check_terms(terms: list[LossTerm], used: dict[str, bool], *settings: Any) -> None:
     temperature, student_layer, teacher_layer = settings
     if not terms:
-        raise ValueError("Argument `losses` must hold a loss, but got none.")
+        raise InvalidArgumentError("Argument `losses` must hold a loss, but got none.")
     if not used["temperature"]:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `temperature` must be left out unless `losses` names a loss that has one, but got {temperature}. Give "
             "it to the loss."
         )
     if not used["student_layer"] or (student_layer is None and teacher_layer is not None):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `student_layer` must go with a named loss of features, but got {student_layer!r} (`teacher_layer`: "
             f"{teacher_layer!r}). Give layers to the loss: `LossTerm(loss, student_layer=..., teacher_layer=...)`."
         )

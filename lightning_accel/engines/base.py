@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lightning_accel.engines.manifest import resolve_bundle
+from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError, MissingFileError
 
 _RUNNERS = {
     "onnxruntime": "onnxruntime:OnnxRuntimeRunner",
@@ -34,27 +35,29 @@ class TensorSpec:
         """Raise unless ``value`` is an array of this dtype, rank and fixed dimensions.
 
         Raises:
-            TypeError: not a numpy array, or of another dtype. Nothing is cast: a silent cast between floats and
+            InvalidArgumentTypeError: not a numpy array, or of another dtype. Nothing is cast: a silent cast between floats and
                 integers, or from float64 to float32, hides a preprocessing mistake.
-            ValueError: another rank, or another size in a fixed dimension.
+            InvalidArgumentError: another rank, or another size in a fixed dimension.
         """
         if not isinstance(value, np.ndarray):
-            raise TypeError(
+            raise InvalidArgumentTypeError(
                 f"Argument `feeds` must give input `{self.name}` as a numpy array, but got {type(value).__name__}."
             )
         if value.dtype != self.dtype:
-            raise TypeError(
+            raise InvalidArgumentTypeError(
                 f"Argument `feeds` must give input `{self.name}` as {self.dtype}, but got {value.dtype}. "
                 f"If that is meant, convert it: `.astype(np.{self.dtype})`."
             )
         shape = "(" + ", ".join("any" if size is None else str(size) for size in self.shape) + ")"
         if value.ndim != len(self.shape):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `feeds` must give input `{self.name}` with {len(self.shape)} dimensions {shape}, "
                 f"but got {value.ndim}: {value.shape}."
             )
         if any(want is not None and want != got for want, got in zip(self.shape, value.shape, strict=True)):
-            raise ValueError(f"Argument `feeds` must give input `{self.name}` in shape {shape}, but got {value.shape}.")
+            raise InvalidArgumentError(
+                f"Argument `feeds` must give input `{self.name}` in shape {shape}, but got {value.shape}."
+            )
 
 
 class Runner(ABC):
@@ -94,15 +97,19 @@ class Runner(ABC):
             feeds: one array for each name in :attr:`input_names`.
 
         Raises:
-            TypeError: an array of another dtype; nothing is cast.
-            ValueError: an input missing or unknown, or an array of another shape.
-            RuntimeError: the runner is closed.
+            InvalidArgumentTypeError: an array of another dtype; nothing is cast.
+            InvalidArgumentError: an input missing or unknown, or an array of another shape.
+            EngineError: the runner is closed.
         """
         names = self.input_names
         if missing := [name for name in names if name not in feeds]:
-            raise ValueError(f"Argument `feeds` must have the inputs {list(names)}, but got none for {missing}.")
+            raise InvalidArgumentError(
+                f"Argument `feeds` must have the inputs {list(names)}, but got none for {missing}."
+            )
         if unknown := [name for name in feeds if name not in names]:
-            raise ValueError(f"Argument `feeds` must have only the inputs {list(names)}, but got also {unknown}.")
+            raise InvalidArgumentError(
+                f"Argument `feeds` must have only the inputs {list(names)}, but got also {unknown}."
+            )
         for spec in self.inputs:
             spec.check(feeds[spec.name])
         arrays = self._execute({name: np.ascontiguousarray(feeds[name]).reshape(feeds[name].shape) for name in names})
@@ -115,16 +122,18 @@ class Runner(ABC):
             The array where the network has one output, else a dict of all.
 
         Raises:
-            TypeError: more arrays than inputs, or an input given twice.
+            InvalidArgumentTypeError: more arrays than inputs, or an input given twice.
         """
         if len(arrays) > len(self.inputs):
-            raise TypeError(
+            raise InvalidArgumentTypeError(
                 f"Argument `arrays` must hold at most {len(self.inputs)} arrays {list(self.input_names)}, "
                 f"but got {len(arrays)}."
             )
         feeds = dict(zip(self.input_names, arrays, strict=False))
         if twice := sorted(feeds.keys() & named.keys()):
-            raise TypeError(f"Argument `named` must not repeat inputs given by position, but got {twice}.")
+            raise InvalidArgumentTypeError(
+                f"Argument `named` must not repeat inputs given by position, but got {twice}."
+            )
         outputs = self.run({**feeds, **named})
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
@@ -136,13 +145,15 @@ class Runner(ABC):
             calls: how often.
 
         Raises:
-            ValueError: no feeds for inputs with open dimensions, or a number below 1.
+            InvalidArgumentError: no feeds for inputs with open dimensions, or a number below 1.
         """
         if calls < 1:
-            raise ValueError(f"Argument `calls` must be at least 1, but got {calls}.")
+            raise InvalidArgumentError(f"Argument `calls` must be at least 1, but got {calls}.")
         if feeds is None:
             if unclear := [spec.name for spec in self.inputs if None in spec.shape[1:]]:
-                raise ValueError(f"Argument `feeds` must be given for the inputs {unclear}, whose shapes are open.")
+                raise InvalidArgumentError(
+                    f"Argument `feeds` must be given for the inputs {unclear}, whose shapes are open."
+                )
             feeds = {s.name: np.zeros([1 if n is None else n for n in s.shape], s.dtype) for s in self.inputs}
         for _ in range(calls):
             self.run(feeds)
@@ -168,7 +179,7 @@ class Runner(ABC):
     def _check_open(self) -> None:
         """Raise if closed. Engines call it once they hold their lock or their own reference to the engine."""
         if self._closed:
-            raise RuntimeError(f"The runner of `{self.path.name}` is closed: load it again with `load_runner`.")
+            raise EngineError(f"The runner of `{self.path.name}` is closed: load it again with `load_runner`.")
 
     @abstractmethod
     def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -190,9 +201,9 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
         options: further arguments of the engine's runner, e.g. ``providers=("CUDAExecutionProvider",)``.
 
     Raises:
-        FileNotFoundError: nothing at ``path``.
-        ValueError: unknown engine, a damaged or newer bundle, or a file that isn't the one in the manifest.
-        ModuleNotFoundError: the engine is not installed; the message names the extra.
+        MissingFileError: nothing at ``path``.
+        InvalidArgumentError: unknown engine, a damaged or newer bundle, or a file that isn't the one in the manifest.
+        MissingPackageError: the engine is not installed; the message names the extra.
 
     Example:
         >>> runner = load_runner("artifacts")  # doctest: +SKIP
@@ -201,18 +212,22 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
     """
     path = Path(path)
     if engine is not None and engine not in _RUNNERS:
-        raise ValueError(f"Argument `engine` must be one of {sorted(_RUNNERS)}, but got {engine!r}.")
+        raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(_RUNNERS)}, but got {engine!r}.")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
+        raise InvalidArgumentError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
     if not path.exists():
-        raise FileNotFoundError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
+        raise MissingFileError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
     if path.is_dir():
         engine, path = resolve_bundle(path, engine)
         if engine not in _RUNNERS:
-            raise ValueError(f"The bundle's default engine must be one of {sorted(_RUNNERS)}, but it is {engine!r}.")
+            raise InvalidArgumentError(
+                f"The bundle's default engine must be one of {sorted(_RUNNERS)}, but it is {engine!r}."
+            )
     elif engine is None:
         if path.suffix not in _ENGINE_OF_SUFFIX:
-            raise ValueError(f"Argument `path` must end in one of {sorted(_ENGINE_OF_SUFFIX)}, but got {path.name!r}.")
+            raise InvalidArgumentError(
+                f"Argument `path` must end in one of {sorted(_ENGINE_OF_SUFFIX)}, but got {path.name!r}."
+            )
         engine = _ENGINE_OF_SUFFIX[path.suffix]
     module, name = _RUNNERS[engine].split(":")
     runner: type[Runner] = getattr(import_module(f"lightning_accel.engines.{module}"), name)

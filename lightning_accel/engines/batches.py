@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lightning_accel.errors import EngineError, InvalidArgumentError
+
 
 def split_sizes(total: int, smallest: int, largest: int) -> list[int]:
     """Sizes of the fewest, nearly equal parts of a batch, each within what the engine takes.
@@ -14,7 +16,7 @@ def split_sizes(total: int, smallest: int, largest: int) -> list[int]:
         largest: most samples in a call.
 
     Raises:
-        ValueError: there is no such split.
+        InvalidArgumentError: there is no such split.
 
     Example:
         >>> split_sizes(65, 1, 64)
@@ -22,7 +24,7 @@ def split_sizes(total: int, smallest: int, largest: int) -> list[int]:
     """
     parts = -(-total // largest)
     if total < smallest or total // parts < smallest:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `feeds` must hold a batch that splits into calls of {smallest} to {largest} samples, but got {total}."
         )
     size, rest = divmod(total, parts)
@@ -47,7 +49,7 @@ def run_split(
         The outputs, put together along their first dimension.
 
     Raises:
-        RuntimeError: an output whose first dimension isn't the batch.
+        EngineError: an output whose first dimension isn't the batch.
     """
     results: list[list[np.ndarray]] = []
     start = 0
@@ -55,7 +57,7 @@ def run_split(
         part = {n: a[start : start + size] if n in batched else a for n, a in feeds.items()}
         results.append(run(part))
         if any(array.ndim == 0 or len(array) != size for array in results[-1]):
-            raise RuntimeError(
+            raise EngineError(
                 f"A batch can be split only if each output has a row for each sample, but not here: {size}."
             )
         start += size

@@ -94,8 +94,8 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         run: runs a file in the engine's place, given its path and inputs; nothing is remembered of that.
 
     Raises:
-        ValueError: an unknown engine or form.
-        ModuleNotFoundError: the engine isn't installed; the message names the extra.
+        InvalidArgumentError: an unknown engine or form.
+        MissingPackageError: the engine isn't installed; the message names the extra.
 
     Example:
         >>> probe_kernels("openvino", "concatenation", Arithmetic("int8", 63)).exact  # doctest: +SKIP

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from lightning_accel.errors import InvalidArgumentError, MissingFileError
+
 MANIFEST = "manifest.json"
 SCHEMA = 1
 
@@ -32,34 +34,36 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         folder: the bundle's directory.
 
     Raises:
-        FileNotFoundError: the directory has no manifest.
-        ValueError: not JSON, fields missing or of the wrong type, changed since it was written, or written by a newer
+        MissingFileError: the directory has no manifest.
+        InvalidArgumentError: not JSON, fields missing or of the wrong type, changed since it was written, or written by a newer
             version of this library.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"Argument `path` must be a bundle with a {MANIFEST}, but got {folder}: it has none.")
+        raise MissingFileError(f"Argument `path` must be a bundle with a {MANIFEST}, but got {folder}: it has none.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON, but it can't be read: {error}. Export the bundle again.") from error
+        raise InvalidArgumentError(
+            f"{path} must be JSON, but it can't be read: {error}. Export the bundle again."
+        ) from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise ValueError(f"{path} must name its schema as an integer of at least 1, but got {schema!r}.")
+        raise InvalidArgumentError(f"{path} must name its schema as an integer of at least 1, but got {schema!r}.")
     if schema > SCHEMA:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"{path} must have a schema of at most {SCHEMA}, but got {schema}. "
             "It was written by a newer version of this library: pip install --upgrade lightning-accel"
         )
     if manifest.get("sha256") != seal_of(manifest):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"{path} must have the SHA-256 of its own content, {seal_of(manifest)}, but got {manifest.get('sha256')!r}. "
             "It changed after it was written: copy or export the bundle again."
         )
     for field in ("files", "engines"):
         entries = manifest.get(field)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-            raise ValueError(f"{path} must have `{field}` as an object of objects. Export the bundle again.")
+            raise InvalidArgumentError(f"{path} must have `{field}` as an object of objects. Export the bundle again.")
     return manifest
 
 
@@ -74,8 +78,8 @@ def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
         The engine's name and the path of its file.
 
     Raises:
-        FileNotFoundError: no manifest, or a file it lists is missing.
-        ValueError: the manifest is broken or newer, the engine isn't in the bundle, a path leaves the bundle, or a
+        MissingFileError: no manifest, or a file it lists is missing.
+        InvalidArgumentError: the manifest is broken or newer, the engine isn't in the bundle, a path leaves the bundle, or a
             file's SHA-256 isn't the one that was written.
     """
     folder = Path(folder)
@@ -84,20 +88,22 @@ def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
     if engine is None:
         default = manifest.get("default")
         if not isinstance(default, dict) or not isinstance(default.get("engine"), str):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"{folder / MANIFEST} must name its default engine. Pass `engine`: one of {list(shipped)}."
             )
         engine, entry = default["engine"], default
     elif engine in shipped:
         entry = shipped[engine]
     else:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `engine` must be one of the bundle's engines {list(shipped)}, but got {engine!r}. "
             "Export again with that engine, so that it is verified, or load the file itself."
         )
     name = entry.get("file")
     if not isinstance(name, str) or name not in manifest["files"]:
-        raise ValueError(f"{folder / MANIFEST} must list the file of engine `{engine}`, but its file is {name!r}.")
+        raise InvalidArgumentError(
+            f"{folder / MANIFEST} must list the file of engine `{engine}`, but its file is {name!r}."
+        )
     check_files(folder, manifest)
     return engine, folder / name
 
@@ -110,8 +116,8 @@ def check_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
         manifest: from :func:`read_manifest`.
 
     Raises:
-        FileNotFoundError: one is missing.
-        ValueError: a path leaves the bundle, or a file changed.
+        MissingFileError: one is missing.
+        InvalidArgumentError: a path leaves the bundle, or a file changed.
     """
     for name, entry in manifest["files"].items():
         _check_file(Path(folder), name, entry.get("sha256"))
@@ -122,12 +128,12 @@ def _check_file(folder: Path, name: str, expected: str | None) -> None:
     # are made of them, and the SHA-256 holds for what they point to.
     parts = PureWindowsPath(name)
     if parts.drive or parts.root or ".." in parts.parts or "\\" in name:
-        raise ValueError(f"{folder / MANIFEST} must list only files inside the bundle, but got {name!r}.")
+        raise InvalidArgumentError(f"{folder / MANIFEST} must list only files inside the bundle, but got {name!r}.")
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"The bundle {folder} must hold `{name}`, but it is missing. Copy or export it again.")
+        raise MissingFileError(f"The bundle {folder} must hold `{name}`, but it is missing. Copy or export it again.")
     found = sha256_of(folder / name)
     if found != expected:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"`{name}` must have the SHA-256 in {MANIFEST}, {expected}, but got {found}. "
             "The file changed after it was verified: copy or export the bundle again."
         )

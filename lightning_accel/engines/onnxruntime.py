@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -31,9 +32,9 @@ class OnnxRuntimeRunner(Runner):
             call is done, and are copied once.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        ValueError: a provider that this installation of ONNX Runtime doesn't have.
-        RuntimeError: ONNX Runtime can't load the file, or a provider can't start here.
+        MissingFileError: no file at ``path``.
+        InvalidArgumentError: a provider that this installation of ONNX Runtime doesn't have.
+        EngineError: ONNX Runtime can't load the file, or a provider can't start here.
     """
 
     engine = "onnxruntime"
@@ -49,11 +50,13 @@ class OnnxRuntimeRunner(Runner):
     ) -> None:
         ort = require("onnxruntime", "cpu", "Engine `onnxruntime`")
         if not Path(path).is_file():
-            raise FileNotFoundError(f"Argument `path` must be an ONNX file, but got {path}: nothing is there.")
+            raise MissingFileError(f"Argument `path` must be an ONNX file, but got {path}: nothing is there.")
         wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         available = ort.get_available_providers()
         if not wanted or not set(wanted) <= set(available):
-            raise ValueError(f"Argument `providers` must be among the available {available}, but got {wanted}.")
+            raise InvalidArgumentError(
+                f"Argument `providers` must be among the available {available}, but got {wanted}."
+            )
         options = ort.SessionOptions()
         # Threads that spin while they wait slow down whatever else runs on the machine, benchmarks of others included.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -68,10 +71,10 @@ class OnnxRuntimeRunner(Runner):
         try:
             session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's exceptions have no common class but this one
-            raise RuntimeError(f"ONNX Runtime could not load `{Path(path).name}`: {error}") from error
+            raise EngineError(f"ONNX Runtime could not load `{Path(path).name}`: {error}") from error
         # A provider whose libraries are missing is dropped with a printed warning, and the CPU takes over.
         if lost := [name for name in wanted if name not in session.get_providers()]:
-            raise RuntimeError(
+            raise EngineError(
                 f"ONNX Runtime could not start {lost} here, only {session.get_providers()}. "
                 "Install what the provider needs, or pass the providers that are left."
             )
@@ -101,7 +104,7 @@ def _specs(tensors: Sequence[Any]) -> list[TensorSpec]:
     specs = []
     for tensor in tensors:
         if tensor.type not in _DTYPES:
-            raise RuntimeError(f"Tensor `{tensor.name}` must have a dtype that numpy has, but it is {tensor.type}.")
+            raise EngineError(f"Tensor `{tensor.name}` must have a dtype that numpy has, but it is {tensor.type}.")
         shape = tuple(size if isinstance(size, int) else None for size in tensor.shape)
         specs.append(TensorSpec(tensor.name, np.dtype(_DTYPES[tensor.type]), shape))
     return specs

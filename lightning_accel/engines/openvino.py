@@ -7,6 +7,7 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.errors import EngineError, MissingFileError
 
 
 class OpenVinoRunner(Runner):
@@ -17,8 +18,8 @@ class OpenVinoRunner(Runner):
         threads: threads of the engine. Default: OpenVINO's choice.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        RuntimeError: OpenVINO can't read or compile the file.
+        MissingFileError: no file at ``path``.
+        EngineError: OpenVINO can't read or compile the file.
     """
 
     engine = "openvino"
@@ -26,7 +27,7 @@ class OpenVinoRunner(Runner):
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         ov = require("openvino", "openvino", "Engine `openvino`")
         if not Path(path).is_file():
-            raise FileNotFoundError(f"Argument `path` must be a model file, but got {path}: nothing is there.")
+            raise MissingFileError(f"Argument `path` must be a model file, but got {path}: nothing is there.")
         # On CPUs with bf16 instructions OpenVINO runs float32 layers in bfloat16 unless told otherwise; the precision
         # of a layer is what the file says.
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -36,7 +37,7 @@ class OpenVinoRunner(Runner):
             core = ov.Core()
             compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
         except Exception as error:  # OpenVINO raises RuntimeError and its own subclasses of Exception
-            raise RuntimeError(f"OpenVINO could not load `{Path(path).name}`: {error}") from error
+            raise EngineError(f"OpenVINO could not load `{Path(path).name}`: {error}") from error
         self._request: Any = compiled.create_infer_request()
         super().__init__(path, [_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
 

@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightning_accel.errors import EngineError
+
 _PICKLED = ("custom_obj", "opaque_obj")
 
 
@@ -17,19 +19,19 @@ def refuse_pickles(path: Path, torch: Any) -> None:
         torch: the module; imported by the caller.
 
     Raises:
-        RuntimeError: it isn't an archive that ``torch.export.save`` writes today, or it holds pickled objects.
+        EngineError: it isn't an archive that ``torch.export.save`` writes today, or it holds pickled objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if not any(PurePosixPath(name).name == "archive_format" for name in names):
-                raise RuntimeError(
+                raise EngineError(
                     f"PyTorch could not load `{path.name}`: it must be an archive of `torch.export.save`."
                 )
             for name in names:
                 _check_entry(path.name, archive, name, torch)
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, KeyError, OSError) as error:
-        raise RuntimeError(f"PyTorch could not load `{path.name}`: {error}") from error
+        raise EngineError(f"PyTorch could not load `{path.name}`: {error}") from error
 
 
 def _check_entry(file: str, archive: zipfile.ZipFile, name: str, torch: Any) -> None:
@@ -37,15 +39,13 @@ def _check_entry(file: str, archive: zipfile.ZipFile, name: str, torch: Any) -> 
     if place.name.endswith("_config.json") and "data" in place.parts:
         for key, payload in json.loads(archive.read(name))["config"].items():
             if payload["use_pickle"] or payload["path_name"].startswith(_PICKLED):
-                raise RuntimeError(
-                    f"`{file}` must hold tensors only, but `{key}` is a pickled object: it isn't loaded."
-                )
+                raise EngineError(f"`{file}` must hold tensors only, but `{key}` is a pickled object: it isn't loaded.")
     elif place.suffix == ".pt" and "sample_inputs" in place.parts:
         try:
             torch.load(io.BytesIO(archive.read(name)), weights_only=True)
         except Exception as error:  # what torch raises depends on what is pickled
-            raise RuntimeError(
+            raise EngineError(
                 f"`{file}` must hold tensors only, but its example inputs are pickled objects."
             ) from error
     elif place.suffix == ".pt":
-        raise RuntimeError(f"`{file}` must be written by a torch of today, but `{name}` is pickled: export it again.")
+        raise EngineError(f"`{file}` must be written by a torch of today, but `{name}` is pickled: export it again.")

@@ -10,6 +10,7 @@ import numpy as np
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
 from lightning_accel.engines.pt2_archive import refuse_pickles
+from lightning_accel.errors import EngineError, MissingFileError
 
 NAMES_FILE = "names.json"
 
@@ -25,8 +26,8 @@ class PyTorchRunner(Runner):
         threads: threads inside an operator while this runner runs. Default: torch's setting.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        RuntimeError: torch can't load the file, it holds pickled objects, or its names don't fit the program.
+        MissingFileError: no file at ``path``.
+        EngineError: torch can't load the file, it holds pickled objects, or its names don't fit the program.
     """
 
     engine = "pytorch"
@@ -34,7 +35,7 @@ class PyTorchRunner(Runner):
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
         torch = require("torch", "cpu", "Engine `pytorch`")
         if not Path(path).is_file():
-            raise FileNotFoundError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
+            raise MissingFileError(f"Argument `path` must be a model.pt2 file, but got {path}: nothing is there.")
         refuse_pickles(Path(path), torch)
         for name in ("torch.ao.quantization.fx._decomposed", "lightning_accel.quantization.arithmetic.dynamic_linear"):
             import_module(name)  # registers the operators of quantized programs
@@ -42,17 +43,15 @@ class PyTorchRunner(Runner):
         try:
             program = torch.export.load(str(path), extra_files=extra)
         except Exception as error:  # what torch raises depends on where the archive is damaged
-            raise RuntimeError(f"PyTorch could not load `{Path(path).name}`: {error}") from error
+            raise EngineError(f"PyTorch could not load `{Path(path).name}`: {error}") from error
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         signature = program.graph_signature
         inputs, outputs = list(signature.user_inputs), list(signature.user_outputs)
         if unsupported := [name for name in inputs + outputs if not isinstance(values.get(name), torch.Tensor)]:
-            raise RuntimeError(
-                f"All inputs and outputs of `{Path(path).name}` must be tensors, but not: {unsupported}."
-            )
+            raise EngineError(f"All inputs and outputs of `{Path(path).name}` must be tensors, but not: {unsupported}.")
         names = json.loads(extra[NAMES_FILE]) if extra[NAMES_FILE] else {"inputs": inputs, "outputs": outputs}
         if len(names["inputs"]) != len(inputs) or len(names["outputs"]) != len(outputs):
-            raise RuntimeError(f"`{NAMES_FILE}` in `{Path(path).name}` must name {inputs} and {outputs}: got {names}.")
+            raise EngineError(f"`{NAMES_FILE}` in `{Path(path).name}` must name {inputs} and {outputs}: got {names}.")
         self._threads = threads
         self._module: Any = program.module()
         self._in_spec = program.call_spec.in_spec
@@ -88,7 +87,7 @@ class PyTorchRunner(Runner):
 def _spec(name: str, value: Any) -> TensorSpec:
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype == "bfloat16":
-        raise RuntimeError(
+        raise EngineError(
             f"Tensor `{name}` must have a dtype that numpy has, but it is bfloat16: cast it in `forward`."
         )
     return TensorSpec(name, np.dtype(dtype), tuple(size if isinstance(size, int) else None for size in value.shape))

@@ -19,6 +19,7 @@ from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.held_out import held_out
 from lightning_accel.export.history import history, measured, timeline
@@ -69,7 +70,7 @@ class ModelExport(L.Callback):
         name: the callback's name.
 
     Raises:
-        ValueError: an argument is out of its range; in ``setup``, one that contradicts the other callbacks.
+        InvalidArgumentError: an argument is out of its range; in ``setup``, one that contradicts the other callbacks.
         VerificationError: on fit end, what was written isn't what was trained.
 
     Example:
@@ -100,28 +101,32 @@ class ModelExport(L.Callback):
         chosen = [engines] if isinstance(engines, str) else engines
         for engine in chosen or ():
             if engine not in ENGINES:
-                raise ValueError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
+                raise InvalidArgumentError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
         if chosen is not None and not chosen:
-            raise ValueError("Argument `engines` must name at least one engine, but got an empty list.")
+            raise InvalidArgumentError("Argument `engines` must name at least one engine, but got an empty list.")
         if precision not in (None, *_PRECISIONS):
-            raise ValueError(f"Argument `precision` must be one of {list(_PRECISIONS)} or None, but got {precision!r}.")
+            raise InvalidArgumentError(
+                f"Argument `precision` must be one of {list(_PRECISIONS)} or None, but got {precision!r}."
+            )
         if incomplete not in ("refuse", "mark"):
-            raise ValueError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
+            raise InvalidArgumentError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
         if scores not in (None, CLASSES, VALUES):
-            raise ValueError(f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}.")
+            raise InvalidArgumentError(
+                f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}."
+            )
         if samples < 1:
-            raise ValueError(f"Argument `samples` must be at least 1, but got {samples}.")
+            raise InvalidArgumentError(f"Argument `samples` must be at least 1, but got {samples}.")
         if keep_samples not in range(samples + 1):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `keep_samples` must be from 0 to `samples` ({samples}), but got {keep_samples!r}."
             )
         if benchmark is not None and budgets is None:
-            raise ValueError(
+            raise InvalidArgumentError(
                 "Argument `benchmark` must come with `budgets`, which the ways are measured for, but got none."
             )
         if budgets is not None and budgets.batch not in (None, *(benchmark or BenchmarkSettings()).batches):
             sizes = (benchmark or BenchmarkSettings()).batches
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `budgets` must name a batch size that is measured {sizes}, but got {budgets.batch}."
             )
         self.dirpath, self.engines, self.precision, self.ckpt = str(dirpath), chosen, precision, str(ckpt)
@@ -202,7 +207,7 @@ class ModelExport(L.Callback):
         changes = structure.load_record(checkpoint)
         if changes != structure.record_of(pl_module):
             owners = ", ".join(change.owner.removeprefix("lightning_accel.") for change in changes)
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt_path` must be resumed with the callbacks that wrote it, but got a checkpoint whose network was "
                 f"changed by {owners or 'nothing'}, and the Trainer's is another one. Add the callbacks back."
             )
@@ -241,8 +246,8 @@ class ModelExport(L.Callback):
             The report.
 
         Raises:
-            RuntimeError: the network hasn't reached its targets.
-            ValueError: the bundle's folder is a file, or holds something else by now; an engine's kernels compute another arithmetic.
+            RunError: the network hasn't reached its targets.
+            InvalidArgumentError: the bundle's folder is a file or holds something else, or an engine's kernels compute another arithmetic.
             VerificationError: what was written isn't what was trained.
         """
         check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
@@ -251,12 +256,12 @@ class ModelExport(L.Callback):
         self._exported = self.checkpoint_path if ckpt == "last" else ckpt
         unfinished, did, told = self._load(trainer, pl_module, ckpt)
         if unfinished and self.incomplete == "refuse":
-            raise RuntimeError(
+            raise RunError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
                 f'{self.checkpoint_path if ckpt == "last" else ckpt}. Train on, or mark the bundle with ModelExport(incomplete="mark").'
             )
         if self._wanted_precision(trainer) == "int8" and not quantized_forwards(pl_module):
-            raise RuntimeError(
+            raise RunError(
                 "The network must be quantized to ship as int8, but no QuantizationAwareTraining phase has begun."
             )
         self._check_kernels(trainer, quantized_forwards(pl_module))  # of this machine, where there was no preflight
@@ -299,7 +304,7 @@ class ModelExport(L.Callback):
         """Path of the best checkpoint of the run."""
         kept = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         if not any(kept):
-            raise ValueError(
+            raise InvalidArgumentError(
                 'Argument `ckpt` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
             )
         return next(path for path in kept if path)
@@ -338,33 +343,33 @@ class ModelExport(L.Callback):
         """Contradictions between callbacks, and engines that aren't there, before training."""
         qat = _qat(trainer)
         if len(qat) > 1:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"ModelExport must see at most one QuantizationAwareTraining or PostTrainingQuantization, but got {len(qat)}."
             )
         if self.ckpt != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `ckpt` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
                 f"{self.ckpt!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt`."
             )
         if self.ckpt == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
+            raise InvalidArgumentError(
                 'Argument `ckpt` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
                 "says what the best is."
             )
         if self.precision == "int8" and not qat:
-            raise ValueError(
+            raise InvalidArgumentError(
                 'Argument `precision` must be "fp32" or None without a callback that quantizes, but got "int8".'
             )
         if self.precision not in (None, "int8") and qat:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
             )
         if self.precision == "bf16" and (others := [e for e in self._wanted_engines(trainer) if e != "tensorrt"]):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `engines` must be ["tensorrt"] for precision "bf16", but got {others}, which have no bf16 kernels.'
             )
         if self.precision in ("fp16", "bf16") and "pytorch" in self._wanted_engines(trainer):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `engines` must not hold "pytorch" for precision "{self.precision}": `model.pt2` is what was trained.'
             )
         for callback in qat:
@@ -400,7 +405,7 @@ class ModelExport(L.Callback):
         paths = [path for c in _qat(trainer) for path in c.paths]
         if len(paths) == 1 and paths[0]:
             return pl_module.get_submodule(paths[0])
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `model` must have a `forward` to export, but {type(pl_module).__name__} has none. Write one that takes the "
             'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
         )

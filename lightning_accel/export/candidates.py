@@ -15,6 +15,7 @@ from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.calls.example import Call
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.errors import VerificationError
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line
 from lightning_accel.export.fp16_alternative import build_rival, decide, verify_rival
@@ -24,7 +25,7 @@ from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.reports.run_report import Row
 from lightning_accel.verification import tolerances
-from lightning_accel.verification.compare import FACTOR, Verification, VerificationError
+from lightning_accel.verification.compare import FACTOR, Verification
 from lightning_accel.verification.engine import prove_engine
 
 RIVAL = "network fp16, tensorrt"

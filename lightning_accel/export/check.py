@@ -24,6 +24,7 @@ from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
 from lightning_accel.engines.tensorrt.library import LIBRARIES
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
 from lightning_accel.quantization.graph.capture import capture, user_line
@@ -96,16 +97,16 @@ def check_module(
         A finding for each step. A step that needs another's result is ``"not tried"`` if that one failed.
 
     Raises:
-        ValueError: an unknown target or engine, or no time.
+        InvalidArgumentError: an unknown target or engine, or no time.
     """
     trained = list(quantized_forwards(module).values())
     wanted = trained[0].target if trained else target_of(target)
     installed = [engine for engine in _ENGINES if _has(engine)]
     chosen = installed if engines is None else list(engines)
     if unknown := [engine for engine in chosen if engine not in _ENGINES]:
-        raise ValueError(f"Argument `engines` must be among {list(_ENGINES)}, but got {unknown}.")
+        raise InvalidArgumentError(f"Argument `engines` must be among {list(_ENGINES)}, but got {unknown}.")
     if not (seconds > 0 and math.isfinite(seconds)):
-        raise ValueError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
+        raise InvalidArgumentError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
     call = canonical_call(own_signature(module), *call)
     end = time.monotonic() + seconds - spent
     findings: list[Finding] = []
@@ -161,12 +162,12 @@ def _train(module: nn.Module) -> tuple[str, list[str]]:
     if not isinstance(module, L.LightningModule):
         return "no LightningModule: the functions take it, the callbacks want one", []
     if not module.automatic_optimization:
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `automatic_optimization` must be True for the callbacks that prune and quantize, but got False. Export and "
             "post-training quantization don't ask for it."
         )
     if not has_forward(module):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `model` must have a `forward` to export, but {type(module).__name__} has none. Write one that takes the "
             "network's inputs and returns its outputs."
         )
@@ -229,7 +230,7 @@ def _needs(engine: str, target: Target, made: Mapping[str, Any]) -> str:
 def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
     needs = _needs(engine, target, made)
     if needs == "export" and made.get("quantize") is made["export"]:  # there is no other file than the int8 one
-        raise ValueError(cannot_reproduce(target, engine, forms=made["forms"]))
+        raise InvalidArgumentError(cannot_reproduce(target, engine, forms=made["forms"]))
     export, call = made[needs]
     what = "int8" if needs == "quantize" else "fp32; int8 of this target isn't for this engine"
     if engine == "tensorrt":
@@ -246,7 +247,7 @@ def _samples(export: OnnxExport, call: Call) -> dict[str, np.ndarray]:
     batch = len(next(iter(feeds.values())))
     for name, array in feeds.items():
         if array.ndim == 0 or len(array) != batch:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{name}` must have the batch of {batch} as its first dimension, but got shape {array.shape}: a bundle is "
                 "verified sample by sample. Make it a constant of the module, or one value a sample."
             )

@@ -16,11 +16,12 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
 from lightning_accel.engines.tensorrt.command import equivalent_command
+from lightning_accel.errors import VerificationError
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.verification.compare import Network, Verification, VerificationError, verify
+from lightning_accel.verification.compare import Network, Verification, verify
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork

@@ -19,6 +19,7 @@ from lightning_accel.calls.example import (
     peek,
     target_from_batch,
 )
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx.export import feeds_of
 
 
@@ -78,7 +79,7 @@ class HeldOut:
         """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.
 
         Raises:
-            ValueError: there is none.
+            InvalidArgumentError: there is none.
         """
         parts: list[dict[str, np.ndarray]] = []
         have = 0
@@ -88,14 +89,16 @@ class HeldOut:
             if have >= count:
                 break
         if not have:
-            raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
+            raise InvalidArgumentError(
+                f"Argument `data` must hold held-out samples, but got none from the {self.source}."
+            )
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
     def everything(self, module: nn.Module, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """All samples as named arrays ``(S, ...)``, and what is to be predicted for them, where each batch holds it.
 
         Raises:
-            ValueError: there is none.
+            InvalidArgumentError: there is none.
         """
         parts: list[dict[str, np.ndarray]] = []
         targets: list[np.ndarray] = []
@@ -104,7 +107,9 @@ class HeldOut:
             if target is not None:
                 targets.append(target.numpy())
         if not parts:
-            raise ValueError(f"Argument `data` must hold held-out samples, but got none from the {self.source}.")
+            raise InvalidArgumentError(
+                f"Argument `data` must hold held-out samples, but got none from the {self.source}."
+            )
         feeds = {name: np.concatenate([part[name] for part in parts]) for name in names}
         whole = len(targets) == len(parts) and len({(array.dtype, array.shape[1:]) for array in targets}) == 1
         return feeds, np.concatenate(targets) if whole else None
@@ -124,12 +129,12 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
         inputs: as in :class:`HeldOut`.
 
     Raises:
-        ValueError: there is none.
+        InvalidArgumentError: there is none.
     """
     if data is not None and not isinstance(data, str):
         return HeldOut(data, "loader given as `data`", inputs, trainer)
     if data not in (None, "val", "test"):
-        raise ValueError(f'Argument `data` must be a loader, "val" or "test", but got {data!r}.')
+        raise InvalidArgumentError(f'Argument `data` must be a loader, "val" or "test", but got {data!r}.')
     loop = trainer.fit_loop.epoch_loop.val_loop
     datamodule = getattr(trainer, "datamodule", None)
     with isolated_random():
@@ -145,7 +150,7 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
     if isinstance(loader, dict):
         loader = next(iter(loader.values()), None)
     if loader is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `data` must be held-out data, but got None and the Trainer has no "
             f"{'test' if data == 'test' else 'validation'} loader. Pass ModelExport(data=loader), or give `fit` a validation loader."
         )

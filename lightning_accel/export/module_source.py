@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_accel.calls.example import Call, canonical_call, own_signature
 from lightning_accel.core.structure import constructor_arguments, load_into, read_checkpoint
+from lightning_accel.errors import InvalidArgumentError
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -28,27 +29,27 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
         init: constructor arguments; they go over the hyper-parameters.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: there is no such class, it is no module, lacks an argument, can't be built, or the checkpoint is another's.
+        MissingFileError: there is no such checkpoint.
+        InvalidArgumentError: there is no such class, it is no module, lacks an argument, can't be built, or the checkpoint is another's.
     """
     where, _, name = class_path.rpartition(".")
     try:
         cls = getattr(import_module(where), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `module` must be the path of a class like package.module.Class, but got {class_path!r}: {error}."
         ) from error
     except Exception as error:  # whatever the user's file does when it is read
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `module` must be in a file that can be imported, but got {class_path!r}: {_told(error)}."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `module` must be a LightningModule or nn.Module, but got {class_path!r}, which is none."
         )
     if ckpt is not None:
         if not issubclass(cls, L.LightningModule):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `--ckpt` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
             )
         return _from_checkpoint(cls, class_path, ckpt, init)
@@ -67,7 +68,7 @@ def _from_checkpoint(
     try:
         load_into(module, checkpoint)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--ckpt` must be a checkpoint of {class_path} built with {arguments}, but got {str(ckpt)!r}: "
             f"{' '.join(str(error).split())[:400]}"
         ) from error
@@ -78,7 +79,7 @@ def _check_arguments(cls: type[nn.Module], class_path: str, arguments: Mapping[s
     try:
         signature(cls).bind(**arguments)
     except TypeError as error:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--init` must give what {class_path}{signature(cls)} needs, but got {dict(arguments)}: {error}. Pass --init "
             "name=value, or --ckpt, whose hyper-parameters are used if it has any."
         ) from error
@@ -88,7 +89,7 @@ def _built(build: Callable[[], _Module], class_path: str, arguments: Mapping[str
     try:
         return build()
     except Exception as error:  # whatever the user's constructor raises
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--init` must be what {class_path} can be built with, but got {dict(arguments)}: {_told(error)}."
         ) from error
 
@@ -108,7 +109,7 @@ def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np
         arrays: data by input name.
 
     Raises:
-        ValueError: a shape that can't be read, arguments that don't fit, or none of the three.
+        InvalidArgumentError: a shape that can't be read, arguments that don't fit, or none of the three.
     """
     if arrays is not None or shapes:
         given = {name: torch.from_numpy(np.array(array)) for name, array in (arrays or {}).items()}
@@ -118,13 +119,13 @@ def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np
         try:
             return canonical_call(own_signature(module), (), given)
         except TypeError as error:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `--shape` or `--data` must give the inputs of `{type(module).__name__}.forward{own_signature(module)}`, but "
                 f"got {sorted(given)}: {error}."
             ) from error
     example = getattr(module, "example_input_array", None)
     if example is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--shape` must give the inputs of `{type(module).__name__}.forward{own_signature(module)}`, but got none, and the "
             "module has no `example_input_array`. Pass --shape NAME=2x3x32x32 for each, or --data with arrays by name."
         )
@@ -146,7 +147,9 @@ def _of_shape(text: str) -> tuple[str, torch.Tensor]:
     except ValueError:
         shape = []
     if not name or not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"Argument `--shape` must read NAME=2x3x32x32 or NAME=2x128:int64, but got {text!r}.")
+        raise InvalidArgumentError(
+            f"Argument `--shape` must read NAME=2x3x32x32 or NAME=2x128:int64, but got {text!r}."
+        )
     generator = torch.Generator().manual_seed(0)
     if dtype.is_floating_point:
         return name, torch.randn(shape, generator=generator).to(dtype)

@@ -35,7 +35,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
 
     Raises:
         VerificationError: what was written isn't what was trained.
-        ModuleNotFoundError: an engine isn't installed.
+        MissingPackageError: an engine isn't installed.
     """
     with staged(dirpath) as folder, mode(order.module, False), tempfile.TemporaryDirectory() as scratch:
         whole = order.whole

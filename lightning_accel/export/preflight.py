@@ -14,12 +14,12 @@ from lightning_accel.calls.example import mode
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
+from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce
 from lightning_accel.quantization.graph.prepare import QuantizedForward
-from lightning_accel.verification.compare import VerificationError
 from lightning_accel.verification.file import check_repeatable, prove_nodes
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.kernels import ENGINES, check_kernels
@@ -32,7 +32,7 @@ def check_installed(engines: Sequence[str]) -> None:
     """Whether all that a bundle for these engines needs is there.
 
     Raises:
-        ModuleNotFoundError: it isn't; the message says what to install.
+        MissingPackageError: it isn't; the message says what to install.
     """
     require("onnxruntime", "cpu", "ModelExport (verification)")
     require("matplotlib", "report", "ModelExport (the report's plot)")
@@ -48,17 +48,19 @@ def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None
     """Whether an engine's kernels reproduce the arithmetic that is trained, in the forms that the network holds.
 
     Raises:
-        ValueError: they don't.
+        InvalidArgumentError: they don't.
     """
     if reason := cannot_reproduce(target, engine, forms=forms):
-        raise ValueError(f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}.")
+        raise InvalidArgumentError(
+            f"Argument `engines` must suit target {target.name!r}, but got {engine!r}: {reason}."
+        )
 
 
 def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Hyper-parameters must come back from the checkpoint without unpickling foreign code.
 
     Raises:
-        ValueError: one wouldn't; the message names it.
+        InvalidArgumentError: one wouldn't; the message names it.
     """
     for where in (pl_module, getattr(trainer, "datamodule", None)):
         for name, value in dict(getattr(where, "hparams_initial", {})).items():
@@ -68,7 +70,7 @@ def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
                 file.seek(0)
                 torch.load(file, weights_only=True)
             except Exception as error:  # pickle and torch.load raise a dozen unrelated types
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `{name}` of {type(where).__name__}, a saved hyper-parameter, must be a plain value, but got a "
                     f"{type(value).__name__}: checkpoints are read with `weights_only=True`, which refuses it. Pass a plain value, or "
                     f"`save_hyperparameters(ignore=[{name!r}])`."
@@ -121,7 +123,7 @@ def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[
 
     Raises:
         VerificationError: its integer kernels compute something else.
-        RuntimeError: it can't load or run the file.
+        RunError: it can't load or run the file.
     """
     if engine not in ENGINES:  # TensorRT is built below; PyTorch runs the program that was captured
         return
@@ -132,7 +134,7 @@ def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[
     except ModuleNotFoundError:
         raise
     except Exception as error:  # engines raise a dozen unrelated types
-        raise RuntimeError(
+        raise RunError(
             f"Argument `engines` must name engines that run this network, but {engine} can't: {error} Leave it out, or change what it "
             "names."
         ) from error

@@ -34,10 +34,11 @@ from lightning_accel.calls.shapes import (
     example_inputs,
     traced_batch,
 )
+from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.onnx.translations import TRANSLATIONS
-from lightning_accel.quantization.graph.capture import CaptureError, fixed_batch, no_logs, taken_name
+from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
@@ -111,8 +112,8 @@ def export_onnx(
 
     Raises:
         CaptureError: the module can't be captured.
-        ValueError: names, axes or an opset that don't fit.
-        TypeError: ``preprocess`` or ``postprocess`` is no module.
+        InvalidArgumentError: names, axes or an opset that don't fit.
+        InvalidArgumentTypeError: ``preprocess`` or ``postprocess`` is no module.
 
     Example:
         >>> export = export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), tmp_path / "linear.onnx")  # doctest: +SKIP
@@ -120,7 +121,7 @@ def export_onnx(
         ('input',)
     """
     if opset is not None and opset not in range(OPSET, NEWEST + 1):
-        raise ValueError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
+        raise InvalidArgumentError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
     module = surrounded(module, preprocess, postprocess)
     given: Call = inputs if _is_call(inputs) else _as_call(inputs)
     call = canonical_call(own_signature(module), *given)
@@ -161,13 +162,13 @@ def _check_captured(axes: Axes, names_in: Sequence[str], parts: Mapping[str, Qua
     """A quantized part was captured for certain axes; the file can't have more.
 
     Raises:
-        ValueError: it would have.
+        InvalidArgumentError: it would have.
     """
     for path, forward in parts.items() if axes else ():
         captured = dynamic_axes(forward.inputs)
         whole = zip(names_in, captured, strict=True) if path == "" else ()
         if not any(captured) or any(not axes.get(name, {}).keys() <= known.keys() for name, known in whole):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `dynamic` must hold axes that the quantized `{path or 'forward'}` was captured with, but got "
                 f"{ {name: dict(of_input) for name, of_input in axes.items()} }. Give `dynamic` to what quantizes, too."
             )

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_accel.core.optional import require
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 
 FLOAT, HALVES = TensorProto.FLOAT, {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -80,7 +81,7 @@ def lower_precision(
         What was lowered, and what was kept and why.
 
     Raises:
-        ValueError: another precision, a glob that matches nothing, or a graph with control flow or several domains.
+        InvalidArgumentError: another precision, a glob that matches nothing, or a graph with control flow or several domains.
 
     Example:
         >>> report = lower_precision("model.onnx", "model.fp16.onnx", "fp16", samples={"x": images})  # doctest: +SKIP
@@ -88,13 +89,13 @@ def lower_precision(
         {'node_exp': 'Exp is kept in float32'}
     """
     if precision not in HALVES:
-        raise ValueError(f"Argument `precision` must be one of {sorted(HALVES)}, but got {precision!r}.")
+        raise InvalidArgumentError(f"Argument `precision` must be one of {sorted(HALVES)}, but got {precision!r}.")
     model = onnx.load(path)
     _check_graph(model)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     standard = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if precision == "bf16" and standard.version < BF16_OPSET:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `path` must be a file of opset {BF16_OPSET} or newer for bf16, which convolutions don't have before, but got "
             f"{standard.version}. Export it with `export_onnx(..., opset={BF16_OPSET})`."
         )
@@ -113,11 +114,11 @@ def lower_precision(
 def _check_graph(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if any(a.HasField("g") or a.graphs for a in node.attribute):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `path` must be a file without control flow, but got {node.op_type} `{node.name}`."
             )
         if node.domain not in ("", "ai.onnx"):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `path` must hold only operators of ONNX itself, but got {node.domain}.{node.op_type} `{node.name}`."
             )
 
@@ -161,7 +162,7 @@ def _kept(
                 if high * room > largest and not _is_mask(name, constants, high):
                     kept[node.name] = f"`{name}` reaches {high:.1e}, too near the end of {precision}, {largest:.1e}"
     if unknown := [g for g in keep if g not in matched]:
-        raise ValueError(f"Argument `keep` must match a node, but got {unknown}, which match none.")
+        raise InvalidArgumentError(f"Argument `keep` must match a node, but got {unknown}, which match none.")
     _widen(model, kept)
     return kept
 
@@ -195,7 +196,7 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
     """ONNX element type of each tensor, by name.
 
     Raises:
-        ValueError: shape inference left one unknown.
+        InvalidArgumentError: shape inference left one unknown.
     """
     graph = model.graph
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
@@ -203,7 +204,7 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
     for node in graph.node:
         for name in node.output:
             if name and not kinds.get(name):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `path` must be a file whose types ONNX can infer, but not that of `{name}`."
                 )
     return kinds
@@ -319,7 +320,7 @@ def check_lowered(path: str | Path, lowered: str | Path, precision: str) -> dict
         How many nodes and constants were compared.
 
     Raises:
-        ValueError: they differ; the message names what does.
+        InvalidArgumentError: they differ; the message names what does.
     """
     before, after = onnx.load(path), onnx.load(lowered)
     constants = {t.name: t for t in before.graph.initializer}
@@ -329,7 +330,7 @@ def check_lowered(path: str | Path, lowered: str | Path, precision: str) -> dict
     for tensor in after.graph.initializer:
         owner = next((name for name in constants if tensor.name in (name, *_spellings(name))), None)
         if owner is None or not _is_rounded(constants[owner], tensor, precision):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Constant `{tensor.name}` of `{Path(lowered).name}` must be that of the float32 file, rounded."
             )
         source[tensor.name] = owner
@@ -340,18 +341,20 @@ def check_lowered(path: str | Path, lowered: str | Path, precision: str) -> dict
         if node.op_type == "Cast" and node.output[0] not in known - {v.name for v in before.graph.output}:
             source[node.output[0]] = read[0]
             if node.output[0] in known and read[0] != node.output[0]:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Output `{node.output[0]}` of `{Path(lowered).name}` must be that of the float32 file."
                 )
             continue
         twin = next(twins, None)
         if twin is None or twin.op_type != node.op_type or list(twin.input) != read or not _same_settings(twin, node):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Node {node.op_type} `{node.name}` of `{Path(lowered).name}` must be that of the float32 file."
             )
         source.update(zip(node.output, twin.output, strict=True))
     if (missing := next(twins, None)) is not None:
-        raise ValueError(f"Node {missing.op_type} `{missing.name}` must be in `{Path(lowered).name}`, but isn't.")
+        raise InvalidArgumentError(
+            f"Node {missing.op_type} `{missing.name}` must be in `{Path(lowered).name}`, but isn't."
+        )
     return {"nodes": len(before.graph.node), "constants": checked}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_accel.calls.example import own_signature
+from lightning_accel.errors import InvalidArgumentTypeError
 
 
 def surrounded(network: nn.Module, preprocess: nn.Module | None, postprocess: nn.Module | None) -> nn.Module:
@@ -19,11 +20,11 @@ def surrounded(network: nn.Module, preprocess: nn.Module | None, postprocess: nn
         postprocess: takes the network's result as its one argument. ``None``: the result itself.
 
     Raises:
-        TypeError: one that is no ``nn.Module``.
+        InvalidArgumentTypeError: one that is no ``nn.Module``.
     """
     for name, part in (("preprocess", preprocess), ("postprocess", postprocess)):
         if part is not None and not isinstance(part, nn.Module):
-            raise TypeError(
+            raise InvalidArgumentTypeError(
                 f"Argument `{name}` must be an nn.Module, whose buffers and mode go with it, but got {type(part).__name__}."
             )
     if preprocess is None and postprocess is None:

@@ -15,6 +15,7 @@ from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
 from lightning_accel.calls.example import has_forward, owner_and_call
 from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
 from lightning_accel.core.schedules import Timeline
+from lightning_accel.errors import RunError
 from lightning_accel.planning.conflicts import conflicts
 from lightning_accel.quantization.base_callback import QuantizingCallback
 
@@ -112,7 +113,7 @@ def plan(
         The plan; ``print`` it.
 
     Raises:
-        ValueError: what ``fit`` would raise before its first step.
+        InvalidArgumentError: what ``fit`` would raise before its first step.
     """
     stop = _BeforeTheFirstStep()
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
@@ -124,7 +125,7 @@ def plan(
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = sanity
     if stop.plan is None:
-        raise RuntimeError("The run must have a first training step to be planned, but `fit` ended without one.")
+        raise RunError("The run must have a first training step to be planned, but `fit` ended without one.")
     return stop.plan
 
 

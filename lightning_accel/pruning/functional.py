@@ -43,7 +43,7 @@ def prune_weights_(
         The masks, by parameter name; ``True`` where the weight stays.
 
     Raises:
-        ValueError: an argument is out of its range, or a glob matches nothing.
+        InvalidArgumentError: an argument is out of its range, or a glob matches nothing.
 
     Example:
         >>> masks = prune_weights_(torch.nn.Linear(8, 4), granularity="2:4")
@@ -94,7 +94,7 @@ def prune_channels_(
         The record of what was removed, which is also written into the module's record.
 
     Raises:
-        ValueError: an argument is out of its range, a glob matches nothing, or the target can't be reached.
+        InvalidArgumentError: an argument is out of its range, a glob matches nothing, or the target can't be reached.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -15,9 +15,9 @@ from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import METHODS
 from lightning_accel.quantization.arithmetic.targets import Target, target_of
-from lightning_accel.quantization.graph.capture import CaptureError
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantize_change, quantized_forwards
 
 
@@ -57,9 +57,11 @@ class QuantizingCallback(CompressionCallback):
     ) -> None:
         super().__init__(name=name, start=start)
         if calibration_batches < 1:
-            raise ValueError(f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}.")
+            raise InvalidArgumentError(
+                f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}."
+            )
         if ranges not in METHODS:
-            raise ValueError(f"Argument `ranges` must be one of {METHODS}, but got {ranges!r}.")
+            raise InvalidArgumentError(f"Argument `ranges` must be one of {METHODS}, but got {ranges!r}.")
         self.target = target_of(target)
         self.paths = list(as_patterns("module", module)) or [""]
         self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
@@ -80,7 +82,7 @@ class QuantizingCallback(CompressionCallback):
         who = type(self).__name__
         check_apart("module", [p for c in trainer.callbacks if isinstance(c, QuantizingCallback) for p in c.paths])  # type: ignore[attr-defined]
         if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `precision` must keep float32 weights with {who}, but got {trainer.precision!r}. "
                 'Use "32-true", "bf16-mixed" or "16-mixed".'
             )
@@ -105,7 +107,7 @@ class QuantizingCallback(CompressionCallback):
         for forward in self._placed.values():
             wanted = (self.target.name, self.include, self.exclude)
             if (forward.target.name, forward.include, forward.exclude) != wanted:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Arguments `target`, `include` and `exclude` must be those that the network was quantized with "
                     f"({forward.target.name!r}, {list(forward.include)}, {list(forward.exclude)}), but got "
                     f"{self.target.name!r}, {list(self.include)}, {list(self.exclude)}."
@@ -203,7 +205,9 @@ class QuantizingCallback(CompressionCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if lost := state_dict["ranges"].keys() - self._placed.keys():
-            raise ValueError(f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}.")
+            raise InvalidArgumentError(
+                f"Argument `module` must name what was quantized, {sorted(lost)}, but got {self.paths}."
+            )
         for path, ranges in state_dict["ranges"].items():
             self._placed[path].bank.load_state_dict(ranges)
 
@@ -217,12 +221,12 @@ def check_apart(argument: str, paths: list[str]) -> None:
     """No part of the network is quantized by two callbacks, or twice by one.
 
     Raises:
-        ValueError: one is.
+        InvalidArgumentError: one is.
     """
     for i, path in enumerate(paths):
         for other in paths[:i]:
             if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `{argument}` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
                     f"and {path or 'the whole forward'!r}. Name each part once."
                 )

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 
@@ -56,13 +57,13 @@ class CallWatch:
         """Raise if a module wasn't called.
 
         Raises:
-            ValueError: it wasn't; the message names the ones that were.
+            InvalidArgumentError: it wasn't; the message names the ones that were.
         """
         for path in self._paths:
             if path not in self._called:
                 what = f"`{path}`" if path else "the module's `forward`"
                 called = sorted(name for name in self._called if name not in self._paths)
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `module` must name what `training_step` calls, but got {what}, which it did not call. "
                     f"It called: {', '.join(called) or 'no submodule'}. "
                     + (f'Use QuantizationAwareTraining(module="{called[0]}").' if called else "")

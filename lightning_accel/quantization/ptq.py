@@ -26,6 +26,7 @@ from lightning_accel.calls.example import (
 from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target, target_of
 from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, check_apart, ranks_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
@@ -86,16 +87,16 @@ def quantize_(
 
     Raises:
         CaptureError: the module can't be captured.
-        ValueError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
+        InvalidArgumentError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
     """
     if taken := sorted(quantized_forwards(module)):
-        raise ValueError(f"Argument `module` must be a float network, but {taken} is quantized already.")
+        raise InvalidArgumentError(f"Argument `module` must be a float network, but {taken} is quantized already.")
     if isinstance(data, torch.Tensor):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
     if batches < 1:
-        raise ValueError(f"Argument `batches` must be at least 1, but got {batches}.")
+        raise InvalidArgumentError(f"Argument `batches` must be at least 1, but got {batches}.")
     paths = list(as_patterns("part", part)) or [""]
     check_apart("part", paths)
     shown: Iterable[Any] = data
@@ -137,7 +138,7 @@ def call_of(
     caller = module
     if isinstance(module, L.LightningModule) and not has_forward(module):
         if len(paths) != 1 or not paths[0]:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `part` must name the submodule to quantize, but got {list(paths)}, and "
                 f"`{type(module).__name__}` has no `forward`."
             )
@@ -164,7 +165,7 @@ def calibrate_(
         ranks: the other ranks of a distributed run, each of which calls this with as many calls.
 
     Raises:
-        ValueError: there is no call, or none of a part, or a value isn't finite (the tensor is named).
+        InvalidArgumentError: there is no call, or none of a part, or a value isn't finite (the tensor is named).
     """
     count = 0
     with mode(caller, False), torch.no_grad():
@@ -177,10 +178,10 @@ def calibrate_(
                 forward.bank.update(ranks)
             count += 1
     if not count:
-        raise ValueError("Argument `data` must yield batches to calibrate with, but got none.")
+        raise InvalidArgumentError("Argument `data` must yield batches to calibrate with, but got none.")
     for forward in forwards:
         if forward.bank.keys and not forward.bank.batches:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Every part that is quantized must be called while ranges are learned, but `{forward.path}` wasn't. "
                 f"Leave it out, or let `{type(caller).__name__}.forward` call it."
             )
@@ -214,7 +215,7 @@ class PostTrainingQuantization(QuantizingCallback):
         name: the state's name in the checkpoint.
 
     Raises:
-        ValueError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
+        InvalidArgumentError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
         CaptureError: in ``setup``, a ``forward`` that ``torch.export`` can't capture.
 
     Example:
@@ -252,7 +253,7 @@ class PostTrainingQuantization(QuantizingCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and len(self.paths) > 1 and not has_forward(pl_module):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `module` must name one submodule, but got {self.paths}, and `{type(pl_module).__name__}` has no "
                 "`forward` that calls them to learn their ranges. Write one."
             )
@@ -262,7 +263,7 @@ class PostTrainingQuantization(QuantizingCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._placed:
-            raise ValueError(
+            raise InvalidArgumentError(
                 "Argument `ckpt_path` must be a checkpoint of the float network to train on with PostTrainingQuantization, but "
                 "got one that is quantized already. Resume from one that was written during training."
             )
@@ -276,7 +277,7 @@ class PostTrainingQuantization(QuantizingCallback):
         """Quantize the module now, with batches of the run's training loader.
 
         Raises:
-            ValueError: the loader is empty, or a value isn't finite.
+            InvalidArgumentError: the loader is empty, or a value isn't finite.
         """
         self.prepare(trainer, pl_module)
         self.place(pl_module)

@@ -10,6 +10,7 @@ from typing_extensions import override
 from lightning_accel.calls.example import InputsFunction
 from lightning_accel.core.callback import check_one_optimizer, timeline_of
 from lightning_accel.core.schedules import check_position
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import QuantizingCallback, ranks_of
 from lightning_accel.quantization.call_watch import CallWatch
@@ -46,7 +47,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         name: the state's name in the checkpoint.
 
     Raises:
-        ValueError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
+        InvalidArgumentError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
         CaptureError: in ``setup``, a ``forward`` that ``torch.export`` can't capture.
 
     Example:
@@ -86,9 +87,11 @@ class QuantizationAwareTraining(QuantizingCallback):
         for argument, value in self.freezes.items():
             check_position(argument, value)
             if value is not None and type(value) is type(start) and value < start:
-                raise ValueError(f"Argument `{argument}` must be at or after `start` ({start}), but got {value}.")
+                raise InvalidArgumentError(
+                    f"Argument `{argument}` must be at or after `start` ({start}), but got {value}."
+                )
         if not (isinstance(lr_scale, int | float) and 0 < lr_scale < math.inf):
-            raise ValueError(f"Argument `lr_scale` must be above 0, but got {lr_scale!r}.")
+            raise InvalidArgumentError(f"Argument `lr_scale` must be above 0, but got {lr_scale!r}.")
         self.lr_scale = float(lr_scale)
         self._freeze_steps: dict[str, float] = {}
         self._watch: CallWatch | None = None
@@ -109,7 +112,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         check_one_optimizer(trainer, type(self).__name__)
         timeline = timeline_of(trainer)
         if self._start_step >= timeline.total_steps:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `start` must lie before the end of the run, but got {self.start}, which is step {self._start_step}."
             )
         length = timeline.total_steps - self._start_step

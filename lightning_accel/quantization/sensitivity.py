@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.example import InputsFunction, call_from_batch, isolated_random
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
 
@@ -35,10 +36,10 @@ class Sensitivity:
         Costs of single operators add up only roughly: measure the network that comes out.
 
         Raises:
-            ValueError: a negative budget.
+            InvalidArgumentError: a negative budget.
         """
         if not budget >= 0:
-            raise ValueError(f"Argument `budget` must be at least 0, but got {budget}.")
+            raise InvalidArgumentError(f"Argument `budget` must be at least 0, but got {budget}.")
         left, kept = sum(max(cost, 0.0) for cost in self.costs.values()), []
         for name, cost in self.costs.items():
             if left <= budget:
@@ -74,7 +75,7 @@ def sensitivity(
         options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`.
 
     Raises:
-        ValueError: as :func:`~lightning_accel.quantization.ptq.quantize_`.
+        InvalidArgumentError: as :func:`~lightning_accel.quantization.ptq.quantize_`.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel.core.optional import require
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.run_report import Row
 
 # Told apart by people with any colour vision (Okabe and Ito); the first row, the reference, is grey.
@@ -28,12 +29,12 @@ def plot_comparison(rows: Sequence[Row], path: str | Path) -> Path:
         The path.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; the message names the extra.
-        ValueError: nothing to draw, or another suffix.
+        MissingPackageError: matplotlib is not installed; the message names the extra.
+        InvalidArgumentError: nothing to draw, or another suffix.
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"Argument `path` must end in .png, but got {path.name!r}.")
+        raise InvalidArgumentError(f"Argument `path` must end in .png, but got {path.name!r}.")
     names = _distinct_names(rows)
     points = [
         (index, names[index], row, row.p50_ms, 100 * row.accuracy)
@@ -42,7 +43,9 @@ def plot_comparison(rows: Sequence[Row], path: str | Path) -> Path:
     ]
     sizes = [(i, names[i], row.file_bytes / 1000) for i, row in enumerate(rows) if row.file_bytes is not None]
     if not points and not sizes:
-        raise ValueError("Argument `rows` must have accuracy and latency, or sizes, to draw; but got neither.")
+        raise InvalidArgumentError(
+            "Argument `rows` must have accuracy and latency, or sizes, to draw; but got neither."
+        )
     figure_module = require("matplotlib.figure", "report", "`plot_comparison`")
     agg = require("matplotlib.backends.backend_agg", "report", "`plot_comparison`")
     # A figure with a canvas of its own: pyplot's global state and the user's backend are left alone.

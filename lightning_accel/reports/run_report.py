@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.comparison_text import render_comparison
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -56,11 +57,11 @@ class Row:
             if self.accuracy is None:
                 self.accuracy = share
             elif not math.isclose(self.accuracy, share, abs_tol=5e-5):  # a metric computed in float32 may round
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `accuracy` must be correct / total = {share:.6f}, but got {self.accuracy:.6f}."
                 )
         if self.accuracy is not None and not 0 <= self.accuracy <= 1:
-            raise ValueError(f"Argument `accuracy` must be in [0, 1], but got {self.accuracy}.")
+            raise InvalidArgumentError(f"Argument `accuracy` must be in [0, 1], but got {self.accuracy}.")
 
     @property
     def accuracy_interval(self) -> tuple[float, float] | None:
@@ -82,7 +83,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
         total: number of trials.
 
     Raises:
-        ValueError: ``total`` below 1, or ``correct`` outside 0 to ``total``.
+        InvalidArgumentError: ``total`` below 1, or ``correct`` outside 0 to ``total``.
 
     Example:
         >>> low, high = wilson_interval(970, 1000)
@@ -90,9 +91,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
         '0.9575 0.9789'
     """
     if total < 1:
-        raise ValueError(f"Argument `total` must be at least 1, but got {total}.")
+        raise InvalidArgumentError(f"Argument `total` must be at least 1, but got {total}.")
     if not 0 <= correct <= total:
-        raise ValueError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
+        raise InvalidArgumentError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
     share, z2 = correct / total, _Z95**2
     center = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
@@ -106,10 +107,10 @@ def comparison_table(rows: Sequence[Row]) -> str:
         rows: the ways; the first is the one that speed-ups refer to.
 
     Raises:
-        ValueError: no rows.
+        InvalidArgumentError: no rows.
     """
     if not rows:
-        raise ValueError("Argument `rows` must have at least one row, but got none.")
+        raise InvalidArgumentError("Argument `rows` must have at least one row, but got none.")
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     columns: list[tuple[str, Callable[[Row], str | None]]] = [
         ("engine", lambda row: row.engine),

@@ -15,6 +15,7 @@ from lightning_accel.bundle.writer import staged
 from lightning_accel.engines.base import TensorSpec, load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest, resolve_bundle
 from lightning_accel.engines.tensorrt.library import read_info
+from lightning_accel.errors import InvalidArgumentError
 
 # Backends that read the files of a bundle; OpenVINO's and PyTorch's read other formats.
 BACKENDS = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
@@ -50,25 +51,25 @@ def write_triton(
         The model's folder.
 
     Raises:
-        ValueError: a name or number that Triton can't take, an engine without a Triton backend, or a damaged bundle.
+        InvalidArgumentError: a name or number that Triton can't take, an engine without a Triton backend, or a damaged bundle.
     """
     bundle, repository = Path(bundle), Path(repository)
     if not name or any(sign in name for sign in "/\\") or name.startswith("."):
-        raise ValueError(f"Argument `name` must be the name of a folder, but got {name!r}.")
+        raise InvalidArgumentError(f"Argument `name` must be the name of a folder, but got {name!r}.")
     for argument, number in (("version", version), ("max_batch", max_batch)):
         if number < 1:
-            raise ValueError(f"Argument `{argument}` must be at least 1, but got {number}.")
+            raise InvalidArgumentError(f"Argument `{argument}` must be at least 1, but got {number}.")
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     engine, file = resolve_bundle(bundle, engine)
     if engine not in BACKENDS:
-        raise ValueError(f"Argument `engine` must be one of {sorted(BACKENDS)}, but got {engine!r}.")
+        raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(BACKENDS)}, but got {engine!r}.")
     with load_runner(bundle / manifest["model"], "onnxruntime") as runner:  # its names and shapes are the engine's
         inputs, outputs = runner.inputs, runner.outputs
     if engine == "tensorrt":
         info = read_info(file)
         if info.library != "tensorrt":
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `engine` must be one that Triton can load, but got an engine of {info.library}: Triton runs those of the "
                 f"standard TensorRT. Build it where that is installed: lightning-accel build {bundle} --engine tensorrt"
             )
@@ -133,7 +134,7 @@ def config_text(
 def _type_of(spec: TensorSpec) -> str:
     known = _TYPES.get(np.dtype(spec.dtype).name)
     if known is None:
-        raise ValueError(f"Tensor `{spec.name}` must have a type that Triton knows, but it is {spec.dtype}.")
+        raise InvalidArgumentError(f"Tensor `{spec.name}` must have a type that Triton knows, but it is {spec.dtype}.")
     return known
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification import tolerances
 from lightning_accel.verification.compare import Verification, verify
 from lightning_accel.verification.engine import prove_engine
@@ -86,8 +87,8 @@ def verify_bundle(
         One line for the file, if there are outputs to hold it against, and one for each engine.
 
     Raises:
-        FileNotFoundError: there is no bundle, or one of its files is missing.
-        ValueError: the bundle changed after it was written, or samples or engines that don't fit it.
+        MissingFileError: there is no bundle, or one of its files is missing.
+        InvalidArgumentError: the bundle changed after it was written, or samples or engines that don't fit it.
 
     Example:
         >>> for line in verify_bundle("artifacts", {"x": images}):  # doctest: +SKIP
@@ -98,7 +99,7 @@ def verify_bundle(
     check_files(folder, manifest)
     shipped = list(manifest["engines"])
     if unknown := [engine for engine in engines or () if engine not in shipped]:
-        raise ValueError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
+        raise InvalidArgumentError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
     feeds, wanted = split_samples(_samples_of(folder, samples), manifest)
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
     proofs: list[EngineProof] = []
@@ -175,7 +176,7 @@ def _samples_of(folder: Path, samples: Mapping[str, np.ndarray] | None) -> dict[
     if samples is not None:
         return dict(samples)
     if not (folder / SAMPLES).is_file():
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `samples` must be given for {folder}, which holds none. Pass `--data FILE.npz` with an array for each input, or "
             "export with ModelExport(keep_samples=16)."
         )
@@ -189,13 +190,13 @@ def split_samples(
     """Inputs, and outputs if they are all there.
 
     Raises:
-        ValueError: an input is missing, or there is something that is neither.
+        InvalidArgumentError: an input is missing, or there is something that is neither.
     """
     inputs, outputs = manifest["inputs"], manifest["outputs"]
     missing, unknown = set(inputs) - samples.keys(), samples.keys() - {*inputs, *outputs}
     given = [name for name in outputs if name in samples]
     if missing or unknown or (given and len(given) != len(outputs)):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `samples` must hold the inputs {inputs}, and the outputs {outputs} or none of them, but got {sorted(samples)}."
         )
     return {name: samples[name] for name in inputs}, {name: samples[name] for name in given}

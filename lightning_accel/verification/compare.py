@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.errors import InvalidArgumentError, VerificationError
 from lightning_accel.verification.tolerances import FLOAT, Tolerance
 
 Feeds = Mapping[str, np.ndarray]
@@ -20,10 +21,6 @@ FACTOR = 2.0  # what an engine may differ by, in multiples of the network's own 
 _Z = 3.29  # of the upper bound of a share that was counted on few samples: passed by chance once in 2,000 times
 _CHANNELS = 2**24  # values of samples times channels that are kept; beyond it an output is compared as a whole
 _PROBABILITY, _LOGIT = 0.5, 0.0  # thresholds that scores are commonly held against
-
-
-class VerificationError(RuntimeError):
-    """What was exported is not what was trained. The checkpoint is safe; the message holds the measured numbers."""
 
 
 @dataclass
@@ -171,7 +168,7 @@ def verify(
         What was measured; ``failures`` says which limits were broken. Nothing is raised for those.
 
     Raises:
-        ValueError: samples of different numbers, or none; networks with different outputs.
+        InvalidArgumentError: samples of different numbers, or none; networks with different outputs.
 
     Example:
         >>> twice = lambda feeds: {"y": feeds["x"] * 2}
@@ -180,7 +177,7 @@ def verify(
     """
     sizes = {name: len(array) for name, array in samples.items()}
     if not sizes or len(set(sizes.values())) != 1 or min(sizes.values()) == 0:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `samples` must hold the same number of samples (at least 1) of each input, but got {sizes}."
         )
     total = next(iter(sizes.values()))
@@ -208,7 +205,9 @@ def _shorter(samples: Feeds, axes: Mapping[str, Mapping[int, str]]) -> Iterator[
     for symbol in dict.fromkeys(s for of_input in axes.values() for s in of_input.values()):
         lengths = {samples[n].shape[a] for n, of_input in axes.items() for a, s in of_input.items() if s == symbol}
         if len(lengths) != 1:
-            raise ValueError(f"Argument `samples` must have one length along `{symbol}`, but got {sorted(lengths)}.")
+            raise InvalidArgumentError(
+                f"Argument `samples` must have one length along `{symbol}`, but got {sorted(lengths)}."
+            )
         length = lengths.pop()
         if length < 2:
             continue
@@ -232,7 +231,9 @@ class _Comparison:
 
     def add(self, want: Mapping[str, Any], got: Mapping[str, Any], where: str) -> None:
         if want.keys() != got.keys():
-            raise ValueError(f"Both networks must have the same outputs, but got {sorted(want)} and {sorted(got)}.")
+            raise InvalidArgumentError(
+                f"Both networks must have the same outputs, but got {sorted(want)} and {sorted(got)}."
+            )
         for name in want:
             a, b = np.asarray(want[name]), np.asarray(got[name])
             if a.shape != b.shape:

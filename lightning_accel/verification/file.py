@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_accel.engines.base import load_runner
+from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
-from lightning_accel.verification.compare import Feeds, Network, Verification, VerificationError, verify
+from lightning_accel.verification.compare import Feeds, Network, Verification, verify
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
 from lightning_accel.verification.null_divergence import NullDivergence

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_accel.core.optional import require
+from lightning_accel.errors import VerificationError
 from lightning_accel.quantization.arithmetic.fake_quant import fake_quantize
 from lightning_accel.quantization.graph.convert import TrainedIntegers
-from lightning_accel.verification.compare import VerificationError
 
 
 def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> dict[str, int]:

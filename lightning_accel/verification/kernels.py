@@ -101,7 +101,7 @@ def check_kernels(path: str | Path, engine: str, feeds: Mapping[str, np.ndarray]
         options: for :func:`~lightning_accel.engines.base.load_runner`.
 
     Raises:
-        RuntimeError: the engine can't load or run the regions.
+        RunError: the engine can't load or run the regions.
     """
     model = onnx.load(path)
     cut = _Cut(model, floats=True)

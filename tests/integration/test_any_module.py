@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
 from lightning_accel.core.callback import check_strategy
+from lightning_accel.errors import CaptureError
 from lightning_accel.export.evaluate import through_engine
 from lightning_accel.export.preflight import check_readable
 from lightning_accel.onnx.export import export_onnx
-from lightning_accel.quantization.graph.capture import CaptureError
 from lightning_accel.verification.network import ModuleNetwork
 from tests.support.models import Classifier, Residual, images, loader
 

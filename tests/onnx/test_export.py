@@ -12,12 +12,11 @@ from torch import nn
 from lightning_accel import export_onnx, load_runner, quantize
 from lightning_accel.calls.example import canonical_call, own_signature
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.errors import CaptureError, VerificationError
 from lightning_accel.onnx.export import feeds_of
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.quantization.arithmetic.targets import target_of
-from lightning_accel.quantization.graph.capture import CaptureError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.verification.compare import VerificationError
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork

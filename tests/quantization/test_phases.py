@@ -12,7 +12,7 @@ from torch import nn
 import lightning_accel as la
 from lightning_accel import QuantizationAwareTraining
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from lightning_accel.quantization.graph.capture import CaptureError
+from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from tests.support.models import Classifier, images, loader
 

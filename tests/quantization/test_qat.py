@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_accel import QuantizationAwareTraining
-from lightning_accel.quantization.graph.capture import CaptureError
+from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from tests.support.models import Classifier, Residual, images, loader
 

@@ -25,6 +25,7 @@ from lightning_accel.cli.arrays import load_arrays, load_labels
 from lightning_accel.cli.main import INTERRUPTED
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.manifest import MANIFEST, read_manifest
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.comparison_text import render_comparison
 
 _OF_ONE_BUNDLE = {
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _one_bundle(first, arguments)
     given = [name for name, default in _OF_ONE_BUNDLE.items() if getattr(arguments, name) != default]
     if given:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--{given[0].replace('_', '-')}` must be given with one bundle, but got {arguments.models}."
         )
     return _side_by_side(arguments)
@@ -157,7 +158,9 @@ def _budgets(arguments: argparse.Namespace) -> Budgets | None:
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         if arguments.budget_batch is not None:
-            raise ValueError("Argument `--budget-batch` must come with a budget, e.g. --max-drop 0.5, but got none.")
+            raise InvalidArgumentError(
+                "Argument `--budget-batch` must come with a budget, e.g. --max-drop 0.5, but got none."
+            )
         return None
     return Budgets(**given, batch=arguments.budget_batch)
 
@@ -179,7 +182,9 @@ def show(text: str) -> None:
 
 def _side_by_side(arguments: argparse.Namespace) -> int:
     if arguments.batch is not None and len(arguments.batch) > 1:
-        raise ValueError(f"Argument `--batch` must be one number for several models, but got {arguments.batch}.")
+        raise InvalidArgumentError(
+            f"Argument `--batch` must be one number for several models, but got {arguments.batch}."
+        )
     batch = arguments.batch[0] if arguments.batch else 32
     with ExitStack() as stack:
         ways = {}
@@ -204,14 +209,14 @@ def _feeds(runner: Runner, batch: int, data: Path | None) -> dict[str, np.ndarra
     if data is not None:
         arrays = load_arrays(data, list(runner.input_names))
         if missing := [name for name in runner.input_names if name not in arrays]:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `--data` must hold the inputs {list(runner.input_names)}, but got none for {missing}, only {list(arrays)}."
             )
         return {name: np.resize(arrays[name], (batch, *arrays[name].shape[1:])) for name in runner.input_names}
     feeds = {}
     for spec in runner.inputs:
         if None in spec.shape[1:]:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `--data` must be given for input `{spec.name}`, whose shape {spec.shape} is open."
             )
         feeds[spec.name] = np.zeros([batch if size is None else size for size in spec.shape], spec.dtype)

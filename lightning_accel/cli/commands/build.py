@@ -8,6 +8,7 @@ from lightning_accel.cli.arrays import load_arrays
 from lightning_accel.engines.manifest import MANIFEST
 from lightning_accel.engines.tensorrt.build import COMPATIBILITY, EngineInfo, build_engine
 from lightning_accel.engines.tensorrt.command import equivalent_command
+from lightning_accel.errors import InvalidArgumentError
 
 _PRECISIONS = ("file", "fp16", "bf16")
 
@@ -105,7 +106,7 @@ def _rebuild(arguments: argparse.Namespace) -> int:
     from lightning_accel.bundle.writer import replace_engine
 
     if arguments.precision != "file" or arguments.out is not None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--precision` and `--out` must not be given for a bundle, whose {MANIFEST} says both."
         )
     info, source = replace_engine(arguments.model, lambda path, out: _build(arguments, path, out))
@@ -118,7 +119,7 @@ def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
     """``x=1x3,8x3,64x3`` as the input's name and its three shapes.
 
     Raises:
-        ValueError: it doesn't read like that.
+        InvalidArgumentError: it doesn't read like that.
     """
     name, _, shapes = text.partition("=")
     try:
@@ -126,7 +127,7 @@ def parse_profile(text: str) -> tuple[str, tuple[tuple[int, ...], ...]]:
     except ValueError:
         parsed = ()
     if not name or len(parsed) != 3:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `--profile` must read INPUT=MIN,OPT,MAX like x=1x3x8x8,8x3x8x8,64x3x8x8, but got {text!r}."
         )
     return name, parsed

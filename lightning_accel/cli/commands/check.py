@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel.cli.arrays import load_arrays
+from lightning_accel.errors import InvalidArgumentError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _value(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if not name or not value:
-        raise ValueError(f"Argument `--init` must read NAME=VALUE, but got {text!r}.")
+        raise InvalidArgumentError(f"Argument `--init` must read NAME=VALUE, but got {text!r}.")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_accel.errors import InvalidArgumentError
+
 
 class Encoding(ABC):
     """From tensors ``(N, *shape)`` to rows of bytes and back.
@@ -51,12 +53,12 @@ class Dense(Encoding):
         """Rows ``(N, row_bytes)`` of values ``(N, *shape)``.
 
         Raises:
-            ValueError: a value is not finite, or beyond float16's 65504.
+            InvalidArgumentError: a value is not finite, or beyond float16's 65504.
         """
         array = values.detach().float().cpu().numpy()
         limit = np.finfo(self.dtype).max
         if not (np.abs(array) <= limit).all():
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `storage` must hold the teacher's outputs, but got {self.dtype} for values up to "
                 f"{np.abs(array).max():g}. "
                 + ('Use `storage="float32"`.' if np.isfinite(array).all() else "The teacher returns no finite numbers.")
@@ -79,7 +81,7 @@ class TopK(Encoding):
         k: logits kept, below C - 1.
 
     Raises:
-        ValueError: the outputs aren't logits ``(N, C)``, or ``k`` is out of its range.
+        InvalidArgumentError: the outputs aren't logits ``(N, C)``, or ``k`` is out of its range.
 
     Example:
         >>> encoding = TopK((4,), k=1)
@@ -90,7 +92,7 @@ class TopK(Encoding):
     def __init__(self, shape: Sequence[int], k: int) -> None:
         super().__init__(shape)
         if len(self.shape) != 1 or not 0 < k < self.shape[0] - 1:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `top_k` must be in [1, C - 2] for logits (N, C), but got {k} for outputs "
                 f'(N, {", ".join(map(str, self.shape))}). Use `storage="float16"`.'
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.calls.example import isolated_random
+from lightning_accel.errors import InvalidArgumentError
 
 _SAMPLES = 32  # of a data set that are looked at, evenly spaced
 
@@ -42,7 +43,7 @@ def of_data(dataset: Any) -> str:
     The global random generators go on as if nothing had been read.
 
     Raises:
-        ValueError: a sample is another one at each reading.
+        InvalidArgumentError: a sample is another one at each reading.
     """
     state = hashlib.sha256(str(len(dataset)).encode())
     with isolated_random():
@@ -51,7 +52,7 @@ def of_data(dataset: Any) -> str:
             _update(first, dataset[i])
             _update(second, dataset[i])
             if first.digest() != second.digest():
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `cache` must be used with a data set that returns the same sample each time, but sample {i} of "
                     f"{type(dataset).__name__} differed from one reading to the next: random augmentation. Cached outputs "
                     "would belong to other images than the student sees. Take the augmentation out, fix it for each index, or "

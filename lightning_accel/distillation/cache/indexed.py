@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.distillation.cache.fingerprint import of_sample
+from lightning_accel.errors import InvalidArgumentError
 
 
 class IndexedBatch(NamedTuple):
@@ -76,16 +77,16 @@ def index_loader(loader: Any) -> DataLoader:
     """A copy of a loader, with its sampler and all else, that yields :class:`IndexedBatch`.
 
     Raises:
-        ValueError: its data set can't be indexed, or it makes no batches itself.
+        InvalidArgumentError: its data set can't be indexed, or it makes no batches itself.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = type(getattr(loader, "dataset", loader)).__name__
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `cache` must be used with a DataLoader over a data set with indices, but got {what}. Iterables have "
             "none: train without a cache."
         )
     if loader.batch_sampler is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             "Argument `cache` must be used with a DataLoader that makes batches, but got `batch_size=None`."
         )
     if isinstance(loader.dataset, IndexedDataset):

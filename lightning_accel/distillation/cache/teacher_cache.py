@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_accel.distillation.cache.encoding import Dense, Encoding, TopK
 from lightning_accel.distillation.cache.fingerprint import of_data, of_teacher
 from lightning_accel.distillation.cache.rowfile import RowFile
+from lightning_accel.errors import InvalidArgumentError
 
 _SCHEMA = 2
 _STORAGES = ("float32", "float16", "topk")
@@ -38,7 +39,7 @@ class TeacherCache:
         top_k: logits kept with ``storage="topk"``.
 
     Raises:
-        ValueError: an argument breaks a rule above; before training, a folder made with another teacher, other data or other
+        InvalidArgumentError: an argument breaks a rule above; before training, a folder made with another teacher, other data or other
             settings; during training, outputs that aren't those of the live teacher.
 
     Example:
@@ -47,15 +48,17 @@ class TeacherCache:
 
     def __init__(self, dirpath: str | Path, storage: str = "float32", top_k: int | None = None) -> None:
         if storage not in _STORAGES:
-            raise ValueError(f"Argument `storage` must be one of {', '.join(_STORAGES)}, but got {storage!r}.")
+            raise InvalidArgumentError(
+                f"Argument `storage` must be one of {', '.join(_STORAGES)}, but got {storage!r}."
+            )
         if (top_k is None) == (storage == "topk") or (top_k is not None and top_k < 1):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `top_k` must be at least 1 with `storage="topk"`, and left out otherwise, but got {top_k} with '
                 f"{storage!r}."
             )
         self.dirpath = Path(dirpath)
         if self.dirpath.exists() and not self.dirpath.is_dir():
-            raise ValueError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
+            raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}
         self._digests: RowFile | None = None  # of the samples that the teacher was asked about
@@ -65,14 +68,16 @@ class TeacherCache:
         """Refuse losses and teachers that can't be cached.
 
         Raises:
-            ValueError: a teacher that changes, or top-k logits for a loss that looks at all of them.
+            InvalidArgumentError: a teacher that changes, or top-k logits for a loss that looks at all of them.
         """
         if any(hasattr(module, "update_") for module in teacher.modules()):
-            raise ValueError("Argument `cache` must be left out with an EMATeacher, which changes in every step.")
+            raise InvalidArgumentError(
+                "Argument `cache` must be left out with an EMATeacher, which changes in every step."
+            )
         if self.storage == "topk":
             for term in terms:
                 if term.student_layer is None and getattr(term.loss, "needs_all_logits", False):
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `storage` must keep all logits for the loss {term.name!r}, but got 'topk'. Use \"float16\"."
                     )
 
@@ -89,7 +94,7 @@ class TeacherCache:
             create: whether this process makes what is missing; the others come after it.
 
         Raises:
-            ValueError: the folder belongs to something else.
+            InvalidArgumentError: the folder belongs to something else.
         """
         wanted: dict[str, Any] = {
             "schema": _SCHEMA,
@@ -112,7 +117,7 @@ class TeacherCache:
             temporary.write_text(json.dumps(wanted, indent=1))
             temporary.replace(self.dirpath / _MANIFEST)
         else:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `dirpath` must be a folder that all ranks share, but got {str(self.dirpath)!r}, in which a rank "
                 "finds no cache that rank zero of its machine has made."
             )
@@ -143,7 +148,7 @@ class TeacherCache:
         }
         for key, reason in reasons.items():
             if present.get(key) != wanted[key]:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `cache` must be one of this teacher and this data set, but got {str(self.dirpath)!r}: {reason}. "
                     "Give another folder, or delete this one."
                 )
@@ -170,12 +175,12 @@ class TeacherCache:
             digests: ``(N,)``, int64, of the samples.
 
         Raises:
-            ValueError: outputs of another shape than the first ones.
+            InvalidArgumentError: outputs of another shape than the first ones.
         """
         for path, (file, encoding) in self._files.items():
             value = signals[path]
             if value.shape != (len(index), *encoding.shape):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `cache` must be used with outputs of one shape, a row for each sample, but got "
                     f"{tuple(value.shape)} for {len(index)} samples of shape {encoding.shape}. Pad inputs to one length."
                 )
@@ -211,11 +216,11 @@ class TeacherCache:
             live: asks the teacher.
 
         Raises:
-            ValueError: the sample is another one, or the teacher now says something else.
+            InvalidArgumentError: the sample is another one, or the teacher now says something else.
         """
         first = index[: len(digests)].numpy()
         if self._digests is not None and (self._digests.read(first) != digests.numpy()[:, None].view(np.uint8)).any():
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `cache` must be one of this data set, but got {str(self.dirpath)!r}: sample {int(first[0])} isn't the "
                 "one that the teacher was asked about. The data set has changed, or returns another sample each time (random "
                 "augmentation). Give another folder, take the augmentation out, or train without a cache."
@@ -226,13 +231,15 @@ class TeacherCache:
         for path, now in live().items():
             _, encoding = self._files[path]
             if now.shape != cached[path].shape:
-                raise ValueError(_differs(path, f"shape {tuple(now.shape)} instead of {tuple(cached[path].shape)}"))
+                raise InvalidArgumentError(
+                    _differs(path, f"shape {tuple(now.shape)} instead of {tuple(cached[path].shape)}")
+                )
             now = encoding.decode(encoding.encode(now)).flatten(1)
             then = cached[path].cpu().flatten(1)
             scale = (now - now.mean()).norm().clamp_min(1e-12)
             error = float((now - then).norm() / scale)
             if not error <= _TOLERANCE:
-                raise ValueError(_differs(path, f"an error of {error:.0%} of their spread"))
+                raise InvalidArgumentError(_differs(path, f"an error of {error:.0%} of their spread"))
         self._checked = epoch
         return cached
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from lightning_accel.errors import InvalidArgumentError
+
 
 def captured_owner(root: nn.Module, path: str) -> str | None:
     """Path of the module around ``path`` whose ``forward`` a captured graph has taken over; ``None`` if there is none."""
@@ -37,7 +39,7 @@ def layer_node(graph: GraphModule, path: str) -> Node:
         path: of the submodule, from the module that was captured.
 
     Raises:
-        ValueError: the submodule computes nothing of its own, is called more than once, or returns several tensors.
+        InvalidArgumentError: the submodule computes nothing of its own, is called more than once, or returns several tensors.
     """
     inside = {node: entry for node in graph.graph.nodes if (entry := _entry(node, path)) is not None}
     made = [_source(node) for node in inside if any(reader not in inside for reader in node.users)]
@@ -46,7 +48,7 @@ def layer_node(graph: GraphModule, path: str) -> Node:
         return outputs[0]
     calls = len(set(inside.values()))
     why = "computes nothing of its own" if not inside else f"is called {calls} times, or returns several tensors"
-    raise ValueError(
+    raise InvalidArgumentError(
         f"Argument `student_layer` must name a layer that can be told apart in a graph captured for quantization, but "
         f"{path!r} {why} there. Name the layer before or around it."
     )

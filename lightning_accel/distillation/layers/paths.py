@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_accel.distillation.layers.graph import captured_owner, tapped
 from lightning_accel.distillation.layers.selection import split_path
+from lightning_accel.errors import InvalidArgumentError, RunError
 
 _Recorded = dict[str, list[tuple[Any, int]]]  # module path -> what it returned, and at which version
 
@@ -26,7 +27,7 @@ def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[s
         Paths without globs; what stood in brackets is kept.
 
     Raises:
-        ValueError: a path leads nowhere; near matches are listed.
+        InvalidArgumentError: a path leads nowhere; near matches are listed.
 
     Example:
         >>> net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.ReLU())})
@@ -42,7 +43,7 @@ def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[s
         matches = [name for name in names if re.fullmatch(pattern, name)] if module else [""]
         if not matches:
             near = get_close_matches(module, names, n=4, cutoff=0.5) or names[:8]
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must be the path of a layer of {type(root).__name__}, but got {path!r}. "
                 f"Near it: {', '.join(near) or 'nothing, it has no layers'}."
             )
@@ -61,7 +62,7 @@ def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
         modules: dotted paths of submodules.
 
     Raises:
-        ValueError: a layer can't be told apart in a captured graph.
+        InvalidArgumentError: a layer can't be told apart in a captured graph.
     """
     found: _Recorded = {path: [] for path in modules}
 
@@ -83,18 +84,18 @@ def once(found: _Recorded, path: str, argument: str) -> Any:
     """What a layer returned, if it was called once and is still what it was.
 
     Raises:
-        RuntimeError: otherwise.
+        RunError: otherwise.
     """
     calls = found[path]
     if len(calls) != 1:
         times = f"{len(calls)} times" if calls else "not at all"
-        raise RuntimeError(
+        raise RunError(
             f"Argument `{argument}` must name a layer that is called once in a step, but {path!r} was called {times}. "
             "Name the layer around it, or one that has a single call."
         )
     output, version = calls[0]
     if _version(output) != version:
-        raise RuntimeError(
+        raise RunError(
             f"Argument `{argument}` must name a layer whose output stays, but that of {path!r} was overwritten in place by a "
             "later layer, ReLU(inplace=True) for instance. Name that layer."
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_accel.errors import InvalidArgumentError
+
 _PATH = re.compile(r"(?P<module>[^\[\]]*)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
@@ -13,11 +15,11 @@ def split_path(path: str, argument: str) -> tuple[str, tuple[int | str, ...]]:
     """A module path and the keys behind it: ``"bert[hidden_states][-1]"`` is ``("bert", ("hidden_states", -1))``.
 
     Raises:
-        ValueError: brackets that don't pair.
+        InvalidArgumentError: brackets that don't pair.
     """
     match = _PATH.fullmatch(path) if isinstance(path, str) else None
     if match is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `{argument}` must be a layer path such as 'layer3' or 'encoder[0]', but got {path!r}."
         )
     keys = re.findall(r"\[([^\[\]]+)\]", match["keys"])
@@ -28,7 +30,7 @@ def select(output: Any, keys: Sequence[int | str], path: str, argument: str) -> 
     """The tensor in what a layer returned: behind ``keys``, or the only one there is.
 
     Raises:
-        ValueError: there is none, or no telling which one; the message says how to select.
+        InvalidArgumentError: there is none, or no telling which one; the message says how to select.
     """
     value: Any = output
     for key in keys:
@@ -36,7 +38,7 @@ def select(output: Any, keys: Sequence[int | str], path: str, argument: str) -> 
             by_key = isinstance(value, Mapping) or isinstance(key, int)
             value = value[key] if by_key else getattr(value, str(key))
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `{argument}` must select what is there, but got {path!r}, and `[{key}]` isn't in a "
                 f"{type(value).__name__} with {_fields(value)}."
             ) from None
@@ -44,7 +46,7 @@ def select(output: Any, keys: Sequence[int | str], path: str, argument: str) -> 
         value = value[0]
     if isinstance(value, Tensor):
         return value
-    raise ValueError(
+    raise InvalidArgumentError(
         f"Argument `{argument}` must lead to a Tensor, but {path or 'the output'!r} is a {type(value).__name__} with "
         f"{_fields(value)}. Select one: `{argument}='{path}[{_first(value)}]'`."
     )
@@ -66,7 +68,7 @@ def logits_in(output: Any, where: Any, argument: str) -> Tensor:
         argument: for messages.
 
     Raises:
-        ValueError: there is no telling; the message says how to select.
+        InvalidArgumentError: there is no telling; the message says how to select.
     """
     if isinstance(where, str):
         return select(output, split_path(where, argument)[1], where, argument)
@@ -77,14 +79,14 @@ def _find_logits(output: Any, argument: str) -> Tensor:
     """The logits in what a ``forward`` returned: a Tensor itself, or the field ``logits`` of an object or dict.
 
     Raises:
-        ValueError: there is no telling which part are the logits; the message names ``argument``.
+        InvalidArgumentError: there is no telling which part are the logits; the message names ``argument``.
     """
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(found, Tensor):
         return found
-    raise ValueError(
+    raise InvalidArgumentError(
         f"Argument `{argument}` must say where the logits are when forward returns neither a Tensor nor something with "
         f"`logits`, but got a {type(output).__name__} with {_fields(output)}. Give a callable or select one: "
         f"`{argument}='[{_first(output)}]'`."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_accel.distillation.scheduled import Scheduled, bounds
+from lightning_accel.errors import InvalidArgumentError
 
 
 def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -34,10 +35,10 @@ def check_same_shape(student: Tensor, teacher: Tensor, what: str = "Logits") -> 
     """Refuse tensors that can't be compared element by element.
 
     Raises:
-        ValueError: shapes differ.
+        InvalidArgumentError: shapes differ.
     """
     if student.shape != teacher.shape:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"{what} of student and teacher must have the same shape, but got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}."
         )
@@ -56,16 +57,18 @@ def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: s
         ``(P, C)``: all positions, or those that the mask leaves.
 
     Raises:
-        ValueError: ``dim`` is needed or out of range, or the mask doesn't fit or leaves nothing.
+        InvalidArgumentError: ``dim`` is needed or out of range, or the mask doesn't fit or leaves nothing.
     """
     if dim is None and logits.ndim != 2:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `dim` must name the dimension of the classes unless logits are (N, C), but got None with shape "
             f"{tuple(logits.shape)}. Use `losses={what}(dim=...)`."
         )
     dim = 1 if dim is None else dim
     if not -logits.ndim <= dim < logits.ndim:
-        raise ValueError(f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}.")
+        raise InvalidArgumentError(
+            f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}."
+        )
     if logits.ndim == 2 and dim in (1, -1) and mask is None:
         return logits  # they are rows; views of them would cost more than the loss
     rows = logits.movedim(dim, -1)
@@ -76,19 +79,19 @@ def positions(values: Tensor, mask: Tensor | None) -> Tensor:
     """Vectors ``(..., C)`` as ``(P, C)``, without those that a mask ``(...)`` leaves out.
 
     Raises:
-        ValueError: the mask has another shape, or leaves nothing.
+        InvalidArgumentError: the mask has another shape, or leaves nothing.
     """
     rows = values.reshape(-1, values.shape[-1])
     if mask is None:
         return rows
     if mask.shape != values.shape[:-1]:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `mask` must have an element for each position, {tuple(values.shape[:-1])}, but got "
             f"{tuple(mask.shape)}."
         )
     rows = rows[mask.reshape(-1).to(rows.device) != 0]
     if not len(rows):
-        raise ValueError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
+        raise InvalidArgumentError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
     return rows
 
 
@@ -96,13 +99,15 @@ def check_positive(argument: str, value: Any, *, zero: bool = False) -> None:
     """Refuse a setting that isn't, or doesn't stay, a finite number above 0 (or at least 0).
 
     Raises:
-        ValueError: it isn't.
+        InvalidArgumentError: it isn't.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | Scheduled):
-        raise ValueError(f"Argument `{argument}` must be a number, or `Scheduled`, but got {value!r}.")
+        raise InvalidArgumentError(f"Argument `{argument}` must be a number, or `Scheduled`, but got {value!r}.")
     low, high = bounds(value)
     if not (math.isfinite(high) and low >= 0 and (low > 0 or zero)):
-        raise ValueError(f"Argument `{argument}` must be {'0 or above' if zero else 'above 0'}, but got {value}.")
+        raise InvalidArgumentError(
+            f"Argument `{argument}` must be {'0 or above' if zero else 'above 0'}, but got {value}."
+        )
 
 
 class Loss:

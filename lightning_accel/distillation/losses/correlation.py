@@ -48,7 +48,7 @@ def dist_loss(
         Scalar.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
@@ -72,7 +72,7 @@ class DISTLoss(Loss):
         dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> DISTLoss(temperature=4.0).temperature

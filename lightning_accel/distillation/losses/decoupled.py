@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_accel.distillation.losses.base import Loss, as_rows, check_positive, check_same_shape, in_float32
 from lightning_accel.distillation.scheduled import Number
+from lightning_accel.errors import InvalidArgumentError
 
 
 @in_float32
@@ -39,7 +40,7 @@ def decoupled_loss(
         Scalar, averaged over positions.
 
     Raises:
-        ValueError: shapes differ, ``target`` or ``mask`` doesn't fit, or no position is left.
+        InvalidArgumentError: shapes differ, ``target`` or ``mask`` doesn't fit, or no position is left.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])
@@ -50,7 +51,7 @@ def decoupled_loss(
     student = as_rows(student_logits, dim, what="DKDLoss")
     teacher = as_rows(teacher_logits, dim, what="DKDLoss")
     if target.is_floating_point() or target.numel() != len(student):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `target` must be an integer class for each of {len(student)} positions, but got {target.dtype} of "
             f"shape {tuple(target.shape)}. Say where labels are: `DistillationModule(..., target=lambda batch: ...)`."
         )
@@ -60,7 +61,9 @@ def decoupled_loss(
     if mask is not None or not bool(counts.all()):
         student, teacher, target = student[counts], teacher[counts], target.reshape(-1)[counts]
     if not len(student):
-        raise ValueError("Argument `target` must leave a position, but got a batch in which all are ignored or masked.")
+        raise InvalidArgumentError(
+            "Argument `target` must leave a position, but got a batch in which all are ignored or masked."
+        )
     target = target.reshape(-1, 1).long()
     tckd, nckd = _parts(student / temperature, teacher / temperature, target)
     return (alpha * tckd + beta * nckd) * temperature**2
@@ -92,7 +95,7 @@ class DKDLoss(Loss):
         ignore_index: target of positions that don't count.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])

@@ -4,16 +4,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.distillation.losses.base import Loss, check_positive, check_same_shape, in_float32
+from lightning_accel.errors import InvalidArgumentError
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Feature maps ``(N, C, H, W)`` pooled to the smaller height and width of the two; all else as it is.
 
     Raises:
-        ValueError: other tensors with different dimensions behind the channels.
+        InvalidArgumentError: other tensors with different dimensions behind the channels.
     """
     if student.ndim != teacher.ndim or (student.ndim != 4 and student.shape[2:] != teacher.shape[2:]):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Features of student and teacher must have shapes that can be aligned, but got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Choose layers of the same kind with `student_layer` and `teacher_layer`."
         )
@@ -35,7 +36,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: shapes that can't be aligned.
+        InvalidArgumentError: shapes that can't be aligned.
 
     Example:
         >>> hint_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]))
@@ -75,7 +76,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, power: float = 2.0
         Scalar.
 
     Raises:
-        ValueError: features that aren't maps.
+        InvalidArgumentError: features that aren't maps.
 
     Example:
         >>> a, b = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]])
@@ -83,7 +84,7 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, power: float = 2.0
         tensor(1.)
     """
     if student.ndim != 4 or teacher.ndim != 4:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Features must be maps (N, C, H, W) for attention transfer, but got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}. Choose convolutional layers."
         )
@@ -99,7 +100,7 @@ class AttentionTransferLoss(Loss):
         power: above 0; 2 in the paper.
 
     Raises:
-        ValueError: ``power`` is not above 0.
+        InvalidArgumentError: ``power`` is not above 0.
 
     Example:
         >>> AttentionTransferLoss()(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]]]]))

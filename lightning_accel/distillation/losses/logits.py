@@ -12,6 +12,7 @@ from lightning_accel.distillation.losses.base import (
     positions,
 )
 from lightning_accel.distillation.scheduled import Number
+from lightning_accel.errors import InvalidArgumentError
 
 
 @in_float32
@@ -37,7 +38,7 @@ def soft_target_loss(
         Scalar: the divergence summed over classes, averaged over all other dimensions, times ``temperature²``.
 
     Raises:
-        ValueError: shapes differ, or have more than two dimensions while ``dim`` is None, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or have more than two dimensions while ``dim`` is None, or ``mask`` doesn't fit.
 
     Example:
         >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), temperature=1.0)
@@ -57,7 +58,7 @@ class SoftTargetLoss(Loss):
         dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        InvalidArgumentError: ``temperature`` is not above 0.
 
     Example:
         >>> SoftTargetLoss(temperature=1.0)(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
@@ -90,7 +91,7 @@ def hard_label_loss(
         Scalar, averaged over positions.
 
     Raises:
-        ValueError: as :func:`soft_target_loss`.
+        InvalidArgumentError: as :func:`soft_target_loss`.
 
     Example:
         >>> hard_label_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
@@ -139,7 +140,7 @@ def multi_label_loss(
         Scalar, averaged over labels and positions.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> multi_label_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
@@ -160,7 +161,7 @@ class MultiLabelLoss(Loss):
         temperature: above 0.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        InvalidArgumentError: ``temperature`` is not above 0.
 
     Example:
         >>> MultiLabelLoss()(torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
@@ -193,7 +194,7 @@ def regression_loss(student: Tensor, teacher: Tensor, beta: float = 0.0, mask: T
         Scalar, averaged over all elements that count.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> regression_loss(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))
@@ -202,13 +203,15 @@ def regression_loss(student: Tensor, teacher: Tensor, beta: float = 0.0, mask: T
     check_same_shape(student, teacher, "Outputs")
     if mask is not None:
         if mask.shape != student.shape[: mask.ndim]:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `mask` must have the first dimensions of the outputs, {tuple(student.shape)}, but got "
                 f"{tuple(mask.shape)}."
             )
         student, teacher = student[mask != 0], teacher[mask != 0]
         if not student.numel():
-            raise ValueError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
+            raise InvalidArgumentError(
+                "Argument `mask` must leave a position, but got one that leaves none in a batch."
+            )
     return F.mse_loss(student, teacher) if beta == 0 else F.huber_loss(student, teacher, delta=beta)
 
 
@@ -234,7 +237,7 @@ class RegressionLoss(Loss):
         beta: error beyond which the loss grows linearly; 0: nowhere.
 
     Raises:
-        ValueError: ``beta`` is negative.
+        InvalidArgumentError: ``beta`` is negative.
 
     Example:
         >>> RegressionLoss(beta=1.0)(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 0.0]))

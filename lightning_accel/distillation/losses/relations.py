@@ -5,13 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.distillation.losses.base import Loss, check_positive, in_float32
+from lightning_accel.errors import InvalidArgumentError
 
 _SMALLEST = 1e-12  # below this squared distance two samples are one
 
 
 def _check_batch(student: Tensor, teacher: Tensor, least: int) -> None:
     if len(student) != len(teacher) or len(student) < least:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Features must belong to the same samples, at least {least} of them, but got {len(student)} of the student "
             f"and {len(teacher)} of the teacher."
         )
@@ -31,7 +32,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: numbers of samples differ.
+        InvalidArgumentError: numbers of samples differ.
 
     Example:
         >>> similarity_loss(torch.eye(2), torch.ones(2, 3)).round(decimals=4)
@@ -95,7 +96,7 @@ def relational_loss(
         Scalar.
 
     Raises:
-        ValueError: numbers of samples differ, or there are fewer than 3.
+        InvalidArgumentError: numbers of samples differ, or there are fewer than 3.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
@@ -120,7 +121,7 @@ class RKDLoss(Loss):
         angle_weight: weight of the angles, at least 0.
 
     Raises:
-        ValueError: a weight is negative.
+        InvalidArgumentError: a weight is negative.
 
     Example:
         >>> RKDLoss(angle_weight=0.0).distance_weight

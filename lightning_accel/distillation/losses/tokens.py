@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_accel.distillation.losses.base import Loss, check_same_shape, in_float32, positions
+from lightning_accel.errors import InvalidArgumentError
 
 
 @in_float32
@@ -20,7 +21,7 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = No
         Scalar, averaged over tokens and D.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> states = torch.tensor([[[1.0, 3.0], [9.0, 9.0]]])
@@ -57,7 +58,7 @@ def cosine_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) ->
         Scalar, averaged over tokens.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> cosine_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
@@ -95,7 +96,7 @@ def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
         Scalar, averaged over heads and pairs of tokens.
 
     Raises:
-        ValueError: shapes differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
 
     Example:
         >>> attention_loss(torch.ones(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), mask=torch.tensor([[1, 1, 0]]))
@@ -128,15 +129,15 @@ def _tokens(mask: Tensor, values: Tensor, length: int) -> Tensor:
     """A padding mask ``(N, T)`` as booleans.
 
     Raises:
-        ValueError: it doesn't fit, or leaves nothing.
+        InvalidArgumentError: it doesn't fit, or leaves nothing.
     """
     if mask.shape != (len(values), length):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `mask` must be (N, T) = {(len(values), length)} for tokens, but got {tuple(mask.shape)}."
         )
     tokens = mask.to(values.device) != 0
     if not bool(tokens.any()):
-        raise ValueError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
+        raise InvalidArgumentError("Argument `mask` must leave a position, but got one that leaves none in a batch.")
     return tokens
 
 
@@ -166,7 +167,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int = 12, mask: Tenso
         Scalar.
 
     Raises:
-        ValueError: widths aren't divisible by ``heads``, tokens differ, or ``mask`` doesn't fit.
+        InvalidArgumentError: widths aren't divisible by ``heads``, tokens differ, or ``mask`` doesn't fit.
 
     Example:
         >>> values = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
@@ -175,11 +176,11 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int = 12, mask: Tenso
     """
     for name, values in (("student", student), ("teacher", teacher)):
         if values.ndim != 3 or values.shape[-1] % heads:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `heads` must divide the width of (N, T, D), but got {heads} for {tuple(values.shape)} of the {name}."
             )
     if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Features must belong to the same tokens, but got {tuple(student.shape)} and {tuple(teacher.shape)}."
         )
     tokens = None if mask is None else _tokens(mask, student, student.shape[1])
@@ -195,7 +196,7 @@ class MiniLMLoss(Loss):
         heads: relation heads, at least 1.
 
     Raises:
-        ValueError: ``heads`` is below 1.
+        InvalidArgumentError: ``heads`` is below 1.
 
     Example:
         >>> MiniLMLoss(heads=2)(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.zeros(1, 2, 4)).round(decimals=4)
@@ -206,7 +207,7 @@ class MiniLMLoss(Loss):
 
     def __init__(self, heads: int = 12) -> None:
         if not isinstance(heads, int) or heads < 1:
-            raise ValueError(f"Argument `heads` must be an integer of at least 1, but got {heads!r}.")
+            raise InvalidArgumentError(f"Argument `heads` must be an integer of at least 1, but got {heads!r}.")
         self.heads = heads
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

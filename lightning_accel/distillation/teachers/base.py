@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_accel.core.structure import read_plain
+from lightning_accel.errors import InvalidArgumentError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,7 +27,7 @@ class Teacher(nn.Module):
         channels_last: whether images go through it in ``torch.channels_last``, which is faster on most GPUs and CPUs.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> teacher = Teacher(nn.Conv2d(3, 4, 1), precision="bfloat16", channels_last=True)
@@ -45,15 +46,15 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise ValueError(f"Argument `network` must be an nn.Module, but got a {type(network).__name__}.")
+            raise InvalidArgumentError(f"Argument `network` must be an nn.Module, but got a {type(network).__name__}.")
         if precision is not None and precision not in _DTYPES:
-            raise ValueError(f"Argument `precision` must be one of {sorted(_DTYPES)}, but got {precision!r}.")
+            raise InvalidArgumentError(f"Argument `precision` must be one of {sorted(_DTYPES)}, but got {precision!r}.")
         try:
             self.home = None if device is None else torch.device(device)
             torch.empty(0, device=self.home)
         except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `device` must be a torch device of this machine, but got {device!r}: {reason}."
             ) from None
         self.network = network
@@ -114,12 +115,12 @@ def freeze_(teacher: nn.Module, student: nn.Module) -> nn.Module:
     """Put a teacher in eval and stop its gradients.
 
     Raises:
-        ValueError: it shares a parameter with the student, which would be frozen with it.
+        InvalidArgumentError: it shares a parameter with the student, which would be frozen with it.
     """
     own = {id(parameter): name for name, parameter in student.named_parameters()}
     for name, parameter in teacher.named_parameters():
         if id(parameter) in own:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `teacher` must not share parameters with the student, but got {name!r}, which is the student's "
                 f"{own[id(parameter)]!r}. Pass `copy.deepcopy(teacher)`."
             )
@@ -130,8 +131,8 @@ def load_weights_(teacher: nn.Module, path: str | Path) -> None:
     """Load a Lightning checkpoint or a state-dict file into a teacher, strictly and without unpickling foreign code.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds the weights of something else.
+        MissingFileError: there is no such file.
+        InvalidArgumentError: the file is damaged, or holds the weights of something else.
     """
     checkpoint = read_plain(path, "teacher_checkpoint")
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
@@ -147,7 +148,7 @@ def load_weights_(teacher: nn.Module, path: str | Path) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `teacher_checkpoint` must hold exactly the weights of `teacher` ({type(teacher).__name__}), but got "
             f"{str(path)!r}, in which {', '.join(wrong[:3])}{more}. Build the teacher from the class that wrote the file."
         )

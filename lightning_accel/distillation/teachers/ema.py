@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core import structure
 from lightning_accel.distillation.layers.graph import without_graphs
+from lightning_accel.errors import InvalidArgumentError, RunError
 
 
 class EMATeacher(nn.Module):
@@ -21,7 +22,7 @@ class EMATeacher(nn.Module):
         warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start fades fast.
 
     Raises:
-        ValueError: ``decay`` is out of its range.
+        InvalidArgumentError: ``decay`` is out of its range.
 
     Example:
         >>> EMATeacher(decay=0.99).decay
@@ -33,7 +34,7 @@ class EMATeacher(nn.Module):
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"Argument `decay` must be in [0, 1), but got {decay}.")
+            raise InvalidArgumentError(f"Argument `decay` must be in [0, 1), but got {decay}.")
         self.decay, self.warmup = decay, warmup
         self.network: nn.Module | None = None
         self._method, self._path = "forward", ""
@@ -55,7 +56,7 @@ class EMATeacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the average returns."""
         if self.network is None:
-            raise RuntimeError("An EMATeacher exists only in `fit`: it is made of the student when training begins.")
+            raise RunError("An EMATeacher exists only in `fit`: it is made of the student when training begins.")
         return getattr(self.network, self._method)(*args, **kwargs)
 
     def change_(self, change: structure.Change) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_accel.distillation.layers.selection import select, split_path
+from lightning_accel.errors import InvalidArgumentError
 
 
 class TeacherEnsemble(nn.Module):
@@ -21,7 +22,7 @@ class TeacherEnsemble(nn.Module):
         outputs: where logits are in what a teacher returns: ``"[logits]"``, ``"[0]"``; empty for a Tensor.
 
     Raises:
-        ValueError: an argument breaks a rule above.
+        InvalidArgumentError: an argument breaks a rule above.
 
     Example:
         >>> TeacherEnsemble([nn.Identity(), nn.Flatten()], weights=[3, 1])(torch.tensor([[1.0, 2.0]]))
@@ -37,14 +38,14 @@ class TeacherEnsemble(nn.Module):
     ) -> None:
         super().__init__()
         if not teachers:
-            raise ValueError("Argument `teachers` must hold a teacher, but got none.")
+            raise InvalidArgumentError("Argument `teachers` must hold a teacher, but got none.")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or not all(w > 0 and math.isfinite(w) for w in weights):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `weights` must be above 0, one for each of {len(teachers)} teachers, but got {weights}."
             )
         if average not in ("logits", "probabilities"):
-            raise ValueError(f'Argument `average` must be "logits" or "probabilities", but got {average!r}.')
+            raise InvalidArgumentError(f'Argument `average` must be "logits" or "probabilities", but got {average!r}.')
         self.teachers = nn.ModuleList(teachers)
         self.weights = [weight / sum(weights) for weight in weights]
         self.average = average

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from lightning_accel.core.optional import require
+from lightning_accel.errors import InvalidArgumentError
 
 
 class HuggingFaceTeacher(nn.Module):
@@ -16,8 +17,8 @@ class HuggingFaceTeacher(nn.Module):
         options: further arguments of its ``from_pretrained``, e.g. ``{"output_hidden_states": True}``.
 
     Raises:
-        ModuleNotFoundError: ``transformers`` is not installed.
-        ValueError: ``auto_class`` isn't in it.
+        MissingPackageError: ``transformers`` is not installed.
+        InvalidArgumentError: ``auto_class`` isn't in it.
 
     Example:
         >>> teacher = HuggingFaceTeacher("my-folder", options={"output_hidden_states": True})  # doctest: +SKIP
@@ -35,7 +36,7 @@ class HuggingFaceTeacher(nn.Module):
         transformers = require("transformers", "transformers", "`HuggingFaceTeacher`")
         make = getattr(transformers, auto_class, None)
         if make is None or not hasattr(make, "from_pretrained"):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `auto_class` must be a class of transformers with from_pretrained, but got {auto_class!r}."
             )
         self.network = make.from_pretrained(name_or_path, **(options or {}))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.errors import InvalidArgumentTypeError
 
 
 class OnnxTeacher(nn.Module):
@@ -17,8 +18,8 @@ class OnnxTeacher(nn.Module):
         engine: as for :func:`load_runner`.
 
     Raises:
-        FileNotFoundError: nothing at ``path``.
-        ValueError: a file that no engine takes.
+        MissingFileError: nothing at ``path``.
+        InvalidArgumentError: a file that no engine takes.
 
     Example:
         >>> teacher = OnnxTeacher("teacher.onnx")  # doctest: +SKIP
@@ -41,7 +42,7 @@ class OnnxTeacher(nn.Module):
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("A teacher that runs in an engine can't be pickled. Build it in each process.")
+        raise InvalidArgumentTypeError("A teacher that runs in an engine can't be pickled. Build it in each process.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxTeacher":
         return self  # an engine holds no weights that a copy could change

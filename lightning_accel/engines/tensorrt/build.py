@@ -21,6 +21,7 @@ from lightning_accel.engines.tensorrt.library import (
 )
 from lightning_accel.engines.tensorrt.runner import TensorRTRunner
 from lightning_accel.engines.tensorrt.sparsity import sparse_2_to_4
+from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 __all__ = ["EngineInfo", "TensorRTRunner", "build_engine", "has_gpu"]
 
@@ -63,31 +64,33 @@ def build_engine(
         progress: called with the phase of the build and the share of it that is done; what it raises stops the build.
 
     Raises:
-        ModuleNotFoundError: neither library is installed; the message names the extra.
-        FileNotFoundError: no ONNX file.
-        ValueError: not a valid ONNX file, a profile that doesn't fit its inputs, or an option that doesn't fit the library.
-        RuntimeError: TensorRT can't parse or build it; the message holds its errors with the names of the nodes.
+        MissingPackageError: neither library is installed; the message names the extra.
+        MissingFileError: no ONNX file.
+        InvalidArgumentError: not a valid ONNX file, a profile that doesn't fit its inputs, or an option that doesn't fit the library.
+        EngineError: TensorRT can't parse or build it; the message holds its errors with the names of the nodes.
 
     Example:
         >>> build_engine("model.onnx", profile={"images": ((1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32))})  # doctest: +SKIP
     """
     if level is not None and level not in range(6):
-        raise ValueError(f"Argument `level` must be an integer from 0 to 5 or None, but got {level!r}.")
+        raise InvalidArgumentError(f"Argument `level` must be an integer from 0 to 5 or None, but got {level!r}.")
     trt = load_library(library)
     library = str(trt.__name__)
     if timing_cache is not None and library == "tensorrt_rtx":
-        raise ValueError("Argument `timing_cache` must be None for `tensorrt_rtx`, which keeps no timings.")
+        raise InvalidArgumentError("Argument `timing_cache` must be None for `tensorrt_rtx`, which keeps no timings.")
     if compatibility not in (None, *COMPATIBILITY):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `compatibility` must be one of {list(COMPATIBILITY)} or None, but got {compatibility!r}."
         )
     if compatibility is not None and library == "tensorrt_rtx":
-        raise ValueError("Argument `compatibility` must be None for `tensorrt_rtx`, whose engines fit every RTX GPU.")
+        raise InvalidArgumentError(
+            "Argument `compatibility` must be None for `tensorrt_rtx`, whose engines fit every RTX GPU."
+        )
     onnx_path = Path(onnx_path)
     model = _checked_model(onnx_path)
     precision, sparse_layers = _precision_of(model), sparse_2_to_4(model)[0]
     if sparse and not sparse_layers:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `sparse` must be False or None for `{onnx_path.name}`, none of whose weights are 2:4 sparse, but got True."
         )
     sparse = bool(sparse_layers) if sparse is None else sparse
@@ -99,7 +102,7 @@ def build_engine(
         try:
             builder = trt.Builder(logger)
         except (TypeError, RuntimeError) as error:  # raised where there is no GPU but the library wants one
-            raise RuntimeError(f"{library} {trt.__version__} can't build here:\n{explain(errors)}") from error
+            raise EngineError(f"{library} {trt.__version__} can't build here:\n{explain(errors)}") from error
         # TensorRT 11 has only strongly typed networks, and may drop the flag that asks for them.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -107,7 +110,7 @@ def build_engine(
         if not parser.parse_from_file(str(onnx_path)):
             nodes = [parser.get_error(index) for index in range(parser.num_errors)]
             lines = [f"node `{node.node_name()}` ({node.node_operator()}): {node.desc()}" for node in nodes]
-            raise RuntimeError(f"{library} can't take `{onnx_path.name}`:\n{explain(lines or errors)}")
+            raise EngineError(f"{library} can't take `{onnx_path.name}`:\n{explain(lines or errors)}")
         config = builder.create_builder_config()
         shapes = _profile_of([network.get_input(index) for index in range(network.num_inputs)], profile or {})
         if shapes:
@@ -115,7 +118,7 @@ def build_engine(
             for name, (smallest, optimal, largest) in shapes.items():
                 optimization.set_shape(name, smallest, optimal, largest)
             if config.add_optimization_profile(optimization) < 0:
-                raise RuntimeError(f"{library} refused the profile {shapes}:\n{explain(errors)}")
+                raise EngineError(f"{library} refused the profile {shapes}:\n{explain(errors)}")
         if workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         if level is not None:
@@ -137,7 +140,7 @@ def build_engine(
         if monitor is not None and monitor.stopped_by is not None:
             raise monitor.stopped_by
         if plan is None:
-            raise RuntimeError(f"{library} {trt.__version__} can't build `{onnx_path.name}`:\n{explain(errors)}")
+            raise EngineError(f"{library} {trt.__version__} can't build `{onnx_path.name}`:\n{explain(errors)}")
         if timing_cache is not None:
             _write(Path(timing_cache), config.get_timing_cache().serialize())
     seconds = time.perf_counter() - started
@@ -174,13 +177,15 @@ def _checked_model(path: Path) -> Any:
     """Read and check an ONNX file, with the weights beside it."""
     onnx = require("onnx", "cpu", "`build_engine`")
     if not path.is_file():
-        raise FileNotFoundError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
+        raise MissingFileError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
     try:
         # TensorRT's parser takes some files that are no ONNX at all without a word.
         onnx.checker.check_model(str(path))
         return onnx.load(str(path))
     except Exception as error:  # a damaged file raises protobuf's and the checker's own errors
-        raise ValueError(f"Argument `onnx_path` must be a valid ONNX file, but got {path.name}: {error}") from error
+        raise InvalidArgumentError(
+            f"Argument `onnx_path` must be a valid ONNX file, but got {path.name}: {error}"
+        ) from error
 
 
 def _precision_of(model: Any) -> str:
@@ -197,13 +202,15 @@ def _profile_of(inputs: Sequence[Any], given: Mapping[str, Sequence[Sequence[int
     """Complete and check the shapes of the dynamic inputs."""
     dynamic = {tensor.name: tuple(tensor.shape) for tensor in inputs if -1 in tuple(tensor.shape)}
     if unknown := [name for name in given if name not in dynamic]:
-        raise ValueError(f"Argument `profile` must name dynamic inputs, of {sorted(dynamic)}, but got {unknown}.")
+        raise InvalidArgumentError(
+            f"Argument `profile` must name dynamic inputs, of {sorted(dynamic)}, but got {unknown}."
+        )
     profile: Profile = {}
     for name, shape in dynamic.items():
         if name not in given:
             if -1 in shape[1:]:
                 axes = [axis for axis, size in enumerate(shape) if size == -1]
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `profile` must give the shapes of input `{name}`, whose axes {axes} are dynamic: "
                     f'profile={{"{name}": (smallest, optimal, largest)}}, each like {shape}.'
                 )
@@ -217,7 +224,7 @@ def _profile_of(inputs: Sequence[Any], given: Mapping[str, Sequence[Sequence[int
             for want, *sizes in zip(shape, *shapes, strict=True):
                 fits &= 1 <= sizes[0] <= sizes[1] <= sizes[2] and (want == -1 or set(sizes) == {want})
         if not fits:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `profile` must give input `{name}` of shape {shape} three such shapes, smallest <= optimal "
                 f"<= largest, but got {given.get(name)}."
             )

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.errors import EngineError
+
 _POINTER = ctypes.c_uint64  # CUdeviceptr; contexts and streams are void*
 _HANDLE = ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -170,8 +172,8 @@ def _primary_context() -> int:
 def _call(name: str, *arguments: Any) -> None:
     driver = _driver()
     if driver is None:
-        raise RuntimeError(f"{name} needs an NVIDIA GPU and its driver; this machine has none.")
+        raise EngineError(f"{name} needs an NVIDIA GPU and its driver; this machine has none.")
     if code := getattr(driver, name)(*arguments):
         text = ctypes.c_char_p()
         driver.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} (CUDA error {code}).")
+        raise EngineError(f"{name} failed: {(text.value or b'unknown error').decode()} (CUDA error {code}).")

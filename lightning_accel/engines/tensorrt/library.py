@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
 _LOCK = threading.Lock()  # TensorRT keeps one logger for the whole process; one caller at a time reads from it
@@ -76,12 +77,12 @@ def read_info(path: str | Path) -> EngineInfo:
     """Read the record of an engine file.
 
     Raises:
-        FileNotFoundError: the engine has no record beside it.
-        ValueError: the record is damaged.
+        MissingFileError: the engine has no record beside it.
+        InvalidArgumentError: the record is damaged.
     """
     sidecar = sidecar_of(path)
     if not sidecar.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Argument `path` must be an engine with its record `{sidecar.name}` beside it, but it is missing. "
             "Copy both files, or build the engine again with `build_engine`."
         )
@@ -93,18 +94,20 @@ def read_info(path: str | Path) -> EngineInfo:
         }
         return EngineInfo(**{entry.name: record[entry.name] for entry in fields(EngineInfo)})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}.") from error
+        raise InvalidArgumentError(
+            f"`{sidecar.name}` must be the record of an engine, but it is damaged: {error!r}."
+        ) from error
 
 
 def check_source(info: EngineInfo) -> None:
     """Refuse an engine that is no longer the one of its ONNX file, as far as the file is still where it was.
 
     Raises:
-        ValueError: it is another file now.
+        InvalidArgumentError: it is another file now.
     """
     source = info.path.parent / info.onnx
     if source.is_file() and (found := sha256_of(source)) != info.onnx_sha256:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"`{info.path.name}` must be built from `{info.onnx}` as it is, but it was built from another version of it (SHA-256 "
             f"{info.onnx_sha256}, now {found}): build it again with `lightning-accel build`."
         )
@@ -119,18 +122,18 @@ def check_machine(info: EngineInfo, version: str, gpu: str | None) -> None:
         gpu: name of the GPU here.
 
     Raises:
-        RuntimeError: it can't run here; the message says why.
+        EngineError: it can't run here; the message says why.
     """
     again = "build it again from the ONNX file with `lightning-accel build`"
     if version != info.version:
-        raise RuntimeError(
+        raise EngineError(
             f"`{info.path.name}` needs {info.library} {info.version}, but {version} is installed. An engine runs on the "
             f"version that built it: {again}."
         )
     # Engines of TensorRT for RTX fit every RTX GPU; standard ones fit the one that they were built on, unless asked otherwise.
     fixed = info.library == "tensorrt" and not info.options.get("compatibility")
     if fixed and info.gpu is not None and gpu != info.gpu:
-        raise RuntimeError(
+        raise EngineError(
             f"`{info.path.name}` needs the GPU that it was built on, {info.gpu}, but this is {gpu}: {again}."
         )
 
@@ -142,8 +145,8 @@ def load_library(library: str | None) -> Any:
         library: ``"tensorrt"`` or ``"tensorrt_rtx"``. ``None`` takes the first of the two that is installed.
 
     Raises:
-        ValueError: another name.
-        ModuleNotFoundError: it is not installed; the message names the extra.
+        InvalidArgumentError: another name.
+        MissingPackageError: it is not installed; the message names the extra.
     """
     if library is None:
         try:
@@ -151,7 +154,9 @@ def load_library(library: str | None) -> Any:
         except ModuleNotFoundError:
             library = "tensorrt_rtx"
     if library not in LIBRARIES:
-        raise ValueError(f"Argument `library` must be one of {sorted(LIBRARIES)} or None, but got {library!r}.")
+        raise InvalidArgumentError(
+            f"Argument `library` must be one of {sorted(LIBRARIES)} or None, but got {library!r}."
+        )
     return require(library, LIBRARIES[library], "Engine `tensorrt`")
 
 

@@ -18,6 +18,7 @@ from lightning_accel.engines.tensorrt.library import (
     load_library,
     read_info,
 )
+from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 
 class TensorRTRunner(Runner):
@@ -32,9 +33,9 @@ class TensorRTRunner(Runner):
         cuda_graph: record the kernels of each shape once and launch them as a whole; helps where kernels are short.
 
     Raises:
-        FileNotFoundError: the engine or its record is missing.
-        ValueError: the engine isn't the one of its record, or ``threads`` is given.
-        RuntimeError: no NVIDIA GPU, another version of TensorRT than the one that built it, or an engine that this
+        MissingFileError: the engine or its record is missing.
+        InvalidArgumentError: the engine isn't the one of its record, or ``threads`` is given.
+        EngineError: no NVIDIA GPU, another version of TensorRT than the one that built it, or an engine that this
             GPU can't run.
     """
 
@@ -42,16 +43,18 @@ class TensorRTRunner(Runner):
 
     def __init__(self, path: str | Path, *, threads: int | None = None, cuda_graph: bool = False) -> None:
         if threads is not None:
-            raise ValueError(f"Argument `threads` must be None for engine `tensorrt`, but got {threads!r}.")
+            raise InvalidArgumentError(f"Argument `threads` must be None for engine `tensorrt`, but got {threads!r}.")
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"Argument `path` must be an engine file, but got {path}: nothing is there.")
+            raise MissingFileError(f"Argument `path` must be an engine file, but got {path}: nothing is there.")
         self.info = info = read_info(path)
         if (found := sha256_of(path)) != info.sha256:
-            raise ValueError(f"`{path.name}` must have the SHA-256 in its record, {info.sha256}, but got {found}.")
+            raise InvalidArgumentError(
+                f"`{path.name}` must have the SHA-256 in its record, {info.sha256}, but got {found}."
+            )
         check_source(info)
         if not has_gpu():
-            raise RuntimeError(
+            raise EngineError(
                 f"`{path.name}` needs an NVIDIA GPU and its driver to run, and this machine has none: "
                 "built here, not run."
             )
@@ -63,7 +66,7 @@ class TensorRTRunner(Runner):
             self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
             self._context: Any = self._engine.create_execution_context() if self._engine is not None else None
             if self._context is None:
-                raise RuntimeError(f"{info.library} can't load `{path.name}` on this GPU:\n{explain(errors)}")
+                raise EngineError(f"{info.library} can't load `{path.name}` on this GPU:\n{explain(errors)}")
         specs = {
             name: self._spec(trt, name)
             for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
@@ -77,7 +80,7 @@ class TensorRTRunner(Runner):
 
     def _spec(self, trt: Any, name: str) -> TensorSpec:
         if self._engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-            raise RuntimeError(f"Tensor `{name}` holds a shape and lies on the CPU; this runner can't bind it.")
+            raise EngineError(f"Tensor `{name}` holds a shape and lies on the CPU; this runner can't bind it.")
         dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
         return TensorSpec(name, dtype, tuple(None if n < 0 else n for n in self._engine.get_tensor_shape(name)))
 
@@ -97,7 +100,7 @@ class TensorRTRunner(Runner):
         """One call within the profile."""
         for name, array in feeds.items():
             if not self._context.set_input_shape(name, array.shape):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `feeds` must keep input `{name}` within the engine's profile "
                     f"{self.info.profile.get(name)}, but got shape {array.shape}."
                 )
@@ -105,7 +108,7 @@ class TensorRTRunner(Runner):
         shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
         for spec in self.outputs:
             if min(shapes[spec.name], default=0) < 0:
-                raise RuntimeError(f"Output `{spec.name}` has a shape that depends on data: not supported.")
+                raise EngineError(f"Output `{spec.name}` has a shape that depends on data: not supported.")
             size = int(np.prod(shapes[spec.name], dtype=np.int64)) * spec.dtype.itemsize
             self._context.set_tensor_address(spec.name, self._buffers[spec.name].reserve(max(size, 1)))
         self._launch(tuple(array.shape for array in feeds.values()))
@@ -127,7 +130,7 @@ class TensorRTRunner(Runner):
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream.handle):
-            raise RuntimeError(f"TensorRT could not run `{self.path.name}`.")
+            raise EngineError(f"TensorRT could not run `{self.path.name}`.")
 
     def layers(self) -> list[dict[str, Any]]:
         """The engine's layers as TensorRT's inspector tells them: name, precision, kernel, and the module each is of.

@@ -16,6 +16,7 @@ from lightning_accel.core.callback import CompressionCallback, change_structure,
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.schedules import check_schedule, fraction
 from lightning_accel.core.structure import Change
+from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.equivalence import NOT_RUN
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 
@@ -45,7 +46,7 @@ class ChannelPruning(CompressionCallback):
         name: the state's name in the checkpoint; needed if two are used.
 
     Raises:
-        ValueError: an argument is out of its range; before training, a glob that matches nothing, a target that can't be
+        InvalidArgumentError: an argument is out of its range; before training, a glob that matches nothing, a target that can't be
             reached, or nothing to remove.
 
     Example:
@@ -96,7 +97,7 @@ class ChannelPruning(CompressionCallback):
         if stage != "fit":
             return
         if getattr(pl_module, "_compiler_ctx", None) is not None:
-            raise ValueError(
+            raise InvalidArgumentError(
                 "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
             )
         self._retargeted = False
@@ -181,13 +182,15 @@ class ChannelPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-            raise ValueError("The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS.")
+            raise InvalidArgumentError(
+                "The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS."
+            )
         if self._retargeted:
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
         begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.target.importance == "taylor" and begins:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `start` must be at least 1 with importance "taylor", but got {self.start}: gradients must be seen '
                 "before the first removal. Start later or choose another importance."
             )
@@ -196,7 +199,7 @@ class ChannelPruning(CompressionCallback):
         """Epochs at whose beginnings the first and the last channels leave.
 
         Raises:
-            ValueError: the run has no such epochs, or something captures the network's shapes before the last one.
+            InvalidArgumentError: the run has no such epochs, or something captures the network's shapes before the last one.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 0, 0
@@ -213,11 +216,11 @@ class ChannelPruning(CompressionCallback):
         elif self.schedule == "constant":
             last = first
         elif isinf(timeline.total_steps):
-            raise ValueError("Argument `end` must be given for a run of unknown length, but got None.")
+            raise InvalidArgumentError("Argument `end` must be given for a run of unknown length, but got None.")
         else:
             last = first + int(total - first) // 2
         if last >= total:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `end` must lie before the end of the run, but got {self.end}, which is epoch {last} of {total:g}: the "
                 "network has to train after the last removal. Train longer or end earlier."
             )
@@ -229,7 +232,7 @@ class ChannelPruning(CompressionCallback):
                 if begins < last or (
                     isinstance(callback.start, float) and timeline.step("start", callback.start) < self._end_step
                 ):
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `end` must be at or before the start of {type(callback).__name__} ({callback.start}), but got "
                         f"{self.end}: it needs the final shapes. End earlier or start it later."
                     )
@@ -251,7 +254,7 @@ class ChannelPruning(CompressionCallback):
         taylor = self._taylor
         if self.target.importance == "taylor" and not taylor:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise RuntimeError('Importance "taylor" must have seen gradients before channels leave, but got none.')
+                raise RunError('Importance "taylor" must have seen gradients before channels leave, but got none.')
             taylor = {g.name: torch.zeros(g.units) for g in plan.groups}
         chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, taylor))  # identical on every rank
         self.reached = due

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.attention import Attention, find_attention
 from lightning_accel.pruning.channels.layers import depthwise, makes_channels
 
@@ -106,7 +107,7 @@ def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor
         try:
             return graph.build_dependency(module, example_inputs=(), forward_fn=outputs, verbose=False)
         except Exception as error:  # whatever it raises on an operation that it doesn't know
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Method `forward` must be one that torch-pruning can follow, but got {type(error).__name__}: {error}. Name the "
                 "part that can be with `module`."
             ) from error

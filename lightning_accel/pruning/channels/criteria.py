@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
 
 IMPORTANCES = ("magnitude", "group_norm", "bn_scale", "taylor")
@@ -34,18 +35,18 @@ def unit_scores(
         Shape ``(units,)``, float64, on the CPU; mean 1, or all zero.
 
     Raises:
-        ValueError: the importance isn't known, or the group has nothing that it could be read from.
+        InvalidArgumentError: the importance isn't known, or the group has nothing that it could be read from.
     """
     check_importance(importance)
     if importance == "taylor":
         if taylor is None:
-            raise ValueError('Importance "taylor" must have seen gradients, but got none.')
+            raise InvalidArgumentError('Importance "taylor" must have seen gradients, but got none.')
         scores = taylor.detach().double().cpu()
     elif importance == "magnitude":
         scores = _sums(group, parameters, group.produced, lambda t: t.abs())
     elif importance == "bn_scale":
         if not group.scales:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `importance` must be readable from every group, but got "bn_scale" for `{group.name}`, which has no '
                 "batch norm. Exclude it or choose another importance."
             )
@@ -75,10 +76,10 @@ def check_importance(importance: str) -> str:
     """Return ``importance`` if it is known.
 
     Raises:
-        ValueError: it is not.
+        InvalidArgumentError: it is not.
     """
     if importance not in IMPORTANCES:
-        raise ValueError(f"Argument `importance` must be one of {list(IMPORTANCES)}, but got {importance!r}.")
+        raise InvalidArgumentError(f"Argument `importance` must be one of {list(IMPORTANCES)}, but got {importance!r}.")
     return importance
 
 

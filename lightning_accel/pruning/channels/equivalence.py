@@ -119,7 +119,7 @@ def find_groups(
         In the order of the layers.
 
     Raises:
-        ValueError: a glob matches nothing; the forward can't be run in eval mode.
+        InvalidArgumentError: a glob matches nothing; the forward can't be run in eval mode.
     """
     reference = _Reference(module, path, call)
     candidates = candidate_groups(reference.module, reference.outputs)

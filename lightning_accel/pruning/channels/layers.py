@@ -7,6 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_accel.errors import InvalidArgumentError
+
 FIXED_HEADS = (
     "nn.MultiheadAttention has heads as wide as its embedding asks for: with fewer of either its forward fails"
 )
@@ -40,7 +42,7 @@ def losses_of(root: nn.Module, name: str, role: str) -> Losses:
         role: ``"out"`` for the channels that it makes, ``"in"`` for those that it reads.
 
     Raises:
-        ValueError: it isn't known how the layer could lose channels; the message is the reason.
+        InvalidArgumentError: it isn't known how the layer could lose channels; the message is the reason.
     """
     if "@" in name:
         parameter, dim = name.split("@")
@@ -49,9 +51,9 @@ def losses_of(root: nn.Module, name: str, role: str) -> Losses:
     layer = root.get_submodule(name)
     losses = _losses(layer, role)
     if isinstance(layer, nn.MultiheadAttention):
-        raise ValueError(FIXED_HEADS)
+        raise InvalidArgumentError(FIXED_HEADS)
     if losses is None:
-        raise ValueError(f"it isn't known how a {type(layer).__name__} (`{name}`) loses channels")
+        raise InvalidArgumentError(f"it isn't known how a {type(layer).__name__} (`{name}`) loses channels")
     here = f"{name}." if name else ""
     present = {key for key, t in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]}
     return Losses(

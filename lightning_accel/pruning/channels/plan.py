@@ -12,6 +12,7 @@ from lightning_accel.calls.copies import count_macs, few_samples, parameter_coun
 from lightning_accel.calls.example import Call
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change
+from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.criteria import check_importance, taylor_scores, unit_scores
 from lightning_accel.pruning.channels.equivalence import find_groups
 from lightning_accel.pruning.channels.groups import channel_count
@@ -37,7 +38,7 @@ class ChannelTarget:
         exclude: globs of layers whose channels stay; wins.
 
     Raises:
-        ValueError: an argument is out of its range.
+        InvalidArgumentError: an argument is out of its range.
     """
 
     pruning_ratio: float | None = None
@@ -53,24 +54,28 @@ class ChannelTarget:
         ratio, reduction = self.pruning_ratio, self.macs_reduction
         if (ratio is None) == (reduction is None):
             got = "neither" if ratio is None else f"both ({ratio} and {reduction})"
-            raise ValueError(f"Exactly one of `pruning_ratio` and `macs_reduction` must be given, but got {got}.")
+            raise InvalidArgumentError(
+                f"Exactly one of `pruning_ratio` and `macs_reduction` must be given, but got {got}."
+            )
         if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `pruning_ratio` must be a share of channels in (0, 1), but got {ratio!r}. Write 0.5 for half of them."
             )
         if reduction is not None and (
             isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 1 < reduction < float("inf")
         ):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `macs_reduction` must be a factor above 1, but got {reduction!r}. Write 2.0 for half of the MACs."
             )
         check_importance(self.importance)
         check_scope(self.scope)
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ValueError(f"Argument `round_to` must be a number of channels >= 1, but got {self.round_to!r}.")
+            raise InvalidArgumentError(
+                f"Argument `round_to` must be a number of channels >= 1, but got {self.round_to!r}."
+            )
         for glob, share in self.limits.items():
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `limits` must map globs to shares in [0, 1], but got {share!r} for {glob!r}."
                 )
 
@@ -85,7 +90,7 @@ class ChannelPlan:
         target: what to reach, absolutely: relative to the module before any channel left it.
 
     Raises:
-        ValueError: no channel may leave, a glob matches nothing, or the target can't be reached.
+        InvalidArgumentError: no channel may leave, a glob matches nothing, or the target can't be reached.
     """
 
     def __init__(self, module: nn.Module, path: str, call: Call, target: ChannelTarget) -> None:
@@ -105,7 +110,7 @@ class ChannelPlan:
             kept = (
                 "; ".join(f"`{g.name}`: {g.kept}" for g in self.groups[:8]) or "it has no convolution or linear layer"
             )
-            raise ValueError(f"Channel pruning must find channels that may leave, but got none ({kept}).")
+            raise InvalidArgumentError(f"Channel pruning must find channels that may leave, but got none ({kept}).")
         if self.target.importance == "bn_scale":
             for group in open_:
                 unit_scores(group, dict(module.named_parameters()), "bn_scale")
@@ -116,11 +121,11 @@ class ChannelPlan:
         rules = "with at least `round_to` channels left in each group, `limits` and what is kept"
         if self.target.pruning_ratio is not None:
             share = self._gone(most) / self._total
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `pruning_ratio` must be reachable {rules}: at most {share:.3f}, but got {self.target.pruning_ratio}."
             )
         least = self._counter(module)(most)
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `macs_reduction` must be reachable {rules}: at most {self.original['macs'] / max(least, 1):.2f}, but got "
             f"{self.target.macs_reduction}."
         )
@@ -129,16 +134,16 @@ class ChannelPlan:
         """Check that no more has left already than should.
 
         Raises:
-            ValueError: it has; channels can't come back.
+            InvalidArgumentError: it has; channels can't come back.
         """
         ratio, reduction = self.target.pruning_ratio, self.target.macs_reduction
         if ratio is not None and (share := self._gone(()) / self._total) > ratio + 1e-9:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `pruning_ratio` must be at least the share of channels that has left already, {share:.3f}, but got "
                 f"{ratio}. Channels can't come back: raise it, or train from an earlier checkpoint."
             )
         if reduction is not None and (factor := self.original["macs"] / self.macs(module)) > reduction + 1e-9:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `macs_reduction` must be at least the factor that is reached already, {factor:.2f}, but got "
                 f"{reduction}. Channels can't come back: raise it, or train from an earlier checkpoint."
             )
@@ -162,7 +167,7 @@ class ChannelPlan:
             taylor: for that importance, scores by group name.
 
         Raises:
-            RuntimeError: the target can't be reached any more.
+            RunError: the target can't be reached any more.
         """
         parameters = dict(module.named_parameters())
         collected = taylor or {}
@@ -175,7 +180,7 @@ class ChannelPlan:
         blocks = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
         chosen = fewest(blocks, self._reached(module, fraction))
         if chosen is None:
-            raise RuntimeError(
+            raise RunError(
                 "The target must still be reachable, but other callbacks have changed the network so that it isn't."
             )
         return units_of(chosen)

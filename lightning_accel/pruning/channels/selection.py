@@ -7,6 +7,7 @@ from math import floor, gcd
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
 
 
@@ -97,20 +98,20 @@ def shares_of(groups: Sequence[Group], limits: Mapping[str, float]) -> list[floa
     """The share of each group that may leave, from globs over layers.
 
     Raises:
-        ValueError: a glob matches no layer, or two with different shares match one group.
+        InvalidArgumentError: a glob matches no layer, or two with different shares match one group.
     """
     shares: list[float] = []
     layers = [layer for group in groups for layer in group.layers]
     for glob in limits:
         if not any(fnmatchcase(layer, glob) for layer in layers):
             near = ", ".join(layers[:6]) + (", ..." if len(layers) > 6 else "")
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `limits` must match the name of a layer with channels, but got {glob!r}, which matches none of: {near}."
             )
     for group in groups:
         found = {glob: limits[glob] for glob in limits if any(fnmatchcase(layer, glob) for layer in group.layers)}
         if len(set(found.values())) > 1:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `limits` must give one share to channels that leave together, but got {found} for those of "
                 f"{', '.join(f'`{layer}`' for layer in group.layers)}. Make the globs narrower."
             )

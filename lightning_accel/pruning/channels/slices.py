@@ -13,6 +13,7 @@ from torch import nn
 from lightning_accel.core import structure
 from lightning_accel.core.resizing import kept_slice, resize_
 from lightning_accel.core.structure import Change
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
 
 Chosen = Mapping[int, Sequence[int]]  # position of a group in a list of groups -> its units that leave
@@ -65,7 +66,7 @@ def remove_(module: nn.Module, removal: Removal) -> None:
     """Make the tensors of a module physically smaller; parameters stay the objects that they are.
 
     Raises:
-        ValueError: the module isn't the one that the record is of, or not in the state of then.
+        InvalidArgumentError: the module isn't the one that the record is of, or not in the state of then.
     """
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     new: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -75,7 +76,7 @@ def remove_(module: nn.Module, removal: Removal) -> None:
             shape = tuple(tensors[name].shape) if name in tensors else None
             if shape is None or any(dim >= len(shape) or shape[dim] != size for dim, size in sizes.items()):
                 has = f"with shape {shape}" if shape else "not at all"
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `module` must be the one whose channels were removed, freshly built, but got `{name}` {has}, where "
                     f"the record expects {', '.join(f'{s} entries in dimension {d}' for d, s in sizes.items())}."
                 )
@@ -162,7 +163,7 @@ def _follow(group: Group, moved: Mapping[tuple[str, int], torch.Tensor]) -> Grou
 
 
 def _undo(module: nn.Module, change: Change) -> None:
-    raise ValueError(
+    raise InvalidArgumentError(
         "Argument `module` must be freshly built to get the structure of a checkpoint with other channels, but got one from "
         "which channels were removed: these can't come back. Build the module again and pass that."
     )

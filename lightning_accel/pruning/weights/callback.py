@@ -15,6 +15,7 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.weights.criteria import check_criterion, taylor
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.masks import (
@@ -67,7 +68,7 @@ class WeightPruning(CompressionCallback):
         name: the state's name in the checkpoint; needed if two are used.
 
     Raises:
-        ValueError: an argument is out of its range; in ``setup``, a glob that matches nothing; before the first step, a
+        InvalidArgumentError: an argument is out of its range; in ``setup``, a glob that matches nothing; before the first step, a
             target below the share of zeros there is, or weights that another WeightPruning has chosen.
 
     Example:
@@ -99,11 +100,11 @@ class WeightPruning(CompressionCallback):
         self.sparsity = self.choice.targets if isinstance(sparsity, dict) else self.choice.targets["*"]
         check_scope(scope)
         if every is not None and every < 1:
-            raise ValueError(f"Argument `every` must be a number of steps >= 1, but got {every}.")
+            raise InvalidArgumentError(f"Argument `every` must be a number of steps >= 1, but got {every}.")
         if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int) or rewind < 0):
-            raise ValueError(f"Argument `rewind` must be an epoch >= 0, but got {rewind!r}.")
+            raise InvalidArgumentError(f"Argument `rewind` must be an epoch >= 0, but got {rewind!r}.")
         if rewind is not None and every is None and schedule != "constant":
-            raise ValueError(
+            raise InvalidArgumentError(
                 "Argument `every` must be the steps of a round with `rewind`, but got None: weights would go back a hundred times."
             )
         self.criterion, self.granularity, self.scope = check_criterion(criterion), granularity, scope
@@ -150,7 +151,9 @@ class WeightPruning(CompressionCallback):
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
         back = 0 if self.rewind is None or trainer.fast_dev_run else timeline_of(trainer).step("rewind", self.rewind)  # type: ignore[attr-defined]
         if back > self._start_step:
-            raise ValueError(f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}.")
+            raise InvalidArgumentError(
+                f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
+            )
         self._remember(trainer, pl_module)
         self._update(trainer.global_step, trainer)
 
@@ -285,7 +288,7 @@ class WeightPruning(CompressionCallback):
         if not self._chosen:
             self._weights = self.choice.weights(pl_module)
         elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
                 "Resume with the same `include` and `exclude`."
             )
@@ -300,7 +303,7 @@ class WeightPruning(CompressionCallback):
                 and other is not self
                 and (both := self._weights.keys() & other._weights.keys())
             ):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
                     "Use globs that don't overlap, or one callback with a dict of targets."
                 )
@@ -312,12 +315,12 @@ class WeightPruning(CompressionCallback):
                 continue
             who = type(other).__name__
             if self.rewind is not None:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `rewind` must be None beside {who}, but got {self.rewind}: weights of then have other shapes."
                 )
             for size in granularity_of(self.granularity).block or ():
                 if other.resizes % size:
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `round_to` of {who} must be a multiple of {size} beside granularity {self.granularity!r}, but got "
                         f"{other.resizes}: what stays has to divide into units."
                     )
@@ -332,7 +335,7 @@ class WeightPruning(CompressionCallback):
                 zeros = measured_sparsity(held)
                 if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
                     where = "" if self.scope == "global" else f" in `{part[0]}`"
-                    raise ValueError(
+                    raise InvalidArgumentError(
                         f"Argument `sparsity` must be at least the share of zeros there is{where}, {zeros:.4g}, but got {share:g}. "
                         "Exclude weights that begin at zero, or raise it."
                     )
@@ -363,7 +366,7 @@ class WeightPruning(CompressionCallback):
         if share <= self.reached or not due:
             return
         if self.criterion == "taylor" and not self._importance:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `start` must leave a step before the first pruning with criterion 'taylor', but got {self.start}: there "
                 "is no gradient yet."
             )

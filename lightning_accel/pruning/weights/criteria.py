@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
+
 Criterion = Callable[..., torch.Tensor]  # (name, parameter, gradient or None) -> scores of the parameter's shape
 
 
@@ -30,10 +32,10 @@ def taylor(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None)
     """``(weight * gradient)^2``: first-order estimate of the loss without the weight (https://arxiv.org/abs/1906.10771, eq. 8).
 
     Raises:
-        ValueError: there is no gradient.
+        InvalidArgumentError: there is no gradient.
     """
     if grad is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `criterion` must not be 'taylor' before there are gradients, but got no gradient of `{name}`. Start later, "
             "or exclude parameters that the loss doesn't depend on."
         )
@@ -64,7 +66,7 @@ def scores_of(
         A tensor of the parameter's shape; the lowest are pruned first.
 
     Raises:
-        ValueError: a function returned another shape, or NaN.
+        InvalidArgumentError: a function returned another shape, or NaN.
     """
     if criterion == RANDOM:
         drawn = torch.rand(
@@ -77,7 +79,7 @@ def scores_of(
     scores = function(name, parameter, grad)
     if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
         got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `criterion` must return scores of the parameter's shape {tuple(parameter.shape)}, but got {got} for `{name}`."
         )
     return scores.detach().float()
@@ -87,10 +89,10 @@ def check_criterion(criterion: str | Criterion) -> str | Criterion:
     """Return ``criterion`` if it is known.
 
     Raises:
-        ValueError: it is not.
+        InvalidArgumentError: it is not.
     """
     if not callable(criterion) and criterion not in (*CRITERIA, RANDOM):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `criterion` must be one of {sorted([*CRITERIA, RANDOM])} or a function `(name, parameter, grad) -> scores`, "
             f"but got {criterion!r}."
         )

@@ -10,6 +10,8 @@ from math import prod
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
+
 
 @dataclass(frozen=True)
 class Granularity:
@@ -127,7 +129,7 @@ def granularity_of(name: str) -> Granularity:
             ``"input_channel"``.
 
     Raises:
-        ValueError: it is none of these.
+        InvalidArgumentError: it is none of these.
 
     Example:
         >>> granularity_of("2:4").sparsity
@@ -145,7 +147,7 @@ def granularity_of(name: str) -> Granularity:
         rows, columns = int(pattern[1]), int(pattern[2])
         if rows > 0 and columns > 0 and rows * columns > 1:
             return Granularity(name, 0, (rows, columns))
-    raise ValueError(
+    raise InvalidArgumentError(
         'Argument `granularity` must be "weight", "channel", "input_channel", "N:M" with 0 < N < M (say "2:4") or "RxC" '
         f'(say "4x4"), but got {name!r}.'
     )

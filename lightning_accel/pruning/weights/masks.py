@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.weights.criteria import RANDOM, Criterion, check_criterion, scores_of
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.threshold import keep_highest
@@ -43,7 +44,7 @@ def prune_masks(
         Boolean tensors of the weights' shapes; ``True`` where the weight stays.
 
     Raises:
-        ValueError: an argument is out of its range, or a tensor doesn't divide into the granularity's units.
+        InvalidArgumentError: an argument is out of its range, or a tensor doesn't divide into the granularity's units.
 
     Example:
         >>> prune_masks({"w": torch.tensor([0.1, -3.0, 0.2, 2.0])}, 0.5)["w"]
@@ -54,14 +55,14 @@ def prune_masks(
     check_criterion(criterion)
     units = granularity_of(granularity)
     if units.sparsity is not None and sparsity > units.sparsity + 1e-9:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `sparsity` must be at most {units.sparsity:g} with granularity {granularity!r}, but got {sparsity}."
         )
     for name, weight in weights.items():
         if units.name != "weight" and (
             reason := "it has one dimension" if weight.ndim < 2 else units.misfit(weight.shape)
         ):
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `weights` must divide into units of {granularity!r}, but got `{name}`: {reason}."
             )
     check_reachable({name: weight.shape for name, weight in weights.items()}, sparsity, granularity, scope)
@@ -112,7 +113,7 @@ def _units_that_go(parts: list[tuple[torch.Tensor, int]], zeros: float, leave_on
         return [~keep for keep in keep_highest([lambda s=s: s for s, _ in parts], lengths, drop)]  # type: ignore[misc]
     joined = torch.cat([scores for scores, _ in parts])
     if torch.isnan(joined).any():
-        raise ValueError("Argument `criterion` must give numbers, but got NaN. Has the training diverged?")
+        raise InvalidArgumentError("Argument `criterion` must give numbers, but got NaN. Has the training diverged?")
     if leave_one:
         first = 0
         for scores, _ in parts:
@@ -159,7 +160,7 @@ def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granulari
         scope: ``"layer"`` or ``"global"``.
 
     Raises:
-        ValueError: the nearest number of channels is more than there are.
+        InvalidArgumentError: the nearest number of channels is more than there are.
     """
     units = granularity_of(granularity)
     if units.dim is None:
@@ -170,7 +171,7 @@ def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granulari
         most = total - sum(channel)
         if sparsity * total > most + min(channel, default=0) / 2:
             where = "in each tensor" if scope == "global" else f"in `{names[0]}`"
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `sparsity` must leave a channel {where}: at most {most / total:.3f} with granularity "
                 f"{granularity!r}, but got {sparsity:g}."
             )
@@ -180,10 +181,10 @@ def check_sparsity(sparsity: float) -> None:
     """Check a share of zeros.
 
     Raises:
-        ValueError: it is outside [0, 1).
+        InvalidArgumentError: it is outside [0, 1).
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `sparsity` must be a share of zeros in [0, 1), but got {sparsity!r}. Write 0.8 for 80 percent."
         )
 
@@ -192,7 +193,7 @@ def check_scope(scope: str) -> None:
     """Check where the least important weights are looked for.
 
     Raises:
-        ValueError: it is not one of ``SCOPES``.
+        InvalidArgumentError: it is not one of ``SCOPES``.
     """
     if scope not in SCOPES:
-        raise ValueError(f"Argument `scope` must be one of {list(SCOPES)}, but got {scope!r}.")
+        raise InvalidArgumentError(f"Argument `scope` must be one of {list(SCOPES)}, but got {scope!r}.")

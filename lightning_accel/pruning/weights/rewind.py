@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lightning_accel.errors import InvalidArgumentError
+
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers of a module, by name, on the CPU; tied ones once."""
@@ -19,12 +21,12 @@ def rewind_(module: nn.Module, state: dict[str, torch.Tensor], optimizer: torch.
         optimizer: its learning rate and schedule stay where they are.
 
     Raises:
-        ValueError: the snapshot has other names or shapes.
+        InvalidArgumentError: the snapshot has other names or shapes.
     """
     named = dict([*module.named_parameters(), *module.named_buffers()])
     if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in state.items()}:
         differ = sorted(named.keys() ^ state.keys()) or [n for n in named if named[n].shape != state[n].shape]
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `state` must be a snapshot of this module, but got other names or shapes: {differ[:4]}."
         )
     with torch.no_grad():

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_accel.core.globs import select
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.masks import check_sparsity
 
@@ -22,7 +23,7 @@ def prunable_parameters(
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
 
     Raises:
-        ValueError: a glob matches nothing, nothing is left to prune, or one that ``include`` names doesn't divide.
+        InvalidArgumentError: a glob matches nothing, nothing is left to prune, or one that ``include`` names doesn't divide.
     """
     units = granularity_of(granularity)
     candidates = {
@@ -32,14 +33,14 @@ def prunable_parameters(
     misfits = {name: reason for name in names if (reason := units.misfit(candidates[name].shape))}
     if misfits and include:
         name, reason = next(iter(misfits.items()))
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `include` must name weights that divide into units of {granularity!r}, but got `{name}`: {reason}. "
             "Exclude it."
         )
     chosen = {name: candidates[name] for name in names if name not in misfits}
     if not chosen:
         why = "; ".join(f"`{name}`: {reason}" for name, reason in misfits.items()) or "every one is excluded"
-        raise ValueError(f"Argument `include` must leave a parameter to prune, but got none: {why}.")
+        raise InvalidArgumentError(f"Argument `include` must leave a parameter to prune, but got none: {why}.")
     return chosen
 
 
@@ -65,7 +66,7 @@ class Choice:
         exclude: name globs; wins over ``include``.
 
     Raises:
-        ValueError: a share outside [0, 1), one that contradicts an N:M pattern, or none for a granularity that has none.
+        InvalidArgumentError: a share outside [0, 1), one that contradicts an N:M pattern, or none for a granularity that has none.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class Choice:
         """The weights of a module that are pruned, by name.
 
         Raises:
-            ValueError: a glob matches nothing, nothing is left, or two targets match one weight.
+            InvalidArgumentError: a glob matches nothing, nothing is left, or two targets match one weight.
         """
         chosen = prunable_parameters(module, self.include, self.exclude, self.granularity)
         for name in chosen if self.by_glob else ():
             mine = {glob: share for glob, share in self.targets.items() if fnmatchcase(name, glob)}
             if len(set(mine.values())) > 1:
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Argument `sparsity` must give each weight one target, but got {mine} for `{name}`. Use globs that don't overlap."
                 )
         return chosen
@@ -117,14 +118,16 @@ def _targets(
     pattern = granularity_of(granularity).sparsity
     if isinstance(sparsity, Mapping):
         if include:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `include` must be None where `sparsity` names the weights, but got {list(include)}."
             )
         if not sparsity:
-            raise ValueError("Argument `sparsity` must hold a target for at least one glob, but got an empty dict.")
+            raise InvalidArgumentError(
+                "Argument `sparsity` must hold a target for at least one glob, but got an empty dict."
+            )
         targets = dict(sparsity)
     elif sparsity is None and pattern is None:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `sparsity` must be a share of zeros with granularity {granularity!r}, but got None."
         )
     else:
@@ -132,7 +135,7 @@ def _targets(
     for share in targets.values():
         check_sparsity(share)
         if pattern is not None and abs(share - pattern) > 1e-9:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `sparsity` must be {pattern:g} (or left out) with granularity {granularity!r}, which keeps "
                 f"{granularity.replace(':', ' of ')}, but got {share}."
             )

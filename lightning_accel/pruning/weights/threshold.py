@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
+
 _SAMPLE = 1 << 18  # scores looked at to guess where the threshold lies; below it, all of them
 _AROUND = 0.005  # share of the scores taken on each side of the guess: 5 standard errors
 
@@ -25,7 +27,7 @@ def keep_highest(scores: Sequence[Callable[[], torch.Tensor]], sizes: Sequence[i
         For each, a boolean tensor, ``True`` for what is kept.
 
     Raises:
-        ValueError: a score is NaN.
+        InvalidArgumentError: a score is NaN.
     """
     if drop == 0:
         return [torch.ones_like(one(), dtype=torch.bool) for one in scores]
@@ -65,7 +67,9 @@ def _threshold(scores: Sequence[Callable[[], torch.Tensor]], total: int, count: 
             below += part.numel() - at_least
             seen += at_least + int(to_high.count_nonzero()) - len(inside[-1])
         if seen != total:
-            raise ValueError("Argument `criterion` must give numbers, but got NaN. Has the training diverged?")
+            raise InvalidArgumentError(
+                "Argument `criterion` must give numbers, but got NaN. Has the training diverged?"
+            )
         near = torch.cat(inside)
         if below < count <= below + len(near):
             value = near.kthvalue(count - below).values

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, straight_through
 from lightning_accel.quantization.arithmetic.targets import Target
 
@@ -55,7 +56,7 @@ class RangeBank:
         momentum: float = 0.05,
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"Argument `ranges` must be one of {METHODS}, but got {method!r}.")
+            raise InvalidArgumentError(f"Argument `ranges` must be one of {METHODS}, but got {method!r}.")
         self.keys, self.target, self.method, self.momentum = keys, target, method, momentum
         self.active = False  # fake-quant happens
         self.learning = False  # training forwards are watched
@@ -166,7 +167,7 @@ class RangeBank:
             ranks: the other ranks of a distributed run; each calls this.
 
         Raises:
-            ValueError: a range isn't finite; the message names the tensor.
+            InvalidArgumentError: a range isn't finite; the message names the tensor.
         """
         if not self.watches or (not self._seen and ranks is None):
             self._seen.clear()
@@ -182,7 +183,7 @@ class RangeBank:
         finite = torch.isfinite(low) & torch.isfinite(high)
         if not bool(finite.all()):
             names = [self.keys[i] for i in torch.nonzero(~finite).flatten().tolist()]
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Activations must be finite while ranges are learned, but got NaN or Inf first at {names[0]}."
             )
         if self.batches == 0:
@@ -249,10 +250,10 @@ class RangeBank:
         """Take over saved ranges.
 
         Raises:
-            ValueError: they belong to other tensors.
+            InvalidArgumentError: they belong to other tensors.
         """
         if state["keys"] != self.keys:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold ranges of this network's tensors, but got {len(state['keys'])} ranges for "
                 f"{len(self.keys)} tensors, or other names. Resume with the same model and `include`/`exclude`."
             )

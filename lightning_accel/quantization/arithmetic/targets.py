@@ -13,6 +13,7 @@ from pathlib import Path
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_probe import ENGINES, Finding, engine_version, probe_kernels
+from lightning_accel.errors import InvalidArgumentError
 
 Probe = Callable[[str, str, Arithmetic], Finding]
 
@@ -42,7 +43,7 @@ class Target:
         opset: ONNX opset of the file: the lowest that carries all this and that the parser accepts.
 
     Raises:
-        ValueError: a value that isn't one of those above.
+        InvalidArgumentError: a value that isn't one of those above.
 
     Example:
         >>> Target("dsp", "int8", 127, ("onnxruntime",), "8 bits throughout", operators=("convolution",)).rest
@@ -62,13 +63,17 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATIONS:
-            raise ValueError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}.")
+            raise InvalidArgumentError(
+                f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}."
+            )
         if not 1 <= self.weight_max <= 127:
-            raise ValueError(f"Argument `weight_max` must be from 1 to 127 (int8), but got {self.weight_max!r}.")
+            raise InvalidArgumentError(
+                f"Argument `weight_max` must be from 1 to 127 (int8), but got {self.weight_max!r}."
+            )
         if unknown := sorted(set(self.operators) - set(OPERATORS)):
-            raise ValueError(f"Argument `operators` must hold some of {OPERATORS}, but got {unknown}.")
+            raise InvalidArgumentError(f"Argument `operators` must hold some of {OPERATORS}, but got {unknown}.")
         if self.rest not in ("float32", "float16"):
-            raise ValueError(f'Argument `rest` must be "float32" or "float16", but got {self.rest!r}.')
+            raise InvalidArgumentError(f'Argument `rest` must be "float32" or "float16", but got {self.rest!r}.')
 
     @property
     def signed_activations(self) -> bool:
@@ -124,7 +129,7 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
         vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
 
     Raises:
-        ValueError: there is none.
+        InvalidArgumentError: there is none.
     """
     if isinstance(name, Target):
         return name
@@ -150,7 +155,7 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
         ),
     }
     if name not in known:
-        raise ValueError(f"Argument `target` must be one of {sorted(known)}, but got {name!r}.")
+        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(known)}, but got {name!r}.")
     return known[name]()
 
 

@@ -22,12 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.example import canonical_call, mode, named_keywords, own_forward, own_signature
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.operators import is_view
 from lightning_accel.quantization.graph.sync_norm import one_rank
-
-
-class CaptureError(RuntimeError):
-    """A module's ``forward`` can't be captured as a graph."""
 
 
 def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:

@@ -12,6 +12,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
 
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
 from lightning_accel.quantization.graph.modules import ActivationFakeQuant
 from lightning_accel.quantization.graph.prepare import QuantizedForward
@@ -43,11 +44,13 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         The graph, on the module's device, and the integers it was built from.
 
     Raises:
-        ValueError: ranges have seen no data.
+        InvalidArgumentError: ranges have seen no data.
     """
     bank = forward.bank
     if bank.batches == 0 and bank.keys:
-        raise ValueError("Ranges must have seen data before convert, but got none: train, or calibrate, past `start`.")
+        raise InvalidArgumentError(
+            "Ranges must have seen data before convert, but got none: train, or calibrate, past `start`."
+        )
     graph_module = deepcopy(forward.graph(training=False))
     trained = TrainedIntegers({}, {})
     for node in list(graph_module.graph.nodes):

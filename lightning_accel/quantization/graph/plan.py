@@ -168,7 +168,7 @@ def plan_points(
             train graph offers all it has, to be cut down to that.
 
     Raises:
-        ValueError: a glob matches no quantizable operator.
+        InvalidArgumentError: a glob matches no quantizable operator.
     """
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     plan, named, written = Plan(), [], Counter[Node]()

@@ -18,6 +18,7 @@ from lightning_accel.calls.example import canonical_call, own_signature
 from lightning_accel.calls.shapes import InputGuard, plain_call
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.arithmetic.targets import ATTENTION, Target
 from lightning_accel.quantization.graph.attention import take_apart_attention
@@ -48,7 +49,7 @@ class QuantizedForward:
 
     Raises:
         CaptureError: the module can't be captured.
-        ValueError: nothing is left to quantize, or a glob matches nothing.
+        InvalidArgumentError: nothing is left to quantize, or a glob matches nothing.
     """
 
     def __init__(
@@ -63,9 +64,9 @@ class QuantizedForward:
         activations: str = "static",
     ) -> None:
         if activations not in ACTIVATIONS:
-            raise ValueError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {activations!r}.")
+            raise InvalidArgumentError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {activations!r}.")
         if activations == "dynamic" and target.signed_activations:
-            raise ValueError(
+            raise InvalidArgumentError(
                 f'Argument `activations` must be "static" or "float" for the target {target.name!r}, but got "dynamic": ONNX quantizes by '
                 'the range of the moment to uint8 alone. Use the target "onnxruntime".'
             )
@@ -128,7 +129,7 @@ class QuantizedForward:
             if {p.key for p in plan.points} != keys or any(
                 plan.counts[g] != self._plan.counts[g] for g in self._plan.groups.values()
             ):
-                raise ValueError(
+                raise InvalidArgumentError(
                     f"Submodules of the quantized `{self.path or type(self.module).__name__}` must run the same operators in train and "
                     "eval mode to be held in either, but some don't. Put the whole module in one mode."
                 )
@@ -166,7 +167,7 @@ class QuantizedForward:
         """A call in the form the graphs take.
 
         Raises:
-            ValueError: it differs from what was captured in more than the batch.
+            InvalidArgumentError: it differs from what was captured in more than the batch.
         """
         args, kwargs = plain_call(*canonical_call(self._signature, args, kwargs))
         self._guard.check(args, kwargs)
@@ -198,7 +199,7 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
     """Operand -> tensor, as the eval graph has them; each plan is cut down to what both graphs have.
 
     Raises:
-        ValueError: nothing is left.
+        InvalidArgumentError: nothing is left.
     """
     kept = plans[False].kept_float
     trained = {point.key for point in plans[True].points}
@@ -212,7 +213,7 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
     shipped = {p.key for p in plans[False].points}
     plans[True].points = [p for p in plans[True].points if p.key in shipped]
     if not shipped:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"Argument `include` must leave an operator to quantize, but got none in {f'`{path}`' if path else 'the module'}. "
             f"Kept in float: {kept or 'nothing, since it has no operator that can be quantized'}."
         )

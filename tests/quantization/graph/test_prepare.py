@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_accel.calls.example import canonical_call, own_signature
 from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.arithmetic.targets import target_of
-from lightning_accel.quantization.graph.capture import CaptureError
 from lightning_accel.quantization.graph.convert import convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from tests.support.models import Residual
