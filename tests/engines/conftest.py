@@ -4,7 +4,7 @@ import json
 import pytest
 
 from lightning_accel.engines.manifest import seal_of
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_accel.engines.base import load_runner
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 X = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
 Y = np.array([[10, 4], [22, 10]], np.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 
 def test_sha256_of_a_known_text(tmp_path):

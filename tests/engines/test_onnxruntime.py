@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 X = np.random.default_rng(0).normal(scale=3, size=(5, 64)).astype(np.float32)
 

@@ -3,7 +3,7 @@ import pytest
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.openvino import OpenVinoRunner
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 pytest.importorskip("openvino", reason="OpenVINO is an optional engine")
 

@@ -18,7 +18,7 @@ from lightning_accel.engines.tensorrt.command import equivalent_command
 from lightning_accel.engines.tensorrt.layers import describe_layers
 from lightning_accel.engines.tensorrt.library import check_machine, check_source, read_info, sidecar_of
 from lightning_accel.engines.tensorrt.sparsity import sparse_2_to_4
-from tests.engines import onnx_models as models
+from tests.support import onnx_models as models
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
 no_gpu = pytest.mark.skipif(has_gpu(), reason="tells what happens without a GPU")
