@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from experiments import print_environment
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
-from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
+from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward
@@ -93,7 +94,7 @@ def _one(net: torch.nn.Module, call: tuple[torch.Tensor, ...], precision: str, f
         net.load_state_dict(state)  # batch norms as they were
     path = folder / "model.onnx"
     export = export_onnx(net, call, path, opset=BF16_OPSET if precision == "bf16" else 18)
-    reference, feeds = ModuleNetwork(net, export, (call, {})), feeds_of((call, {}), export.input_names)
+    reference, feeds = ModuleNetwork(net, export), named_arrays((call, {}), export.input_names)
     if export.trained:
         check_integers(path, export.trained)
     proof = prove_file(export, reference, feeds, tolerance=FILES[precision if export.trained else "fp32"])

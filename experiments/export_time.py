@@ -18,7 +18,8 @@ import torch
 from examples.models import ResNet
 from experiments import print_environment
 from experiments.engine_zoo import quantize_
-from lightning_accel.onnx.export import export_onnx, feeds_of
+from lightning_accel.calls.example import named_arrays
+from lightning_accel.onnx.export import export_onnx
 from lightning_accel.onnx.half_precision import check_lowered, lower_precision
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
@@ -32,12 +33,12 @@ def seconds(net: torch.nn.Module, images: torch.Tensor, folder: Path, precision:
     """Time of export and proof: on the clock, and of the processor, which a busy machine doesn't stretch."""
     started, worked = time.perf_counter(), time.process_time()
     export = export_onnx(net, images[:32], folder / "model.onnx")
-    samples = feeds_of(((images,), {}), export.input_names)
+    samples = named_arrays(((images,), {}), export.input_names)
     if export.trained:
         check_integers(export.path, export.trained)
         lower_precision(export.path, folder / "half.onnx", "fp16", samples={k: v[:64] for k, v in samples.items()})
         check_lowered(export.path, folder / "half.onnx", "fp16")
-    network = ModuleNetwork(net, export, ((images,), {}))
+    network = ModuleNetwork(net, export)
     prove_file(export, network, samples, tolerance=FILES[precision], batch_sizes=(1, 7, 32))
     return time.perf_counter() - started, time.process_time() - worked
 

@@ -151,7 +151,7 @@ def main() -> None:
             label = f"{name} {'int8' if int8 else 'fp32'}"
             with tempfile.TemporaryDirectory() as folder:
                 export = la.export_onnx(net, x[:2], Path(folder) / "m.onnx")
-                network, feeds = ModuleNetwork(net, export, ((x,), {})), {export.input_names[0]: x.numpy()}
+                network, feeds = ModuleNetwork(net, export), {export.input_names[0]: x.numpy()}
                 right_files += 1
                 started = time.perf_counter()
                 if says := found(export, network, feeds):

@@ -21,8 +21,9 @@ import torch
 
 from experiments import print_environment
 from experiments.engine_zoo import quantize_
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.errors import VerificationError
-from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
+from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.verification.compare import Network
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
@@ -44,7 +45,7 @@ class Case:
     def of(net: torch.nn.Module, call: tuple[torch.Tensor, ...], path: Path) -> "Case":
         """Export a network."""
         export = export_onnx(net, call, path)
-        return Case(export, ModuleNetwork(net, export, (call, {})), feeds_of((call, {}), export.input_names))
+        return Case(export, ModuleNetwork(net, export), named_arrays((call, {}), export.input_names))
 
 
 def ours(case: Case) -> str:

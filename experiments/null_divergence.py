@@ -99,7 +99,7 @@ def study(name: str, target: str, seed: int, found: Findings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         export = la.export_onnx(net, tuple(x[:2] for x in inputs), Path(folder) / "m.onnx")
         feeds = {n: x.numpy() for n, x in zip(export.input_names, inputs, strict=True)}
-        network = ModuleNetwork(net, export, (inputs, {}))
+        network = ModuleNetwork(net, export)
         if export.trained:
             check_integers(export.path, export.trained)
         try:

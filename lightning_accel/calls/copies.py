@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_accel.calls.example import Call, isolated_random, kept_buffers, mode
+from lightning_accel.calls.batches import Call
+from lightning_accel.calls.contexts import isolated_random, kept_buffers, mode
 from lightning_accel.errors import InvalidArgumentError
 
 _SAMPLES = 2  # enough to see that samples stay apart

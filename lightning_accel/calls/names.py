@@ -2,26 +2,28 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from inspect import Signature
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.example import Call, own_signature
+from lightning_accel.calls.batches import Call
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import ResultShape, describe_inputs
 from lightning_accel.errors import InvalidArgumentError
 
 Axes = Mapping[str, Mapping[int, str]]  # of inputs: {name: {axis: symbol}}
 
 
-def input_names(module: nn.Module, call: Call, given: Sequence[str] | None) -> list[str]:
+def input_names(signature: Signature, call: Call, given: Sequence[str] | None) -> list[str]:
     """One name for each tensor of a call in canonical form: its parameter of ``forward``, or its key in a dict.
 
     Raises:
         InvalidArgumentError: ``given`` names another number of inputs.
     """
-    bound = own_signature(module).bind(*call[0], **call[1])
+    bound = signature.bind(*call[0], **call[1])
     leaves = pytree.tree_flatten_with_path(dict(bound.arguments))[0]
     names = short_names([path for path, leaf in leaves if isinstance(leaf, torch.Tensor)], "input")
     return _checked("input_names", names, given)
@@ -69,7 +71,7 @@ def described(module: nn.Module, call: Call, dynamic: Axes | None) -> dict[str, 
     Raises:
         InvalidArgumentError: as :func:`checked_axes`.
     """
-    names = input_names(module, call, None)
+    names = input_names(own_signature(module), call, None)
     axes = checked_axes(dynamic or {}, names, call)
     return describe_inputs(*call, [axes.get(name, {}) for name in names])
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.calls.example import isolated_random
+from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.core.resizing import kept_slice, resize_
 from lightning_accel.errors import InvalidArgumentError
 

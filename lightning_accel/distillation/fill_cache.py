@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lightning_accel.calls.example import isolated_random
+from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.distillation.cache.indexed import IndexedBatch, IndexedDataset, in_order
 from lightning_accel.distillation.cache.teacher_cache import Signals
 from lightning_accel.distillation.runtime import Distillation

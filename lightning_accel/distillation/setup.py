@@ -10,15 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_accel.calls.example import (
-    Call,
-    call_by_signature,
-    isolated_random,
-    kept_buffers,
-    peek,
-    training_loader,
-    transferred,
-)
+from lightning_accel.calls.batches import Call, call_by_signature
+from lightning_accel.calls.contexts import isolated_random, kept_buffers
+from lightning_accel.calls.loaders import peek, training_loader, transferred
 from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.distillation.adapters import replace_parameters_
 from lightning_accel.distillation.layers.graph import layer_node, without_graphs

@@ -16,7 +16,8 @@ from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.bundle.provenance import run_of
 from lightning_accel.bundle.writer import check_destination
-from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward
+from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
 from lightning_accel.errors import InvalidArgumentError, RunError

@@ -13,7 +13,6 @@ from torch import nn
 from lightning_accel.benchmarking.comparison import usable_cores
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.benchmarking.scores import VALUES
-from lightning_accel.calls.example import Call
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
@@ -62,13 +61,12 @@ class LineUp:
     earned: list[str] = field(default_factory=list)
 
 
-def line_up(order: Order, files: Files, call: Call, folder: Path, scratch: Path) -> LineUp:
+def line_up(order: Order, files: Files, folder: Path, scratch: Path) -> LineUp:
     """Build the engines, and list what is set side by side; nothing is run yet.
 
     Args:
         order: what is shipped.
         files: the bundle's files.
-        call: arguments of the network.
         folder: where the files lie.
         scratch: for the teacher's file, which doesn't ship.
     """
@@ -76,8 +74,9 @@ def line_up(order: Order, files: Files, call: Call, folder: Path, scratch: Path)
     made = LineUp(name, sum(p.numel() for p in order.part.parameters()), usable_cores())
     rows = made.rows
     if order.teacher is not None:
+        shipped = files.shipped.example
         teacher = surrounded(order.teacher, order.preprocess, order.postprocess)
-        exported = export_onnx(teacher, call, scratch / "teacher.onnx", input_names=files.shipped.input_names)
+        exported = export_onnx(teacher, shipped.call, scratch / "teacher.onnx", input_names=shipped.input_names)
         made.paths["teacher"] = exported.path
         rows["teacher"] = Row("teacher", "onnxruntime", parameters=sum(p.numel() for p in order.teacher.parameters()))
     if (folder / REFERENCE).is_file():

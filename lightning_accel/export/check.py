@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import Call, canonical_call, has_forward, isolated_random, mode, own_signature
+from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
 from lightning_accel.engines.tensorrt.library import LIBRARIES
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
+from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
 from lightning_accel.quantization.graph.capture import capture, user_line
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
@@ -243,7 +245,7 @@ def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> t
 
 
 def _samples(export: OnnxExport, call: Call) -> dict[str, np.ndarray]:
-    feeds = feeds_of(call, export.input_names)
+    feeds = named_arrays(call, export.input_names)
     batch = len(next(iter(feeds.values())))
     for name, array in feeds.items():
         if array.ndim == 0 or len(array) != batch:

@@ -10,9 +10,9 @@ from lightning_accel.benchmarking.benchmark_bundle import compare_ways, shipped_
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.bundle.writer import decided, write_comparison
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.export.files import Files
 from lightning_accel.export.spec import Order
-from lightning_accel.onnx.export import feeds_of
 
 
 def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
@@ -26,7 +26,7 @@ def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
     if order.scores is not None or labelled:
         return order.scores or CLASSES
     target = order.data.first_target(order.whole)
-    feeds = feeds_of(order.data.first_call(order.whole), files.shipped.input_names)
+    feeds = named_arrays(order.data.first_call(order.whole), files.shipped.input_names)
     output = next(iter(files.network(feeds).values()))
     return next((scores for scores in (VALUES, CLASSES) if _fits(target, output, scores)), None)
 

@@ -14,22 +14,23 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_accel.calls.example import canonical_call, class_labels, isolated_random, own_signature
+from lightning_accel.calls.batches import class_labels
+from lightning_accel.calls.contexts import isolated_random
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.export.held_out import HeldOut
-from lightning_accel.onnx.export import OnnxExport, feeds_of
+from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Network
 
 
 @contextmanager
 def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> Iterator[list[int]]:
     """Let ``network`` answer the calls of ``module.forward``; yields a list whose one number counts them."""
-    own = own_signature(module)
     before = module.__dict__.get("forward")
     calls = [0]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        outputs = network(feeds_of(canonical_call(own, args, kwargs), export.input_names))
+        outputs = network(export.example.feeds_of(*args, **kwargs))
         return export.result.rebuild(torch.from_numpy(np.array(outputs[n])) for n in export.output_names)
 
     module.__dict__["forward"] = forward
@@ -130,7 +131,7 @@ def count_correct(
         labels = class_labels(target)
         if labels is None:
             return {}
-        feeds = feeds_of(call, export.input_names)
+        feeds = named_arrays(call, export.input_names)
         for name, network in networks.items():
             logits = next(iter(network(feeds).values()))
             if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:

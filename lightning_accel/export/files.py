@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import Call, own_forward
+from lightning_accel.calls.contexts import own_forward
+from lightning_accel.calls.example import ExampleCall
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
@@ -59,24 +60,23 @@ class Files:
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Files:
+def write_files(order: Order, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
     """Write the ONNX files of a bundle, each held against the network.
 
     Args:
         order: what to ship.
         whole: what is exported.
-        call: example of its inputs.
+        example: how it is called.
         folder: where the files go.
 
     Raises:
         VerificationError: one isn't what was trained.
     """
     half = order.precision in HALVES
-    options: dict[str, Any] = {"dynamic": order.dynamic or None, "metadata": order.metadata}
-    options["opset"] = BF16_OPSET if order.precision == "bf16" else None
-    exported = export_onnx(whole, call, folder / (REFERENCE if half else MODEL), **options)
+    options: dict[str, Any] = {"metadata": order.metadata, "opset": BF16_OPSET if order.precision == "bf16" else None}
+    exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
     samples = order.data.samples(whole, exported.input_names, order.samples)
-    network = ModuleNetwork(whole, exported, call)
+    network = ModuleNetwork(whole, exported)
     sizes = (1, 7, order.batch_size)
     integers = check_integers(exported.path, exported.trained) if exported.trained else None
     tolerance = FLOAT if half else FILES[order.precision]
@@ -93,7 +93,7 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
     files.checks.append(proof.check)
     files.proofs |= {"nodes": proof.counts, **({} if integers is None else {"integers": integers})}
     if exported.trained:
-        _write_reference(order, whole, call, folder, files, options)
+        _write_reference(order, whole, folder, files, options)
     if half:
         _lower(order, files, exported.path, folder / MODEL, order.precision, order.precision)
     elif exported.trained and "tensorrt" in order.engines:  # what isn't int8 must not be slower than fp16 (law 7)
@@ -110,17 +110,15 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
     return files
 
 
-def _write_reference(
-    order: Order, whole: nn.Module, call: Call, folder: Path, files: Files, options: Mapping[str, Any]
-) -> None:
+def _write_reference(order: Order, whole: nn.Module, folder: Path, files: Files, options: Mapping[str, Any]) -> None:
     """The float network under the fake-quants, beside the shipped one."""
     with ExitStack() as stack:
         for path in quantized_forwards(order.module):
             stack.enter_context(own_forward(order.module.get_submodule(path)))
-        floating = export_onnx(whole, call, folder / REFERENCE, quantized=False, **options)
+        floating = export_onnx(whole, files.shipped.example, folder / REFERENCE, quantized=False, **options)
         proof = prove_file(
             floating,
-            ModuleNetwork(whole, floating, call),
+            ModuleNetwork(whole, floating),
             files.samples,
             tolerance=FLOAT,
             what="fp32 reference (as written)",

@@ -11,16 +11,11 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.example import (
-    Call,
-    InputsFunction,
-    call_from_batch,
-    isolated_random,
-    peek,
-    target_from_batch,
-)
+from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch, target_from_batch
+from lightning_accel.calls.contexts import isolated_random
+from lightning_accel.calls.example import named_arrays
+from lightning_accel.calls.loaders import peek
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.onnx.export import feeds_of
 
 
 @dataclass
@@ -84,7 +79,7 @@ class HeldOut:
         parts: list[dict[str, np.ndarray]] = []
         have = 0
         for call, _ in self.calls(module):
-            parts.append(feeds_of(call, names))
+            parts.append(named_arrays(call, names))
             have += batch_of(call)
             if have >= count:
                 break
@@ -103,7 +98,7 @@ class HeldOut:
         parts: list[dict[str, np.ndarray]] = []
         targets: list[np.ndarray] = []
         for call, target in self.calls(module):
-            parts.append(feeds_of(call, names))
+            parts.append(named_arrays(call, names))
             if target is not None:
                 targets.append(target.numpy())
         if not parts:

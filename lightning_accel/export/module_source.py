@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import Call, canonical_call, own_signature
+from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.core.structure import constructor_arguments, load_into, read_checkpoint
 from lightning_accel.errors import InvalidArgumentError
 

@@ -11,7 +11,7 @@ from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import BenchmarkResult
 from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
-from lightning_accel.calls.example import mode
+from lightning_accel.calls.contexts import mode
 from lightning_accel.export.bundle_reports import REPORT_SCHEMA, kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import LineUp, line_up, row_that_ships, run_all
 from lightning_accel.export.default_engine import decide_default, scores_of
@@ -39,9 +39,8 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
     """
     with staged(dirpath) as folder, mode(order.module, False), tempfile.TemporaryDirectory() as scratch:
         whole = order.whole
-        call = order.data.first_call(whole)
-        files = write_files(order, whole, call, folder)
-        made = line_up(order, files, call, folder, Path(scratch))
+        files = write_files(order, whole, order.example(whole), folder)
+        made = line_up(order, files, folder, Path(scratch))
         measured = run_all(made, order, files, whole, folder)
         report = _report(order, files, made, measured)
         default = next((line for line in made.lines if line["runs_here"]), made.lines[0])

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from lightning_accel.calls.example import mode
+from lightning_accel.calls.contexts import mode
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
@@ -89,18 +89,16 @@ def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
     """
     with as_if_trained(order.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(order.module, False):
         folder, whole = Path(scratch), order.whole
-        call = order.data.first_call(whole)
         export = export_onnx(
             whole,
-            call,
+            order.example(whole),
             folder / "preflight.onnx",
-            dynamic=order.dynamic or None,
             metadata=order.metadata,
             opset=BF16_OPSET if order.precision == "bf16" else None,
         )
         check_integers(export.path, export.trained)
         samples = order.data.samples(whole, export.input_names, _SAMPLES)
-        if random := check_repeatable(ModuleNetwork(whole, export, call), samples):
+        if random := check_repeatable(ModuleNetwork(whole, export), samples):
             raise VerificationError(
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
             )

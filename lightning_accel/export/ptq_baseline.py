@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.example import class_labels, mode
+from lightning_accel.calls.batches import class_labels
+from lightning_accel.calls.contexts import mode
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.spec import Order
 from lightning_accel.reports.run_report import Row

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
+from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.onnx.pre_post import surrounded
@@ -74,6 +75,10 @@ class Order:
     def whole(self) -> nn.Module:
         """What is exported: the part, with what comes before and after it."""
         return surrounded(self.part, self.preprocess, self.postprocess)
+
+    def example(self, whole: nn.Module) -> ExampleCall:
+        """How ``whole`` is called: the first held-out batch, with the axes that may change."""
+        return ExampleCall.of(whole, self.data.first_call(whole), dynamic=self.dynamic)
 
     @property
     def bare(self) -> bool:

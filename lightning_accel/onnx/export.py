@@ -8,7 +8,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
@@ -16,23 +15,13 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_accel.calls import names as call_names
-from lightning_accel.calls.example import (
-    Call,
-    canonical_call,
-    isolated_random,
-    mode,
-    named_keywords,
-    own_forward,
-    own_signature,
-)
-from lightning_accel.calls.names import Axes, checked_axes
+from lightning_accel.calls.batches import Call
+from lightning_accel.calls.contexts import isolated_random, mode, own_forward
+from lightning_accel.calls.example import ExampleCall
+from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
-    batch_shapes,
-    describe_inputs,
     dynamic_axes,
-    example_inputs,
-    traced_batch,
 )
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
@@ -52,23 +41,31 @@ class OnnxExport:
 
     Args:
         path: the file.
-        input_names: names of its inputs, in the order of the tensors in the call.
+        example: how the module is called.
         output_names: names of its outputs, in the order of the tensors in the result.
         program: the captured graph that was written; its node names are the file's tensor names.
         trained: integers of each quantized part, by module path; empty for a float export.
         result: how the result is nested.
-        axes: dynamic axes beyond the batch, ``{input: {axis: name}}``.
         captured: the graph before the exporter took its operators apart; PyTorch runs it.
     """
 
     path: Path
-    input_names: tuple[str, ...]
+    example: ExampleCall
     output_names: tuple[str, ...]
     program: ExportedProgram = field(repr=False)
     trained: dict[str, TrainedIntegers] = field(repr=False)
     result: ResultShape = field(repr=False)
-    axes: Axes = field(default_factory=dict)
     captured: ExportedProgram | None = field(default=None, repr=False)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the file's inputs, in the order of the tensors in the call."""
+        return self.example.input_names
+
+    @property
+    def axes(self) -> Axes:
+        """Dynamic axes beyond the batch, ``{input: {axis: name}}``."""
+        return self.example.axes
 
 
 def export_onnx(
@@ -93,7 +90,8 @@ def export_onnx(
 
     Args:
         module: any module; mode, weights and random generators stay as they are.
-        inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes and types
+        inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments, or an
+            :class:`~lightning_accel.calls.example.ExampleCall`, whose names and axes then count. Only shapes and types
             matter; the first dimension is the batch. With ``preprocess`` it is a call of that module.
         path: file to write.
         quantized: ``False`` writes the float network under the fake-quants.
@@ -123,18 +121,18 @@ def export_onnx(
     if opset is not None and opset not in range(OPSET, NEWEST + 1):
         raise InvalidArgumentError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
     module = surrounded(module, preprocess, postprocess)
-    given: Call = inputs if _is_call(inputs) else _as_call(inputs)
-    call = canonical_call(own_signature(module), *given)
-    description = describe_inputs(*call)
-    names_in = call_names.input_names(module, call, input_names)
+    example = (
+        inputs
+        if isinstance(inputs, ExampleCall)
+        else ExampleCall.of(module, inputs, names=input_names, dynamic=dynamic)
+    )
     parts = quantized_forwards(module) if quantized else {}
     opset = max([OPSET, *(part.target.opset for part in parts.values())]) if opset is None else opset
-    axes = checked_axes(dynamic or {}, names_in, call)
-    if dynamic is None and "" in parts:
-        axes = {n: captured for n, captured in zip(names_in, dynamic_axes(parts[""].inputs), strict=True) if captured}
-    _check_captured(axes, names_in, parts)
+    if dynamic is None and not example.axes and "" in parts:
+        captured = zip(example.input_names, dynamic_axes(parts[""].inputs), strict=True)
+        example = example.with_axes({name: of_input for name, of_input in captured if of_input})
+    _check_captured(example, parts)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    args, kwargs = example_inputs(description, device)
     trained: dict[str, TrainedIntegers] = {}
     with ExitStack() as stack:
         stack.enter_context(mode(module, False))
@@ -144,29 +142,28 @@ def export_onnx(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
-        if source is module:
-            stack.enter_context(named_keywords(module, kwargs))
-        shapes = batch_shapes(source, args, kwargs, traced_batch(description), [axes.get(n, {}) for n in names_in])
+        call, shapes = stack.enter_context(example.traceable(source, device))
         results = stack.enter_context(_tensors_only(source))
-        program = _captured(source, args, kwargs, shapes)
+        program = _captured(source, call, shapes)
         names_out = call_names.output_names(results[-1], output_names)
-        written = _written(program, module, opset, names_in, names_out)
+        written = _written(program, module, opset, list(example.input_names), names_out)
     model = written.model_proto
-    onnx_file.clean(model, axes, metadata or {})
+    onnx_file.clean(model, example.axes, metadata or {})
     onnx_file.write(model, Path(path), largest)
     apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
-    return OnnxExport(Path(path), tuple(names_in), tuple(names_out), apart, trained, results[-1], axes, program)
+    return OnnxExport(Path(path), example, tuple(names_out), apart, trained, results[-1], program)
 
 
-def _check_captured(axes: Axes, names_in: Sequence[str], parts: Mapping[str, QuantizedForward]) -> None:
+def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward]) -> None:
     """A quantized part was captured for certain axes; the file can't have more.
 
     Raises:
         InvalidArgumentError: it would have.
     """
+    axes = example.axes
     for path, forward in parts.items() if axes else ():
         captured = dynamic_axes(forward.inputs)
-        whole = zip(names_in, captured, strict=True) if path == "" else ()
+        whole = zip(example.input_names, captured, strict=True) if path == "" else ()
         if not any(captured) or any(not axes.get(name, {}).keys() <= known.keys() for name, known in whole):
             raise InvalidArgumentError(
                 f"Argument `dynamic` must hold axes that the quantized `{path or 'forward'}` was captured with, but got "
@@ -174,9 +171,9 @@ def _check_captured(axes: Axes, names_in: Sequence[str], parts: Mapping[str, Qua
             )
 
 
-def _captured(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     try:
-        return torch.export.export(source, args, kwargs, dynamic_shapes=shapes)
+        return torch.export.export(source, *call, dynamic_shapes=shapes)
     except Exception as error:  # torch.export documents no common base
         if str(error).startswith("Method `forward` must"):
             raise
@@ -208,19 +205,6 @@ def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: 
         ) from error
     assert written is not None
     return written
-
-
-def _is_call(inputs: Any) -> bool:
-    """Whether ``inputs`` already is ``(args, kwargs)``."""
-    return (
-        isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict)
-    )
-
-
-def _as_call(inputs: Any) -> Call:
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    return ((), dict(inputs)) if isinstance(inputs, dict) else ((inputs,), {})
 
 
 @contextmanager
@@ -284,9 +268,3 @@ def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
     graph_module.recompile()
     return result
-
-
-def feeds_of(call: Call, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """A call's tensors as named arrays for an engine."""
-    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
-    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}

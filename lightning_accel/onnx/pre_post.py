@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import own_signature
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.errors import InvalidArgumentTypeError
 
 

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from lightning_accel.calls.contexts import has_forward
 from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
-from lightning_accel.calls.example import has_forward, owner_and_call
+from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
 from lightning_accel.core.schedules import Timeline
 from lightning_accel.errors import RunError

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import call_from_batch
+from lightning_accel.calls.batches import call_from_batch
 from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.compile import to_uncompiled
 from typing_extensions import override
 
-from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward, owner_and_call
+from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.calls.contexts import builds_layers_late, has_forward
+from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback

@@ -11,18 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_accel.calls.example import (
-    Call,
-    InputsFunction,
-    call_from_batch,
-    clear_call,
-    find_submodule,
-    has_forward,
-    isolated_random,
-    mode,
-    peek,
-    submodule_call,
-)
+from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch
+from lightning_accel.calls.contexts import has_forward, isolated_random, mode
+from lightning_accel.calls.discovery import clear_call, find_submodule, submodule_call
+from lightning_accel.calls.loaders import peek
 from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from lightning_accel.calls.example import InputsFunction
+from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.core.callback import check_one_optimizer, timeline_of
 from lightning_accel.core.schedules import check_position
 from lightning_accel.errors import InvalidArgumentError

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.example import InputsFunction, call_from_batch, isolated_random
+from lightning_accel.calls.batches import InputsFunction, call_from_batch
+from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import call_of, on_device_of, quantize

@@ -19,13 +19,10 @@ class ModuleNetwork:
     Args:
         module: the module; its mode is set to eval.
         export: what it was exported to.
-        description_call: a call in canonical form; its constants are used, its tensors replaced.
     """
 
-    def __init__(self, module: nn.Module, export: OnnxExport, description_call: Any) -> None:
+    def __init__(self, module: nn.Module, export: OnnxExport) -> None:
         self.module, self.export = module.eval(), export
-        self._leaves, self._spec = pytree.tree_flatten(description_call)
-        self._slots = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, torch.Tensor)]
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name; tensors that aren't inputs of the file are those of the example."""
@@ -33,7 +30,7 @@ class ModuleNetwork:
 
     def orders(self) -> dict[str, Network]:
         """The same function, its sums computed in another order, by what was changed."""
-        images = any(self._leaves[slot].ndim == 4 for slot in self._slots)
+        images = any(array.ndim == 4 for array in self.export.example.feeds().values())
         return {
             "without oneDNN": self._without_onednn,
             **({"channels last": partial(self._run, memory_format=torch.channels_last)} if images else {}),
@@ -48,12 +45,12 @@ class ModuleNetwork:
             backend.enabled = before
 
     def _run(self, feeds: Mapping[str, np.ndarray], memory_format: torch.memory_format) -> dict[str, np.ndarray]:
-        filled = list(self._leaves)
         device = next((tensor.device for tensor in self.module.parameters()), torch.device("cpu"))
-        for slot, name in zip(self._slots, self.export.input_names, strict=True):
+        tensors = {}
+        for name in self.export.input_names:
             tensor = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device)
-            filled[slot] = tensor.to(memory_format=memory_format) if tensor.ndim == 4 else tensor
-        args, kwargs = pytree.tree_unflatten(filled, self._spec)
+            tensors[name] = tensor.to(memory_format=memory_format) if tensor.ndim == 4 else tensor
+        args, kwargs = self.export.example.filled(tensors)
         with torch.no_grad():
             result = self.module(*args, **kwargs)
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]

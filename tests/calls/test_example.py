@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.calls.example import peek
+from lightning_accel.calls.loaders import peek
 
 LENGTH = 4
 

@@ -213,7 +213,7 @@ def test_none_and_constants_in_a_result(trainer, tmp_path):
     assert through["loss"] is None
     assert through["deep"][1:] == (3, "a")
     assert torch.allclose(through["deep"][0], own["deep"][0], atol=1e-5)
-    arrays = ModuleNetwork(module, export, ((x,), {}))({"x": x.numpy()})
+    arrays = ModuleNetwork(module, export)({"x": x.numpy()})
     assert np.array_equal(arrays["logits"], own["logits"].detach().numpy())
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lightning_accel import export_onnx, load_runner, quantize
-from lightning_accel.calls.example import canonical_call, own_signature
+from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.contexts import own_signature
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 from lightning_accel.errors import CaptureError, VerificationError
-from lightning_accel.onnx.export import feeds_of
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.quantization.graph.prepare import quantized_forwards
@@ -33,7 +34,7 @@ def test_names_dynamic_batch_and_equal_outputs(tmp_path):
     export = export_onnx(module, call, tmp_path / "call.onnx")
     assert export.input_names == ("ids", "x", "nested_0", "rest_0", "mask", "bias")
     assert export.output_names == ("y", "pair_0", "pair_1")
-    feeds = feeds_of(canonical_call(own_signature(module), *call), export.input_names)
+    feeds = named_arrays(canonical_call(own_signature(module), *call), export.input_names)
     with load_runner(export.path) as runner:
         got = runner.run(feeds)
         assert np.allclose(got["y"], module(*call[0], **call[1])["y"].detach().numpy(), atol=1e-6)
@@ -203,8 +204,8 @@ def test_axes_beyond_the_batch(tmp_path):
         for v in onnx.load(export.path).graph.input
     }
     assert shown == {"ids": ["batch", "time"], "mask": ["batch", "time"]}
-    samples = feeds_of((call, {}), export.input_names)
-    proof = prove_file(export, ModuleNetwork(module, export, (call, {})), samples, tolerance=FLOAT)
+    samples = named_arrays((call, {}), export.input_names)
+    proof = prove_file(export, ModuleNetwork(module, export), samples, tolerance=FLOAT)
     assert proof.check.lengths == {"time": [6, 3]}
     with load_runner(export.path) as runner:
         for length in (1, 6, 11):
@@ -218,7 +219,7 @@ def test_axes_beyond_the_batch(tmp_path):
         value.type.tensor_type.shape.dim[1].dim_value = 6
     onnx.save(model, export.path)
     with pytest.raises(VerificationError, match=r"it fails: .*shape \(any, 6\), but got \(4, 3\)"):
-        prove_file(export, ModuleNetwork(module, export, (call, {})), samples, tolerance=FLOAT)
+        prove_file(export, ModuleNetwork(module, export), samples, tolerance=FLOAT)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_what_comes_before_and_after_is_in_the_file_and_stays_float(tmp_path):
     assert (export.input_names, export.output_names) == (("image",), ("scores", "classes"))
     assert check_integers(export.path, export.trained)["weights"] == 3
     whole = surrounded(module, Pixels(), Best()).eval()
-    network = ModuleNetwork(whole, export, ((images,), {}))
+    network = ModuleNetwork(whole, export)
     nodes = prove_file(export, network, {"image": images.numpy()}, tolerance=EMULATED_INT8).nodes
     assert nodes.nodes == nodes.of
     with load_runner(export.path, emulate=True) as runner:
@@ -328,7 +329,7 @@ def test_large_weights_lie_beside_the_file(tmp_path):
     path = tmp_path / "m.onnx"
     export = export_onnx(module, x, path, largest=1000)
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
-    prove_file(export, ModuleNetwork(module, export, ((x,), {})), {"x": x.numpy()}, tolerance=FLOAT)
+    prove_file(export, ModuleNetwork(module, export), {"x": x.numpy()}, tolerance=FLOAT)
     first = (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())
     export_onnx(module, x, path, largest=1000)
     assert first == (path.read_bytes(), (tmp_path / "m.onnx.data").read_bytes())

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from lightning_accel import build_engine, export_onnx, load_runner, verify
-from lightning_accel.onnx.export import feeds_of
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.onnx.half_precision import BF16_OPSET, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.verification.tolerances import FP16, INT8_FP16
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
     export_onnx(module, call, folder / "fp32.onnx")
     quantized(module, *call, target=target_of("tensorrt"), learn=8)
     export_onnx(module.eval(), call, folder / "int8.onnx")
-    samples = feeds_of((call, {}), ("image", "reference"))
+    samples = named_arrays((call, {}), ("image", "reference"))
     reports = {
         name: lower_precision(folder / f"{name}.onnx", folder / f"{name}.fp16.onnx", "fp16", samples=samples)
         for name in ("fp32", "int8")

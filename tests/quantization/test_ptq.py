@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.calls.example import own_signature
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.verification.file import prove_file
@@ -69,7 +69,7 @@ def test_linear_layers_by_the_range_of_the_moment(name, tmp_path):
     export = la.export_onnx(copy, inputs, tmp_path / "m.onnx")
     assert check_integers(export.path, export.trained)["weights"] == len(forward.quantized)
     feeds = {n: x.numpy() for n, x in call.items()}
-    network_of = ModuleNetwork(copy, export, (inputs, {}))
+    network_of = ModuleNetwork(copy, export)
     nodes = prove_file(export, network_of, feeds, tolerance=EMULATED_INT8).nodes
     assert nodes.nodes == nodes.of
     assert nodes.largest_error < 1e-6

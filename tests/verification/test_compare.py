@@ -107,7 +107,7 @@ def test_the_first_diverging_node_is_named(tmp_path, fault, named):
     model = onnx.load(export.path)
     fault(model)
     onnx.save(model, export.path)
-    network = ModuleNetwork(module, export, ((x,), {}))
+    network = ModuleNetwork(module, export)
     samples = {"x": x.numpy()}
     with load_runner(export.path, emulate=True) as runner:
         assert not verify(network, runner.run, samples).passed
@@ -135,12 +135,12 @@ def test_a_right_file_passes(tmp_path, name, target):
     many = torch.randn(200, *x.shape[1:])
     samples = {export.input_names[0]: many.numpy()}
     with load_runner(export.path, emulate=True) as runner:
-        result = verify(ModuleNetwork(module, export, ((x,), {})), runner.run, samples)
+        result = verify(ModuleNetwork(module, export), runner.run, samples)
     assert result.passed, result.failures
     quantized(module, many, target=target_of(target))
     export = export_onnx(module, x, tmp_path / "int8.onnx")
     with load_runner(export.path, emulate=True) as runner:
-        network = ModuleNetwork(module, export, ((x,), {}))
+        network = ModuleNetwork(module, export)
         result = verify(network, runner.run, samples, tolerance=EMULATED_INT8, check_agreement=False)
     assert result.passed, result.failures
 

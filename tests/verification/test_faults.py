@@ -9,7 +9,7 @@ import torch
 
 from lightning_accel import VerificationError, export_onnx, load_runner
 from lightning_accel.bundle.writer import write_manifest
-from lightning_accel.onnx.export import feeds_of
+from lightning_accel.calls.example import named_arrays
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
@@ -30,8 +30,8 @@ class Case:
             self.module.eval()
         self.export = export_onnx(self.module, call, folder / "model.onnx")
         self.tolerance = EMULATED_INT8 if int8 else FLOAT
-        self.samples = feeds_of((call, {}), self.export.input_names)
-        self.network = ModuleNetwork(self.module, self.export, (call, {}))
+        self.samples = named_arrays((call, {}), self.export.input_names)
+        self.network = ModuleNetwork(self.module, self.export)
         self.right = self.export.path.read_bytes()
 
     def prove(self):

@@ -97,7 +97,7 @@ def test_measured_noise_predicts_what_kernels_differ_by(tmp_path, name):
     copy = la.quantize(network(name), [inputs], target="onnxruntime")
     export = la.export_onnx(copy, inputs, tmp_path / "m.onnx")
     feeds = {export.input_names[0]: inputs[0].numpy()}
-    reference = ModuleNetwork(copy, export, (inputs, {}))
+    reference = ModuleNetwork(copy, export)
     nodes = check_nodes(export.path, export.program, feeds)
     null = NullDivergence(export.path, feeds, nodes.noise, reference, reference.orders())
     isolated = check_kernels(export.path, "onnxruntime", feeds)
@@ -117,7 +117,7 @@ def test_a_float_network_is_as_far_from_itself_as_its_file(tmp_path):
     nodes = check_nodes(export.path, export.program, feeds)
     null = NullDivergence(export.path, feeds, nodes.noise)
     with la.load_runner(export.path, emulate=True) as runner:
-        check = verify(ModuleNetwork(module, export, (inputs, {})), runner.run, feeds, batch_sizes=(32,))
+        check = verify(ModuleNetwork(module, export), runner.run, feeds, batch_sizes=(32,))
     sizes = [v.p99_error for v in null.noise(FLOAT).values()]
     assert 0.3 * min(sizes) < check.p99_error < 3 * max(sizes)
     assert null.orders(FLOAT) == {}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.calls.example import isolated_random
+from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.errors import InvalidArgumentError
 
 _SAMPLES = 32  # of a data set that are looked at, evenly spaced

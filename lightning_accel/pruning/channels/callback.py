@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
-from lightning_accel.calls.example import InputsFunction, builds_layers_late, owner_and_call
+from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer, timeline_of
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.schedules import check_schedule, fraction

@@ -13,8 +13,8 @@ from math import isfinite
 import torch
 from torch import nn
 
+from lightning_accel.calls.batches import Call
 from lightning_accel.calls.copies import converted, copy_of, few_samples, layers_run, outputs_of
-from lightning_accel.calls.example import Call
 from lightning_accel.core.globs import select
 from lightning_accel.pruning.channels.groups import Candidate, Group, candidate_groups
 from lightning_accel.pruning.channels.layers import FIXED_HEADS, makes_channels

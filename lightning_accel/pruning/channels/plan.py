@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_accel.calls.batches import Call
 from lightning_accel.calls.copies import count_macs, few_samples, parameter_count, skeleton
-from lightning_accel.calls.example import Call
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError, RunError

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_accel.calls.example import builds_layers_late
+from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice

@@ -20,7 +20,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_accel.calls.example import canonical_call, mode, named_keywords, own_forward, own_signature
+from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.contexts import mode, named_keywords, own_forward, own_signature
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.operators import is_view

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from lightning_accel.calls.example import canonical_call, own_signature
+from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import InputGuard, plain_call
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.calls.example import canonical_call, own_signature
+from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.quantization.arithmetic.targets import OPERATORS, Target, target_of
 from lightning_accel.quantization.graph.convert import convert

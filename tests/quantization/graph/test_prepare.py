@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_accel.calls.example import canonical_call, own_signature
+from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.arithmetic.targets import target_of

@@ -1,0 +1,120 @@
+"""From a batch of the user's loader to the arguments of ``forward``, and to the target."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.calls.contexts import own_signature
+from lightning_accel.errors import InvalidArgumentError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+InputsFunction = Callable[[Any], Any]
+
+
+def canonical_call(
+    sig: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One form for every way to write the same call: positional where possible, defaults filled in.
+
+    Raises:
+        InvalidArgumentTypeError: the arguments don't fit the signature.
+    """
+    bound = sig.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args, dict(bound.kwargs)
+
+
+def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None = None) -> Call:
+    """Arguments with which ``forward`` is called for a batch.
+
+    With ``inputs``, whatever it returns: a tuple is positional arguments, a dict keyword arguments, anything else the one
+    argument. Without, by the signature: a dict batch gives the keywords that ``forward`` names (or is passed whole if it
+    names none), a sequence gives its first elements, as many as ``forward`` requires.
+
+    Args:
+        module: whose ``forward`` is meant.
+        batch: what the loader yields.
+        inputs: the user's own rule.
+
+    Returns:
+        Positional and keyword arguments in canonical form.
+
+    Raises:
+        InvalidArgumentError: the batch doesn't give what ``forward`` needs.
+    """
+    return call_by_signature(own_signature(module), f"{type(module).__name__}.forward", batch, inputs)
+
+
+def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunction | None = None) -> Call:
+    """The same for any function: its arguments for a batch.
+
+    Args:
+        own: signature of the function.
+        name: of the function, for messages.
+        batch: what the loader yields.
+        inputs: the user's own rule.
+
+    Raises:
+        InvalidArgumentError: the batch doesn't give what the function needs.
+    """
+    args, kwargs = as_call(inputs(batch)) if inputs is not None else _by_signature(own.parameters, batch)
+    try:
+        return canonical_call(own, args, kwargs)
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"Argument `inputs` must map a batch to the arguments of `{name}{own}`, but a batch of type {type(batch).__name__} "
+            f"gave others: {error}. Pass `inputs=` a function of the batch that returns a tuple or a dict."
+        ) from None
+
+
+def as_call(value: Any) -> Call:
+    """Arguments as users write them: a tuple is positional arguments, a dict keyword arguments, anything else the one argument."""
+    if isinstance(value, tuple):
+        return value, {}
+    return ((), dict(value)) if isinstance(value, Mapping) else ((value,), {})
+
+
+def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
+    ordinary = [
+        p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    required = [p for p in ordinary if p.default is p.empty]
+    if isinstance(batch, Mapping):
+        # `labels` would make a Hugging Face model compute its loss: the shipped network has no labels.
+        known = {p.name: batch[p.name] for p in ordinary if p.name in batch and p.name != "labels"}
+        if known and all(p.name in known for p in required):
+            return (), known
+        return (batch,), {}
+    if isinstance(batch, list | tuple):
+        count = max(len(required), 1)
+        first = batch[0]
+        if count > 1 and len(batch) <= count and isinstance(first, list | tuple) and len(first) == count:
+            return tuple(first), {}  # ((a, b), target)
+        return tuple(batch[:count]), {}
+    return (batch,), {}
+
+
+def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | None:
+    """What is to be predicted for a batch, as it lies in it: class labels, values or something else.
+
+    Args:
+        batch: a dict with a usual name, or a sequence.
+        inputs: elements of a sequence that ``forward`` takes; the one behind them is looked at, the last if ``None``.
+
+    Returns:
+        The target; ``None`` if there is none.
+    """
+    if isinstance(batch, Mapping):
+        found = next((batch[k] for k in ("labels", "label", "target", "targets", "y") if k in batch), None)
+    else:
+        sequence = isinstance(batch, list | tuple) and len(batch) > 1
+        found = batch[min(inputs, len(batch) - 1) if inputs is not None else -1] if sequence else None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def class_labels(target: torch.Tensor | None) -> torch.Tensor | None:
+    """A target if it holds class labels: integers of shape ``(N,)``."""
+    return None if target is None or target.ndim != 1 or target.is_floating_point() else target

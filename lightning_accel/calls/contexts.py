@@ -1,0 +1,101 @@
+"""Temporary states of a module or of the random generators."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import nn
+
+
+def own_signature(module: nn.Module) -> Signature:
+    """Signature of the module's own ``forward``, whatever took it over."""
+    with own_forward(module):
+        return signature(module.forward)
+
+
+def builds_layers_late(pl_module: L.LightningModule) -> bool:
+    """Whether the user's class may build layers or data after the callbacks' ``setup``."""
+    users = [c for c in type(pl_module).__mro__ if not c.__module__.startswith(("lightning", "torch"))]
+    return any(hook in vars(c) for c in users for hook in ("setup", "configure_model"))
+
+
+def has_forward(module: L.LightningModule) -> bool:
+    """Whether the user's class has a ``forward`` of its own."""
+    return type(module).forward is not L.LightningModule.forward
+
+
+@contextmanager
+def own_forward(module: nn.Module) -> Iterator[None]:
+    """The module's own ``forward``, whatever took it over."""
+    taken = module.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            module.__dict__["forward"] = taken
+
+
+@contextmanager
+def named_keywords(module: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
+    """The module's own ``forward`` with ``**kwargs`` spelled out: torch.export can't give those dynamic shapes."""
+    with own_forward(module):
+        own = own_signature(module)
+        open_ended = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
+        extra = [Parameter(k, Parameter.KEYWORD_ONLY) for k in keywords if k not in own.parameters]
+        if not open_ended:
+            yield
+            return
+        forward = module.forward
+
+        def spelled_out(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        fixed = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        spelled_out.__signature__ = own.replace(parameters=[*fixed, *extra])  # type: ignore[attr-defined]
+        module.__dict__["forward"] = spelled_out
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """All submodules in train or eval mode; each gets its own mode back."""
+    before = {m: m.training for m in module.modules()}
+    try:
+        for m in before:
+            m.training = training
+        yield
+    finally:
+        for m, flag in before.items():
+            m.training = flag
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Buffers get their values back: a forward in train mode moves the statistics of batch norm."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                buffer.copy_(before[name])
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Whatever happens inside, the global random generators go on as if it hadn't."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
