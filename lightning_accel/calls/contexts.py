@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_accel.core.patching import removed, swapped
+
 
 def own_signature(module: nn.Module) -> Signature:
     """Signature of the module's own ``forward``, whatever took it over."""
@@ -32,12 +34,8 @@ def has_forward(module: L.LightningModule) -> bool:
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
     """The module's own ``forward``, whatever took it over."""
-    taken = module.__dict__.pop("forward", None)
-    try:
+    with removed(module, "forward"):
         yield
-    finally:
-        if taken is not None:
-            module.__dict__["forward"] = taken
 
 
 @contextmanager
@@ -57,11 +55,8 @@ def named_keywords(module: nn.Module, keywords: Mapping[str, Any]) -> Iterator[N
 
         fixed = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         spelled_out.__signature__ = own.replace(parameters=[*fixed, *extra])  # type: ignore[attr-defined]
-        module.__dict__["forward"] = spelled_out
-        try:
+        with swapped(module, "forward", spelled_out):
             yield
-        finally:
-            del module.__dict__["forward"]
 
 
 @contextmanager

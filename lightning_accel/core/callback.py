@@ -118,14 +118,6 @@ class CompressionCallback(L.Callback):
         structure.no_restore(pl_module)
 
     @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        structure.no_restore(pl_module)
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        structure.no_restore(pl_module)
-
-    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._start_step = self._end_step = 0  # a batch or two: everything is tried at once

@@ -7,6 +7,7 @@ a new order. :class:`ExactResume` adds both: the random states of every rank, an
 import random
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_accel.core.patching import Patches, patches_of_run
 from lightning_accel.errors import InvalidArgumentError
 
 State = dict[str, Any]
@@ -118,19 +120,11 @@ class ExactResume(L.Callback):
             raise InvalidArgumentError("Argument `callbacks` must hold one ExactResume, but got several.")
         self._marks, self._loaded, self._resumed = {}, None, None
         loop = trainer.fit_loop
-        _wrap(loop, "setup_data", lambda original: self._setup_data(trainer, original))
-        _wrap(loop, "on_advance_start", lambda original: self._on_epoch(trainer, original))
-        _wrap(loop.epoch_loop, "reset", lambda original: self._reset(original))
-        _wrap(loop.epoch_loop, "on_run_start", lambda original, fetcher: self._on_batches(trainer, original, fetcher))
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            _unwrap(trainer)
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        _unwrap(trainer)
+        wrap = partial(_wrap, patches_of_run(trainer))
+        wrap(loop, "setup_data", lambda original: self._setup_data(trainer, original))
+        wrap(loop, "on_advance_start", lambda original: self._on_epoch(trainer, original))
+        wrap(loop.epoch_loop, "reset", lambda original: self._reset(original))
+        wrap(loop.epoch_loop, "on_run_start", lambda original, fetcher: self._on_batches(trainer, original, fetcher))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -253,17 +247,10 @@ class ExactResume(L.Callback):
                 epoch_loop.restarting = False  # nothing left to fetch: on to the end of the epoch
 
 
-def _wrap(owner: Any, method: str, wrapper: Callable[..., None]) -> None:
+def _wrap(patches: Patches, owner: Any, method: str, wrapper: Callable[..., None]) -> None:
     """Put ``wrapper(original, *args)`` in place of a method, on the instance."""
     original = getattr(owner, method)
-    setattr(owner, method, lambda *args: wrapper(original, *args))
-
-
-def _unwrap(trainer: L.Trainer) -> None:
-    loop = trainer.fit_loop
-    for owner, methods in ((loop, ("setup_data", "on_advance_start")), (loop.epoch_loop, ("reset", "on_run_start"))):
-        for method in methods:
-            vars(owner).pop(method, None)
+    patches.swap(owner, method, lambda *args: wrapper(original, *args))
 
 
 def _loaders(trainer: L.Trainer) -> list[Any]:

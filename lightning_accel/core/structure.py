@@ -18,6 +18,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_accel.core.patching import patches_of_run
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
 
 CHECKPOINT_KEY = "lightning_accel"
@@ -139,7 +140,8 @@ def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any
     the file and loading the weights, in fit as in test, is the module's ``on_load_checkpoint``.
     """
     no_restore(module)
-    module.__dict__["on_load_checkpoint"] = _BeforeRestore(module, action)
+    hook = _BeforeRestore(module, action)
+    hook.remove = patches_of_run(module.trainer).swap(module, "on_load_checkpoint", hook)
 
 
 def no_restore(module: LightningModule) -> None:
@@ -154,17 +156,12 @@ class _BeforeRestore:
 
     def __init__(self, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
         self._module, self._action = module, action
-        self._taken = module.__dict__.get("on_load_checkpoint")
+        self.remove: Callable[[], object]
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.remove()
         self._action(checkpoint)
         self._module.on_load_checkpoint(checkpoint)
-
-    def remove(self) -> None:
-        del self._module.__dict__["on_load_checkpoint"]
-        if self._taken is not None:
-            self._module.__dict__["on_load_checkpoint"] = self._taken
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_BeforeRestore":
         return self  # a copied module is not the one that is restored

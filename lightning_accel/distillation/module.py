@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_accel.core.callback import check_strategy
+from lightning_accel.core.patching import patches_of_run
 from lightning_accel.core.structure import Change
-from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data, stop_indexing
+from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
 from lightning_accel.distillation.cache.teacher_cache import TeacherCache
 from lightning_accel.distillation.fill_cache import fill
 from lightning_accel.distillation.hparams import keep_own_hparams_
@@ -274,12 +275,6 @@ class DistillationModule(_SharesStudent):
             if distillation.cache is not None:
                 index_training_data(self.trainer)
 
-    def teardown(self, stage: str) -> None:
-        """The student's ``teardown``; loaders are the user's own again."""
-        if stage == "fit" and self._distillation.cache is not None:
-            stop_indexing(self.trainer)
-        super().teardown(stage)
-
     def on_train_start(self) -> None:
         """The student's ``on_train_start``, once the cache is complete."""
         fill(self, self._distillation, self._inputs)
@@ -287,6 +282,9 @@ class DistillationModule(_SharesStudent):
 
     def on_fit_start(self) -> None:
         """The student's ``on_fit_start``, once ``outputs``, layers and shapes are known to fit."""
+        patches_of_run(self.trainer).on_undo(
+            partial(remove_taps, self)
+        )  # nothing of the distillation stays in its graphs
         begin(self, self._distillation, self._inputs)
         super().on_fit_start()
 

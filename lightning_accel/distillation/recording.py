@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from lightning_accel.core.patching import swapped
 from lightning_accel.errors import InvalidArgumentError
 
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_ABSENT = object()
 
 
 def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
@@ -45,22 +45,14 @@ def observed(owner: Any, method: str, observer: Observer) -> Iterator[None]:
     The method is replaced on the instance, so ``self(x)`` and ``self.forward(x)`` both pass; what may already lie there
     (a captured graph, say) is what gets called, and is put back.
     """
-    attributes = vars(owner)
-    placed = attributes.get(method, _ABSENT)
     function = getattr(owner, method)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return observer(function, args, kwargs)
 
-    attributes[method] = call
-    try:
+    with swapped(owner, method, call):
         yield
-    finally:
-        if placed is _ABSENT:
-            attributes.pop(method, None)
-        else:
-            attributes[method] = placed
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.calls.example import named_arrays
+from lightning_accel.core.patching import Patches, swapped
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Network
@@ -25,7 +26,6 @@ from lightning_accel.verification.compare import Network
 @contextmanager
 def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> Iterator[list[int]]:
     """Let ``network`` answer the calls of ``module.forward``; yields a list whose one number counts them."""
-    before = module.__dict__.get("forward")
     calls = [0]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -33,13 +33,8 @@ def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> I
         outputs = network(export.example.feeds_of(*args, **kwargs))
         return export.result.rebuild(torch.from_numpy(np.array(outputs[n])) for n in export.output_names)
 
-    module.__dict__["forward"] = forward
-    try:
+    with swapped(module, "forward", forward):
         yield calls
-    finally:
-        module.__dict__.pop("forward", None)
-        if before is not None:
-            module.__dict__["forward"] = before
 
 
 def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
@@ -54,18 +49,19 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
     """
     if not is_overridden("validation_step", module):
         return {}
-    attached = module._trainer
     # Layers and data are there; a `setup` that builds them would build them anew, untrained. An overridden `prepare_data`
     # is a collective under DDP, whose other ranks have gone.
     hooks = dict.fromkeys(("setup", "teardown", "configure_model"), _nothing)
     hooks["prepare_data"] = MethodType(L.LightningModule.prepare_data, module)
-    taken = {hook: module.__dict__.get(hook) for hook in hooks}
-    module.__dict__.update(hooks)
     users = getattr(data.trainer, "datamodule", None)
     loaders = _Loaders(data.loader if data.loaders is None else data.loaders, users)
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level, training = log.level, module.training
     log.setLevel(logging.ERROR)
+    patches = Patches()
+    for hook, replacement in hooks.items():
+        patches.swap(module, hook, replacement)
+    patches.swap(module, "_trainer", module._trainer)  # `validate` attaches its own
     try:
         with warnings.catch_warnings(), isolated_random():
             warnings.simplefilter("ignore")  # advice on loaders, given once already during the run
@@ -78,17 +74,11 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
                 enable_model_summary=False,
             )
             if users is not None:
-                users.trainer = trainer
+                patches.swap(users, "trainer", trainer)
             trainer.validate(module, datamodule=loaders, verbose=False)
         return {name: float(value) for name, value in trainer.callback_metrics.items()}
     finally:
-        for hook, before in taken.items():
-            del module.__dict__[hook]
-            if before is not None:
-                module.__dict__[hook] = before
-        module._trainer = attached
-        if users is not None:
-            users.trainer = data.trainer
+        patches.undo()
         module.train(training)
         log.setLevel(level)
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_accel.calls.contexts import mode
 from lightning_accel.core.optional import require
+from lightning_accel.core.patching import Patches
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
 from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
@@ -149,11 +150,11 @@ def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[
 @contextmanager
 def as_if_trained(pl_module: L.LightningModule, forwards: Mapping[str, QuantizedForward]) -> Iterator[None]:
     """Put quantized forwards in place, with some ranges where training has yet to find them; afterwards all is as before."""
-    before = {path: pl_module.get_submodule(path).__dict__.get("forward") for path in forwards}
+    patches = Patches()
     ranges = {path: forward.bank.state_dict() for path, forward in forwards.items()}
     try:
         for path, forward in forwards.items():
-            pl_module.get_submodule(path).__dict__["forward"] = forward
+            patches.swap(pl_module.get_submodule(path), "forward", forward)
             bank = forward.bank
             if bank.batches == 0:
                 some = {"low": -torch.ones_like(bank.low), "high": torch.ones_like(bank.high), "batches": 1}
@@ -163,6 +164,4 @@ def as_if_trained(pl_module: L.LightningModule, forwards: Mapping[str, Quantized
     finally:
         for path, forward in forwards.items():
             forward.bank.load_state_dict(ranges[path])
-            pl_module.get_submodule(path).__dict__.pop("forward", None)
-            if before[path] is not None:
-                pl_module.get_submodule(path).__dict__["forward"] = before[path]
+        patches.undo()

@@ -23,6 +23,7 @@ from lightning_accel.calls.shapes import (
     ResultShape,
     dynamic_axes,
 )
+from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
@@ -226,8 +227,7 @@ def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedInteg
         for path, graph in converted.items():
             parent, _, key = path.rpartition(".")
             owner = module.get_submodule(parent)
-            stack.callback(owner._modules.__setitem__, key, owner._modules[key])
-            owner._modules[key] = graph
+            stack.enter_context(swapped_child(owner, key, graph))
         yield module
 
 
@@ -239,7 +239,7 @@ def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
     ):  # made by convert for this export; torch.export doesn't see an instance's forward
         yield [_graph_tensors_only(module)]
         return
-    forward, taken = module.forward, module.__dict__.get("forward")
+    forward = module.forward
     shapes: list[ResultShape] = []
 
     def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -248,13 +248,8 @@ def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
         return tuple(found)
 
     tensors.__signature__ = signature(forward)  # type: ignore[attr-defined]
-    module.__dict__["forward"] = tensors
-    try:
+    with swapped(module, "forward", tensors):
         yield shapes
-    finally:
-        del module.__dict__["forward"]
-        if taken is not None:
-            module.__dict__["forward"] = taken
 
 
 def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:

@@ -192,7 +192,7 @@ class QuantizingCallback(CompressionCallback):
     def place(self, pl_module: L.LightningModule) -> None:
         """Let the captured graphs take over from now on, and write it into the record."""
         for path, forward in self._prepared.items():
-            pl_module.get_submodule(path).__dict__["forward"] = forward
+            forward.take_over(pl_module.get_submodule(path))
             structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
         self._placed, self._prepared = self._prepared, {}
 

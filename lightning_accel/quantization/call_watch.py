@@ -1,11 +1,12 @@
 """A look at one training batch: what is called, and how."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from torch import nn
 
+from lightning_accel.core.patching import Patches
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 
@@ -21,16 +22,16 @@ class CallWatch:
     ) -> None:
         self._paths, self._prepared = paths, prepared
         self._called: set[str] = set()
-        self._undo: list[Callable[[], Any]] = []
+        self._patches = Patches()
         for path in paths:
             self._wrap(path, pl_module.get_submodule(path))
         for name, child in pl_module.named_children() if find else ():
             handle = child.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
-            self._undo.append(handle.remove)
+            self._patches.on_undo(handle.remove)
 
     def _wrap(self, path: str, module: nn.Module) -> None:
         """Replace ``forward`` on the instance: a hook would miss ``self.forward(x)``."""
-        taken, forward = module.__dict__.get("forward"), module.forward
+        forward = module.forward
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             self._called.add(path)
@@ -39,19 +40,11 @@ class CallWatch:
             return forward(*args, **kwargs)
 
         seen.__wrapped__ = forward  # type: ignore[attr-defined]  # for whoever looks for a captured graph
-        module.__dict__["forward"] = seen
-
-        def restore() -> None:
-            module.__dict__.pop("forward", None)
-            if taken is not None:
-                module.__dict__["forward"] = taken
-
-        self._undo.append(restore)
+        self._patches.swap(module, "forward", seen)
 
     def remove(self) -> None:
         """Look no more."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     def check(self) -> None:
         """Raise if a module wasn't called.

@@ -18,10 +18,11 @@ from lightning_accel.calls.loaders import peek
 from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target, target_of
 from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, check_apart, ranks_of
-from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards, release
 
 
 def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
@@ -33,12 +34,8 @@ def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Modul
         >>> small(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
-    trainer = module.__dict__.pop("_trainer", None)  # a run isn't part of the network
-    try:
+    with removed(module, "_trainer"):  # a run isn't part of the network
         made = copy.deepcopy(module)
-    finally:
-        if trainer is not None:
-            module.__dict__["_trainer"] = trainer
     return quantize_(made, data, **options)
 
 
@@ -111,14 +108,14 @@ def quantize_(
             activations=activations,
         )
     for forward in forwards.values():
-        forward.module.__dict__["forward"] = forward
+        forward.take_over()
     try:
         batches = batches if activations == "static" else 1
         calls = (call_from_batch(caller, on_device_of(batch, module), inputs) for batch in islice(data, batches))
         calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
         for forward in forwards.values():
-            forward.module.__dict__.pop("forward", None)
+            release(forward.module)
         raise
     return module.eval()
 

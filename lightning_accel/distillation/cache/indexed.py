@@ -1,7 +1,6 @@
 """Which samples a batch is made of: index and batch travel together until just before ``training_step``."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_accel.core.patching import patches_of_run, swapped
 from lightning_accel.distillation.cache.fingerprint import of_sample
 from lightning_accel.errors import InvalidArgumentError
 
@@ -119,23 +119,8 @@ def index_training_data(trainer: L.Trainer) -> None:
     setup_data = loop.setup_data
 
     def indexed_setup_data() -> None:
-        with _processed(strategy, index_loader):
+        process = strategy.process_dataloader  # the last thing that happens to a loader
+        with swapped(strategy, "process_dataloader", lambda loader: index_loader(process(loader))):
             setup_data()
 
-    vars(loop)["setup_data"] = indexed_setup_data
-
-
-def stop_indexing(trainer: L.Trainer) -> None:
-    """Undo :func:`index_training_data`."""
-    vars(trainer.fit_loop).pop("setup_data", None)
-
-
-@contextmanager
-def _processed(strategy: Any, further: Callable[[Any], Any]) -> Iterator[None]:
-    """``strategy.process_dataloader``, the last thing that happens to a loader, followed by ``further``."""
-    process = strategy.process_dataloader
-    vars(strategy)["process_dataloader"] = lambda loader: further(process(loader))
-    try:
-        yield
-    finally:
-        vars(strategy).pop("process_dataloader", None)
+    patches_of_run(trainer).swap(loop, "setup_data", indexed_setup_data)

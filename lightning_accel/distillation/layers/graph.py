@@ -1,12 +1,13 @@
 """A layer's output where a captured graph computes it: quantization-aware training runs no submodules, so no hooks fire."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -115,12 +116,11 @@ def tapped(root: nn.Module, owner: str, path: str, keep: Callable[[str, Any], No
 @contextmanager
 def without_graphs(root: nn.Module) -> Iterator[None]:
     """A network as it was before captured graphs took over the ``forward`` of some of its modules."""
-    taken = {m: vars(m).pop("forward") for m in root.modules() if captured_forward(m) is not None}
-    try:
+    with ExitStack() as stack:
+        for module in root.modules():
+            if captured_forward(module) is not None:
+                stack.enter_context(removed(module, "forward"))
         yield
-    finally:
-        for module, forward in taken.items():
-            vars(module)["forward"] = forward
 
 
 def remove_taps(root: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """A teacher that is the average of the student over steps."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_accel.core import structure
+from lightning_accel.core.patching import swapped
 from lightning_accel.distillation.layers.graph import without_graphs
 from lightning_accel.errors import InvalidArgumentError, RunError
 
@@ -42,15 +44,9 @@ class EMATeacher(nn.Module):
     def begin_(self, student: nn.Module, path: str, method: str) -> None:
         """Become a copy of the submodule of a student whose ``method`` makes the logits."""
         part = student.get_submodule(path)
-        trainer = vars(part).get("_trainer")
-        with without_graphs(part):
-            try:
-                if trainer is not None:
-                    vars(part)["_trainer"] = None
-                self.network = copy.deepcopy(part).eval().requires_grad_(False)
-            finally:
-                if trainer is not None:
-                    vars(part)["_trainer"] = trainer
+        attached = swapped(part, "_trainer", None) if "_trainer" in vars(part) else nullcontext()
+        with without_graphs(part), attached:  # a run isn't part of the network
+            self.network = copy.deepcopy(part).eval().requires_grad_(False)
         self._path, self._method = path, method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import InputGuard, plain_call
 from lightning_accel.core import structure
+from lightning_accel.core.patching import place, take_off
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import RangeBank
@@ -164,6 +165,10 @@ class QuantizedForward:
         args, kwargs = self.checked(args, kwargs)
         return self.graph(self.module.training).forward(*args, **kwargs)
 
+    def take_over(self, module: nn.Module | None = None) -> None:
+        """Answer the calls of a module's ``forward`` from now on: of the one that was captured, or of its equal."""
+        place(self.module if module is None else module, "forward", self)
+
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A call in the form the graphs take.
 
@@ -221,6 +226,11 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
     return plans[False].tensors()
 
 
+def release(module: nn.Module) -> None:
+    """Give a module its own ``forward`` back."""
+    take_off(module, "forward")
+
+
 def quantized_forwards(module: nn.Module) -> dict[str, QuantizedForward]:
     """The forwards that were taken over, by the dotted path of their module."""
     forwards = {path: m.__dict__.get("forward") for path, m in module.named_modules()}
@@ -247,7 +257,7 @@ def _replay(module: nn.Module, change: Change) -> None:
     lists = {key: tuple(value) for key, value in args["target"].items() if isinstance(value, list)}
     target = Target(**{**args["target"], **lists})
     if args["module"] not in quantized_forwards(module):
-        owner.__dict__["forward"] = QuantizedForward(
+        QuantizedForward(
             owner,
             args["inputs"],
             target,
@@ -256,11 +266,11 @@ def _replay(module: nn.Module, change: Change) -> None:
             args["module"],
             args["ranges"],
             args["activations"],
-        )
+        ).take_over()
 
 
 def _undo(module: nn.Module, change: Change) -> None:
-    module.get_submodule(change.args["module"]).__dict__.pop("forward", None)
+    release(module.get_submodule(change.args["module"]))
 
 
 def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ rank, and that operator is replaced by a module that asks the other ranks; here 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -14,20 +14,17 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_accel.core.patching import swapped
 from lightning_accel.quantization.graph.plan import aten, module_of
 
 
 @contextmanager
 def one_rank(module: nn.Module) -> Iterator[None]:
     """Have the SyncBatchNorms of a module compute over this rank's batch, which can be captured."""
-    norms = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
-    for norm in norms:
-        norm.__dict__["forward"] = MethodType(_BatchNorm.forward, norm)
-    try:
+    with ExitStack() as stack:
+        for norm in (m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)):
+            stack.enter_context(swapped(norm, "forward", MethodType(_BatchNorm.forward, norm)))
         yield
-    finally:
-        for norm in norms:
-            del norm.__dict__["forward"]
 
 
 def synchronize_norms(graph_module: GraphModule, module: nn.Module) -> None:
