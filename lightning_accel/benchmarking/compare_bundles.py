@@ -224,7 +224,7 @@ def _facts(folder: Path, manifest: Mapping[str, Any], way: Way) -> dict[str, Any
         "complete": manifest.get("complete", True),
         "version": manifest["version"],
         "phases": list(manifest.get("phases", [])),
-        "compression": manifest.get("compression", {}),
+        "layers": list(manifest.get("layers", [])),
     }
 
 

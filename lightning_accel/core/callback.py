@@ -84,7 +84,7 @@ class CompressionCallback(L.Callback):
         return {}
 
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
-        """What was done, counted on the tensors, for the report: tables by title, values by layer."""
+        """Values counted on the tensors, for the report: by kind (``"sparsity"``, ``"channels"``), by layer and for ``"all"``."""
         return {}
 
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:

@@ -13,12 +13,11 @@ from lightning_accel.export.files import SAMPLES
 from lightning_accel.export.spec import Order
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.reports.facts import decision_of, facts
+from lightning_accel.reports.model import KEPT_FLOAT, METHOD, NOISE, LayerTable, Note, Report
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.plots import plot_comparison
-from lightning_accel.reports.run_report import Row, comparison_table, render_markdown
+from lightning_accel.reports.run_report import comparison_table, render_markdown
 from lightning_accel.verification.compare import Verification
-
-REPORT_SCHEMA = 1  # docs/report.md
 
 
 def verification_line(check: Verification) -> dict[str, Any]:
@@ -28,26 +27,15 @@ def verification_line(check: Verification) -> dict[str, Any]:
     return {k: v for k, v in line.items() if v not in ("", [], {})}
 
 
-def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the verification for a table: nested values in words."""
-    words = {
-        "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
-        "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
-        "metric": lambda v: ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in v.items()),
-    }
-    titles = {"batch_sizes": "batch sizes (samples)", "metric": "metric, PyTorch -> engine"}
-    return {titles.get(k, k): words[k](v) if k in words else v for k, v in line.items()}
-
-
-def kept_float(module: nn.Module) -> dict[str, Any]:
-    """Operators of a quantized network that stay float, and why, as a table of the report."""
+def kept_float(module: nn.Module) -> list[LayerTable]:
+    """Operators of a quantized network that stay float, and why, as a table of the report; none without such."""
     kept = {name: why for f in quantized_forwards(module).values() for name, why in f.kept_float.items()}
-    return {"kept in float": kept} if kept else {}
+    return [LayerTable(KEPT_FLOAT, "", kept)] if kept else []
 
 
 def notes(
     order: Order, samples: Mapping[str, np.ndarray], proofs: Mapping[str, Any], measured: Any, threads: int
-) -> list[str]:
+) -> list[Note]:
     """How the figures came about, in sentences.
 
     Args:
@@ -79,36 +67,30 @@ def notes(
         f"Node by node: {nodes['compared']} of the file's {nodes['of']} nodes, each fed the same inputs, compute what PyTorch does; "
         f"the largest error is {nodes['largest_error']:.1e} of the node's range."
     )
+    found = [Note(METHOD, line) for line in lines]
     if measured.noisy:
-        lines.append(
-            "This machine was too noisy for fine distinctions: a network compared with itself gave an interval beyond 10 %."
-        )
-    return lines
+        says = "This machine was too noisy for fine distinctions: a network compared with itself gave an interval beyond 10 %."
+        found.append(Note(NOISE, says))
+    return found
 
 
-def write_reports(folder: Path, report: dict[str, Any], rows: list[Row]) -> None:
+def write_reports(folder: Path, report: Report) -> None:
     """The report as a page, as Markdown, as JSON and as a picture."""
-    plot_comparison(rows, folder / "report.png")
+    plot_comparison(report.rows, folder / "report.png")
     (folder / "report.html").write_text(render_html(report), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
     first = [decision_of(report), *map(str, facts(report))]
-    readable = {
-        **report,
-        "summary": list(filter(None, first)),
-        "verification": [_readable(line) for line in report["verification"]],
-    }
-    (folder / "report.md").write_text(
-        render_markdown(readable) + "\n![accuracy and latency](report.png)\n", encoding="utf-8"
-    )
+    text = render_markdown(report, [line for line in first if line])
+    (folder / "report.md").write_text(f"{text}\n![accuracy and latency](report.png)\n", encoding="utf-8")
 
 
-def summary(report: Mapping[str, Any], dirpath: str | Path) -> str:
+def summary(report: Report, dirpath: str | Path) -> str:
     """The report's table and where the rest is, for the terminal."""
-    lines = [comparison_table([Row(**row) for row in report["rows"]])]
-    if decision := report.get("comparison", {}).get("decision"):
+    lines = [comparison_table(report.rows)]
+    if decision := (report.comparison or {}).get("decision"):
         lines.append(f"Decision: {decision['why']}")
-    lines += [f"TensorRT: {e['status']}" for e in report["engines"] if e["engine"] == "tensorrt"]
-    if any(not line["runs_here"] for line in report["engines"]):
+    lines += [f"TensorRT: {e['status']}" for e in report.engines if e["engine"] == "tensorrt"]
+    if any(not line["runs_here"] for line in report.engines):
         data = "" if (Path(dirpath) / SAMPLES).is_file() else " --data SAMPLES.npz"
         lines.append(
             f"Finish the proof on the machine that runs it: lightning-accel verify {shlex.quote(str(dirpath))}{data}"

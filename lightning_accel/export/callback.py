@@ -34,6 +34,7 @@ from lightning_accel.quantization.base_callback import QuantizingCallback
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 from lightning_accel.reports.curves import Curves
+from lightning_accel.reports.model import Report
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -230,12 +231,11 @@ class ModelExport(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
             return
-        self.export(trainer, pl_module, self.ckpt)
-        assert self.report is not None
-        log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step, self._exported)
-        print(f"\n{summary(self.report, self.dirpath)}")
+        report = self.export(trainer, pl_module, self.ckpt)
+        log_bundle(trainer.loggers, report, self.dirpath, trainer.global_step, self._exported)
+        print(f"\n{summary(report, self.dirpath)}")
 
-    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> dict[str, Any]:
+    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> Report:
         """Write the bundle now.
 
         Args:
@@ -274,11 +274,12 @@ class ModelExport(L.Callback):
             history=did,
             compression=measured(trainer, pl_module),
             command=self._command(ckpt),
-            marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
+            unfinished=[f"{reason}." for reason in unfinished],
             **told,
         )
-        self.report = write_bundle(order, self.dirpath)
-        return self.report
+        report = write_bundle(order, self.dirpath)
+        self.report = report.to_dict()
+        return report
 
     def _order(self, trainer: L.Trainer, pl_module: L.LightningModule, **told: Any) -> Order:
         """What is to be shipped, by the arguments, and what is told of it."""

@@ -22,7 +22,7 @@ from lightning_accel.export.ptq_baseline import beside_untrained
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.pre_post import surrounded
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Row
 from lightning_accel.verification import tolerances
 from lightning_accel.verification.compare import FACTOR, Verification
 from lightning_accel.verification.engine import prove_engine

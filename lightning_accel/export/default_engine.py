@@ -13,6 +13,7 @@ from lightning_accel.bundle.writer import decided, write_comparison
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.export.files import Files
 from lightning_accel.export.spec import Order
+from lightning_accel.reports.model import DECISION, Note, Report
 
 
 def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
@@ -48,7 +49,7 @@ def decide_default(
     files: Files,
     folder: Path,
     content: Mapping[str, Any],
-    report: dict[str, Any],
+    report: Report,
 ) -> dict[str, Any]:
     """Run the network in the ways that matter, and write ``comparison.json``.
 
@@ -79,10 +80,10 @@ def decide_default(
         budgets=order.budgets if here else None,
         settings=order.benchmark,
     )
-    report["comparison"] = comparison.to_dict()
-    report["notes"].append(_told(comparison, order, here=here))
-    write_comparison(folder, report["comparison"])
-    return decided(report["comparison"], shipped_line(comparison))
+    report.comparison = comparison.to_dict()
+    report.notes.append(Note(DECISION, _told(comparison, order, here=here)))
+    write_comparison(folder, report.comparison)
+    return decided(report.comparison, shipped_line(comparison))
 
 
 def _told(comparison: Comparison, order: Order, *, here: bool) -> str:

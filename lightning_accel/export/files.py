@@ -22,6 +22,7 @@ from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.graph.prepare import quantized_forwards
+from lightning_accel.reports.model import KEPT_FLOAT, LayerTable
 from lightning_accel.verification.compare import Network, Verification, verify
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
@@ -57,7 +58,7 @@ class Files:
     engine_precision: str = "fp32"
     checks: list[Verification] = field(default_factory=list)
     proofs: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: list[LayerTable] = field(default_factory=list)
 
 
 def write_files(order: Order, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
@@ -137,7 +138,7 @@ def _lower(order: Order, files: Files, source: Path, out: Path, half: str, preci
         raise VerificationError(str(error)) from error
     files.proofs["lowered"] = {"precision": precision, **same, "kept": len(report.kept)}
     if report.kept:
-        files.kept[f"kept in float32 ({precision})"] = report.kept
+        files.kept.append(LayerTable(KEPT_FLOAT, precision, dict(report.kept)))
     if half == "bf16":  # ONNX Runtime's CPU has no bf16 kernels: the comparison above is the proof here
         return
     with load_runner(out, "onnxruntime", emulate=True) as runner:

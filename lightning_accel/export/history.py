@@ -6,37 +6,35 @@ from typing import Any
 import lightning as L
 
 from lightning_accel.core.callback import compression_callbacks
+from lightning_accel.reports.model import BENEFIT, LayerTable, Phase
 
 States = Mapping[str, Mapping[str, Any]]  # state key -> state, as in a checkpoint
 
 
-def timeline(states: States) -> list[dict[str, Any]]:
-    """Name, first and last optimizer step of each phase; no last one where it has no end of its own."""
+def timeline(states: States) -> list[Phase]:
+    """First and last optimizer step of each callback's phase."""
+    spans = {key: state["steps"] for key, state in states.items() if "steps" in state}
     return [
-        {
-            "phase": key.removeprefix("lightning_accel."),
-            "start": int(state["steps"][0]),
-            "end": int(state["steps"][1]) if state["steps"][1] > state["steps"][0] else None,
-        }
-        for key, state in states.items()
-        if "steps" in state
+        Phase(key.removeprefix("lightning_accel."), int(start), int(end) if end > start else None)
+        for key, (start, end) in spans.items()
     ]
 
 
 def history(states: States, last: int) -> list[str]:
     """The same in words, of so many optimizer steps."""
-    lines = []
-    for span in timeline(states):
-        until = " on" if span["end"] is None else f" to {span['end']}"
-        lines.append(f"{span['phase']}: from step {span['start']}{until}, of {last}")
-    return lines
+    return [
+        f"{span.phase}: from step {span.start}{' on' if span.end is None else f' to {span.end}'}, of {last}"
+        for span in timeline(states)
+    ]
 
 
-def measured(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    """What the callbacks measured of the network, by table."""
-    tables: dict[str, Any] = {}
-    for callback in compression_callbacks(trainer):
-        tables |= callback.measured(pl_module)
-        if callback.worth:
-            tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.worth
-    return tables
+def measured(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerTable]:
+    """What the callbacks measured of the network, and what their compression is worth at run time."""
+    callbacks = compression_callbacks(trainer)
+    tables = [
+        LayerTable(kind, callback.name, {name: v for name, v in values.items() if name != "all"}, values.get("all"))
+        for callback in callbacks
+        for kind, values in callback.measured(pl_module).items()
+    ]
+    benefit = {f"{type(c).__name__} ({c.name})": c.worth for c in callbacks if c.worth}
+    return [*tables, LayerTable(BENEFIT, "", benefit)] if benefit else tables

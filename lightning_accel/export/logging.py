@@ -1,7 +1,7 @@
 """Logging: numbers, tables, pictures and the bundle itself, to every logger as far as it can show them."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.core.optional import require
+from lightning_accel.reports.model import Report
 
 _COLUMNS = ("name", "engine", "accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup", "note")
 _SHIPPED = {
@@ -20,7 +21,7 @@ _SHIPPED = {
 }
 
 
-def scalars(report: Mapping[str, Any]) -> dict[str, float]:
+def scalars(report: Report) -> dict[str, float]:
     """The comparison as flat metrics.
 
     Returns:
@@ -30,22 +31,22 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float]:
         What wasn't measured is left out.
     """
     metrics = {}
-    for row in report["rows"]:
-        name = row["name"].replace(" ", "_").replace(",", "")
+    for row in report.rows:
+        name = row.name.replace(" ", "_").replace(",", "")
         for column in ("accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup"):
-            if row[column] is not None:
-                metrics[f"export/{name}/{column}"] = float(row[column])
-        metrics |= {f"export/{name}/{metric}": value for metric, value in row.get("metrics", {}).items()}
-        if row["name"] == report["ships"]:
-            found = {new: row[column] for column, new in _SHIPPED.items() if row[column] is not None}
-            found |= row.get("metrics", {})
+            if (value := getattr(row, column)) is not None:
+                metrics[f"export/{name}/{column}"] = float(value)
+        metrics |= {f"export/{name}/{metric}": value for metric, value in row.metrics.items()}
+        if row.name == report.ships:
+            values = {new: getattr(row, column) for column, new in _SHIPPED.items()}
+            found = {**{new: value for new, value in values.items() if value is not None}, **row.metrics}
             metrics |= {f"shipped/{name}": float(value) for name, value in found.items()}
     return metrics
 
 
 def log_bundle(
     loggers: Iterable[Logger],
-    report: Mapping[str, Any],
+    report: Report,
     dirpath: str | Path,
     step: int,
     checkpoint: str | Path | None = None,
@@ -78,23 +79,21 @@ def log_bundle(
             rank_zero_info(f"The report isn't logged to {type(logger).__name__}: it has the scalars alone.")
 
 
-def _log_wandb(
-    logger: WandbLogger, report: Mapping[str, Any], folder: Path, step: int, checkpoint: str | Path | None
-) -> None:
+def _log_wandb(logger: WandbLogger, report: Report, folder: Path, step: int, checkpoint: str | Path | None) -> None:
     import wandb
 
     run = logger.experiment
-    rows = [[row[column] for column in _COLUMNS] for row in report["rows"]]
+    rows = [[getattr(row, column) for column in _COLUMNS] for row in report.rows]
     logger.log_table("comparison", columns=list(_COLUMNS), data=rows)
     logger.log_image("report", [str(folder / "report.png")])
-    drawn = [[row["name"], row["p50_ms"], row["accuracy"], row["file_bytes"]] for row in report["rows"]]
+    drawn = [[row.name, row.p50_ms, row.accuracy, row.file_bytes] for row in report.rows]
     table = wandb.Table(["name", "latency, ms", "accuracy", "bytes"], [row for row in drawn if None not in row])
     plots = {
         "accuracy_latency": wandb.plot.scatter(table, "latency, ms", "accuracy", "Accuracy against latency"),
         "accuracy_size": wandb.plot.scatter(table, "bytes", "accuracy", "Accuracy against size"),
     }
     run.log({**plots, "page": wandb.Html(str(folder / "report.html"), inject=False)})
-    metadata: dict[str, Any] = {"step": step, "ships": report["ships"], **scalars(report)}
+    metadata: dict[str, Any] = {"step": step, "ships": report.ships, **scalars(report)}
     if checkpoint is not None:
         source = wandb.Artifact(f"{run.id}-checkpoint", type="checkpoint", metadata={"step": step})
         source.add_reference(Path(checkpoint).resolve().as_uri(), name=Path(checkpoint).name)

@@ -16,7 +16,7 @@ from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import mode
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.spec import Order
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Row
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 

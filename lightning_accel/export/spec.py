@@ -13,6 +13,7 @@ from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.onnx.pre_post import surrounded
+from lightning_accel.reports.model import LayerTable, Phase
 
 
 @dataclass
@@ -29,9 +30,9 @@ class Order:
         batch_size: samples in a call of the benchmark.
         teacher: network to compare with, called as ``part`` is; ``None`` for none.
         history: lines for the report: what was done to the network and when.
-        compression: measured values for the report.
+        compression: what the callbacks measured, for the report.
         command: command that repeats the export.
-        marks: reasons why the network isn't what was asked for; they go into manifest and report.
+        unfinished: targets that the network hasn't reached; they go into manifest and report.
         preprocess: goes before the network, in the file.
         postprocess: goes behind it.
         metadata: notes that travel in the file.
@@ -40,7 +41,7 @@ class Order:
         budgets: run the network in all common ways and decide within these which one is the default; ``None`` for not.
         benchmark: how those ways are measured; ``None`` for the defaults.
         scores: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: as held-out targets tell.
-        timeline: ``phase``, ``start`` and ``end`` (optimizer steps; ``None``: no end of its own) of each callback.
+        timeline: when each callback changed the network.
         curves: what the run logged, once an epoch, for the report.
         run: the command and configuration of the run, for the report.
         untrained: what the int8 network predicted before it was trained, see :mod:`~lightning_accel.export.ptq_baseline`.
@@ -55,9 +56,9 @@ class Order:
     batch_size: int = 32
     teacher: nn.Module | None = None
     history: Sequence[str] = ()
-    compression: Mapping[str, Any] = field(default_factory=dict)
+    compression: Sequence[LayerTable] = ()
     command: str = ""
-    marks: Sequence[str] = ()
+    unfinished: Sequence[str] = ()
     preprocess: nn.Module | None = None
     postprocess: nn.Module | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class Order:
     budgets: Budgets | None = None
     benchmark: BenchmarkSettings | None = None
     scores: str | None = None
-    timeline: Sequence[Mapping[str, Any]] = ()
+    timeline: Sequence[Phase] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
     untrained: Mapping[str, Any] | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import INCOMPLETE, Report, Row
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Fact:
         return f"{self.title}: {self.value}" + (f" ({self.detail})" if self.detail else "")
 
 
-def facts(report: Mapping[str, Any]) -> list[Fact]:
+def facts(report: Report) -> list[Fact]:
     """What to know first, from a report's values; empty for one without rows.
 
     Args:
-        report: as in ``report.json``.
+        report: of a bundle.
     """
-    rows = [row if isinstance(row, Row) else Row(**row) for row in report.get("rows") or ()]
+    rows = report.rows
     if not rows:
         return []
-    shipped = next((row for row in rows if row.name == report.get("ships")), rows[-1])
+    shipped = next((row for row in rows if row.name == report.ships), rows[-1])
     found = [Fact("Ships", shipped.name, shipped.engine or "")]
     if shipped.accuracy is not None:
         found.append(Fact("Accuracy", f"{100 * shipped.accuracy:.2f} %", _accuracy(shipped, rows)))
@@ -47,25 +47,22 @@ def facts(report: Mapping[str, Any]) -> list[Fact]:
         found.append(Fact("Latency", f"{shipped.p50_ms:.3g} ms", _latency(shipped, rows[0], report), not slower))
     else:
         found.append(Fact("Latency", "not measured", shipped.note, good=False))
-    checks = report.get("verification") or []
+    checks = report.verification
     if checks:
         passed = sum(bool(check.get("passed")) for check in checks)
         value = f"{passed} of {len(checks)} comparisons passed"
-        found.append(Fact("Proof", value, _proofs(report.get("proofs") or {}), passed == len(checks)))
-    waiting = [line for line in report.get("engines") or [] if not line.get("runs_here", True)]
+        found.append(Fact("Proof", value, _proofs(report.proofs), passed == len(checks)))
+    waiting = [line for line in report.engines if not line.get("runs_here", True)]
     found += [Fact("Not run here", str(line["engine"]), str(line["status"]), good=False) for line in waiting]
-    marks = [note for note in report.get("notes") or [] if note.startswith("INCOMPLETE")]
-    found += [
-        Fact("Incomplete", "targets not reached", note.removeprefix("INCOMPLETE: "), good=False) for note in marks
-    ]
-    if (report.get("benchmark") or {}).get("noisy"):
+    found += [Fact("Incomplete", "targets not reached", reason, good=False) for reason in report.notes_of(INCOMPLETE)]
+    if report.benchmark.get("noisy"):
         found.append(Fact("Noise", "too high", "latencies can't be told apart finely on this machine", good=False))
     return found
 
 
-def decision_of(report: Mapping[str, Any]) -> str:
+def decision_of(report: Report) -> str:
     """What the comparison of ways says to ship, and why; empty without a decision."""
-    decision = (report.get("comparison") or {}).get("decision")
+    decision = (report.comparison or {}).get("decision")
     if not decision:
         return ""
     return f"Ship {decision['ship']}: {decision['why']}" if decision["ship"] else str(decision["why"])
@@ -102,8 +99,8 @@ def _size(shipped: Row, first: Row) -> str:
     return f"{factor:.1f}x {word} than {first.name}"
 
 
-def _latency(shipped: Row, first: Row, report: Mapping[str, Any]) -> str:
-    where = f"batch {report['batch_size']}, {report['threads']} threads" if "threads" in report else ""
+def _latency(shipped: Row, first: Row, report: Report) -> str:
+    where = "" if report.threads is None else f"batch {report.batch_size}, {report.threads} threads"
     if first is shipped or shipped.speedup is None:
         return where
     interval = ""

@@ -1,8 +1,8 @@
 """What was done to each layer, gathered from the report's tables: channels that left, zeros, and int8 or float."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from lightning_accel.reports.model import CHANNELS, SPARSITY, Report
 
 
 @dataclass
@@ -20,33 +20,25 @@ class Layer:
     precision: str = ""
 
 
-def layers_of(report: Mapping[str, Any]) -> dict[str, Layer]:
+def layers_of(report: Report) -> dict[str, Layer]:
     """Each layer that anything is known of, by name, in the order of the tables.
 
     Args:
-        report: as in ``report.json``.
+        report: of a bundle.
     """
     layers: dict[str, Layer] = {}
-    for title, table in (report.get("compression") or {}).items():
-        if not isinstance(table, Mapping):
-            continue
-        for name, value in table.items():
-            if name == "all":
-                continue
-            if title.startswith("sparsity"):
-                layers.setdefault(str(name).removesuffix(".weight"), Layer()).zeros = float(value)
-            elif title.startswith("channels"):
-                layers.setdefault(str(name), Layer()).channels = str(value)
-    for name, value in (report.get("quantization") or {}).items():
-        layers.setdefault(str(name), Layer()).precision = str(value)
+    for table in report.layers:
+        for name, value in table.values.items():
+            if table.kind == SPARSITY:
+                layers.setdefault(name.removesuffix(".weight"), Layer()).zeros = float(value)
+            elif table.kind == CHANNELS:
+                layers.setdefault(name, Layer()).channels = str(value)
+    for name, value in report.quantization.items():
+        layers.setdefault(name, Layer()).precision = value
     return layers
 
 
-def totals_of(report: Mapping[str, Any]) -> dict[str, str]:
+def totals_of(report: Report) -> dict[str, str]:
     """What the tables say of the whole network, by title."""
-    found = {}
-    for title, table in (report.get("compression") or {}).items():
-        if isinstance(table, Mapping) and "all" in table:
-            value = table["all"]
-            found[title] = f"{value:.1%} zeros" if isinstance(value, float) else str(value)
-    return found
+    totals = {table.title: table.total for table in report.layers if table.total is not None}
+    return {title: f"{value:.1%} zeros" if isinstance(value, float) else str(value) for title, value in totals.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_accel.reports import sections
 from lightning_accel.reports.facts import Fact, decision_of, facts
 from lightning_accel.reports.markup import Markup, join, tag
+from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Report, as_report
 
 _SECTIONS = {
     "comparison": ("Before and after", sections.before_after),
@@ -21,20 +22,20 @@ _SECTIONS = {
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def render_html(report: Mapping[str, Any]) -> str:
+def render_html(report: Report | Mapping[str, Any]) -> str:
     """The report of a run as a page; a section appears only where there is something to say.
 
     Args:
-        report: as in ``report.json``.
+        report: of a bundle, or the content of its ``report.json``.
 
     Returns:
         A whole document. Whatever comes from the report is escaped.
     """
-    title = str(report.get("title") or "Report")
+    report = as_report(report)
     parts = {key: (name, shown) for key, (name, make) in _SECTIONS.items() if (shown := make(report)) is not None}
     links = [tag("li", tag("a", name, href=f"#{key}")) for key, (name, _) in parts.items()]
     body = [
-        tag("header", tag("h1", title), _status(report)),
+        tag("header", tag("h1", report.title), _status(report)),
         tag(
             "main",
             _summary(report),
@@ -50,32 +51,31 @@ def render_html(report: Mapping[str, Any]) -> str:
         # The page says itself that it fetches nothing: a browser holds it to that.
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("link", rel="icon", href="data:,"),  # or a browser asks the server for one
-        tag("title", title),
+        tag("title", report.title),
         tag("style", style),
     ]
     return "<!doctype html>\n" + tag("html", tag("head", *head), tag("body", *body), lang="en") + "\n"
 
 
-def _status(report: Mapping[str, Any]) -> Markup | None:
-    checks = report.get("verification") or []
+def _status(report: Report) -> Markup | None:
+    checks = report.verification
     if not checks:
         return None
-    if any(str(note).startswith("INCOMPLETE") for note in report.get("notes") or []):
+    if report.notes_of(INCOMPLETE):
         return tag("p", tag("span", "incomplete: targets not reached", class_="chip warn"))
     if not all(check.get("passed") for check in checks):
         return tag("p", tag("span", "not proven", class_="chip warn"))
     return tag("p", tag("span", "proven: what ships is what was trained", class_="chip good"))
 
 
-def _summary(report: Mapping[str, Any]) -> Markup:
+def _summary(report: Report) -> Markup:
     found = facts(report)
     decision = decision_of(report)
-    said = [note for note in report.get("notes") or [] if "uantization-aware training" in str(note)]
     return tag(
         "section",
         tag("p", decision, class_="decision") if decision else None,
         tag("dl", *map(_card, found), class_="facts") if found else None,
-        *(tag("p", note, class_="lead") for note in said),
+        *(tag("p", note, class_="lead") for note in report.notes_of(QAT_BENEFIT)),
         id="summary",
         aria_label="Summary",
     )

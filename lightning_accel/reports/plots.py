@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_accel.core.optional import require
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Row
 
 # Told apart by people with any colour vision (Okabe and Ito); the first row, the reference, is grey.
 _COLORS = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -1,103 +1,14 @@
 """The comparison as a table, and the report of a run as Markdown."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.comparison_text import render_comparison
-
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-
-
-@dataclass
-class Row:
-    """One way in the comparison; ``None`` is a value that was not measured.
-
-    Attributes:
-        name: e.g. ``"student int8"``.
-        engine: what ran it, e.g. ``"onnxruntime"``.
-        accuracy: share of correct predictions on held-out samples, in [0, 1]. Default: ``correct / total``.
-        correct: held-out samples predicted correctly.
-        total: held-out samples.
-        metrics: further metrics by name, e.g. the user's own.
-        parameters: number of parameters.
-        file_bytes: size of the file in bytes.
-        p50_ms: median latency in ms.
-        p90_ms: 90th percentile of the latency in ms.
-        speedup: time of the first row divided by the time of this one, as measured.
-        speedup_low: lower end of its 95 % interval.
-        speedup_high: upper end of its 95 % interval.
-        note: printed below the table.
-    """
-
-    name: str
-    engine: str | None = None
-    accuracy: float | None = None
-    correct: int | None = None
-    total: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    parameters: int | None = None
-    file_bytes: int | None = None
-    p50_ms: float | None = None
-    p90_ms: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if self.correct is not None and self.total is not None:
-            wilson_interval(self.correct, self.total)  # checks both
-            share = self.correct / self.total
-            if self.accuracy is None:
-                self.accuracy = share
-            elif not math.isclose(self.accuracy, share, abs_tol=5e-5):  # a metric computed in float32 may round
-                raise InvalidArgumentError(
-                    f"Argument `accuracy` must be correct / total = {share:.6f}, but got {self.accuracy:.6f}."
-                )
-        if self.accuracy is not None and not 0 <= self.accuracy <= 1:
-            raise InvalidArgumentError(f"Argument `accuracy` must be in [0, 1], but got {self.accuracy}.")
-
-    @property
-    def accuracy_interval(self) -> tuple[float, float] | None:
-        """95 % interval of the accuracy; ``None`` without the counts."""
-        return None if self.correct is None or self.total is None else wilson_interval(self.correct, self.total)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; ``Row(**values)`` is this row again."""
-        return asdict(self)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95 % `Wilson score interval <https://doi.org/10.1080/01621459.1927.10502953>`_ of a proportion.
-
-    Unlike the normal approximation it stays within [0, 1] and holds near 0 and 1, where accuracies are.
-
-    Args:
-        correct: number of successes.
-        total: number of trials.
-
-    Raises:
-        InvalidArgumentError: ``total`` below 1, or ``correct`` outside 0 to ``total``.
-
-    Example:
-        >>> low, high = wilson_interval(970, 1000)
-        >>> f"{low:.4f} {high:.4f}"
-        '0.9575 0.9789'
-    """
-    if total < 1:
-        raise InvalidArgumentError(f"Argument `total` must be at least 1, but got {total}.")
-    if not 0 <= correct <= total:
-        raise InvalidArgumentError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
-    share, z2 = correct / total, _Z95**2
-    center = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return (0.0 if correct == 0 else center - half), (1.0 if correct == total else center + half)
+from lightning_accel.reports.model import LayerTable, Report, Row, as_report
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
@@ -135,45 +46,59 @@ def comparison_table(rows: Sequence[Row]) -> str:
     return "\n".join([table, *([""] if notes else []), *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
 
 
-def render_markdown(report: Mapping[str, Any]) -> str:
+def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] = ()) -> str:
     """Render the report of a run; a section appears only where there is something to say.
 
     Args:
-        report: ``title``, ``summary`` (lines), ``command`` (that repeats the export), ``rows`` (dicts of :class:`Row`),
-            ``verification``, ``engines``, ``compression`` and ``quantization`` (see ``report.json``), ``phases``,
-            ``run``, ``environment``, ``notes``.
+        report: of a bundle, or the content of its ``report.json``.
+        summary: lines that stand first.
     """
-    parts = [f"# {report.get('title') or 'Report'}"]
-    if lines := report.get("summary"):
-        parts.append("\n".join(f"- {line}" for line in lines))
-    if command := report.get("command"):
-        parts.append(f"```\n{command}\n```")
-    if rows := report.get("rows"):
-        parts += ["## Comparison", comparison_table([row if isinstance(row, Row) else Row(**row) for row in rows])]
-    for title, key in (("Verification", "verification"), ("Engines", "engines")):
-        if entries := report.get(key):
-            parts += [f"## {title}", _records(entries)]
-    if comparison := report.get("comparison"):
-        parts += ["## Ways to run it", render_comparison(Comparison.from_dict(comparison))]
-    if compression := report.get("compression"):
-        parts += ["## Compression, measured", _nested(compression)]
-    if quantization := report.get("quantization"):
-        parts += ["## Quantization, operator by operator", _nested(quantization)]
-    if run := report.get("run"):
+    report = as_report(report)
+    parts = [f"# {report.title}"]
+    if summary:
+        parts.append("\n".join(f"- {line}" for line in summary))
+    if report.command:
+        parts.append(f"```\n{report.command}\n```")
+    if report.rows:
+        parts += ["## Comparison", comparison_table(report.rows)]
+    if report.verification:
+        parts += ["## Verification", _records(map(_readable, report.verification))]
+    if report.engines:
+        parts += ["## Engines", _records(report.engines)]
+    if report.comparison:
+        parts += ["## Ways to run it", render_comparison(Comparison.from_dict(report.comparison))]
+    if report.layers:
+        parts += ["## Compression, measured", _nested({table.title: _whole(table) for table in report.layers})]
+    if report.quantization:
+        parts += ["## Quantization, operator by operator", _nested(report.quantization)]
+    if run := report.run:
         parts += ["## The run", f"```\n{run['command']}\n```"]
         parts += (
             [f"```yaml\n{run['config'].strip()}\n```"] if run.get("config") else [_nested(run.get("settings") or {})]
         )
-    for title, key in (("Phases", "phases"), ("Notes", "notes")):
-        if lines := report.get(key):
-            parts += [f"## {title}", "\n".join(f"- {line}" for line in ([lines] if isinstance(lines, str) else lines))]
-    if machine := report.get("environment"):
-        parts += ["## Environment", _nested(machine)]
-    statuses = {
-        str(e["status"]) for e in report.get("engines") or [] if e.get("engine") == "tensorrt" and "status" in e
-    }
+    for title, lines in (("Phases", report.phases), ("Notes", [note.text for note in report.notes])):
+        if lines:
+            parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
+    if report.environment:
+        parts += ["## Environment", _nested(report.environment)]
+    statuses = {str(e["status"]) for e in report.engines if e.get("engine") == "tensorrt" and "status" in e}
     parts += [f"TensorRT: {status}" for status in sorted(statuses)]
     return "\n\n".join(parts) + "\n"
+
+
+def _whole(table: LayerTable) -> dict[str, Any]:
+    return table.values if table.total is None else {**table.values, "all": table.total}
+
+
+def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the verification for a table: nested values in words."""
+    words = {
+        "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
+        "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
+        "metric": lambda v: ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in v.items()),
+    }
+    titles = {"batch_sizes": "batch sizes (samples)", "metric": "metric, PyTorch -> engine"}
+    return {titles.get(k, k): words[k](v) if k in words else v for k, v in line.items()}
 
 
 def _accuracy(row: Row) -> str | None:

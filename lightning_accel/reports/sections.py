@@ -9,16 +9,17 @@ from lightning_accel.benchmarking.scores import score_titles
 from lightning_accel.reports.facts import size
 from lightning_accel.reports.layers import layers_of, totals_of
 from lightning_accel.reports.markup import Markup, join, tag
-from lightning_accel.reports.run_report import Row, plain
+from lightning_accel.reports.model import Report, Row
+from lightning_accel.reports.run_report import plain
 from lightning_accel.reports.svg import bar, curve, pareto_plot
 from lightning_accel.reports.tables import exact, passed, share, table, under
 
 _MOST_CURVES = 24
 
 
-def before_after(report: Mapping[str, Any]) -> Markup | None:
+def before_after(report: Report) -> Markup | None:
     """The table of networks, and accuracy against latency and size."""
-    rows = [row if isinstance(row, Row) else Row(**row) for row in report.get("rows") or ()]
+    rows = report.rows
     if not rows:
         return None
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
@@ -38,16 +39,15 @@ def before_after(report: Mapping[str, Any]) -> Markup | None:
                 under(_times(row.speedup), None if None in speed or row is rows[0] else _interval(*speed)),
             ]
         )
-    ships = [index for index, row in enumerate(rows) if row.name == report.get("ships")]
+    ships = [index for index, row in enumerate(rows) if row.name == report.ships]
     caption = f"Accuracy on held-out data; speed-ups are over {rows[0].name}. Intervals are 95 %."
     shown = table(caption, titles, lines, marked=ships)
-    ships_name = str(report.get("ships", ""))
-    return join([shown, _plots(_points_of_rows(rows, ships_name), "networks")])
+    return join([shown, _plots(_points_of_rows(rows, report.ships), "networks")])
 
 
-def ways(report: Mapping[str, Any]) -> Markup | None:
+def ways(report: Report) -> Markup | None:
     """The comparison of ways to run the network."""
-    comparison = report.get("comparison")
+    comparison = report.comparison
     if not comparison:
         return None
     found = comparison["ways"]
@@ -97,9 +97,9 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
     return join(parts)
 
 
-def training(report: Mapping[str, Any]) -> Markup | None:
+def training(report: Report) -> Markup | None:
     """What the run logged, over what was done to the network."""
-    points = report.get("curves") or []
+    points = report.curves
     if not points:
         return None
     metrics: dict[str, list[tuple[float, float]]] = {}
@@ -108,10 +108,7 @@ def training(report: Mapping[str, Any]) -> Markup | None:
             metrics.setdefault(name, []).append((point["epoch"] + 1, value))
     last = points[-1]
     epoch_of = (last["epoch"] + 1) / max(last["step"], 1)
-    spans = [
-        (str(line["phase"]), line["start"] * epoch_of, (line["end"] or last["step"]) * epoch_of)
-        for line in report.get("timeline") or []
-    ]
+    spans = [(span.phase, span.start * epoch_of, (span.end or last["step"]) * epoch_of) for span in report.timeline]
     legend = [tag("li", tag("span", class_=f"swatch c{i % 6}"), name) for i, (name, _, _) in enumerate(spans)]
     figures = [
         tag("figure", tag("h3", name), curve(values, name, spans), tag("figcaption", f"{name}, by epoch"))
@@ -124,7 +121,7 @@ def training(report: Mapping[str, Any]) -> Markup | None:
     )
 
 
-def layers(report: Mapping[str, Any]) -> Markup | None:
+def layers(report: Report) -> Markup | None:
     """Each layer: channels, zeros, int8 or float with the reason."""
     found = layers_of(report)
     if not found:
@@ -142,9 +139,9 @@ def layers(report: Mapping[str, Any]) -> Markup | None:
     return table(caption, ["layer", "channels", "zeros", "computed in"], rows, text=(2,), wide=(1, 3))
 
 
-def verification(report: Mapping[str, Any]) -> Markup | None:
+def verification(report: Report) -> Markup | None:
     """What was compared with the trained network, the errors, and their distribution."""
-    checks = report.get("verification") or []
+    checks = report.verification
     if not checks:
         return None
     rows = []
@@ -176,9 +173,9 @@ def verification(report: Mapping[str, Any]) -> Markup | None:
     return join([shown, table(caption, ["compared", *shares], lines)])
 
 
-def engines(report: Mapping[str, Any]) -> Markup | None:
+def engines(report: Report) -> Markup | None:
     """What was built, and whether it ran here."""
-    found = report.get("engines") or []
+    found = report.engines
     if not found:
         return None
     keys = ("engine", "status", "precision", "file", "library", "version")
@@ -192,14 +189,14 @@ def engines(report: Mapping[str, Any]) -> Markup | None:
     return join([table("Engines in the bundle", list(keys), rows, text=(1, 2, 3, 4, 5)), *told, *commands])
 
 
-def making(report: Mapping[str, Any]) -> Markup | None:
+def making(report: Report) -> Markup | None:
     """The exact command and configuration, and how to repeat the export."""
-    run = report.get("run") or {}
+    run = report.run
     parts: list[Any] = []
     if run.get("command"):
         parts += [tag("h3", "The run"), tag("pre", run["command"], tabindex=0)]
-    if report.get("command"):
-        parts += [tag("h3", "The export again"), tag("pre", report["command"], tabindex=0)]
+    if report.command:
+        parts += [tag("h3", "The export again"), tag("pre", report.command, tabindex=0)]
     if run.get("config"):
         parts += [tag("h3", "Configuration"), tag("pre", run["config"], tabindex=0, aria_label="configuration")]
     settings = [
@@ -207,19 +204,19 @@ def making(report: Mapping[str, Any]) -> Markup | None:
     ]
     if settings:
         parts.append(table("Settings", ["setting", "value"], settings, wide=(1,)))
-    if phases := report.get("phases"):
+    if phases := report.phases:
         parts += [tag("h3", "Phases"), tag("ul", *(tag("li", line) for line in phases), class_="notes")]
     return join(parts) if parts else None
 
 
-def machine(report: Mapping[str, Any]) -> Markup | None:
+def machine(report: Report) -> Markup | None:
     """Where the numbers were measured, and what else there is to know."""
     parts: list[Any] = []
-    if report.get("environment"):
-        rows = [[name.replace("_", " "), _words(value)] for name, value in report["environment"].items()]
+    if report.environment:
+        rows = [[name.replace("_", " "), _words(value)] for name, value in report.environment.items()]
         parts.append(table("Where it was measured", ["", "value"], rows, wide=(1,)))
-    if notes := report.get("notes"):
-        parts += [tag("h3", "Notes"), tag("ul", *(tag("li", note) for note in notes), class_="notes")]
+    if report.notes:
+        parts += [tag("h3", "Notes"), tag("ul", *(tag("li", note.text) for note in report.notes), class_="notes")]
     return join(parts) if parts else None
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_accel as la
 from lightning_accel.cli import lightning_cli as cli
 from lightning_accel.export.logging import scalars
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Row
 from tests.support.models import Classifier, images
 
 pytestmark = [

@@ -4,24 +4,23 @@ import subprocess
 import sys
 
 from lightning_accel.export.bundle_reports import summary
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Report, Row
 
 WRITE = """
 import sys
 from pathlib import Path
-from lightning_accel.reports.run_report import Row
+from lightning_accel.reports.model import Report, Row
 from lightning_accel.export.bundle_reports import write_reports
 rows = [Row("network fp32", "onnxruntime", file_bytes=9)]
-report = {"title": "M", "rows": [row.to_dict() for row in rows], "verification": [], "ships": "network fp32"}
-write_reports(Path(sys.argv[1]), report, rows)
+write_reports(Path(sys.argv[1]), Report(title="M", rows=rows, ships="network fp32"))
 """
 
 
 def test_the_command_that_finishes_the_proof_can_be_pasted_whatever_the_folder_is_called():
-    report = {
-        "rows": [Row("network fp32", "onnxruntime", file_bytes=9).to_dict()],
-        "engines": [{"engine": "tensorrt", "status": "built here, not run", "runs_here": False}],
-    }
+    report = Report(
+        rows=[Row("network fp32", "onnxruntime", file_bytes=9)],
+        engines=[{"engine": "tensorrt", "status": "built here, not run", "runs_here": False}],
+    )
     told = next(line for line in summary(report, "my bundles/it's").splitlines() if line.startswith("Finish"))
     command = shlex.split(told.partition(": ")[2])
     assert command == ["lightning-accel", "verify", "my bundles/it's", "--data", "SAMPLES.npz"]

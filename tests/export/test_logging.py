@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_accel.export.logging import log_bundle, scalars
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.plots import plot_comparison
-from lightning_accel.reports.run_report import Row, render_markdown
+from lightning_accel.reports.run_report import render_markdown
 from tests.reports.whole import whole_report
 
 
@@ -18,9 +18,7 @@ from tests.reports.whole import whole_report
 def report(tmp_path):
     """A report whose rows are as the export writes them, and its files."""
     report = whole_report()
-    rows = [Row(**row) for row in report["rows"]]
-    report["rows"] = [row.to_dict() for row in rows]
-    plot_comparison(rows, tmp_path / "report.png")
+    plot_comparison(report.rows, tmp_path / "report.png")
     (tmp_path / "report.html").write_text(render_html(report))
     (tmp_path / "report.md").write_text(render_markdown(report))
     return report
@@ -37,7 +35,7 @@ def test_names_of_what_ships_stay_whatever_ships(report):
     }
     assert found["export/student_int8_not_trained_(PTQ)/accuracy"] == 0.951
     assert "export/student_int8_tensorrt/p50_ms" not in found
-    report["ships"] = "student int8, tensorrt"
+    report.ships = "student int8, tensorrt"
     assert {n for n in scalars(report) if n.startswith("shipped/")} == {"shipped/bytes"}
 
 

@@ -15,6 +15,7 @@ from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.cli.main import main
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.export.logging import scalars
+from lightning_accel.reports.model import Report
 from tests.support.models import Classifier, images, loader
 
 QUICK = la.BenchmarkSettings(
@@ -134,7 +135,10 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
     assert rows["network int8"]["metrics"]["val_loss"] == pytest.approx(mse, rel=1e-3)
     assert rows["network fp32"]["metrics"]["val_loss"] == pytest.approx(mse, rel=0.5)
     assert rows["network fp32"]["metrics"] != rows["network int8"]["metrics"]
-    assert scalars(export.report)["shipped/val_loss"] == rows[export.report["ships"]]["metrics"]["val_loss"]
+    assert (
+        scalars(Report.from_dict(export.report))["shipped/val_loss"]
+        == rows[export.report["ships"]]["metrics"]["val_loss"]
+    )
     assert "val_loss" in (bundle / "report.md").read_text()
     assert "<th" in (page := (bundle / "report.html").read_text())
     assert "R² of outputs" in page

@@ -17,6 +17,7 @@ from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.export.logging import scalars
 from lightning_accel.export.pipeline import ENGINES
+from lightning_accel.reports.model import Report
 
 SUBSETS = [list(engines) for count in range(1, len(ENGINES) + 1) for engines in combinations(ENGINES, count)]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8 by QAT", "int8 by PTQ")
@@ -146,7 +147,7 @@ def check_report(folder, report, engines, runs, precision) -> None:
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert all(check["passed"] for check in report["verification"])
     assert any("as written" in check["engine"] for check in report["verification"])
-    metrics = scalars(report)
+    metrics = scalars(Report.from_dict(report))
     assert ("shipped/latency_ms" in metrics) is bool(runs)
     assert metrics["shipped/bytes"] == rows[report["ships"]]["file_bytes"]
 
@@ -168,7 +169,7 @@ def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_pat
         "openvino fp32",
     }
     says = "Nothing was decided: tensorrt, which this bundle is for, can't run on this machine, and stays the default."
-    assert sum(note.startswith(says) for note in report["notes"]) == 1
+    assert sum(note["text"].startswith(says) for note in report["notes"]) == 1
     assert says in (folder / "report.md").read_text()
     assert says in (folder / "report.html").read_text().replace("&#39;", "'").replace("&#x27;", "'")
     assert "Decision:" not in capsys.readouterr().out

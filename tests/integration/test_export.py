@@ -55,7 +55,7 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in (teacher, floating, int8))
     assert engine["p50_ms"] is None
     assert (untrained["total"], untrained["p50_ms"], report["ships"]) == (96, None, "student int8")
-    (earned,) = (note for note in report["notes"] if "earned its cost" in note or "cost accuracy" in note)
+    (earned,) = (note["text"] for note in report["notes"] if note["kind"] == "qat benefit")
     points = float(re.search(r"([+-][\d.]+) points", earned)[1])
     assert points == pytest.approx(100 * (int8["accuracy"] - untrained["accuracy"]), abs=100 / 96 + 0.01)  # a flip
     assert "at step 40," in earned  # 32 steps in two epochs, then 8 calibration batches
@@ -71,7 +71,7 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
         {"phase": "WeightPruning.weights", "start": 0, "end": 32},
         {"phase": "QuantizationAwareTraining.qat", "start": 32, "end": None},
     ]
-    assert report["schema"] == 1
+    assert report["schema"] == 2
     told = re.findall(
         r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "report.md").read_text(), re.M))
     )
@@ -80,7 +80,9 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert "student int8, not trained (PTQ)" in page
     assert earned in unescape(page)
     assert report["engines"][1]["status"] == "built here, not run" or torch.cuda.is_available()
-    assert report["compression"]["sparsity (weights)"]["all"] == pytest.approx(0.5, abs=0.003)
+    assert next(table for table in report["layers"] if table["kind"] == "sparsity")["total"] == pytest.approx(
+        0.5, abs=0.003
+    )
     assert report["proofs"]["integers"]["weights"] == 3
     assert all(check["passed"] and check["samples"] == 96 for check in report["verification"])
     kernels = next(c for c in report["verification"] if "kernels" in c["engine"])

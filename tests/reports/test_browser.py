@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-b
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_opens_without_errors_requests_or_overflow(tmp_path, width):
     report = whole_report()
-    report["run"]["config"] += f"  long: {'x' * 400}\n"
+    report.run["config"] += f"  long: {'x' * 400}\n"
     (tmp_path / "report.html").write_text(render_html(report))
     found = look_at(tmp_path, "report.html", width)
     assert found["title"] == f"Net {NASTY}"

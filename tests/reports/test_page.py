@@ -1,12 +1,14 @@
 """The page: whole, self-contained, escaped, with every section; and the numbers in it are the report's."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from lightning_accel.reports.facts import decision_of, facts
 from lightning_accel.reports.layers import layers_of, totals_of
 from lightning_accel.reports.markup import join, tag
+from lightning_accel.reports.model import INCOMPLETE, Note
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.run_report import render_markdown
 from tests.reports.whole import NASTY, Page, comparison, whole_report
@@ -65,7 +67,7 @@ def test_only_what_there_is_to_say_is_said():
     page = Page(render_html({"title": "Nothing"}))
     assert (page.problems, page.ids) == ([], ["summary"])
     report = whole_report()
-    del report["comparison"], report["curves"]
+    report.comparison, report.curves = None, []
     assert Page(render_html(report)).ids == [s for s in SECTIONS if s not in ("ways", "training")]
 
 
@@ -83,7 +85,7 @@ def test_the_summary_comes_first_and_says_what_is_measured():
     assert said["Not run here"].value == "tensorrt"
     assert not said["Noise"].good
     assert decision_of(report) == "Ship openvino int8: the fastest within 0.5 points of the baseline."
-    report["comparison"]["decision"] |= {"ship": None, "why": "No way fits the budgets."}
+    report.comparison["decision"] |= {"ship": None, "why": "No way fits the budgets."}
     assert decision_of(report) == "No way fits the budgets."
     report = whole_report()
     text = render_html(report)
@@ -93,11 +95,11 @@ def test_the_summary_comes_first_and_says_what_is_measured():
 
 def test_what_is_not_proven_or_not_complete_is_said_first():
     report = whole_report()
-    report["verification"][0]["passed"] = False
+    report.verification[0]["passed"] = False
     assert "not proven" in render_html(report)
     assert "proven: what ships" not in render_html(report)
     report = whole_report()
-    report["notes"].append("INCOMPLETE: sparsity is 0.3.")
+    report.notes.append(Note(INCOMPLETE, "sparsity is 0.3."))
     assert "incomplete: targets not reached" in render_html(report)
     assert "proven: what ships" not in render_html(report)
 
@@ -134,8 +136,7 @@ def test_phases_stand_behind_the_curves():
 
 
 def test_markdown_has_the_same_beginning_and_the_ways():
-    report = {**whole_report(), "title": "Net", "summary": ["Ships: student int8"]}
-    text = render_markdown(report)
+    text = render_markdown(replace(whole_report(), title="Net"), ["Ships: student int8"])
     assert text.startswith("# Net\n\n- Ships: student int8\n\n")
     assert "## Ways to run it\n\n| way " in text
     assert "not here: no NVIDIA GPU" in text
@@ -146,7 +147,7 @@ def test_markdown_has_the_same_beginning_and_the_ways():
 
 def test_ways_are_drawn_at_the_batch_size_that_is_decided_at_and_values_by_their_r_squared():
     report = whole_report()
-    comparison = report["comparison"]
+    comparison = report.comparison
     comparison["settings"]["scores"] = "values"
     for way in comparison["ways"][:2]:
         way["points"] = [{**way["points"][0], "batch": 8, "p50_ms": 7.125}, *way["points"]]

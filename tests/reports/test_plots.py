@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
+from lightning_accel.reports.model import Row
 from lightning_accel.reports.plots import plot_comparison
-from lightning_accel.reports.run_report import Row
 
 image = pytest.importorskip("matplotlib.image", reason="plots need the extra `report`")
 
@@ -52,9 +52,9 @@ def test_same_rows_same_bytes(tmp_path):
 def test_pyplot_is_left_alone(tmp_path):
     code = (
         "import sys\n"
-        "from lightning_accel.benchmarking import plots, report\n"
+        "from lightning_accel.reports import model, plots\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plots.plot_comparison([report.Row('a', file_bytes=1)], sys.argv[1])\n"
+        "plots.plot_comparison([model.Row('a', file_bytes=1)], sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.png")], capture_output=True, text=True)

@@ -3,7 +3,8 @@ import json
 import pytest
 from scipy.stats import binomtest
 
-from lightning_accel.reports.run_report import Row, comparison_table, render_markdown, wilson_interval
+from lightning_accel.reports.model import Row, wilson_interval
+from lightning_accel.reports.run_report import comparison_table, render_markdown
 
 TEACHER = Row(
     "teacher fp32",
@@ -92,18 +93,18 @@ def test_full_report_has_every_section_and_ends_with_tensorrt():
         "verification": [
             {
                 "engine": "onnxruntime",
-                "batch_sizes": [1, 7, 64],
+                "batch_sizes": {1: 64, 7: 63},
                 "samples": 512,
                 "max_error": 0.00123456,
                 "agreement": 0.998,
                 "passed": True,
-                "tolerance": {"max_error": 0.01},
+                "tolerance": {"median": 1e-6, "maximum": 0.01, "agreement": 0.995},
             },
         ],
         "engines": [{"engine": "tensorrt", "status": "built here, not run", "gpu": None}],
-        "compression": {"sparsity": {"total": 0.5, "conv1": 0.25}, "kept": None},
+        "layers": [{"kind": "sparsity", "name": "weights", "values": {"conv1": 0.25}, "total": 0.5}],
         "phases": ["pruning: epochs 0 to 3"],
-        "notes": "one note",
+        "notes": [{"kind": "method", "text": "one note"}],
         "environment": {"cpu": "some", "cores": 2},
     }
     text = render_markdown(report)
@@ -119,8 +120,11 @@ def test_full_report_has_every_section_and_ends_with_tensorrt():
         "## Environment",
     ]
     assert comparison_table([TEACHER, INT8]) in text
-    assert '| onnxruntime |    1, 7, 64 |     512 |  0.001235 |     0.998 |    yes | {"max_error": 0.01} |' in text
-    assert "- sparsity\n  - total: 0.5\n  - conv1: 0.25\n- kept: —" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| onnxruntime | "))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    limits = "median 1e-06, max 0.01, agreement 0.995"
+    assert cells == ["onnxruntime", "1 (64), 7 (63)", "512", "0.001235", "0.998", "yes", limits]
+    assert "- sparsity (weights)\n  - conv1: 0.25\n  - all: 0.5" in text
     assert "- pruning: epochs 0 to 3" in text
     assert text.endswith("\n\nTensorRT: built here, not run\n")
 

@@ -2,6 +2,8 @@
 
 from html.parser import HTMLParser
 
+from lightning_accel.reports.model import BENEFIT, CHANNELS, METHOD, QAT_BENEFIT, SPARSITY, LayerTable, Note, Report
+
 NASTY = '<script>alert("x")</script> & "quotes"'
 
 
@@ -82,7 +84,7 @@ def comparison() -> dict:
     }
 
 
-def whole_report() -> dict:
+def whole_report() -> Report:
     """Values for every section, with a name that would be markup if it weren't escaped."""
     row = {"engine": "onnxruntime", "total": 1000, "parameters": 272474, "file_bytes": 1101344}
     check = {
@@ -97,63 +99,71 @@ def whole_report() -> dict:
         "metric": {"val/accuracy": [0.97, 0.9691]},
         "passed": True,
     }
-    return {
-        "title": f"Net {NASTY}",
-        "command": "lightning-accel export -c run.yaml --ckpt bundle.ckpt",
-        "ships": "student int8",
-        "rows": [
-            {**row, "name": "teacher", "correct": 981, "p50_ms": 4.21, "p90_ms": 4.9},
-            {**row, "name": "student fp32", "correct": 975, "p50_ms": 2.0, "p90_ms": 2.2, "file_bytes": 80000}
-            | {"speedup": 2.1, "speedup_low": 2.0, "speedup_high": 2.2},
-            {"name": "student int8, not trained (PTQ)", "engine": "pytorch", "correct": 951, "total": 1000}
-            | {"note": NASTY},
-            {**row, "name": "student int8", "correct": 970, "p50_ms": 5.0, "p90_ms": 5.25, "file_bytes": 31200}
-            | {"speedup": 0.842, "speedup_low": 0.8, "speedup_high": 0.881},
-            {
-                "name": "student int8, tensorrt",
-                "engine": "tensorrt",
-                "file_bytes": 99999,
-                "note": "built here, not run",
-            },
-        ],
-        "batch_size": 32,
-        "threads": 2,
-        "verification": [{**check, "engine": "file (as written)", "metric": {}}, check],
-        "proofs": {"integers": {"integers": 1668, "weights": 3, "activations": 3, "nodes": 6}}
-        | {"nodes": {"compared": 16, "of": 16, "largest_error": 1.4e-7}},
-        "engines": [
-            {"engine": "onnxruntime", "status": "verified and measured here", "file": "model.onnx", "runs_here": True},
-            {
-                "engine": "tensorrt",
-                "status": "built here, not run",
-                "file": "engines/model.engine",
-                "runs_here": False,
-                "command": "trtexec --onnx=model.onnx",
-            },
-        ],
-        "compression": {
-            "sparsity (weights)": {"body.0.weight": 0.25, NASTY: 0.75, "all": 0.5},
-            "channels (channels)": {"all": "2,884 -> 1,732 parameters", "body.0": "16 -> 12"},
-            "what it brings": {"WeightPruning (weights)": "smaller when compressed"},
-        },
-        "quantization": {"body.0": "int8", "lstm": "float: no integer kernel"},
-        "timeline": [
-            {"phase": "WeightPruning.weights", "start": 0, "end": 20},
-            {"phase": "QuantizationAwareTraining.qat", "start": 30, "end": None},
-        ],
-        "curves": [
-            {"epoch": e, "step": 10 * (e + 1), "metrics": {"val/accuracy": 0.5 + e / 10, NASTY: 1.0}} for e in range(4)
-        ],
-        "run": {"command": "lightning-accel fit -c run.yaml", "config": "model:\n  class_path: pkg.Net # <b>\n"},
-        "phases": ["WeightPruning.weights: from step 0 to 20, of 40"],
-        "benchmark": {"null_ratio": [0.8, 1.2], "rounds": 200, "noisy": True},
-        "environment": {"cpu": "AMD EPYC", "cpu_flags": {"avx2": True}, "cores": 2, "gpu": None},
-        "notes": [
-            "Verified on 256 samples of the validation loader.",
-            "Quantization-aware training earned its cost: +1.9.",
-        ],
-        "comparison": comparison(),
-    }
+    return Report.from_dict(
+        {
+            "title": f"Net {NASTY}",
+            "command": "lightning-accel export -c run.yaml --ckpt bundle.ckpt",
+            "ships": "student int8",
+            "rows": [
+                {**row, "name": "teacher", "correct": 981, "p50_ms": 4.21, "p90_ms": 4.9},
+                {**row, "name": "student fp32", "correct": 975, "p50_ms": 2.0, "p90_ms": 2.2, "file_bytes": 80000}
+                | {"speedup": 2.1, "speedup_low": 2.0, "speedup_high": 2.2},
+                {"name": "student int8, not trained (PTQ)", "engine": "pytorch", "correct": 951, "total": 1000}
+                | {"note": NASTY},
+                {**row, "name": "student int8", "correct": 970, "p50_ms": 5.0, "p90_ms": 5.25, "file_bytes": 31200}
+                | {"speedup": 0.842, "speedup_low": 0.8, "speedup_high": 0.881},
+                {
+                    "name": "student int8, tensorrt",
+                    "engine": "tensorrt",
+                    "file_bytes": 99999,
+                    "note": "built here, not run",
+                },
+            ],
+            "batch_size": 32,
+            "threads": 2,
+            "verification": [{**check, "engine": "file (as written)", "metric": {}}, check],
+            "proofs": {"integers": {"integers": 1668, "weights": 3, "activations": 3, "nodes": 6}}
+            | {"nodes": {"compared": 16, "of": 16, "largest_error": 1.4e-7}},
+            "engines": [
+                {
+                    "engine": "onnxruntime",
+                    "status": "verified and measured here",
+                    "file": "model.onnx",
+                    "runs_here": True,
+                },
+                {
+                    "engine": "tensorrt",
+                    "status": "built here, not run",
+                    "file": "engines/model.engine",
+                    "runs_here": False,
+                    "command": "trtexec --onnx=model.onnx",
+                },
+            ],
+            "layers": [
+                LayerTable(SPARSITY, "weights", {"body.0.weight": 0.25, NASTY: 0.75}, 0.5),
+                LayerTable(CHANNELS, "channels", {"body.0": "16 -> 12"}, "2,884 -> 1,732 parameters"),
+                LayerTable(BENEFIT, "", {"WeightPruning (weights)": "smaller when compressed"}),
+            ],
+            "quantization": {"body.0": "int8", "lstm": "float: no integer kernel"},
+            "timeline": [
+                {"phase": "WeightPruning.weights", "start": 0, "end": 20},
+                {"phase": "QuantizationAwareTraining.qat", "start": 30, "end": None},
+            ],
+            "curves": [
+                {"epoch": e, "step": 10 * (e + 1), "metrics": {"val/accuracy": 0.5 + e / 10, NASTY: 1.0}}
+                for e in range(4)
+            ],
+            "run": {"command": "lightning-accel fit -c run.yaml", "config": "model:\n  class_path: pkg.Net # <b>\n"},
+            "phases": ["WeightPruning.weights: from step 0 to 20, of 40"],
+            "benchmark": {"null_ratio": [0.8, 1.2], "rounds": 200, "noisy": True},
+            "environment": {"cpu": "AMD EPYC", "cpu_flags": {"avx2": True}, "cores": 2, "gpu": None},
+            "notes": [
+                Note(METHOD, "Verified on 256 samples of the validation loader."),
+                Note(QAT_BENEFIT, "Quantization-aware training earned its cost: +1.9."),
+            ],
+            "comparison": comparison(),
+        }
+    )
 
 
 class Page(HTMLParser):

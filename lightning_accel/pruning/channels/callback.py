@@ -157,7 +157,7 @@ class ChannelPruning(CompressionCallback):
         for group in self._plan.groups:
             text = f"{group.original * group.width} -> {group.units * group.width}"
             rows |= dict.fromkeys(group.layers, f"kept: {group.kept}" if group.kept else text)
-        return {f"channels ({self.name})": rows}
+        return {"channels": rows}
 
     @override
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:

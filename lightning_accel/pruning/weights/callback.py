@@ -241,7 +241,7 @@ class WeightPruning(CompressionCallback):
 
     @override
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
-        return {f"sparsity ({self.name})": self.sparsity_of(pl_module)}
+        return {"sparsity": self.sparsity_of(pl_module)}
 
     @override
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:

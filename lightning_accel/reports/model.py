@@ -1,0 +1,231 @@
+"""The report as a typed value: what ``report.json`` holds, and what the page, the Markdown and the plots are made of."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lightning_accel.errors import InvalidArgumentError
+
+SCHEMA = 2
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+INCOMPLETE, QAT_BENEFIT, METHOD, NOISE, DECISION = "incomplete", "qat benefit", "method", "noise", "decision"
+SPARSITY, CHANNELS, KEPT_FLOAT, BENEFIT = "sparsity", "channels", "kept float", "benefit"
+
+
+@dataclass
+class Row:
+    """One way in the comparison; ``None`` is a value that was not measured.
+
+    Attributes:
+        name: e.g. ``"student int8"``.
+        engine: what ran it, e.g. ``"onnxruntime"``.
+        accuracy: share of correct predictions on held-out samples, in [0, 1]. Default: ``correct / total``.
+        correct: held-out samples predicted correctly.
+        total: held-out samples.
+        metrics: further metrics by name, e.g. the user's own.
+        parameters: number of parameters.
+        file_bytes: size of the file in bytes.
+        p50_ms: median latency in ms.
+        p90_ms: 90th percentile of the latency in ms.
+        speedup: time of the first row divided by the time of this one, as measured.
+        speedup_low: lower end of its 95 % interval.
+        speedup_high: upper end of its 95 % interval.
+        note: printed below the table.
+    """
+
+    name: str
+    engine: str | None = None
+    accuracy: float | None = None
+    correct: int | None = None
+    total: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    parameters: int | None = None
+    file_bytes: int | None = None
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.correct is not None and self.total is not None:
+            wilson_interval(self.correct, self.total)  # checks both
+            share = self.correct / self.total
+            if self.accuracy is None:
+                self.accuracy = share
+            elif not math.isclose(self.accuracy, share, abs_tol=5e-5):  # a metric computed in float32 may round
+                raise InvalidArgumentError(
+                    f"Argument `accuracy` must be correct / total = {share:.6f}, but got {self.accuracy:.6f}."
+                )
+        if self.accuracy is not None and not 0 <= self.accuracy <= 1:
+            raise InvalidArgumentError(f"Argument `accuracy` must be in [0, 1], but got {self.accuracy}.")
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy; ``None`` without the counts."""
+        return None if self.correct is None or self.total is None else wilson_interval(self.correct, self.total)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; ``Row(**values)`` is this row again."""
+        return asdict(self)
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % `Wilson score interval <https://doi.org/10.1080/01621459.1927.10502953>`_ of a proportion.
+
+    Unlike the normal approximation it stays within [0, 1] and holds near 0 and 1, where accuracies are.
+
+    Args:
+        correct: number of successes.
+        total: number of trials.
+
+    Raises:
+        InvalidArgumentError: ``total`` below 1, or ``correct`` outside 0 to ``total``.
+
+    Example:
+        >>> low, high = wilson_interval(970, 1000)
+        >>> f"{low:.4f} {high:.4f}"
+        '0.9575 0.9789'
+    """
+    if total < 1:
+        raise InvalidArgumentError(f"Argument `total` must be at least 1, but got {total}.")
+    if not 0 <= correct <= total:
+        raise InvalidArgumentError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
+    share, z2 = correct / total, _Z95**2
+    center = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return (0.0 if correct == 0 else center - half), (1.0 if correct == total else center + half)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One sentence for the reader.
+
+    Args:
+        kind: what it is about: ``"incomplete"`` (a target that wasn't reached), ``"qat benefit"`` (whether quantization-aware training
+            was worth its cost), ``"method"`` (how a number was measured), ``"noise"`` or ``"decision"``.
+        text: the sentence.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One value for each layer.
+
+    Args:
+        kind: ``"sparsity"`` (share of zeros), ``"channels"`` (what is left), ``"kept float"`` (why), or ``"benefit"`` (what a
+            compression is worth at run time, by callback).
+        name: of the callback that it belongs to, or what else tells two tables of one kind apart.
+        values: by layer.
+        total: of the whole network; ``None`` where there is no such thing.
+    """
+
+    kind: str
+    name: str
+    values: dict[str, Any]
+    total: Any = None
+
+    @property
+    def title(self) -> str:
+        """Heading for a reader."""
+        return f"{self.kind} ({self.name})" if self.name else self.kind
+
+
+@dataclass(frozen=True)
+class Phase:
+    """When a callback changed the network.
+
+    Args:
+        phase: its name.
+        start: first optimizer step.
+        end: last one; ``None`` where it has no end of its own.
+    """
+
+    phase: str
+    start: int
+    end: int | None = None
+
+
+@dataclass
+class Report:
+    """The report of one bundle; an empty value was not measured or doesn't apply.
+
+    Args:
+        title: name of the module.
+        command: command that repeats the export.
+        ships: name of the row that is the bundle's default.
+        rows: the networks and engines that were compared; speed-ups are over the first.
+        batch_size: samples in a call of the latency measurement.
+        threads: of each engine.
+        verification: each comparison with the trained network, see
+            :meth:`~lightning_accel.verification.compare.Verification.to_dict`.
+        proofs: counts of what is equal: ``integers`` bit for bit, ``nodes`` one by one, ``lowered`` to half precision, ``kernels``.
+        engines: the manifest's line for each engine.
+        layers: tables by layer.
+        quantization: operator -> ``"int8"``, or ``"float: "`` and the reason.
+        phases: what was done to the network when, in words.
+        timeline: the same in optimizer steps.
+        curves: for each epoch ``epoch`` (0-based), ``step`` and ``metrics``.
+        run: ``command`` and ``config`` of the run, or ``settings``.
+        comparison: the variants, where they were compared; as in ``comparison.json``.
+        benchmark: ``null_ratio`` (interval of a network over itself), ``rounds``, ``noisy``.
+        environment: the machine.
+        notes: further sentences.
+        schema: of this format.
+    """
+
+    title: str = "Report"
+    command: str = ""
+    ships: str = ""
+    rows: list[Row] = field(default_factory=list)
+    batch_size: int | None = None
+    threads: int | None = None
+    verification: list[dict[str, Any]] = field(default_factory=list)
+    proofs: dict[str, Any] = field(default_factory=dict)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[LayerTable] = field(default_factory=list)
+    quantization: dict[str, str] = field(default_factory=dict)
+    phases: list[str] = field(default_factory=list)
+    timeline: list[Phase] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+    comparison: dict[str, Any] | None = None
+    benchmark: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def notes_of(self, kind: str) -> list[str]:
+        """The sentences of one kind."""
+        return [note.text for note in self.notes if note.kind == kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """Read what :meth:`to_dict` wrote; keys that are missing get their defaults, unknown ones are ignored.
+
+        Raises:
+            InvalidArgumentError: another schema.
+        """
+        if values.get("schema", SCHEMA) != SCHEMA:
+            raise InvalidArgumentError(
+                f"Argument `report` must have schema {SCHEMA}, but got {values['schema']!r}. Write the bundle again."
+            )
+        known = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        for name, kind in (("rows", Row), ("layers", LayerTable), ("timeline", Phase), ("notes", Note)):
+            known[name] = [item if isinstance(item, kind) else kind(**item) for item in known.get(name, [])]
+        return cls(**known)
+
+
+def as_report(report: "Report | Mapping[str, Any]") -> Report:
+    """A report, or the content of ``report.json``, as a report."""
+    return report if isinstance(report, Report) else Report.from_dict(report)
