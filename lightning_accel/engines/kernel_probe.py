@@ -50,7 +50,7 @@ Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class KernelFinding:
     """What an engine makes of one form.
 
     Args:
@@ -84,7 +84,7 @@ class Finding:
         return {**asdict(self), "exact": self.exact}
 
 
-def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> Finding:
+def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> KernelFinding:
     """Measure what an engine's kernels make of a form of integer arithmetic on this machine, or remember it.
 
     Args:
@@ -115,7 +115,7 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         known[key] = (found.error, found.reason)
         _remember(place, {key: known[key]})
     error, reason = known[key]
-    return Finding(engine, engine_version(engine), form, arithmetic, error, reason)
+    return KernelFinding(engine, engine_version(engine), form, arithmetic, error, reason)
 
 
 def engine_version(engine: str) -> str:
@@ -184,7 +184,7 @@ def _engine(engine: str) -> Run:
     return run
 
 
-def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Finding:
+def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> KernelFinding:
     import onnx
 
     from lightning_accel.engines.kernel_forms import kernel_file
@@ -199,8 +199,8 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
         except ImportError:
             raise
         except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
-            return Finding(*about, None, str(error).partition("\n")[0])
+            return KernelFinding(*about, None, str(error).partition("\n")[0])
     errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
     if not np.isfinite(errors).all():
-        return Finding(*about, None, "its result is not finite")
-    return Finding(*about, round(max(errors), 4))
+        return KernelFinding(*about, None, "its result is not finite")
+    return KernelFinding(*about, round(max(errors), 4))

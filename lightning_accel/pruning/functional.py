@@ -13,7 +13,7 @@ from lightning_accel.core.structure import Change
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.weights.criteria import Criterion
 from lightning_accel.pruning.weights.masks import apply_masks_, prune_masks
-from lightning_accel.pruning.weights.targets import Choice
+from lightning_accel.pruning.weights.targets import SparsityTargets
 
 
 def prune_weights_(
@@ -50,10 +50,10 @@ def prune_weights_(
         >>> masks["weight"].reshape(-1, 4).sum(1).unique()
         tensor([2])
     """
-    choice = Choice(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
-    chosen = choice.weights(module)
+    targets = SparsityTargets(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
+    chosen = targets.weights(module)
     masks: dict[str, torch.Tensor] = {}
-    for target, names in choice.groups(chosen):
+    for target, names in targets.groups(chosen):
         weights = {name: chosen[name] for name in names}
         masks |= prune_masks(
             weights, target, criterion=criterion, granularity=granularity, scope=scope, generator=generator

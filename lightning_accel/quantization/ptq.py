@@ -103,7 +103,7 @@ def quantize_(
     if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call = call_of(model, paths, shown, inputs)
+    caller, call = calibration_call(model, paths, shown, inputs)
     forwards = {}
     for path in paths:
         owner = find_submodule(model, path, "module") if path else model
@@ -131,7 +131,7 @@ def quantize_(
     return model.eval()
 
 
-def call_of(
+def calibration_call(
     model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
     """Whom the batches are given to, and how the first is."""

@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 from lightning_accel.calls.example import InputsFunction, call_from_batch, isolated_random
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
+from lightning_accel.quantization.ptq import calibration_call, on_device_of, quantize
 
-Loss = Callable[[Any, Any], torch.Tensor]
+OutputLoss = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def sensitivity(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    loss: Loss | None = None,
+    loss: OutputLoss | None = None,
     calibration_batches: int = 8,
     inputs: InputsFunction | None = None,
     **options: Any,
@@ -89,7 +89,7 @@ def sensitivity(
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    caller, _ = call_of(copy, list(forwards), kept, inputs)
+    caller, _ = calibration_call(copy, list(forwards), kept, inputs)
     calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:

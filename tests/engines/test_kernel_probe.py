@@ -12,7 +12,7 @@ import pytest
 from lightning_accel.engines import kernel_probe
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_forms import BUILDERS, kernel_file
-from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, cache_file, probe_kernels
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, KernelFinding, cache_file, probe_kernels
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -180,4 +180,8 @@ def test_arguments_are_checked():
 
 def test_a_finding_in_words():
     made = ("openvino", "1.0", "linear", FORMATS[0])
-    assert [str(Finding(*made, error)) for error in (0.0, 1.0, 1.5)] == ["exact", "exact", "WRONG by up to 1.5 steps"]
+    assert [str(KernelFinding(*made, error)) for error in (0.0, 1.0, 1.5)] == [
+        "exact",
+        "exact",
+        "WRONG by up to 1.5 steps",
+    ]

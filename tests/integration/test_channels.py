@@ -148,7 +148,7 @@ def test_best_from_before_the_removal_is_refused(trainer, tmp_path):
 
     def fit(*more):
         best = ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
-        calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt="best"), best, *more]
+        calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt_path="best"), best, *more]
         # Every other epoch is validated: the only time comes before the removal.
         trainer(*calls, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=2).fit(First(), *data())
 

@@ -154,7 +154,7 @@ def check_report(folder, report, engines, runs, precision) -> None:
 @only_builds
 @pytest.mark.parametrize("precision", ["fp32", "int8 by PTQ"])
 def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_path, capsys, precision):
-    """A CPU's fastest way says nothing about TensorRT, so that the engine asked for stays the default."""
+    """A CPU's fastest variant says nothing about TensorRT, so that the engine asked for stays the default."""
     folder = tmp_path / "bundle"
     made = callbacks(folder, ["tensorrt"], precision, budgets=la.Budgets(max_drop=100), benchmark=QUICK)
     trainer(*made, max_epochs=1).fit(Tiny(), loader(), loader())
@@ -163,7 +163,7 @@ def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_pat
     assert "decision" not in manifest
     comparison = json.loads((folder / "comparison.json").read_text())
     assert comparison["decision"] is None
-    assert {way["name"] for way in comparison["ways"] if way["status"] == "ran"} >= {
+    assert {variant["name"] for variant in comparison["variants"] if variant["status"] == "ran"} >= {
         "onnxruntime fp32",
         "openvino fp32",
     }

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.int8_probe import int8_speed
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, probe_kernels
+from lightning_accel.engines.kernel_probe import ENGINES, FORMS, KernelFinding, probe_kernels
 from lightning_accel.engines.tensorrt.build import has_gpu
 from lightning_accel.engines.tensorrt.library import LIBRARIES, load_library
 
@@ -148,4 +148,4 @@ def _format(values: dict[str, Any]) -> str:
 
 def _words(values: dict[str, Any]) -> str:
     given = {name: value for name, value in values.items() if name != "exact"}
-    return str(Finding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))
+    return str(KernelFinding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))

@@ -130,7 +130,7 @@ class ChannelPruning(CompressionCallback):
 
     @property
     @override
-    def worth(self) -> str:
+    def benefit(self) -> str:
         return "fewer operations and smaller tensors; engines that work in blocks of 8 or 16 channels gain less than the MACs say"
 
     @override

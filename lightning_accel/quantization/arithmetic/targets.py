@@ -12,10 +12,10 @@ from pathlib import Path
 
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, Finding, engine_version, probe_kernels
+from lightning_accel.engines.kernel_probe import ENGINES, KernelFinding, engine_version, probe_kernels
 from lightning_accel.errors import InvalidArgumentError
 
-Probe = Callable[[str, str, Arithmetic], Finding]
+Probe = Callable[[str, str, Arithmetic], KernelFinding]
 
 # Kinds of operators that a target may compute in integers.
 CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
@@ -212,7 +212,7 @@ def cannot_reproduce(
     return _refusal(target, engine, wrong, forms, probe) if wrong else ""
 
 
-def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Iterable[str], probe: Probe) -> str:
+def _refusal(target: Target, engine: str, wrong: Sequence[KernelFinding], forms: Iterable[str], probe: Probe) -> str:
     """What was measured, and the target whose arithmetic the engine reproduces."""
     others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
     right = (
@@ -230,5 +230,5 @@ def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Itera
     )
 
 
-def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[Finding]:
+def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[KernelFinding]:
     return [probe(engine, form, arithmetic_of(target)) for form in sorted(forms)]
