@@ -27,11 +27,12 @@ from lightning_accel.benchmarking.variants import BASELINE, RuntimeVariant, vari
 from lightning_accel.bundle.writer import check_recordable, record_comparison
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
+from lightning_accel.engines.registry import runs_onnx
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification import tolerances
 from lightning_accel.verification.bundle import SAMPLES, proven_file, split_samples
 from lightning_accel.verification.compare import Feeds, Network, verify
-from lightning_accel.verification.kernels import ENGINES, check_kernels
+from lightning_accel.verification.kernels import check_kernels
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.saturation import saturates
 
@@ -238,7 +239,7 @@ def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], 
         )
         failures: list[str] = []
         noise: dict[str, float] | None = None
-        if row.variant.precision == "int8" and row.variant.engine in ENGINES:
+        if row.variant.precision == "int8" and runs_onnx(row.variant.engine):
             kernels = check_kernels(file, row.variant.engine, few)
             noise = kernels.noise
             failures = [reason for reason in (kernels.diverging, saturates(file, row.variant.engine)) if reason]

@@ -14,6 +14,7 @@ from lightning_accel.benchmarking.comparison import BenchmarkSettings, LatencyPo
 from lightning_accel.benchmarking.measure import NOISY, Ratio, median_ratio
 from lightning_accel.benchmarking.process import VariantEndedError, VariantProcess
 from lightning_accel.benchmarking.variants import RuntimeVariant
+from lightning_accel.engines.registry import registered_record
 from lightning_accel.errors import InvalidArgumentError
 
 _PREDICT_BATCH = 32
@@ -159,7 +160,13 @@ def _start(
     if variant.missing:
         row.end("not here", variant.missing)
         return
-    told = {"engine": variant.engine, "mode": variant.mode, "file": str(variant.file), "options": dict(variant.options)}
+    told: dict[str, Any] = {
+        "engine": variant.engine,
+        "mode": variant.mode,
+        "file": str(variant.file),
+        "options": dict(variant.options),
+    }
+    told["spec"] = registered_record(variant.engine)
     try:
         row.process = process = VariantProcess(threads=settings.threads, limit_s=settings.limit_s)
         result.first_ms = process.ask("start", variant=told, inputs=files, threads=settings.threads)["first_ms"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_accel.engines.tensorrt.cuda import has_gpu
+from lightning_accel.engines.registry import EngineSpec, all_engines, engine_named
 
 BASELINE = "onnxruntime fp32"
 REFERENCE = "reference.onnx"
@@ -15,7 +15,6 @@ _NO_INT8 = (
     "lightning-accel quantize --ckpt FILE"
 )
 _NO_PROGRAM = 'the bundle holds no `model.pt2`: export with ModelExport(engines=[..., "pytorch"])'
-_NO_GPU = "needs an NVIDIA GPU and its driver, and this machine has none"
 _TORCH_MODES = {  # variant -> how it calls the program, and why load_runner doesn't
     "pytorch eager": ("eager", "`load_runner` runs the program in inference_mode"),
     "pytorch inference_mode": ("inference_mode", ""),
@@ -67,14 +66,16 @@ def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
     precision, model = str(manifest["precision"]), folder / manifest["model"]
     reference = folder / REFERENCE if REFERENCE in manifest["files"] else model
     variants = _of_pytorch(folder, manifest)
-    for engine in ("onnxruntime", "openvino"):
-        variants.append(RuntimeVariant(f"{engine} fp32", engine, "fp32", reference, common=True))
+    engines = all_engines()
+    for spec in (spec for spec in engines if spec.source == "onnx"):
+        engine, common = spec.name, spec.common or spec.name in manifest["engines"]
+        variants.append(RuntimeVariant(f"{engine} fp32", engine, "fp32", reference, common=common))
         for other in dict.fromkeys([*([precision] if precision != "fp32" else []), "int8"]):
             file = model if other == precision else None
             missing = "" if file is not None else _NO_INT8
-            if other == "bf16":
-                missing = f"{engine} has no bf16 kernels on a CPU"
-            variants.append(RuntimeVariant(f"{engine} {other}", engine, other, file, missing=missing, common=True))
+            if other not in spec.precisions:
+                missing = f"{engine} has no {other} kernels on a CPU"
+            variants.append(RuntimeVariant(f"{engine} {other}", engine, other, file, missing=missing, common=common))
         if engine == "onnxruntime":
             made = "made of the float32 file anew each time; no file of it is in the bundle, and none was verified"
             variants.append(
@@ -83,6 +84,8 @@ def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
                 )
             )
             variants += _of_providers(reference, model, precision)
+    for spec in (spec for spec in engines if spec.source == "built" and spec.name != "tensorrt"):
+        variants += _of_built(spec, folder, manifest)
     return [*variants, *_of_tensorrt(folder, manifest, reference)]
 
 
@@ -100,6 +103,16 @@ def _of_pytorch(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
             )
         )
     return variants
+
+
+def _of_built(spec: EngineSpec, folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVariant]:
+    """The engine file of a bundle that was exported for the engine; nothing for other bundles."""
+    line = manifest["engines"].get(spec.name)
+    if line is None:
+        return []
+    precision, missing = str(line["precision"]), spec.why_unavailable()
+    name = f"{spec.name} {precision.partition('+')[0]}"
+    return [RuntimeVariant(name, spec.name, precision, folder / line["file"], missing=missing, common=True)]
 
 
 def _of_providers(reference: Path, model: Path, precision: str) -> list[RuntimeVariant]:
@@ -122,7 +135,7 @@ def _of_tensorrt(folder: Path, manifest: Mapping[str, Any], reference: Path) -> 
     for precision in dict.fromkeys(["fp32", "fp16", "int8", *shipped]):
         one = shipped.get(precision)
         name = f"tensorrt {precision}"
-        missing = "" if has_gpu() else _NO_GPU
+        missing = engine_named("tensorrt").why_unavailable()
         common = precision == (lines[0]["precision"].partition("+")[0] if lines else "int8")
         if one is not None:
             full, file = one["precision"], folder / one["file"]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import EngineSpec, engine_named, register_engine
 from lightning_accel.errors import UnsupportedError
 
 NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # what is missing is named in the message; it is no failure
@@ -123,8 +124,8 @@ class Worker:
 
 def _load(variant: Mapping[str, Any], threads: int) -> Runner:
     options = dict(variant["options"])
-    if variant["engine"] == "tensorrt":
-        return load_runner(variant["file"], "tensorrt")
+    if (record := variant.get("spec")) is not None:  # an engine that was registered in the process that measures
+        register_engine(EngineSpec.from_dict(record))
     if variant["mode"] not in ("", "inference_mode"):
         from lightning_accel.benchmarking.torch_variants import TorchVariant
 
@@ -137,7 +138,8 @@ def _load(variant: Mapping[str, Any], threads: int) -> Runner:
                 f"this ONNX Runtime has no {', '.join(providers)}, only {', '.join(onnxruntime.get_available_providers())}: "
                 'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
             )
-    return load_runner(variant["file"], variant["engine"], threads=threads, **options)
+    chosen = threads if engine_named(variant["engine"]).threads else None
+    return load_runner(variant["file"], variant["engine"], threads=chosen, **options)
 
 
 def _ran_and_waited_ms() -> tuple[float, float]:

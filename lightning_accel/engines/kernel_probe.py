@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 from lightning_accel.core.cpu import cpu_fields, cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.registry import engine_named, probed_engines
+from lightning_accel.errors import InvalidArgumentError
 
-ENGINES = ("onnxruntime", "openvino")  # engines with integer kernels for CPUs
 FORMS = (
     "convolution",
     "depthwise convolution",
@@ -40,7 +40,6 @@ FORMS = (
     "concatenation also read in float",
     "tiny scales",
 )
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
 _SCHEMA = 1  # raised when the files of the probe change, so that what was measured on others is forgotten
 _ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring integers
 # They choose the kernels of oneDNN, on which OpenVINO is built.
@@ -101,10 +100,10 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         >>> probe_kernels("openvino", "concatenation", Arithmetic("int8", 63)).exact  # doctest: +SKIP
         True
     """
-    if engine not in ENGINES:
-        raise ValueError(f"Argument `engine` must be one of {ENGINES}, but got {engine!r}.")
+    if engine not in probed_engines():
+        raise InvalidArgumentError(f"Argument `engine` must be one of {probed_engines()}, but got {engine!r}.")
     if form not in FORMS:
-        raise ValueError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
+        raise InvalidArgumentError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
     if run is not None:
         return _measure(engine, form, arithmetic, run)
     place = cache_file(engine)
@@ -120,12 +119,7 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
 
 def engine_version(engine: str) -> str:
     """Version of an engine's package; empty if it isn't installed."""
-    for package in _PACKAGES[engine]:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return ""
+    return engine_named(engine).version()
 
 
 def cache_file(engine: str) -> Path:

@@ -1,5 +1,6 @@
 """ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.held_out import held_out
 from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.pipeline import ENGINES, write_bundle
+from lightning_accel.export.pipeline import write_bundle
 from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
 from lightning_accel.export.ptq_baseline import predictions_of
 from lightning_accel.export.spec import Order
@@ -100,8 +102,8 @@ class ModelExport(L.Callback):
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
         for engine in chosen or ():
-            if engine not in ENGINES:
-                raise InvalidArgumentError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
+            if engine not in engine_names():
+                raise InvalidArgumentError(f"Argument `engines` must be among {engine_names()}, but got {engine!r}.")
         if chosen is not None and not chosen:
             raise InvalidArgumentError("Argument `engines` must name at least one engine, but got an empty list.")
         if precision not in (None, *_PRECISIONS):
@@ -364,13 +366,16 @@ class ModelExport(L.Callback):
             raise InvalidArgumentError(
                 f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
             )
-        if self.precision == "bf16" and (others := [e for e in self._wanted_engines(trainer) if e != "tensorrt"]):
+        wanted = self._wanted_engines(trainer)
+        others = [e for e in wanted if self.precision is not None and self.precision not in engine_named(e).precisions]
+        if self.precision == "bf16" and others:
+            able = json.dumps([spec.name for spec in all_engines() if "bf16" in spec.precisions])
             raise InvalidArgumentError(
-                f'Argument `engines` must be ["tensorrt"] for precision "bf16", but got {others}, which have no bf16 kernels.'
+                f'Argument `engines` must be {able} for precision "bf16", but got {others}, which have no bf16 kernels.'
             )
-        if self.precision in ("fp16", "bf16") and "pytorch" in self._wanted_engines(trainer):
+        if others:
             raise InvalidArgumentError(
-                f'Argument `engines` must not hold "pytorch" for precision "{self.precision}": `model.pt2` is what was trained.'
+                f'Argument `engines` must not hold "{others[0]}" for precision "{self.precision}", which it doesn\'t run.'
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):

@@ -15,6 +15,7 @@ from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.calls.example import Call
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line
@@ -286,9 +287,8 @@ def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order
 
 
 def _load(file: Path, engine: str | None, threads: int) -> Runner:
-    return load_runner(
-        file, engine, threads=None if engine == "tensorrt" else threads
-    )  # a GPU has no threads to choose
+    chosen = threads if engine is None or engine_named(engine).threads else None
+    return load_runner(file, engine, threads=chosen)
 
 
 def _measure_latency(

@@ -20,8 +20,6 @@ from lightning_accel.export.spec import Order
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
 
-ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
-
 
 def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
     """Export, prove, build, measure, and write the bundle; nothing is left behind if a step fails.

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel as la
 from lightning_accel.cli.main import main
 from lightning_accel.engines.manifest import read_manifest
+from lightning_accel.engines.registry import engine_names
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.export.logging import scalars
-from lightning_accel.export.pipeline import ENGINES
 
+ENGINES = engine_names()
 SUBSETS = [list(engines) for count in range(1, len(ENGINES) + 1) for engines in combinations(ENGINES, count)]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8 by QAT", "int8 by PTQ")
 QUICK = la.BenchmarkSettings(
