@@ -1,4 +1,4 @@
-"""What a comparison of ways is asked to do, and what it finds: the content of ``comparison.json``."""
+"""What a comparison of variants is asked to do, and what it finds: the content of ``comparison.json``."""
 
 import math
 import os
@@ -23,11 +23,11 @@ class BenchmarkSettings:
     Args:
         batches: samples in a call; each size is measured.
         callers: threads that call at once; each number is measured.
-        seconds: time for which each way is called, at each batch size and number of callers.
-        turn_s: time of one turn: a round is one turn of each way, in an order shuffled anew.
-        warmup_s: time for which each way is called before the first round.
+        seconds: time for which each variant is called, at each batch size and number of callers.
+        turn_s: time of one turn: a round is one turn of each variant, in an order shuffled anew.
+        warmup_s: time for which each variant is called before the first round.
         min_rounds: rounds that are measured even if calls take longer than turns.
-        limit_s: time that a way may take in all, with loading and warming up.
+        limit_s: time that a variant may take in all, with loading and warming up.
         threads: threads of each engine.
         seed: of the orders and of the resampling.
 
@@ -77,8 +77,8 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One way at one batch size and number of callers.
+class LatencyPoint:
+    """One variant at one batch size and number of callers.
 
     Args:
         batch: samples in a call.
@@ -87,7 +87,7 @@ class Point:
         p90_ms: 90th percentile.
         p99_ms: 99th percentile.
         throughput: samples a second, of all callers together.
-        speedup: time of the baseline divided by time of this way: the median over the rounds of the ratio of both within a
+        speedup: time of the baseline divided by time of this variant: the median over the rounds of the ratio of both within a
             round. The time is the length of a turn divided by its calls. ``None`` where the baseline wasn't measured.
         speedup_low: lower end of its 95 % interval.
         speedup_high: upper end.
@@ -109,11 +109,11 @@ class Point:
 
 
 @dataclass
-class WayResult:
-    """What was found about one way; ``None`` is what was not measured.
+class VariantResult:
+    """What was found about one variant; ``None`` is what was not measured.
 
     Args:
-        name: name of the way.
+        name: name of the variant.
         engine: what ran it.
         precision: of its file.
         status: ``"ran"``, ``"not here"``, ``"failed"`` or ``"out of time"``.
@@ -146,9 +146,9 @@ class WayResult:
     samples: int | None = None
     kernels: dict[str, Any] | None = None
     unshippable: str = ""
-    points: list[Point] = field(default_factory=list)
+    points: list[LatencyPoint] = field(default_factory=list)
 
-    def point(self, batch: int, callers: int = 1) -> Point | None:
+    def point(self, batch: int, callers: int = 1) -> LatencyPoint | None:
         """The measurement at a batch size and number of callers, if there is one."""
         return next((p for p in self.points if (p.batch, p.callers) == (batch, callers)), None)
 
@@ -160,16 +160,16 @@ class WayResult:
 
 @dataclass
 class Comparison:
-    """All ways, the machine, and what was decided.
+    """All variants, the machine, and what was decided.
 
     Args:
         environment: the machine, see :func:`~lightning_accel.benchmarking.environment.environment`.
         settings: those of :class:`BenchmarkSettings`, what the samples are, and what predictions were compared with.
-        baseline: name of the way that speed-ups refer to.
+        baseline: name of the variant that speed-ups refer to.
         null: the baseline held against itself in a second process: ``value``, ``low`` and ``high`` at each of the ``points``.
         noisy: whether the interval of a null ratio leaves 0.9 to 1.1.
-        ways: one row for each.
-        decision: what ships, see :func:`~lightning_accel.benchmarking.decision.decide`; ``None`` if nothing was asked.
+        variants: one row for each.
+        decision: what ships, see :func:`~lightning_accel.benchmarking.decision.choose_variant`; ``None`` if nothing was asked.
         interrupted: whether it was stopped before everything was measured.
     """
 
@@ -178,15 +178,15 @@ class Comparison:
     baseline: str
     null: dict[str, Any]
     noisy: bool
-    ways: list[WayResult]
+    variants: list[VariantResult]
     decision: dict[str, Any] | None = None
     interrupted: bool = False
 
-    def __getitem__(self, name: str) -> WayResult:
-        for way in self.ways:
-            if way.name == name:
-                return way
-        raise KeyError(f"No way {name!r}, only {[way.name for way in self.ways]}.")
+    def __getitem__(self, name: str) -> VariantResult:
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(f"No variant {name!r}, only {[variant.name for variant in self.variants]}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``comparison.json``."""
@@ -203,9 +203,12 @@ class Comparison:
             raise InvalidArgumentError(
                 f"The comparison must have schema {SCHEMA}, but got {values.get('schema')!r}. Measure again."
             )
-        ways = [WayResult(**{**way, "points": [Point(**point) for point in way["points"]]}) for way in values["ways"]]
+        variants = [
+            VariantResult(**{**variant, "points": [LatencyPoint(**point) for point in variant["points"]]})
+            for variant in values["variants"]
+        ]
         known = {one.name for one in fields(cls)}
-        return cls(**{**{key: value for key, value in values.items() if key in known}, "ways": ways})
+        return cls(**{**{key: value for key, value in values.items() if key in known}, "variants": variants})
 
 
 def null_line(null: Mapping[str, Any]) -> str:

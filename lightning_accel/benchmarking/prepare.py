@@ -4,26 +4,26 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.variants import RuntimeVariant
 from lightning_accel.core.optional import require
 
 
-def prepared(way: Way, folder: Path) -> Way:
-    """Make what a way runs; one that can't be made here says why.
+def prepared(variant: RuntimeVariant, folder: Path) -> RuntimeVariant:
+    """Make what a variant runs; one that can't be made here says why.
 
     Args:
-        way: one with ``make``; others are returned as they are.
+        variant: one with ``make``; others are returned as they are.
         folder: where the file goes.
     """
-    if not way.make or way.missing:
-        return way
-    assert way.file is not None
+    if not variant.make or variant.missing:
+        return variant
+    assert variant.file is not None
     try:
-        if way.make == "dynamic int8":
-            return replace(way, file=dynamic_int8(way.file, folder / "dynamic.onnx"))
-        return replace(way, file=_tensorrt(way.file, way.precision, folder))
+        if variant.make == "dynamic int8":
+            return replace(variant, file=dynamic_int8(variant.file, folder / "dynamic.onnx"))
+        return replace(variant, file=_tensorrt(variant.file, variant.precision, folder))
     except Exception as error:  # quantizers and builders raise what they like; it becomes the row's reason
-        return replace(way, missing=f"it can't be made: {type(error).__name__}: {error}"[:500])
+        return replace(variant, missing=f"it can't be made: {type(error).__name__}: {error}"[:500])
 
 
 def dynamic_int8(source: Path, out: Path) -> Path:
@@ -38,7 +38,7 @@ def dynamic_int8(source: Path, out: Path) -> Path:
     Raises:
         MissingPackageError: ONNX Runtime isn't installed.
     """
-    quantization = require("onnxruntime.quantization", "cpu", "Way `onnxruntime dynamic int8`")
+    quantization = require("onnxruntime.quantization", "cpu", "Variant `onnxruntime dynamic int8`")
     import onnx
 
     model = onnx.load(source)

@@ -1,4 +1,4 @@
-"""A way in a process of its own, as seen from the one that measures: asks with a time limit, survives its death."""
+"""A variant in a process of its own, as seen from the one that measures: asks with a time limit, survives its death."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from lightning_accel.errors import RunError
 WORKER = "lightning_accel.benchmarking.worker"
 
 
-class WayEndedError(RunError):
-    """A way can't go on; ``status`` is that of its row.
+class VariantEndedError(RunError):
+    """A variant can't go on; ``status`` is that of its row.
 
     Args:
         status: ``"not here"``, ``"failed"`` or ``"out of time"``.
@@ -32,7 +32,7 @@ class WayEndedError(RunError):
         self.status, self.reason = status, reason
 
 
-class WayProcess:
+class VariantProcess:
     """Start a worker and talk to it.
 
     Args:
@@ -63,7 +63,7 @@ class WayProcess:
             arguments: its arguments, JSON values.
 
         Raises:
-            WayEndedError: it failed, can't run here, died, or took longer than what is left of the limit.
+            VariantEndedError: it failed, can't run here, died, or took longer than what is left of the limit.
         """
         started = time.perf_counter()
         with suppress(BrokenPipeError):  # it has died: the missing reply tells how
@@ -73,18 +73,18 @@ class WayProcess:
         try:
             line = self._replies.get(timeout=max(self.left_s, 0.0))
         except queue.Empty:
-            raise WayEndedError(
-                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a way"
+            raise VariantEndedError(
+                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a variant"
             ) from None
         finally:
             self.left_s -= time.perf_counter() - started
         if not line:
-            raise WayEndedError("failed", self._death())
+            raise VariantEndedError("failed", self._death())
         reply: dict[str, Any] = json.loads(line)
         if "not_here" in reply:
-            raise WayEndedError("not here", " ".join(reply["not_here"].split()))
+            raise VariantEndedError("not here", " ".join(reply["not_here"].split()))
         if "failed" in reply:
-            raise WayEndedError("failed", " ".join(reply["failed"].split())[:500])
+            raise VariantEndedError("failed", " ".join(reply["failed"].split())[:500])
         return reply
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Held-out samples in a comparison: what is fed, whether it fits, what the ways predict for it, and the result of it all."""
+"""Held-out samples in a comparison: what is fed, whether it fits, what the variants predict for it, and the result of it all."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
-from lightning_accel.benchmarking.rounds import Measured, Row
+from lightning_accel.benchmarking.rounds import Measured, VariantRun
 from lightning_accel.benchmarking.scores import CLASSES, VALUES, r_squared
 from lightning_accel.engines.base import Runner
 from lightning_accel.errors import InvalidArgumentError
@@ -34,14 +34,14 @@ def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
     return feeds
 
 
-def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, scores: str | None = None) -> str:
+def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, output_kind: str | None = None) -> str:
     """What doesn't fit is told before anything is measured.
 
     Args:
         runner: the network.
         feeds: samples.
         labels: classes, or the values that outputs should have.
-        scores: ``"classes"``, ``"values"``, or ``None``: as the labels are, else classes if there is more than one column.
+        output_kind: ``"classes"``, ``"values"``, or ``None``: as the labels are, else classes if there is more than one column.
 
     Returns:
         How outputs are scored: ``"classes"`` or ``"values"``.
@@ -56,10 +56,10 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
     outputs = next(iter(runner.run({name: array[:1] for name, array in feeds.items()}).values()))
     count = next(iter(counts.values()))
     if labels is None:
-        return scores or (CLASSES if outputs.ndim >= 2 and outputs.shape[1] > 1 else VALUES)
-    if scores is None:
-        scores = VALUES if np.issubdtype(labels.dtype, np.floating) else CLASSES
-    if scores == VALUES:
+        return output_kind or (CLASSES if outputs.ndim >= 2 and outputs.shape[1] > 1 else VALUES)
+    if output_kind is None:
+        output_kind = VALUES if np.issubdtype(labels.dtype, np.floating) else CLASSES
+    if output_kind == VALUES:
         shape = outputs.shape[1:]
         if not np.issubdtype(labels.dtype, np.number) or (
             labels.shape != (count, *shape) and (*labels.shape, 1) != (count, *shape)
@@ -68,7 +68,7 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
                 f"Argument `labels` must hold an integer for each of the {count} samples, or the values {(count, *shape)} that "
                 f"the first output should have, but got {labels.dtype} of shape {labels.shape}."
             )
-        return scores
+        return output_kind
     if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim or len(labels) != count:
         raise InvalidArgumentError(
             f"Argument `labels` must hold an integer for each of the {count} samples, but got {labels.dtype} of shape "
@@ -85,20 +85,20 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
             f"Argument `labels` must be from 0 to {outputs.shape[1] - 1}, the classes of the first output, but got "
             f"{labels.min()} to {labels.max()}."
         )
-    return scores
+    return output_kind
 
 
-def kept_samples(runner: Runner, feeds: Feeds, scores: str) -> int:
+def kept_samples(runner: Runner, feeds: Feeds, output_kind: str) -> int:
     """Of how many samples the outputs are kept: enough to hold kernels against the file; for an R² as many as fit."""
-    if scores == CLASSES:
+    if output_kind == CLASSES:
         return KEPT
     outputs = runner.run({name: array[:1] for name, array in feeds.items()}).values()
     return max(KEPT, _SCORED // max(1, sum(array.size for array in outputs)))
 
 
-def describe(row: Row, folder: Path) -> None:
-    """Name and size of what a way ran; only a file of the bundle has a name that means something later."""
-    file = row.way.file
+def describe(row: VariantRun, folder: Path) -> None:
+    """Name and size of what a variant ran; only a file of the bundle has a name that means something later."""
+    file = row.variant.file
     if file is None or not file.is_file():
         return
     if file.is_relative_to(folder):
@@ -107,12 +107,12 @@ def describe(row: Row, folder: Path) -> None:
     row.result.file_bytes = file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
-def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None, scores: str) -> None:
-    """Accuracy and agreement, from the classes that each way predicts or the values that it computes."""
-    if scores == VALUES:
+def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None, output_kind: str) -> None:
+    """Accuracy and agreement, from the classes that each variant predicts or the values that it computes."""
+    if output_kind == VALUES:
         _score_values(measured, baseline, wanted, labels)
         return
-    right = next((row.outputs.get("classes") for row in measured.rows if row.way.name == baseline), None)
+    right = next((row.outputs.get("classes") for row in measured.rows if row.variant.name == baseline), None)
     if wanted:
         logits = next(iter(wanted.values()))
         right = logits.argmax(1) if logits.ndim >= 2 and logits.shape[1] > 1 else None
@@ -128,10 +128,10 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
 
 def _score_values(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None) -> None:
     """R² of the first output, against the labels and against what the trained network or the baseline computes."""
-    values = {row.way.name: next(iter(row.computed.values()), None) for row in measured.rows}
+    values = {row.variant.name: next(iter(row.computed.values()), None) for row in measured.rows}
     right = next(iter(wanted.values())) if wanted else values.get(baseline)
     for row in measured.rows:
-        got = values[row.way.name]
+        got = values[row.variant.name]
         if got is None:
             continue
         row.result.samples = len(got)
@@ -150,7 +150,7 @@ def assembled(
     machine: Mapping[str, Any],
     source: str | None,
     against: str,
-    scores: str = CLASSES,
+    output_kind: str = CLASSES,
 ) -> Comparison:
     """Put what was measured together with how and on what; nothing is decided yet.
 
@@ -158,11 +158,11 @@ def assembled(
         measured: all rows, scored.
         feeds: the samples.
         settings: how it was measured.
-        baseline: name of the way that speed-ups refer to.
+        baseline: name of the variant that speed-ups refer to.
         machine: its description, from before the measurement.
         source: where the samples come from; ``None`` for random ones.
         against: what predictions were compared with.
-        scores: how outputs were scored, ``"classes"`` or ``"values"``.
+        output_kind: how outputs were scored, ``"classes"`` or ``"values"``.
     """
     count = len(next(iter(feeds.values())))
     told = {
@@ -170,7 +170,7 @@ def assembled(
         "samples": 0 if source is None else count,
         "data": "random inputs" if source is None else f"{count:,} held-out samples, {source}",
         "agreement_with": against,
-        "scores": scores,
+        "output_kind": output_kind,
         "spinning": "off",
     }
     nulls = {key: pick((n[key] for n in measured.null), default=None) for key, pick in (("low", min), ("high", max))}
@@ -180,6 +180,6 @@ def assembled(
         baseline=baseline,
         null={"value": measured.null[0]["value"] if measured.null else None, **nulls, "points": measured.null},
         noisy=any(n["noisy"] for n in measured.null),
-        ways=[row.result for row in measured.rows],
+        variants=[row.result for row in measured.rows],
         interrupted=measured.interrupted,
     )

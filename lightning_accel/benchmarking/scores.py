@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 CLASSES, VALUES = "classes", "values"
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def score_titles(settings: Mapping[str, Any]) -> tuple[str, str]:
     """What ``accuracy`` and ``agreement`` are called in a comparison with these settings."""
-    return ("R²", "R² of outputs") if settings.get("scores") == VALUES else ("accuracy", "agreement")
+    return ("R²", "R² of outputs") if settings.get("output_kind") == VALUES else ("accuracy", "agreement")
 
 
 def r_squared(truth: np.ndarray, outputs: np.ndarray) -> float | None:

@@ -1,4 +1,4 @@
-"""The ways to run a program in PyTorch beside the one that ``load_runner`` takes; imported in their own processes only."""
+"""Variants of a program in PyTorch beside the one that ``load_runner`` takes; imported in their own processes only."""
 
 import shutil
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from lightning_accel.errors import MissingPackageError, UnsupportedError
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchWay(PyTorchRunner):
-    """Run a program saved with ``torch.export.save`` in one of several ways; calls may overlap.
+class TorchVariant(PyTorchRunner):
+    """Run a program saved with ``torch.export.save`` in one of several modes; calls may overlap.
 
     Args:
         path: the ``.pt2`` file.
@@ -28,7 +28,7 @@ class TorchWay(PyTorchRunner):
 
     Raises:
         MissingPackageError: torchao isn't installed.
-        UnsupportedError: the way doesn't apply to this network, or to this machine.
+        UnsupportedError: the variant doesn't apply to this network, or to this machine.
     """
 
     def __init__(self, path: str | Path, *, mode: str, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""The process of one way: loads it, and runs it when it is told that its turn has come.
+"""The process of one variant: loads it, and runs it when it is told that its turn has come.
 
 Requests come as lines of JSON on the standard input, replies go out as lines of JSON; between them the process sleeps.
 It imports what its engine needs and nothing else, so that memory and first inference are the engine's own.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import EngineSpec, engine_named, register_engine
 from lightning_accel.errors import UnsupportedError
 
 NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # what is missing is named in the message; it is no failure
@@ -33,12 +34,12 @@ class Worker:
         self.pools: dict[int, ThreadPoolExecutor] = {}
         self.feeds: dict[int, dict[str, np.ndarray]] = {}
 
-    def do_start(self, way: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any]:
-        """Load the way and run one sample; the time of both together is the first inference's."""
+    def do_start(self, variant: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any]:
+        """Load the variant and run one sample; the time of both together is the first inference's."""
         self.inputs = {name: np.load(path, mmap_mode="r") for name, path in inputs.items()}
         first = self._feeds(1)
         started = time.perf_counter()
-        self.run = _load(way, threads).run
+        self.run = _load(variant, threads).run
         self.run(first)
         return {"first_ms": 1e3 * (time.perf_counter() - started)}
 
@@ -121,14 +122,14 @@ class Worker:
         return [t for times, *_ in parts for t in times], wall / 1e6
 
 
-def _load(way: Mapping[str, Any], threads: int) -> Runner:
-    options = dict(way["options"])
-    if way["engine"] == "tensorrt":
-        return load_runner(way["file"], "tensorrt")
-    if way["mode"] not in ("", "inference_mode"):
-        from lightning_accel.benchmarking.torch_variants import TorchWay
+def _load(variant: Mapping[str, Any], threads: int) -> Runner:
+    options = dict(variant["options"])
+    if (record := variant.get("spec")) is not None:  # an engine that was registered in the process that measures
+        register_engine(EngineSpec.from_dict(record))
+    if variant["mode"] not in ("", "inference_mode"):
+        from lightning_accel.benchmarking.torch_variants import TorchVariant
 
-        return TorchWay(way["file"], mode=way["mode"], threads=threads)
+        return TorchVariant(variant["file"], mode=variant["mode"], threads=threads)
     if providers := options.get("providers"):
         import onnxruntime
 
@@ -137,7 +138,8 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
                 f"this ONNX Runtime has no {', '.join(providers)}, only {', '.join(onnxruntime.get_available_providers())}: "
                 'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
             )
-    return load_runner(way["file"], way["engine"], threads=threads, **options)
+    chosen = threads if engine_named(variant["engine"]).threads else None
+    return load_runner(variant["file"], variant["engine"], threads=chosen, **options)
 
 
 def _ran_and_waited_ms() -> tuple[float, float]:

@@ -29,7 +29,9 @@ from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 _DEBUG = "LIGHTNING_ACCEL_DEBUG"
-_SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt", "name"})
+_SHIPPED = tuple(
+    inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt_path", "name"}
+)
 _TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
 
 _FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # what PyTorch says of other weights

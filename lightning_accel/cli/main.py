@@ -13,7 +13,7 @@ COMMANDS = {
     "build": "build a TensorRT engine from an ONNX file, as trtexec does",
     "check": "can a module be exported, quantized and built, and what stands in the way: check package.MyLit --ckpt FILE",
     "doctor": "what is installed, which engines run or only build here, what int8 does on this CPU",
-    "benchmark": "every way to run a bundle side by side, and which one ships; or latency of several bundles and files",
+    "benchmark": "all runtime variants of a bundle side by side, and which one ships; or latency of several bundles and files",
     "compare": "two bundles side by side",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
 }

@@ -4,7 +4,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -12,15 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lightning_accel.engines.manifest import resolve_bundle
+from lightning_accel.engines.registry import engine_named, engine_names, suffixes
 from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError, MissingFileError
-
-_RUNNERS = {
-    "onnxruntime": "onnxruntime:OnnxRuntimeRunner",
-    "openvino": "openvino:OpenVinoRunner",
-    "tensorrt": "tensorrt.runner:TensorRTRunner",
-    "pytorch": "pytorch:PyTorchRunner",
-}
-_ENGINE_OF_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt", ".pt2": "pytorch"}
 
 
 @dataclass(frozen=True)
@@ -195,8 +187,8 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
 
     Args:
         path: a bundle (a directory with ``manifest.json``), or one file: ``.onnx``, ``.engine``, ``.xml``, ``.pt2``.
-        engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"pytorch"``. Default: the one the bundle's
-            manifest names, or the one that the file's suffix belongs to.
+        engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"pytorch"`` or another registered engine. Default: the one that
+            the bundle's manifest names, or the one that the file's suffix belongs to.
         threads: CPU threads of the engine. Default: the engine's own choice.
         options: further arguments of the engine's runner, e.g. ``providers=("CUDAExecutionProvider",)``.
 
@@ -211,24 +203,23 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
         (32, 10)
     """
     path = Path(path)
-    if engine is not None and engine not in _RUNNERS:
-        raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(_RUNNERS)}, but got {engine!r}.")
+    if engine is not None:
+        engine_named(engine)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InvalidArgumentError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
     if not path.exists():
         raise MissingFileError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
     if path.is_dir():
         engine, path = resolve_bundle(path, engine)
-        if engine not in _RUNNERS:
+        if engine not in engine_names():
             raise InvalidArgumentError(
-                f"The bundle's default engine must be one of {sorted(_RUNNERS)}, but it is {engine!r}."
+                f"The bundle's default engine must be one of {sorted(engine_names())}, but it is {engine!r}."
             )
     elif engine is None:
-        if path.suffix not in _ENGINE_OF_SUFFIX:
+        engine = suffixes().get(path.suffix)
+        if engine is None:
             raise InvalidArgumentError(
-                f"Argument `path` must end in one of {sorted(_ENGINE_OF_SUFFIX)}, but got {path.name!r}."
+                f"Argument `path` must end in one of {sorted(suffixes())}, but got {path.name!r}."
             )
-        engine = _ENGINE_OF_SUFFIX[path.suffix]
-    module, name = _RUNNERS[engine].split(":")
-    runner: type[Runner] = getattr(import_module(f"lightning_accel.engines.{module}"), name)
+    runner: type[Runner] = engine_named(engine).load_runner_class()
     return runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 from lightning_accel.core.cpu import cpu_fields, cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.registry import engine_named, probed_engines
+from lightning_accel.errors import InvalidArgumentError
 
-ENGINES = ("onnxruntime", "openvino")  # engines with integer kernels for CPUs
 FORMS = (
     "convolution",
     "depthwise convolution",
@@ -40,7 +40,6 @@ FORMS = (
     "concatenation also read in float",
     "tiny scales",
 )
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
 _SCHEMA = 1  # raised when the files of the probe change, so that what was measured on others is forgotten
 _ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring integers
 # They choose the kernels of oneDNN, on which OpenVINO is built.
@@ -50,7 +49,7 @@ Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class KernelFinding:
     """What an engine makes of one form.
 
     Args:
@@ -84,7 +83,7 @@ class Finding:
         return {**asdict(self), "exact": self.exact}
 
 
-def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> Finding:
+def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> KernelFinding:
     """Measure what an engine's kernels make of a form of integer arithmetic on this machine, or remember it.
 
     Args:
@@ -101,10 +100,10 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         >>> probe_kernels("openvino", "concatenation", Arithmetic("int8", 63)).exact  # doctest: +SKIP
         True
     """
-    if engine not in ENGINES:
-        raise ValueError(f"Argument `engine` must be one of {ENGINES}, but got {engine!r}.")
+    if engine not in probed_engines():
+        raise InvalidArgumentError(f"Argument `engine` must be one of {probed_engines()}, but got {engine!r}.")
     if form not in FORMS:
-        raise ValueError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
+        raise InvalidArgumentError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
     if run is not None:
         return _measure(engine, form, arithmetic, run)
     place = cache_file(engine)
@@ -115,17 +114,12 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         known[key] = (found.error, found.reason)
         _remember(place, {key: known[key]})
     error, reason = known[key]
-    return Finding(engine, engine_version(engine), form, arithmetic, error, reason)
+    return KernelFinding(engine, engine_version(engine), form, arithmetic, error, reason)
 
 
 def engine_version(engine: str) -> str:
     """Version of an engine's package; empty if it isn't installed."""
-    for package in _PACKAGES[engine]:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return ""
+    return engine_named(engine).version()
 
 
 def cache_file(engine: str) -> Path:
@@ -184,7 +178,7 @@ def _engine(engine: str) -> Run:
     return run
 
 
-def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Finding:
+def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> KernelFinding:
     import onnx
 
     from lightning_accel.engines.kernel_forms import kernel_file
@@ -199,8 +193,8 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
         except ImportError:
             raise
         except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
-            return Finding(*about, None, str(error).partition("\n")[0])
+            return KernelFinding(*about, None, str(error).partition("\n")[0])
     errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
     if not np.isfinite(errors).all():
-        return Finding(*about, None, "its result is not finite")
-    return Finding(*about, round(max(errors), 4))
+        return KernelFinding(*about, None, "its result is not finite")
+    return KernelFinding(*about, round(max(errors), 4))

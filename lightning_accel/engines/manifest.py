@@ -18,7 +18,7 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal_of(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's content without its own field ``sha256``, written as sorted JSON without blanks.
 
     It finds damage, as all checksums here do; against someone who means to deceive only a signature helps.
@@ -55,9 +55,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} must have a schema of at most {SCHEMA}, but got {schema}. "
             "It was written by a newer version of this library: pip install --upgrade lightning-accel"
         )
-    if manifest.get("sha256") != seal_of(manifest):
+    if manifest.get("sha256") != manifest_digest(manifest):
         raise InvalidArgumentError(
-            f"{path} must have the SHA-256 of its own content, {seal_of(manifest)}, but got {manifest.get('sha256')!r}. "
+            f"{path} must have the SHA-256 of its own content, {manifest_digest(manifest)}, but got {manifest.get('sha256')!r}. "
             "It changed after it was written: copy or export the bundle again."
         )
     for field in ("files", "engines"):

@@ -1,6 +1,7 @@
 """ONNX Runtime: the engine on CPUs, and in float emulation the reference for what an ONNX file means."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.engines.registry import EngineSpec, import_error
 from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 _DTYPES = {
@@ -17,6 +19,19 @@ _DTYPES = {
     "tensor(bool)": "bool",
     **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+
+
+ENGINE = EngineSpec(
+    "onnxruntime",
+    "lightning_accel.engines.onnxruntime:OnnxRuntimeRunner",
+    requirements={"onnxruntime": "lightning-accel[cpu]", "onnxruntime-gpu": "lightning-accel[gpu]"},
+    modules=("onnxruntime",),
+    suffixes=(".onnx",),
+    status="lightning_accel.engines.onnxruntime:statuses",
+    probed=True,
+    shows_integers=True,
+    common=True,
+)
 
 
 class OnnxRuntimeRunner(Runner):
@@ -98,6 +113,15 @@ class OnnxRuntimeRunner(Runner):
 
     def _release(self) -> None:
         self._session = None
+
+
+def statuses() -> dict[str, str]:
+    """Status for ``doctor``: the execution providers of the installed ONNX Runtime."""
+    if reason := import_error("onnxruntime"):
+        return {"onnxruntime": reason}
+    available = import_module("onnxruntime").get_available_providers()
+    providers = [provider.removesuffix("ExecutionProvider") for provider in available]
+    return {"onnxruntime": f"runs here ({', '.join(providers)})"}
 
 
 def _specs(tensors: Sequence[Any]) -> list[TensorSpec]:

@@ -7,7 +7,18 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.engines.registry import EngineSpec
 from lightning_accel.errors import EngineError, MissingFileError
+
+ENGINE = EngineSpec(
+    "openvino",
+    "lightning_accel.engines.openvino:OpenVinoRunner",
+    requirements={"openvino": "lightning-accel[openvino]"},
+    modules=("openvino",),
+    suffixes=(".xml",),
+    probed=True,
+    common=True,
+)
 
 
 class OpenVinoRunner(Runner):

@@ -10,9 +10,22 @@ import numpy as np
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
 from lightning_accel.engines.pt2_archive import refuse_pickles
+from lightning_accel.engines.registry import EngineSpec
 from lightning_accel.errors import EngineError, MissingFileError
 
 NAMES_FILE = "names.json"
+
+
+ENGINE = EngineSpec(
+    "pytorch",
+    "lightning_accel.engines.pytorch:PyTorchRunner",
+    requirements={"torch": "lightning-accel"},
+    modules=("torch",),
+    suffixes=(".pt2",),
+    source="program",
+    precisions=("fp32", "int8"),
+    status="lightning_accel.engines.pytorch:statuses",
+)
 
 
 class PyTorchRunner(Runner):
@@ -82,6 +95,11 @@ class PyTorchRunner(Runner):
 
     def _release(self) -> None:
         self._module = None
+
+
+def statuses() -> dict[str, str]:
+    """Status for ``doctor``, found without importing torch, which takes seconds."""
+    return {"pytorch": "runs here (CPU)" if ENGINE.installed() else "not installed"}
 
 
 def _spec(name: str, value: Any) -> TensorSpec:

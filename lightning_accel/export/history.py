@@ -36,5 +36,5 @@ def measured(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerTabl
         for callback in callbacks
         for kind, values in callback.measured(pl_module).items()
     ]
-    benefit = {f"{type(c).__name__} ({c.name})": c.worth for c in callbacks if c.worth}
+    benefit = {f"{type(c).__name__} ({c.name})": c.benefit for c in callbacks if c.benefit}
     return [*tables, LayerTable(BENEFIT, "", benefit)] if benefit else tables

@@ -36,7 +36,7 @@ class Phase:
         epochs: the same in epochs.
         lr: learning rate of the first parameter group at the first step; ``None`` where it can't be known.
         lr_share: the same as a share of the run's highest.
-        worth: what it brings where the network runs; empty if nothing is to be said.
+        benefit: what it brings where the network runs; empty if nothing is to be said.
         layers: layer or weight -> what will be done to it, or why nothing is.
     """
 
@@ -45,7 +45,7 @@ class Phase:
     epochs: tuple[float, float]
     lr: float | None
     lr_share: float | None
-    worth: str
+    benefit: str
     layers: dict[str, str]
 
 
@@ -82,7 +82,7 @@ class Plan:
             until = f" to epoch {end:g} (step {last})" if last > first else ""
             rate = "" if phase.lr is None else f", learning rate {phase.lr:.3g} ({phase.lr_share:.0%} of the highest)"
             lines += ["", f"{phase.callback}: from epoch {begin:g} (step {first}){until}{rate}"]
-            lines += [f"  brings: {phase.worth}"] if phase.worth else []
+            lines += [f"  brings: {phase.benefit}"] if phase.benefit else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
         told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
@@ -169,7 +169,7 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
         share = rate / max(rates) if rate is not None and max(rates) > 0 else None
         share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
         layers = callback.plan(trainer, pl_module)
-        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.worth, layers))
+        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.benefit, layers))
         # Pruning is no exception to be warned of: it wants a rate at which the network learns anew.
         if callback.wants_low_rate and share is not None and share > _HIGH:
             made.warnings.append(

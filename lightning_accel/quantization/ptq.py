@@ -25,8 +25,8 @@ from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallb
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards, release
 
 
-def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
-    """A copy of a module, quantized without training; the arguments of :func:`quantize_`.
+def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
+    """A copy of a model, quantized without training; the arguments of :func:`quantize_`.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -34,35 +34,35 @@ def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Modul
         >>> small(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
-    with removed(module, "_trainer"):  # a run isn't part of the network
-        made = copy.deepcopy(module)
+    with removed(model, "_trainer"):  # a run isn't part of the network
+        made = copy.deepcopy(model)
     return quantize_(made, data, **options)
 
 
 @isolated_random()
 def quantize_(
-    module: nn.Module,
+    model: nn.Module,
     data: Iterable[Any],
     *,
     target: str | Target = "onnxruntime",
-    batches: int = 32,
+    calibration_batches: int = 32,
     ranges: str = "mse",
-    part: str | list[str] | None = None,
+    module: str | list[str] | None = None,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
     activations: str = "static",
     inputs: InputsFunction | None = None,
     dynamic: Axes | None = None,
 ) -> nn.Module:
-    """Quantize a trained module in place, without training.
+    """Quantize a trained model in place, without training.
 
     Args:
-        module: any module; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
+        model: any model; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
         data: batches of training data as its loader yields them; looked at in eval mode.
         target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
-        batches: so many batches at most.
+        calibration_batches: largest number of batches that ranges are learned from.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
-        part: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
+        module: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
         activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: linear layers alone are quantized, their inputs
@@ -72,31 +72,31 @@ def quantize_(
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
 
     Returns:
-        The module.
+        The model.
 
     Raises:
-        CaptureError: the module can't be captured.
+        CaptureError: the model can't be captured.
         InvalidArgumentError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
     """
-    if taken := sorted(quantized_forwards(module)):
-        raise InvalidArgumentError(f"Argument `module` must be a float network, but {taken} is quantized already.")
+    if taken := sorted(quantized_forwards(model)):
+        raise InvalidArgumentError(f"Argument `model` must be a float network, but {taken} is quantized already.")
     if isinstance(data, torch.Tensor):
         raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
-    if batches < 1:
-        raise InvalidArgumentError(f"Argument `batches` must be at least 1, but got {batches}.")
-    paths = list(as_patterns("part", part)) or [""]
-    check_apart("part", paths)
+    if calibration_batches < 1:
+        raise InvalidArgumentError(f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}.")
+    paths = list(as_patterns("module", module)) or [""]
+    check_apart("module", paths)
     shown: Iterable[Any] = data
     if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call = call_of(module, paths, shown, inputs)
+    caller, call = calibration_call(model, paths, shown, inputs)
     forwards = {}
     for path in paths:
-        owner = find_submodule(module, path, "part") if path else module
-        own = call if owner is caller else submodule_call(module, path, call)
+        owner = find_submodule(model, path, "module") if path else model
+        own = call if owner is caller else submodule_call(model, path, call)
         forwards[path] = QuantizedForward(
             owner,
             described(owner, own, dynamic),
@@ -110,34 +110,34 @@ def quantize_(
     for forward in forwards.values():
         forward.take_over()
     try:
-        batches = batches if activations == "static" else 1
-        calls = (call_from_batch(caller, on_device_of(batch, module), inputs) for batch in islice(data, batches))
+        count = calibration_batches if activations == "static" else 1
+        calls = (call_from_batch(caller, on_device_of(batch, model), inputs) for batch in islice(data, count))
         calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
         for forward in forwards.values():
             release(forward.module)
         raise
-    return module.eval()
+    return model.eval()
 
 
-def call_of(
-    module: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
+def calibration_call(
+    model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
     """Whom the batches are given to, and how the first is."""
-    caller = module
-    if isinstance(module, L.LightningModule) and not has_forward(module):
+    caller = model
+    if isinstance(model, L.LightningModule) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
             raise InvalidArgumentError(
-                f"Argument `part` must name the submodule to quantize, but got {list(paths)}, and "
-                f"`{type(module).__name__}` has no `forward`."
+                f"Argument `module` must name the submodule to quantize, but got {list(paths)}, and "
+                f"`{type(model).__name__}` has no `forward`."
             )
-        caller = find_submodule(module, paths[0], "part")
-    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), module), inputs)
+        caller = find_submodule(model, paths[0], "module")
+    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), model), inputs)
 
 
-def on_device_of(batch: Any, module: nn.Module) -> Any:
-    """The batch on the module's device."""
-    tensor = next(module.parameters(), None)
+def on_device_of(batch: Any, model: nn.Module) -> Any:
+    """The batch on the model's device."""
+    tensor = next(model.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 

@@ -12,9 +12,9 @@ from lightning_accel.calls.batches import InputsFunction, call_from_batch
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
+from lightning_accel.quantization.ptq import calibration_call, on_device_of, quantize
 
-Loss = Callable[[Any, Any], torch.Tensor]
+OutputLoss = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ class Sensitivity:
 
 
 def sensitivity(
-    module: nn.Module,
+    model: nn.Module,
     data: Iterable[Any],
     *,
-    loss: Loss | None = None,
-    batches: int = 8,
+    loss: OutputLoss | None = None,
+    calibration_batches: int = 8,
     inputs: InputsFunction | None = None,
     **options: Any,
 ) -> Sensitivity:
-    """Rank the operators of a module by what quantizing each of them alone costs.
+    """Rank the operators of a model by what quantizing each of them alone costs.
 
     Args:
-        module: a trained module; stays as it is.
+        model: a trained module; stays as it is.
         data: training batches, as its loader yields them; the same ones calibrate and score.
         loss: ``(result, batch) -> scalar``: the cost is how much its mean grows; ``None``: the noise in the results, their mean
             squared difference from the float network's divided by the variance of those.
-        batches: so many batches at most.
+        calibration_batches: largest number of batches to read.
         inputs: maps a batch to the arguments of ``forward``.
         options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`.
 
@@ -84,13 +84,13 @@ def sensitivity(
         ['0', '2']
     """
     with isolated_random():
-        kept = [batch for batch, _ in zip(data, range(batches), strict=False)]
-    copy = quantize(module, kept, batches=batches, inputs=inputs, **options)
+        kept = [batch for batch, _ in zip(data, range(calibration_batches), strict=False)]
+    copy = quantize(model, kept, calibration_batches=calibration_batches, inputs=inputs, **options)
     forwards = quantized_forwards(copy)
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    caller, _ = call_of(copy, list(forwards), kept, inputs)
+    caller, _ = calibration_call(copy, list(forwards), kept, inputs)
     calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:

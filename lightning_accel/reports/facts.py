@@ -61,7 +61,7 @@ def facts(report: Report) -> list[Fact]:
 
 
 def decision_of(report: Report) -> str:
-    """What the comparison of ways says to ship, and why; empty without a decision."""
+    """What the comparison of variants says to ship, and why; empty without a decision."""
     decision = (report.comparison or {}).get("decision")
     if not decision:
         return ""

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lightning_accel.benchmarking.scores import Z95
 from lightning_accel.errors import InvalidArgumentError
 
 SCHEMA = 2
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 INCOMPLETE, QAT_BENEFIT, METHOD, NOISE, DECISION = "incomplete", "qat benefit", "method", "noise", "decision"
 SPARSITY, CHANNELS, KEPT_FLOAT, BENEFIT = "sparsity", "channels", "kept float", "benefit"
@@ -16,7 +16,7 @@ SPARSITY, CHANNELS, KEPT_FLOAT, BENEFIT = "sparsity", "channels", "kept float", 
 
 @dataclass
 class Row:
-    """One way in the comparison; ``None`` is a value that was not measured.
+    """One network in one engine; ``None`` is a value that was not measured.
 
     Attributes:
         name: e.g. ``"student int8"``.
@@ -94,9 +94,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
         raise InvalidArgumentError(f"Argument `total` must be at least 1, but got {total}.")
     if not 0 <= correct <= total:
         raise InvalidArgumentError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
-    share, z2 = correct / total, _Z95**2
+    share, z2 = correct / total, Z95**2
     center = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return (0.0 if correct == 0 else center - half), (1.0 if correct == total else center + half)
 
 

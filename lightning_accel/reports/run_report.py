@@ -15,7 +15,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     """One line for each row, readable as plain text and as Markdown; notes below.
 
     Args:
-        rows: the ways; the first is the one that speed-ups refer to.
+        rows: the variants; the first is the one that speed-ups refer to.
 
     Raises:
         InvalidArgumentError: no rows.
@@ -66,7 +66,7 @@ def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] =
     if report.engines:
         parts += ["## Engines", _records(report.engines)]
     if report.comparison:
-        parts += ["## Ways to run it", render_comparison(Comparison.from_dict(report.comparison))]
+        parts += ["## Runtime variants", render_comparison(Comparison.from_dict(report.comparison))]
     if report.layers:
         parts += ["## Compression, measured", _nested({table.title: _whole(table) for table in report.layers})]
     if report.quantization:

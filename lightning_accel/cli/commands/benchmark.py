@@ -1,6 +1,6 @@
-"""One bundle: every way to run its network side by side, each in a process of its own, with accuracy, and the one that ships.
+"""One bundle: all runtime variants of its network side by side, each in a process of its own, with accuracy, and the one that ships.
 
-Several bundles or files: their latency side by side, in this process. In both the ways take turns in an order shuffled
+Several bundles or files: their latency side by side, in this process. In both the variants take turns in an order shuffled
 anew each round, and a null run of the baseline against itself shows what this machine makes of a difference that isn't there.
 
 Exit code of one bundle: 0; 1 if nothing fits the budgets, or for an error; 130 after Ctrl-C, which keeps what was measured.
@@ -30,9 +30,9 @@ from lightning_accel.reports.comparison_text import render_comparison
 
 _OF_ONE_BUNDLE = {
     "all": False,
-    "way": None,
+    "variant": None,
     "labels": None,
-    "scores": None,
+    "output_kind": None,
     "callers": None,
     "limit": 60.0,
     "max_drop": None,
@@ -59,26 +59,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="time for each way, batch size and number of callers, default 2; or in all, default 10",
+        help="time for each variant, batch size and number of callers, default 2; or in all, default 10",
     )
     parser.add_argument("--json", type=Path, help="write the numbers there")
     one = parser.add_argument_group("one bundle")
-    one.add_argument("--all", action="store_true", help="all ways, not only the half dozen that matter")
-    one.add_argument("--way", action="append", help="a way by its name, several times")
+    one.add_argument("--all", action="store_true", help="all variants, not only the common ones")
+    one.add_argument("--variant", action="append", help="a variant by its name, several times")
     one.add_argument(
         "--labels",
         type=Path,
         help=".npy file with the class of each sample of --data, or with the values of its outputs",
     )
     one.add_argument(
-        "--scores",
+        "--output-kind",
         choices=(CLASSES, VALUES),
         help="what the first output holds: logits of classes, or values, whose R² is taken; default: as the labels, as in the run",
     )
     one.add_argument(
         "--callers", type=int, action="append", help="threads that call at once, several times; default 1 and 4"
     )
-    one.add_argument("--limit", type=float, default=60.0, help="time for a way in all, in seconds; default 60")
+    one.add_argument("--limit", type=float, default=60.0, help="time for a variant in all, in seconds; default 60")
     one.add_argument(
         "--max-drop", type=float, help="decide: percentage points of accuracy that may be lost against fp32; default 1"
     )
@@ -112,10 +112,10 @@ def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
         bundle,
         samples,
         None if arguments.labels is None else load_labels(arguments.labels),
-        scores=arguments.scores,
+        output_kind=arguments.output_kind,
         budgets=_budgets(arguments),
         everything=arguments.all,
-        ways=arguments.way,
+        variants=arguments.variant,
         settings=settings_of(arguments),
         record=not arguments.no_record,
         progress=show,
@@ -187,17 +187,17 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
         )
     batch = arguments.batch[0] if arguments.batch else 32
     with ExitStack() as stack:
-        ways = {}
+        variants = {}
         for text in arguments.models:
             path, _, engine = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
             runner = stack.enter_context(load_runner(path, engine or None, threads=arguments.threads))
-            ways[text] = partial(runner.run, _feeds(runner, batch, arguments.data))
-        result = benchmark(ways, max_seconds=10.0 if arguments.seconds is None else arguments.seconds)
+            variants[text] = partial(runner.run, _feeds(runner, batch, arguments.data))
+        result = benchmark(variants, max_seconds=10.0 if arguments.seconds is None else arguments.seconds)
     for name, value in environment().items():
         print(f"{name}: {value}")
-    for way in result.measurements:
-        speedup = f"{way.speedup.value:.3f}x [{way.speedup.low:.3f}, {way.speedup.high:.3f}]"
-        print(f"{way.name}: p50 {way.p50_ms:.3f} ms, p90 {way.p90_ms:.3f} ms, {speedup}, batch {batch}")
+    for variant in result.measurements:
+        speedup = f"{variant.speedup.value:.3f}x [{variant.speedup.low:.3f}, {variant.speedup.high:.3f}]"
+        print(f"{variant.name}: p50 {variant.p50_ms:.3f} ms, p90 {variant.p90_ms:.3f} ms, {speedup}, batch {batch}")
     null = result.null
     print(f"null run: {null.value:.3f}x [{null.low:.3f}, {null.high:.3f}]{', a noisy machine' if result.noisy else ''}")
     if arguments.json is not None:

@@ -20,7 +20,7 @@ _STORAGES = ("float32", "float16", "topk")
 _MANIFEST = "cache.json"
 _TOLERANCE = 0.05  # relative error of a batch that half precision and another batch size don't reach
 
-Signals = dict[str, Tensor]
+Signals = dict[str, Tensor]  # path of a layer -> its output; "" -> the logits
 
 
 class TeacherCache:

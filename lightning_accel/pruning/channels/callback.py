@@ -33,7 +33,7 @@ class ChannelPruning(CompressionCallback):
     Args:
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1. Exactly one of the two.
-        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
         scope: ``"global"`` compares all channels with each other, ``"layer"`` removes the same share from each group.
         schedule: ``"linear"``, ``"cubic"``, ``"cosine"``, ``"exponential"`` or ``"constant"`` (one-shot at ``start``).
         start: epoch (int) or share of the run (float) at whose first epoch boundary the first channels leave.
@@ -62,7 +62,7 @@ class ChannelPruning(CompressionCallback):
         self,
         pruning_ratio: float | None = None,
         macs_reduction: float | None = None,
-        importance: str = "group_norm",
+        criterion: str = "group_norm",
         scope: str = "global",
         schedule: str = "linear",
         start: int | float = 0,
@@ -78,7 +78,7 @@ class ChannelPruning(CompressionCallback):
         super().__init__(name=name, start=start, end=end)
         chosen = as_patterns("include", include), as_patterns("exclude", exclude)
         self.target = ChannelTarget(
-            pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen
+            pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen
         )
         self.resizes = round_to
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
@@ -132,7 +132,7 @@ class ChannelPruning(CompressionCallback):
 
     @property
     @override
-    def worth(self) -> str:
+    def benefit(self) -> str:
         return "fewer operations and smaller tensors; engines that work in blocks of 8 or 16 channels gain less than the MACs say"
 
     @override
@@ -191,10 +191,10 @@ class ChannelPruning(CompressionCallback):
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
         begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.target.importance == "taylor" and begins:
+        if self.target.criterion == "taylor" and begins:
             raise InvalidArgumentError(
-                f'Argument `start` must be at least 1 with importance "taylor", but got {self.start}: gradients must be seen '
-                "before the first removal. Start later or choose another importance."
+                f'Argument `start` must be at least 1 with criterion "taylor", but got {self.start}: gradients must be seen '
+                "before the first removal. Start later or choose another criterion."
             )
 
     def _boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
@@ -254,9 +254,11 @@ class ChannelPruning(CompressionCallback):
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
         plan = self._prepare(trainer, pl_module)
         taylor = self._taylor
-        if self.target.importance == "taylor" and not taylor:
+        if self.target.criterion == "taylor" and not taylor:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise RunError('Importance "taylor" must have seen gradients before channels leave, but got none.')
+                raise RunError(
+                    'Criterion "taylor" needs gradients before the first channels are removed, but got none.'
+                )
             taylor = {g.name: torch.zeros(g.units) for g in plan.groups}
         chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, taylor))  # identical on every rank
         self.reached = due
@@ -267,7 +269,7 @@ class ChannelPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.target.importance != "taylor" or self.reached >= 1 or self._plan is None:
+        if self.target.criterion != "taylor" or self.reached >= 1 or self._plan is None:
             return
         if trainer.current_epoch < self._epochs[0] - 1:
             return  # no removal at the end of this epoch

@@ -7,13 +7,13 @@ import torch
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
 
-IMPORTANCES = ("magnitude", "group_norm", "bn_scale", "taylor")
+CRITERIA = ("magnitude", "group_norm", "bn_scale", "taylor")
 
 
 def unit_scores(
     group: Group,
     parameters: Mapping[str, torch.Tensor],
-    importance: str = "group_norm",
+    criterion: str = "group_norm",
     taylor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each unit of a group, divided by the group's mean, so that groups of all sizes can be compared.
@@ -28,27 +28,27 @@ def unit_scores(
     Args:
         group: its slices say which parameters are meant.
         parameters: by name, at their present size.
-        importance: one of ``IMPORTANCES``.
+        criterion: one of ``CRITERIA``.
         taylor: for ``"taylor"``, the collected scores, ``(units,)``.
 
     Returns:
         Shape ``(units,)``, float64, on the CPU; mean 1, or all zero.
 
     Raises:
-        InvalidArgumentError: the importance isn't known, or the group has nothing that it could be read from.
+        InvalidArgumentError: the criterion isn't known, or the group has nothing that it could be read from.
     """
-    check_importance(importance)
-    if importance == "taylor":
+    check_criterion(criterion)
+    if criterion == "taylor":
         if taylor is None:
-            raise InvalidArgumentError('Importance "taylor" must have seen gradients, but got none.')
+            raise InvalidArgumentError('Criterion "taylor" needs gradients, but got none.')
         scores = taylor.detach().double().cpu()
-    elif importance == "magnitude":
+    elif criterion == "magnitude":
         scores = _sums(group, parameters, group.produced, lambda t: t.abs())
-    elif importance == "bn_scale":
+    elif criterion == "bn_scale":
         if not group.scales:
             raise InvalidArgumentError(
-                f'Argument `importance` must be readable from every group, but got "bn_scale" for `{group.name}`, which has no '
-                "batch norm. Exclude it or choose another importance."
+                f'Argument `criterion` must be readable from every group, but got "bn_scale" for `{group.name}`, which has no '
+                "batch norm. Exclude it or choose another criterion."
             )
         scores = _sums(group, parameters, group.scales, lambda t: t.abs(), least=1)
     else:
@@ -72,15 +72,15 @@ def taylor_scores(group: Group, parameters: Mapping[str, torch.Tensor]) -> torch
     return None if total is None else total.square()
 
 
-def check_importance(importance: str) -> str:
-    """Return ``importance`` if it is known.
+def check_criterion(criterion: str) -> str:
+    """Return ``criterion`` if it is known.
 
     Raises:
         InvalidArgumentError: it is not.
     """
-    if importance not in IMPORTANCES:
-        raise InvalidArgumentError(f"Argument `importance` must be one of {list(IMPORTANCES)}, but got {importance!r}.")
-    return importance
+    if criterion not in CRITERIA:
+        raise InvalidArgumentError(f"Argument `criterion` must be one of {list(CRITERIA)}, but got {criterion!r}.")
+    return criterion
 
 
 def _sums(

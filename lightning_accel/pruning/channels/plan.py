@@ -13,7 +13,7 @@ from lightning_accel.calls.copies import count_macs, few_samples, parameter_coun
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError, RunError
-from lightning_accel.pruning.channels.criteria import check_importance, taylor_scores, unit_scores
+from lightning_accel.pruning.channels.criteria import check_criterion, taylor_scores, unit_scores
 from lightning_accel.pruning.channels.equivalence import find_groups
 from lightning_accel.pruning.channels.groups import channel_count
 from lightning_accel.pruning.channels.selection import Block, fewest, removal_order, shares_of, units_of
@@ -30,7 +30,7 @@ class ChannelTarget:
     Args:
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1.
-        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
         limits: by glob of layers, the share of a group's channels that may leave at most.
@@ -43,7 +43,7 @@ class ChannelTarget:
 
     pruning_ratio: float | None = None
     macs_reduction: float | None = None
-    importance: str = "group_norm"
+    criterion: str = "group_norm"
     scope: str = "global"
     round_to: int = 1
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class ChannelTarget:
             raise InvalidArgumentError(
                 f"Argument `macs_reduction` must be a factor above 1, but got {reduction!r}. Write 2.0 for half of the MACs."
             )
-        check_importance(self.importance)
+        check_criterion(self.criterion)
         check_scope(self.scope)
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise InvalidArgumentError(
@@ -111,7 +111,7 @@ class ChannelPlan:
                 "; ".join(f"`{g.name}`: {g.kept}" for g in self.groups[:8]) or "it has no convolution or linear layer"
             )
             raise InvalidArgumentError(f"Channel pruning must find channels that may leave, but got none ({kept}).")
-        if self.target.importance == "bn_scale":
+        if self.target.criterion == "bn_scale":
             for group in open_:
                 unit_scores(group, dict(module.named_parameters()), "bn_scale")
         scores = [torch.zeros(g.units) for g in self.groups]
@@ -164,7 +164,7 @@ class ChannelPlan:
         Args:
             module: as it is now; not changed.
             fraction: of the way from the original module to the target, in [0, 1].
-            taylor: for that importance, scores by group name.
+            taylor: for that criterion, scores by group name.
 
         Raises:
             RunError: the target can't be reached any more.
@@ -172,9 +172,7 @@ class ChannelPlan:
         parameters = dict(module.named_parameters())
         collected = taylor or {}
         scores = [
-            torch.zeros(g.units)
-            if g.kept
-            else unit_scores(g, parameters, self.target.importance, collected.get(g.name))
+            torch.zeros(g.units) if g.kept else unit_scores(g, parameters, self.target.criterion, collected.get(g.name))
             for g in self.groups
         ]
         blocks = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
@@ -188,11 +186,11 @@ class ChannelPlan:
     def foresee(self, module: nn.Module) -> tuple[dict[int, list[int]], dict[str, int]]:
         """What would leave if all of it left now, and the parameters and MACs of what would stay; nothing is changed.
 
-        With importance ``"taylor"``, which depends on gradients to come, units are those of ``"group_norm"``.
+        With criterion ``"taylor"``, which depends on gradients to come, units are those of ``"group_norm"``.
         """
         target = self.target
-        if target.importance == "taylor":
-            self.target = replace(target, importance="group_norm")
+        if target.criterion == "taylor":
+            self.target = replace(target, criterion="group_norm")
         try:
             chosen = self.choose(module)
         finally:
@@ -213,7 +211,7 @@ class ChannelPlan:
         return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})
 
     def collect(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Scores of importance ``"taylor"`` from the gradients that are there, by group name."""
+        """Scores of criterion ``"taylor"`` from the gradients that are there, by group name."""
         parameters = dict(module.named_parameters())
         found = {g.name: taylor_scores(g, parameters) for g in self.groups if not g.kept}
         return {name: scores for name, scores in found.items() if scores is not None}

@@ -171,7 +171,7 @@ def _undo(module: nn.Module, change: Change) -> None:
 
 structure.register(
     "remove_channels",
-    structure.Kind(
+    structure.ChangeHandler(
         replay=lambda module, change: remove_(module, change.args),
         undo=_undo,
         restore=lambda module, change, state: None,

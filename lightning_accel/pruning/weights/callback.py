@@ -27,7 +27,7 @@ from lightning_accel.pruning.weights.masks import (
     sparsity_by_name,
 )
 from lightning_accel.pruning.weights.rewind import rewind_, snapshot
-from lightning_accel.pruning.weights.targets import Choice
+from lightning_accel.pruning.weights.targets import SparsityTargets
 
 _UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
 _MEMORY = 0.9  # share of the earlier steps in the average of Taylor scores
@@ -96,8 +96,10 @@ class WeightPruning(CompressionCallback):
         name: str = "weights",
     ) -> None:
         super().__init__(name=name, start=start, end=end)
-        self.choice = Choice(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
-        self.sparsity = self.choice.targets if isinstance(sparsity, dict) else self.choice.targets["*"]
+        self.targets = SparsityTargets(
+            sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude)
+        )
+        self.sparsity = self.targets.shares if isinstance(sparsity, dict) else self.targets.shares["*"]
         check_scope(scope)
         if every is not None and every < 1:
             raise InvalidArgumentError(f"Argument `every` must be a number of steps >= 1, but got {every}.")
@@ -143,7 +145,7 @@ class WeightPruning(CompressionCallback):
             self._end_step = self._start_step + (last - self._start_step + 1) // 2
         self._check_zeros()
         if not self.masks:
-            for name, reason in self.choice.left_dense(pl_module).items():
+            for name, reason in self.targets.left_dense(pl_module).items():
                 rank_zero_info(f"WeightPruning: `{name}` stays dense: {reason}.")
         self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
@@ -221,7 +223,7 @@ class WeightPruning(CompressionCallback):
             "reached": self.reached,
             "importance": {name: score.cpu() for name, score in self._importance.items()},
             "rewound": self._rewound,
-            "targets": self.choice.targets,
+            "targets": self.targets.shares,
             "last_step": self._last_step,
             **self.phase_state(),
         }
@@ -236,7 +238,7 @@ class WeightPruning(CompressionCallback):
 
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
         """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
-        weights = self._of(module) if self._chosen else self.choice.weights(module)
+        weights = self._of(module) if self._chosen else self.targets.weights(module)
         return sparsity_by_name(weights)
 
     @override
@@ -260,7 +262,7 @@ class WeightPruning(CompressionCallback):
 
     @property
     @override
-    def worth(self) -> str:
+    def benefit(self) -> str:
         return _WORTH["2:4" if self.granularity == "2:4" else "weight"]
 
     @override
@@ -269,11 +271,11 @@ class WeightPruning(CompressionCallback):
         units = {"weight": "weights", "channel": "output channels", "input_channel": "input channels"}.get(
             self.granularity, f"{self.granularity} units"
         )
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             for name in names:
                 where = "" if self.scope == "layer" or len(names) == 1 else f", with {len(names) - 1} others together"
                 lines[name] = f"{share:.0%} of its {units} become zero{where}"
-        return lines | {name: f"stays dense: {reason}" for name, reason in self.choice.left_dense(pl_module).items()}
+        return lines | {name: f"stays dense: {reason}" for name, reason in self.targets.left_dense(pl_module).items()}
 
     @property
     def _log_name(self) -> str:
@@ -286,7 +288,7 @@ class WeightPruning(CompressionCallback):
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fix which weights are meant: those of the checkpoint, if one was loaded, since what is frozen may have changed."""
         if not self._chosen:
-            self._weights = self.choice.weights(pl_module)
+            self._weights = self.targets.weights(pl_module)
         elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
             raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
@@ -294,7 +296,7 @@ class WeightPruning(CompressionCallback):
             )
         else:
             self._weights = self._of(pl_module)
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
         self._check_resizing(trainer)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -327,9 +329,9 @@ class WeightPruning(CompressionCallback):
 
     def _check_zeros(self) -> None:
         """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
-        if self.masks and self._loaded_targets == self.choice.targets:
+        if self.masks and self._loaded_targets == self.targets.shares:
             return  # resumed as it was; where channels left, what stays may be sparser than its target
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             for part in [names] if self.scope == "global" else [[name] for name in names]:
                 held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in part]
                 zeros = measured_sparsity(held)
@@ -344,7 +346,7 @@ class WeightPruning(CompressionCallback):
 
     def _pruned_shares(self) -> dict[float, float]:
         """What the masks in force prune, as a fraction of each target."""
-        groups = [(share, names) for share, names in self.choice.groups(self.masks) if share]
+        groups = [(share, names) for share, names in self.targets.groups(self.masks) if share]
         return {share: measured_sparsity(self.masks[name] for name in names) / share for share, names in groups}
 
     @property
@@ -372,7 +374,7 @@ class WeightPruning(CompressionCallback):
             )
         criterion = self.criterion if self.criterion != "taylor" else lambda name, weight, grad: self._importance[name]
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
-        for target, names in self.choice.groups(self._weights):
+        for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(
                 {name: self._weights[name] for name in names},
                 target * share,

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, Finding, engine_version, probe_kernels
+from lightning_accel.engines.kernel_probe import KernelFinding, engine_version, probe_kernels
+from lightning_accel.engines.registry import engine_named, engine_names, probed_engines, resolve
 from lightning_accel.errors import InvalidArgumentError
 
-Probe = Callable[[str, str, Arithmetic], Finding]
+Probe = Callable[[str, str, Arithmetic], KernelFinding]
 
 # Kinds of operators that a target may compute in integers.
 CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
@@ -170,7 +171,7 @@ def saturation(weight: int, engine: str, vnni: bool) -> str:
     Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
     reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767. VNNI adds in int32.
     """
-    if vnni or weight <= _LARGEST_UNSATURATED or engine not in ("onnxruntime", "openvino"):
+    if vnni or weight <= _LARGEST_UNSATURATED or engine not in probed_engines():
         return ""
     return (
         f"weights up to {weight} saturate in the int8 kernels of a CPU without VNNI; "
@@ -202,17 +203,18 @@ def cannot_reproduce(
         vnni: whether another CPU has VNNI; ``None`` means this machine, on which the engine is probed.
         probe: measures what an engine makes of a form.
     """
-    if engine == "tensorrt" and not target.signed_activations:
-        return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
+    spec = engine_named(engine) if engine in engine_names() else None
+    if spec is not None and spec.refuses and (reason := resolve(spec.refuses)(arithmetic_of(target))):
+        return str(reason)
     if vnni is not None:
         return saturation(target.weight_max, engine, vnni)
-    if engine not in ENGINES or not engine_version(engine):  # the error of a missing engine names its extra
+    if spec is None or not spec.probed or not engine_version(engine):  # the error of a missing engine names its extra
         return ""
     wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
     return _refusal(target, engine, wrong, forms, probe) if wrong else ""
 
 
-def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Iterable[str], probe: Probe) -> str:
+def _refusal(target: Target, engine: str, wrong: Sequence[KernelFinding], forms: Iterable[str], probe: Probe) -> str:
     """What was measured, and the target whose arithmetic the engine reproduces."""
     others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
     right = (
@@ -230,5 +232,5 @@ def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Itera
     )
 
 
-def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[Finding]:
+def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[KernelFinding]:
     return [probe(engine, form, arithmetic_of(target)) for form in sorted(forms)]

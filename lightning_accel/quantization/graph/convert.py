@@ -14,11 +14,11 @@ from torch.fx import GraphModule, Node
 
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
-from lightning_accel.quantization.graph.modules import ActivationFakeQuant
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, free_name
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 _qd = torch.ops.quantized_decomposed
-_STORED = ("weight_int8", "weight_scale", "weight_zero_point", "bias")  # what is stored for an operator
+_STORED = ("_weight_int8", "_weight_scale", "_weight_zero_point", "_bias")  # suffixes of an operator's stored tensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
         elif write := _WRITERS.get(type(part)):
-            name = _free_name(graph_module, node.target.removeprefix("folded_"))
+            name = free_name(graph_module, node.target.removeprefix("folded_"), _STORED)
             trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
@@ -72,13 +72,6 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, trained
-
-
-def _free_name(graph_module: GraphModule, name: str) -> str:
-    """The operator's name, or one behind which no tensor of the user's has a name that convert gives: ``head_bias``."""
-    while any(hasattr(graph_module, f"{name}_{kind}") for kind in _STORED):
-        name += "_"
-    return name
 
 
 def _quantize_activation(

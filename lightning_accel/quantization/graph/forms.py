@@ -4,12 +4,12 @@ from torch.fx import Node
 
 from lightning_accel.quantization.arithmetic.targets import MATMUL, POOLING
 from lightning_accel.quantization.graph.operators import CONVOLUTIONS, JOINS
-from lightning_accel.quantization.graph.plan import PAIRED, POOLED, WEIGHTED, Plan, Point, aten
+from lightning_accel.quantization.graph.plan import PAIRED, POOLED, WEIGHTED, QuantizationPlan, QuantizationPoint, aten
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 
 
-def forms_of(plan: Plan, activations: str = "static") -> frozenset[str]:
+def forms_of(plan: QuantizationPlan, activations: str = "static") -> frozenset[str]:
     """Names of the probe's forms that a plan's file will hold.
 
     Args:
@@ -35,7 +35,7 @@ def forms_of(plan: Plan, activations: str = "static") -> frozenset[str]:
     return frozenset(forms)
 
 
-def _form(point: Point) -> str:
+def _form(point: QuantizationPoint) -> str:
     node = point.node
     if node.target in CONVOLUTIONS:
         groups = node.args[6] if len(node.args) > 6 else 1

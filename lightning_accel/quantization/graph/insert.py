@@ -8,16 +8,16 @@ from torch.fx import GraphModule, Node
 
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
-from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant, free_name
 from lightning_accel.quantization.graph.operators import clip_of, writes
-from lightning_accel.quantization.graph.plan import Plan, Point, aten
+from lightning_accel.quantization.graph.plan import QuantizationPlan, QuantizationPoint, aten
 from lightning_accel.quantization.graph.sync_norm import SyncedNorm
 
 DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
 
 
 def place_fake_quants(
-    graph_module: GraphModule, plan: Plan, tensors: Mapping[str, str], bank: RangeBank, training: bool
+    graph_module: GraphModule, plan: QuantizationPlan, tensors: Mapping[str, str], bank: RangeBank, training: bool
 ) -> None:
     """Insert the fake-quants of a plan into a captured graph, in place, one for each tensor.
 
@@ -72,14 +72,13 @@ def place_fake_quants(
     graph_module.recompile()
 
 
-def _is_dynamic_linear(plan: Plan, point: Point) -> bool:
+def _is_dynamic_linear(plan: QuantizationPlan, point: QuantizationPoint) -> bool:
     return plan.dynamic and point.node.target is aten.linear.default
 
 
-def _insert(graph_module: GraphModule, point: Point, root: Node, name: str, fake: nn.Module) -> Node:
+def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, name: str, fake: nn.Module) -> Node:
     """A node that applies a fake-quant to a tensor, before the first of its readers that may read it."""
-    while hasattr(graph_module, name):
-        name += "_"
+    name = free_name(graph_module, name)
     graph_module.add_module(name, fake)
     users = set(root.users)
     # A tensor that is overwritten in place has, at each version, its own readers.
@@ -106,7 +105,7 @@ def _after(first: Node, second: Node) -> bool:
     return False
 
 
-def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+def _place_weight(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
     name = f"fake_quant_of_{point.operand.name}" + ("" if point.axis is None else f"_{point.axis}")
     if not hasattr(graph_module, name):
         graph_module.add_module(name, WeightFakeQuant(bank, point.axis))
@@ -118,19 +117,16 @@ def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> N
     point.node.update_arg(point.index, made)  # type: ignore[arg-type]  # a weight is an operand, not a result
 
 
-def _make_dynamic(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
-    name = _free_name(graph_module, point)
+def _make_dynamic(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
+    name = _folded_name(graph_module, point)
     graph_module.add_module(name, DynamicLinear(bank, point.operator))
     bias = point.node.args[2] if len(point.node.args) > 2 else None
     with graph_module.graph.inserting_before(point.node):
         _replace(point.node, graph_module.graph.call_module(name, (*point.node.args[:2], bias)))
 
 
-def _free_name(graph_module: GraphModule, point: Point) -> str:
-    name = "folded_" + point.operator.replace(".", "_")
-    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
-        name += "_"
-    return name
+def _folded_name(graph_module: GraphModule, point: QuantizationPoint) -> str:
+    return free_name(graph_module, "folded_" + point.operator.replace(".", "_"))
 
 
 def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
@@ -143,9 +139,9 @@ def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
     graph_module.graph.erase_node(source)
 
 
-def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
     """Replace an operator, and the batch norm that alone reads it, by one with integer weights."""
-    node, name = point.node, _free_name(graph_module, point)
+    node, name = point.node, _folded_name(graph_module, point)
     graph = graph_module.graph
     if node.target is aten.embedding.default:
         graph_module.add_module(name, FoldedEmbedding(bank, point.operator))

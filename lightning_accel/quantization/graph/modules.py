@@ -1,4 +1,6 @@
-"""The modules that stand in a captured graph for a fake-quant."""
+"""Fake-quant modules of a captured graph, and the free names under which modules and tensors are added to it."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -58,3 +60,18 @@ class ActivationFakeQuant(nn.Module):
         if self.bank.off and self.operators <= self.bank.off:
             return x
         return self.bank.quantize(self.index, x, self.training_graph, self.clip)
+
+
+def free_name(graph_module: nn.Module, name: str, suffixes: Sequence[str] = ("",)) -> str:
+    """Append underscores to ``name`` until the graph has no attribute ``name + suffix``, for any of the suffixes.
+
+    Operators ``a.b`` and ``a_b`` would otherwise share a name, and a user's own ``head_bias`` would be overwritten.
+
+    Args:
+        graph_module: the graph to add an attribute to.
+        name: the preferred name.
+        suffixes: endings that are appended to the name, e.g. ``("_weight_int8", "_bias")``.
+    """
+    while any(hasattr(graph_module, name + suffix) for suffix in suffixes):
+        name += "_"
+    return name

@@ -73,7 +73,7 @@ _KNOWN = {*WEIGHTED, *PAIRED, *POOLED, *_FLOAT_ONLY, FUSED_ATTENTION}
 
 
 @dataclass(frozen=True)
-class Point:
+class QuantizationPoint:
     """One quantized operand or result of an operator.
 
     Args:
@@ -107,7 +107,7 @@ class Point:
 
 
 @dataclass
-class Plan:
+class QuantizationPlan:
     """What a graph's operators get.
 
     Args:
@@ -118,7 +118,7 @@ class Plan:
         dynamic: whether linear layers quantize their input by the range of the moment.
     """
 
-    points: list[Point] = field(default_factory=list)
+    points: list[QuantizationPoint] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     groups: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ def plan_points(
     exclude: Sequence[str] = (),
     *,
     training: bool = False,
-) -> Plan:
+) -> QuantizationPlan:
     """Find what is to be quantized.
 
     Args:
@@ -171,7 +171,7 @@ def plan_points(
         InvalidArgumentError: a glob matches no quantizable operator.
     """
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    plan, named, written = Plan(), [], Counter[Node]()
+    plan, named, written = QuantizationPlan(), [], Counter[Node]()
     versions: dict[Node, list[int]] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
@@ -205,7 +205,7 @@ def plan_points(
 
 def _points(
     name: str, node: Node, versions: list[int], target: Target, written: Counter[Node], training: bool
-) -> list[Point]:
+) -> list[QuantizationPoint]:
     """The points of one operator."""
     points = []
     if node.target in WEIGHTED:
@@ -220,18 +220,20 @@ def _points(
     for index, role in roles:
         operand: Any = node.args[index]
         if index == position:
-            points.append(Point(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
+            points.append(QuantizationPoint(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
             continue
         if index == fused or not _is_float32(operand):
             continue
         roots, moved = roots_of(operand, node, spatial, written)
         shared = all(_in_integers(root) and not written[memory_of(root)] for root in roots)
         key, version = f"{name}:{role}", versions[index]
-        points.append(Point(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared))
+        points.append(
+            QuantizationPoint(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared)
+        )
     if target.outputs and (node.target in CONVOLUTIONS or PAIRED.get(node.target) == SUM):
         result = result_of(node)
         if not written[memory_of(result)]:  # what is overwritten is quantized where it is read
-            points.append(Point(f"{name}:output", node, None, result, roots=(result,), shared=True))
+            points.append(QuantizationPoint(f"{name}:output", node, None, result, roots=(result,), shared=True))
     return points
 
 

@@ -27,7 +27,7 @@ from lightning_accel.quantization.graph.attention import take_apart_attention
 from lightning_accel.quantization.graph.capture import Bindings, capture
 from lightning_accel.quantization.graph.forms import forms_of
 from lightning_accel.quantization.graph.insert import DYNAMIC, freeze_norms, place_fake_quants
-from lightning_accel.quantization.graph.plan import Plan, plan_points
+from lightning_accel.quantization.graph.plan import QuantizationPlan, plan_points
 from lightning_accel.quantization.graph.sync_norm import synchronize_norms
 
 ACTIVATIONS = ("static", "dynamic", "float")
@@ -108,7 +108,7 @@ class QuantizedForward:
             take_apart_attention(graph)
         return graph
 
-    def _plan_of(self, graph: GraphModule, training: bool) -> Plan:
+    def _plan_of(self, graph: GraphModule, training: bool) -> QuantizationPlan:
         plan = plan_points(graph, self.target, self.include, self.exclude, training=training)
         if self.activations != "static":
             plan.dynamic = self.activations == "dynamic"
@@ -201,7 +201,7 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
+def _shared_tensors(plans: Mapping[bool, QuantizationPlan], path: str) -> dict[str, str]:
     """Operand -> tensor, as the eval graph has them; each plan is cut down to what both graphs have.
 
     Raises:
@@ -278,7 +278,7 @@ def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:
     quantized_forwards(module)[path].bank.load_state_dict(state["ranges"][path])
 
 
-structure.register("quantize", structure.Kind(_replay, _undo, _restore))
+structure.register("quantize", structure.ChangeHandler(_replay, _undo, _restore))
 
 
 def quantization_map(module: nn.Module) -> dict[str, str]:

@@ -81,9 +81,9 @@ def test_scores_that_are_all_zero_stay_zero():
 
 def test_what_cannot_be_scored_is_told():
     group, parameters = group_of(nets.Squeezed(), "conv")
-    with pytest.raises(ValueError, match=r"Argument `importance` must be one of .* but got 'l2'"):
+    with pytest.raises(ValueError, match=r"Argument `criterion` must be one of .* but got 'l2'"):
         unit_scores(group, parameters, "l2")
-    with pytest.raises(ValueError, match='Importance "taylor" must have seen gradients, but got none'):
+    with pytest.raises(ValueError, match='Criterion "taylor" needs gradients, but got none'):
         unit_scores(group, parameters, "taylor")
     with pytest.raises(ValueError, match=r'got "bn_scale" for `conv`, which has no batch norm. Exclude it'):
         unit_scores(group, parameters, "bn_scale")
