@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lightning_accel.export.files import SAMPLES
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.reports.facts import decision_of, facts
 from lightning_accel.reports.model import KEPT_FLOAT, METHOD, NOISE, LayerTable, Note, Report
@@ -34,12 +34,12 @@ def kept_float(module: nn.Module) -> list[LayerTable]:
 
 
 def notes(
-    order: Order, samples: Mapping[str, np.ndarray], proofs: Mapping[str, Any], measured: Any, threads: int
+    spec: ExportSpec, samples: Mapping[str, np.ndarray], proofs: Mapping[str, Any], measured: Any, threads: int
 ) -> list[Note]:
     """How the figures came about, in sentences.
 
     Args:
-        order: what was shipped.
+        spec: what was shipped.
         samples: what it was verified on.
         proofs: counts of what is equal bit for bit or node by node.
         measured: the latencies.
@@ -47,8 +47,8 @@ def notes(
     """
     count = len(next(iter(samples.values())))
     lines = [
-        f"Verified on {count} samples of the {order.data.source}; accuracy over all of it.",
-        f"Latency of one call with a batch of {order.batch_size} and {threads} threads, interleaved; the engine alone.",
+        f"Verified on {count} samples of the {spec.data.source}; accuracy over all of it.",
+        f"Latency of one call with a batch of {spec.batch_size} and {threads} threads, interleaved; the engine alone.",
     ]
     if "integers" in proofs:
         n = proofs["integers"]

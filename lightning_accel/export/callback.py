@@ -30,7 +30,7 @@ from lightning_accel.export.logging import log_bundle
 from lightning_accel.export.pipeline import write_bundle
 from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
 from lightning_accel.export.ptq_baseline import predictions_of
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.quantization.base_callback import QuantizingCallback
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
@@ -187,7 +187,7 @@ class ModelExport(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Before a first step there is nothing trained to quantize; an average of weights is no rival of single ones.
+        # Before the first step there is no trained network to quantize; averaged weights can't be compared with single ones.
         rivals = self.output_kind != VALUES and not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
         waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
         self._quantizing = waiting if rivals and trainer.is_global_zero else []
@@ -257,7 +257,7 @@ class ModelExport(L.Callback):
         if ckpt_path == "best":
             ckpt_path = self._best(trainer)
         self._exported = self.checkpoint_path if ckpt_path == "last" else ckpt_path
-        unfinished, did, told = self._load(trainer, pl_module, ckpt_path)
+        unfinished, did, run_facts = self._load(trainer, pl_module, ckpt_path)
         if unfinished and self.incomplete == "refuse":
             raise RunError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
@@ -269,7 +269,7 @@ class ModelExport(L.Callback):
             )
         self._check_kernels(trainer, quantized_forwards(pl_module))  # of this machine, where there was no preflight
         pl_module.to("cpu")
-        order = self._order(
+        spec = self._spec(
             trainer,
             pl_module,
             teacher=_teacher_of(pl_module),
@@ -277,15 +277,15 @@ class ModelExport(L.Callback):
             compression=measured(trainer, pl_module),
             command=self._command(ckpt_path),
             unfinished=[f"{reason}." for reason in unfinished],
-            **told,
+            **run_facts,
         )
-        report = write_bundle(order, self.dirpath)
+        report = write_bundle(spec, self.dirpath)
         self.report = report.to_dict()
         return report
 
-    def _order(self, trainer: L.Trainer, pl_module: L.LightningModule, **told: Any) -> Order:
-        """What is to be shipped, by the arguments, and what is told of it."""
-        return Order(
+    def _spec(self, trainer: L.Trainer, pl_module: L.LightningModule, **run_facts: Any) -> ExportSpec:
+        """The export as the arguments describe it, with further facts of the run for the report."""
+        return ExportSpec(
             module=pl_module,
             part=self._part(trainer, pl_module),
             data=held_out(trainer, self.data, self.inputs),
@@ -300,7 +300,7 @@ class ModelExport(L.Callback):
             budgets=self.budgets,
             benchmark=self.benchmark,
             output_kind=self.output_kind,
-            **told,
+            **run_facts,
         )
 
     @staticmethod
@@ -319,12 +319,12 @@ class ModelExport(L.Callback):
         """Bring the module to a checkpoint's weights.
 
         Returns:
-            Why it isn't finished, what was done to it when, and what the report tells of the run, by the order's names.
+            Why it isn't finished, what was done to it when, and facts of the run for the report, by the names of ExportSpec.
         """
         if ckpt_path == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
             unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
-            return unfinished, history(states, trainer.global_step), self._told(self.state_dict(), states)
+            return unfinished, history(states, trainer.global_step), self._run_facts(self.state_dict(), states)
         checkpoint = structure.read_checkpoint(ckpt_path)
         states = checkpoint.get("callbacks", {})
         reasons = []
@@ -335,13 +335,17 @@ class ModelExport(L.Callback):
                 reasons.append(f"in {ckpt_path} (epoch {checkpoint.get('epoch', '?')}) {reason}")
         if not reasons or self.incomplete == "mark":
             structure.load_into(pl_module, checkpoint)
-        told = self._told(states.get(self.state_key, {}), states)
-        return reasons, history(states, checkpoint.get("global_step", 0)), told
+        run_facts = self._run_facts(states.get(self.state_key, {}), states)
+        return reasons, history(states, checkpoint.get("global_step", 0)), run_facts
 
     @staticmethod
-    def _told(state: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        told = {"curves": state.get("curves") or [], "run": state.get("run") or {}, "untrained": state.get("untrained")}
-        return {**told, "timeline": timeline(states)}
+    def _run_facts(state: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        run_facts = {
+            "curves": state.get("curves") or [],
+            "run": state.get("run") or {},
+            "untrained": state.get("untrained"),
+        }
+        return {**run_facts, "timeline": timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
         """Contradictions between callbacks, and engines that aren't there, before training."""
@@ -391,7 +395,7 @@ class ModelExport(L.Callback):
             return
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
         self._check_kernels(trainer, forwards)
-        try_out(self._order(trainer, pl_module), forwards)
+        try_out(self._spec(trainer, pl_module), forwards)
 
     def _check_kernels(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> None:
         """Whether the engines compute, on this machine, what the networks hold."""

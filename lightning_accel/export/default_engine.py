@@ -12,22 +12,22 @@ from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.bundle.writer import decided, write_comparison
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.export.files import Files
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.reports.model import DECISION, Note, Report
 
 
-def output_kind_of(order: Order, files: Files, *, labelled: bool) -> str | None:
+def output_kind_of(spec: ExportSpec, files: Files, *, labelled: bool) -> str | None:
     """How the network's first output is scored: as classes, as values, or ``None`` where nobody and no target tells.
 
     Args:
-        order: what it says counts; else its held-out data is looked at.
+        spec: what it says counts; else its held-out data is looked at.
         files: the trained network.
         labelled: whether there are labels that are classes of the network's first output.
     """
-    if order.output_kind is not None or labelled:
-        return order.output_kind or CLASSES
-    target = order.data.first_target(order.whole)
-    feeds = named_arrays(order.data.first_call(order.whole), files.shipped.input_names)
+    if spec.output_kind is not None or labelled:
+        return spec.output_kind or CLASSES
+    target = spec.data.first_target(spec.whole)
+    feeds = named_arrays(spec.data.first_call(spec.whole), files.shipped.input_names)
     output = next(iter(files.network(feeds).values()))
     return next((output_kind for output_kind in (VALUES, CLASSES) if _fits(target, output, output_kind)), None)
 
@@ -45,7 +45,7 @@ def _fits(target: np.ndarray | None, output: np.ndarray, output_kind: str) -> bo
 
 
 def decide_default(
-    order: Order,
+    spec: ExportSpec,
     files: Files,
     folder: Path,
     content: Mapping[str, Any],
@@ -57,7 +57,7 @@ def decide_default(
     says nothing about the engine that the bundle is for, which stays the default.
 
     Args:
-        order: what is shipped, its budgets, and the held-out data.
+        spec: what is shipped, its budgets, and the held-out data.
         files: the bundle's files and the trained network.
         folder: where they lie; no manifest is needed yet.
         content: what the manifest will say of engines, file, precision, output_kind, inputs and outputs.
@@ -66,8 +66,8 @@ def decide_default(
     Returns:
         What the decision changes in the manifest.
     """
-    feeds, targets = order.data.everything(order.whole, files.shipped.input_names)
-    outputs = _outputs(files, feeds, order.batch_size)
+    feeds, targets = spec.data.everything(spec.whole, files.shipped.input_names)
+    outputs = _outputs(files, feeds, spec.batch_size)
     here = any(line["runs_here"] for line in content["engines"].values())
     written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}
     comparison = compare_variants(
@@ -75,25 +75,25 @@ def decide_default(
         {**content, "files": written},
         {**feeds, **outputs},
         _labels(targets, next(iter(outputs.values())), content["output_kind"]),
-        source=f"the {order.data.source}",
+        source=f"the {spec.data.source}",
         output_kind=content["output_kind"],
-        budgets=order.budgets if here else None,
-        settings=order.benchmark,
+        budgets=spec.budgets if here else None,
+        settings=spec.benchmark,
     )
     report.comparison = comparison.to_dict()
-    report.notes.append(Note(DECISION, _told(comparison, order, here=here)))
+    report.notes.append(Note(DECISION, _told(comparison, spec, here=here)))
     write_comparison(folder, report.comparison)
     return decided(report.comparison, shipped_line(comparison))
 
 
-def _told(comparison: Comparison, order: Order, *, here: bool) -> str:
+def _told(comparison: Comparison, spec: ExportSpec, *, here: bool) -> str:
     """The decision in a sentence, or why there is none."""
     if comparison.decision is not None:
         return f"Decision: {comparison.decision['why']}"
     if comparison.interrupted:
         return "Nothing was decided: the comparison was interrupted."
     assert not here
-    names = " and ".join(order.engines)
+    names = " and ".join(spec.engines)
     return (
         f"Nothing was decided: {names}, which this bundle is for, can't run on this machine, and stays the default. Decide on the machine "
         "that is to run it: lightning-accel benchmark BUNDLE, with the budgets."

@@ -17,7 +17,7 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.engines.registry import engine_named, resolve
 from lightning_accel.errors import VerificationError
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.graph.prepare import quantized_forwards
@@ -60,11 +60,11 @@ class Files:
     kept: list[LayerTable] = field(default_factory=list)
 
 
-def write_files(order: Order, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
+def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
     """Write the ONNX files of a bundle, each held against the network.
 
     Args:
-        order: what to ship.
+        spec: what to ship.
         whole: what is exported.
         example: how it is called.
         folder: where the files go.
@@ -72,14 +72,14 @@ def write_files(order: Order, whole: nn.Module, example: ExampleCall, folder: Pa
     Raises:
         VerificationError: one isn't what was trained.
     """
-    half = order.precision in HALVES
-    options: dict[str, Any] = {"metadata": order.metadata, "opset": BF16_OPSET if order.precision == "bf16" else None}
+    half = spec.precision in HALVES
+    options: dict[str, Any] = {"metadata": spec.metadata, "opset": BF16_OPSET if spec.precision == "bf16" else None}
     exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
-    samples = order.data.samples(whole, exported.input_names, order.samples)
+    samples = spec.data.samples(whole, exported.input_names, spec.samples)
     network = ModuleNetwork(whole, exported)
-    sizes = (1, 7, order.batch_size)
+    sizes = (1, 7, spec.batch_size)
     integers = check_integers(exported.path, exported.trained) if exported.trained else None
-    tolerance = FLOAT if half else FILES[order.precision]
+    tolerance = FLOAT if half else FILES[spec.precision]
     proof = prove_file(
         exported,
         network,
@@ -87,36 +87,38 @@ def write_files(order: Order, whole: nn.Module, example: ExampleCall, folder: Pa
         tolerance=tolerance,
         what=f"{'fp32 reference' if half else 'file'} (as written)",
         batch_sizes=sizes,
-        repeat=order.command,
+        repeat=spec.command,
     )
-    files = Files(exported, network, samples, proof.null, engine_precision=order.precision)
+    files = Files(exported, network, samples, proof.null, engine_precision=spec.precision)
     files.checks.append(proof.check)
     files.proofs |= {"nodes": proof.counts, **({} if integers is None else {"integers": integers})}
     if exported.trained:
-        _write_reference(order, whole, folder, files, options)
+        _write_reference(spec, whole, folder, files, options)
     if half:
-        _lower(order, files, exported.path, folder / MODEL, order.precision, order.precision)
+        _lower(spec, files, exported.path, folder / MODEL, spec.precision, spec.precision)
     elif exported.trained and any(
-        engine_named(e).rest_in_fp16 for e in order.engines
+        engine_named(e).rest_in_fp16 for e in spec.engines
     ):  # what isn't int8 must not be slower than fp16 (law 7)
         (folder / HALF_MODEL).parent.mkdir(exist_ok=True)
-        _lower(order, files, exported.path, folder / HALF_MODEL, "fp16", "int8+fp16")
+        _lower(spec, files, exported.path, folder / HALF_MODEL, "fp16", "int8+fp16")
         files.engine_file, files.engine_precision = HALF_MODEL, "int8+fp16"
-    if any(engine_named(e).source == "program" for e in order.engines):
+    if any(engine_named(e).source == "program" for e in spec.engines):
         assert exported.captured is not None
         names = {"inputs": exported.input_names, "outputs": exported.output_names}
         torch.export.save(exported.captured, folder / PROGRAM, extra_files={NAMES_FILE: json.dumps(names)})
-    if order.keep_samples:
-        few = {name: array[: order.keep_samples] for name, array in samples.items()}
+    if spec.keep_samples:
+        few = {name: array[: spec.keep_samples] for name, array in samples.items()}
         np.savez(folder / SAMPLES, allow_pickle=False, **few, **files.network(few))
     return files
 
 
-def _write_reference(order: Order, whole: nn.Module, folder: Path, files: Files, options: Mapping[str, Any]) -> None:
+def _write_reference(
+    spec: ExportSpec, whole: nn.Module, folder: Path, files: Files, options: Mapping[str, Any]
+) -> None:
     """The float network under the fake-quants, beside the shipped one."""
     with ExitStack() as stack:
-        for path in quantized_forwards(order.module):
-            stack.enter_context(own_forward(order.module.get_submodule(path)))
+        for path in quantized_forwards(spec.module):
+            stack.enter_context(own_forward(spec.module.get_submodule(path)))
         floating = export_onnx(whole, files.shipped.example, folder / REFERENCE, quantized=False, **options)
         proof = prove_file(
             floating,
@@ -124,13 +126,13 @@ def _write_reference(order: Order, whole: nn.Module, folder: Path, files: Files,
             files.samples,
             tolerance=FLOAT,
             what="fp32 reference (as written)",
-            batch_sizes=(1, 7, order.batch_size),
-            repeat=order.command,
+            batch_sizes=(1, 7, spec.batch_size),
+            repeat=spec.command,
         )
     files.checks.append(proof.check)
 
 
-def _lower(order: Order, files: Files, source: Path, out: Path, half: str, precision: str) -> None:
+def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, precision: str) -> None:
     """Write a file with half precision in it and prove it: node by node against its source, and on the samples."""
     report = lower_precision(source, out, half, samples=files.samples)
     try:
@@ -149,12 +151,12 @@ def _lower(order: Order, files: Files, source: Path, out: Path, half: str, preci
             files.samples,
             engine=f"{precision} file (as written)",
             tolerance=FILES[precision],
-            batch_sizes=(1, 7, order.batch_size),
+            batch_sizes=(1, 7, spec.batch_size),
             axes=files.shipped.axes,
         )
     if precision.startswith("int8") or not check.passed:
         check = check.against(files.null.noise(FILES[precision], rounding=half))
-    check.raise_if_failed(order.command)
+    check.raise_if_failed(spec.command)
     files.checks.append(check)
 
 

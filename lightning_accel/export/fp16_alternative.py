@@ -1,4 +1,4 @@
-"""The rival of an int8 engine on a GPU: the same network in fp16. What ships is whichever is faster, measured."""
+"""The alternative of an int8 engine on a GPU: the same network in fp16. What ships is whichever is faster, measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def choose_precision(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Deci
     return Decision(False, ratio, f"fp16 is the default: int8 is {shown} as fast on this GPU")
 
 
-def build_rival(folder: Path, reference: str, samples: Feeds) -> dict[str, Any]:
+def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str, Any]:
     """Build the fp16 engine of a bundle's float reference; returns its line for report and manifest."""
     lower_precision(folder / reference, folder / FILE, "fp16", samples=samples)
     check_lowered(folder / reference, folder / FILE, "fp16")
@@ -62,7 +62,7 @@ def build_rival(folder: Path, reference: str, samples: Feeds) -> dict[str, Any]:
     }
 
 
-def verify_rival(runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int]) -> Verification:
+def verify_alternative(runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int]) -> Verification:
     """Hold the fp16 engine against the float reference, which was proven before."""
     with load_runner(reference, "onnxruntime", emulate=True) as right:
         what = "tensorrt in fp16 (its kernels)"

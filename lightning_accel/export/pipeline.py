@@ -13,20 +13,20 @@ from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
-from lightning_accel.export.candidates import LineUp, line_up, row_that_ships, run_all
+from lightning_accel.export.candidates import Candidates, list_candidates, row_that_ships, run_all
 from lightning_accel.export.default_engine import decide_default, output_kind_of
 from lightning_accel.export.files import MODEL, Files, write_files
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
 from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Note, Report
 
 
-def write_bundle(order: Order, dirpath: str | Path) -> Report:
+def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
     """Export, prove, build, measure, and write the bundle; nothing is left behind if a step fails.
 
     Args:
-        order: what to ship.
+        spec: what to ship.
         dirpath: the bundle's folder; an earlier bundle there is replaced.
 
     Returns:
@@ -36,27 +36,27 @@ def write_bundle(order: Order, dirpath: str | Path) -> Report:
         VerificationError: what was written isn't what was trained.
         MissingPackageError: an engine isn't installed.
     """
-    with staged(dirpath) as folder, mode(order.module, False), tempfile.TemporaryDirectory() as scratch:
-        whole = order.whole
-        files = write_files(order, whole, order.example(whole), folder)
-        made = line_up(order, files, folder, Path(scratch))
-        measured = run_all(made, order, files, whole, folder)
-        report = _report(order, files, made, measured)
-        default = next((line for line in made.lines if line["runs_here"]), made.lines[0])
+    with staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
+        whole = spec.whole
+        files = write_files(spec, whole, spec.example(whole), folder)
+        candidates = list_candidates(spec, files, folder, Path(scratch))
+        measured = run_all(candidates, spec, files, whole, folder)
+        report = _report(spec, files, candidates, measured)
+        default = next((line for line in candidates.lines if line["runs_here"]), candidates.lines[0])
         content: dict[str, Any] = {
             "default": {"engine": default["engine"], "file": default["file"]},
-            "engines": {line["engine"]: line for line in made.lines},
+            "engines": {line["engine"]: line for line in candidates.lines},
             "model": MODEL,
-            "precision": order.precision,
-            "trained": "int8" if order.precision == "int8" and not quantized_after_training(order.module) else "fp32",
-            "output_kind": output_kind_of(order, files, labelled=made.labelled),
+            "precision": spec.precision,
+            "trained": "int8" if spec.precision == "int8" and not quantized_after_training(spec.module) else "fp32",
+            "output_kind": output_kind_of(spec, files, labelled=candidates.labelled),
             "inputs": list(files.shipped.input_names),
             "outputs": list(files.shipped.output_names),
         }
-        if order.budgets is not None:
-            content |= decide_default(order, files, folder, content, report)
-        report.ships = row_that_ships(made, content["default"], order, files, folder)
-        report.rows = list(made.rows.values())
+        if spec.budgets is not None:
+            content |= decide_default(spec, files, folder, content, report)
+        report.ships = row_that_ships(candidates, content["default"], spec, files, folder)
+        report.rows = list(candidates.rows.values())
         write_reports(folder, report)
         written = report.to_dict()
         write_manifest(
@@ -64,33 +64,33 @@ def write_bundle(order: Order, dirpath: str | Path) -> Report:
             {
                 **content,
                 "axes": {n: {str(a): s for a, s in of_input.items()} for n, of_input in files.shipped.axes.items()},
-                "metadata": dict(order.metadata),
-                "complete": not order.unfinished,
-                "unfinished": list(order.unfinished),
+                "metadata": dict(spec.metadata),
+                "complete": not spec.unfinished,
+                "unfinished": list(spec.unfinished),
                 "git": git_revision(),
                 **{key: written[key] for key in ("phases", "layers", "verification", "proofs", "environment")},
-                "benchmark": {**report.benchmark, "rows": written["rows"], "threads": made.threads},
+                "benchmark": {**report.benchmark, "rows": written["rows"], "threads": candidates.threads},
             },
         )
     return report
 
 
-def _report(order: Order, files: Files, made: LineUp, measured: BenchmarkResult) -> Report:
+def _report(spec: ExportSpec, files: Files, candidates: Candidates, measured: BenchmarkResult) -> Report:
     """The report, but for the rows and which one ships."""
     return Report(
-        title=f"{type(order.module).__name__.removeprefix('Distilled')}, as it ships",
-        command=order.command,
-        batch_size=order.batch_size,
-        threads=made.threads,
+        title=f"{type(spec.module).__name__.removeprefix('Distilled')}, as it ships",
+        command=spec.command,
+        batch_size=spec.batch_size,
+        threads=candidates.threads,
         verification=[verification_line(check) for check in files.checks],
         proofs=files.proofs,
-        engines=made.lines,
-        layers=[*order.compression, *kept_float(order.module), *files.kept],
-        quantization=quantization_map(order.module),
-        phases=list(order.history),
-        timeline=list(order.timeline),
-        curves=[dict(point) for point in order.curves],
-        run=dict(order.run),
+        engines=candidates.lines,
+        layers=[*spec.compression, *kept_float(spec.module), *files.kept],
+        quantization=quantization_map(spec.module),
+        phases=list(spec.history),
+        timeline=list(spec.timeline),
+        curves=[dict(point) for point in spec.curves],
+        run=dict(spec.run),
         benchmark={
             "null_ratio": [measured.null.low, measured.null.high],
             "rounds": measured.rounds,
@@ -98,8 +98,8 @@ def _report(order: Order, files: Files, made: LineUp, measured: BenchmarkResult)
         },
         environment=environment(),
         notes=[
-            *(Note(INCOMPLETE, reason) for reason in order.unfinished),
-            *(Note(QAT_BENEFIT, line) for line in made.earned),
-            *notes(order, files.samples, files.proofs, measured, made.threads),
+            *(Note(INCOMPLETE, reason) for reason in spec.unfinished),
+            *(Note(QAT_BENEFIT, line) for line in candidates.earned),
+            *notes(spec, files.samples, files.proofs, measured, candidates.threads),
         ],
     )

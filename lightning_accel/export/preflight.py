@@ -16,7 +16,7 @@ from lightning_accel.core.patching import Patches
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce
@@ -74,46 +74,46 @@ def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
                 ) from error
 
 
-def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
+def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
     """Write, prove and build what will be shipped, from the untrained network; it is left as it was.
 
     Args:
-        order: what is to be shipped.
+        spec: what is to be shipped.
         forwards: those that training will quantize, by path in the module.
 
     Raises:
         VerificationError: what was written isn't the network.
     """
-    with as_if_trained(order.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(order.module, False):
-        folder, whole = Path(scratch), order.whole
+    with as_if_trained(spec.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(spec.module, False):
+        folder, whole = Path(scratch), spec.whole
         export = export_onnx(
             whole,
-            order.example(whole),
+            spec.example(whole),
             folder / "preflight.onnx",
-            metadata=order.metadata,
-            opset=BF16_OPSET if order.precision == "bf16" else None,
+            metadata=spec.metadata,
+            opset=BF16_OPSET if spec.precision == "bf16" else None,
         )
         check_integers(export.path, export.trained)
-        samples = order.data.samples(whole, export.input_names, _SAMPLES)
+        samples = spec.data.samples(whole, export.input_names, _SAMPLES)
         if random := check_repeatable(ModuleNetwork(whole, export), samples):
             raise VerificationError(
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
             )
         prove_nodes(export, samples, "the untrained network's file")
-        for engine in order.engines:
-            _try_engine(order, export, engine, samples)
-        built = [spec for spec in map(engine_named, order.engines) if spec.source == "built"]
-        half = "fp16" if export.trained and any(spec.rest_in_fp16 for spec in built) else order.precision
+        for name in spec.engines:
+            _try_engine(spec, export, name, samples)
+        built = [engine for engine in map(engine_named, spec.engines) if engine.source == "built"]
+        half = "fp16" if export.trained and any(engine.rest_in_fp16 for engine in built) else spec.precision
         if half in HALVES:
             lower_precision(export.path, folder / "half.onnx", half, samples=samples)
             check_lowered(export.path, folder / "half.onnx", half)
-        for spec in built:
-            lowered = order.precision in HALVES or (half in HALVES and spec.rest_in_fp16)
+        for engine in built:
+            lowered = spec.precision in HALVES or (half in HALVES and engine.rest_in_fp16)
             source = folder / "half.onnx" if lowered else export.path
-            resolve(spec.build)(source, folder / f"preflight_{spec.name}", half)
+            resolve(engine.build)(source, folder / f"preflight_{engine.name}", half)
 
 
-def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
+def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
     """Whether an engine of this machine loads the file, runs it at more than one batch size, and has kernels that compute it.
 
     How near it comes end to end isn't asked: the outputs of an untrained network are mostly ties.

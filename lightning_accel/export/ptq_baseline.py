@@ -16,7 +16,7 @@ from lightning_accel.benchmarking.scores import Z95
 from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import mode
 from lightning_accel.export.held_out import HeldOut
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.reports.model import Row
 
 
@@ -125,22 +125,22 @@ def verdict(difference: tuple[float, float, float], step: int, samples: int) -> 
 
 
 def beside_untrained(
-    rows: dict[str, Row], label: str, order: Order, whole: nn.Module
+    rows: dict[str, Row], label: str, spec: ExportSpec, whole: nn.Module
 ) -> tuple[dict[str, Row], list[str]]:
     """A row before that of the shipped network: int8 without training; and whether training earned its cost."""
-    if order.untrained is None or label not in rows:
+    if spec.untrained is None or label not in rows:
         return rows, []
-    before = Predictions.from_dict(order.untrained)
+    before = Predictions.from_dict(spec.untrained)
     row = Row(f"{label}, not trained (PTQ)", "pytorch", correct=int(before.right.sum()), total=len(before.right))
     row.parameters = rows[label].parameters
     row.note = (
-        f"the network of step {order.untrained['step']}, quantized; simulated: its file would be as large and as fast"
+        f"the network of step {spec.untrained['step']}, quantized; simulated: its file would be as large and as fast"
     )
     place = list(rows).index(label)
     items = list(rows.items())
     rows = dict([*items[:place], (row.name, row), *items[place:]])
-    after = predictions_of(whole, order.data)
+    after = predictions_of(whole, spec.data)
     if after is None or after.labels != before.labels:
-        return rows, ["PTQ and QAT weren't compared: the held-out samples came in another order, or are others."]
+        return rows, ["PTQ and QAT weren't compared: the held-out samples came in another spec, or are others."]
     difference = paired_difference(before.right, after.right)
-    return rows, [verdict(difference, order.untrained["step"], len(before.right))]
+    return rows, [verdict(difference, spec.untrained["step"], len(before.right))]

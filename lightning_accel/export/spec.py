@@ -17,7 +17,7 @@ from lightning_accel.reports.model import LayerTable, Phase
 
 
 @dataclass
-class Order:
+class ExportSpec:
     """What is to be shipped, and how it is to be checked.
 
     Args:

@@ -4,7 +4,7 @@ import torch
 
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.pipeline import write_bundle
-from lightning_accel.export.spec import Order
+from lightning_accel.export.spec import ExportSpec
 from lightning_accel.quantization.arithmetic.targets import target_of
 from tests.quantization.graph.test_prepare import quantized
 from tests.support.models import Classifier, images, loader
@@ -17,7 +17,7 @@ def shipped(tmp_path_factory):
     torch.manual_seed(0)
     folder, module = tmp_path_factory.mktemp("commands"), Classifier()
     quantized(module, images(64).tensors[0], target=target_of("portable"), learn=20)
-    order = Order(
+    order = ExportSpec(
         module=module.eval(),
         part=module,
         data=HeldOut(loader(64, 32, seed=5), "test"),
