@@ -105,7 +105,9 @@ class CompressionCallback(L.Callback):
                     )
         first = next(c for c in trainer.callbacks if isinstance(c, CompressionCallback))  # type: ignore[attr-defined]
         if first is self:  # the record is the whole module's: once is enough
-            structure.before_next_restore(pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage))
+            structure.before_next_restore(
+                trainer, pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage)
+            )
 
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
         """Called when the module has got the structure of a checkpoint, before its weights are restored."""

@@ -87,7 +87,7 @@ class Patches:
 
     Example:
         >>> module, patches = nn.Linear(2, 2), Patches()
-        >>> patches.swap(module, "forward", lambda x: x)
+        >>> take_off = patches.swap(module, "forward", lambda x: x)
         >>> patches.undo()
         >>> "forward" in vars(module)
         False

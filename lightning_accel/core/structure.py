@@ -133,7 +133,7 @@ def load_record(checkpoint: dict[str, Any]) -> list[Change]:
     return [Change(**entry) for entry in checkpoint.get(CHECKPOINT_KEY, {}).get("structure", [])]
 
 
-def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
+def before_next_restore(trainer: Trainer, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
     """Call ``action`` with the checkpoint that the Trainer restores next, before its weights are loaded.
 
     In ``setup`` the Trainer doesn't tell yet which checkpoint it will load. The one thing that it calls between reading
@@ -141,7 +141,7 @@ def before_next_restore(module: LightningModule, action: Callable[[dict[str, Any
     """
     no_restore(module)
     hook = _BeforeRestore(module, action)
-    hook.remove = patches_of_run(module.trainer).swap(module, "on_load_checkpoint", hook)
+    hook.remove = patches_of_run(trainer).swap(module, "on_load_checkpoint", hook)
 
 
 def no_restore(module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_accel as la
 from lightning_accel.cli import lightning_cli as cli
 from lightning_accel.export.logging import scalars
-from lightning_accel.reports.model import Row
+from lightning_accel.reports.model import Report, Row
 from tests.support.models import Classifier, images
 
 pytestmark = [
@@ -158,7 +158,7 @@ def test_the_sweep_is_a_command_line_that_parses(capsys, monkeypatch, end):
         assert found == value
     assert config["trainer"]["logger"]["init_args"]["offline"] is False
     report = {"ships": "x", "rows": [{**Row("x", accuracy=0.5, p50_ms=1.0, file_bytes=1, speedup=1.0).to_dict()}]}
-    assert sweep["metric"]["name"] in scalars(report)
+    assert sweep["metric"]["name"] in scalars(Report.from_dict(report))
     assert sweep["metric"]["goal"] == "maximize"
 
 
