@@ -141,6 +141,6 @@ def beside_untrained(
     rows = dict([*items[:place], (row.name, row), *items[place:]])
     after = predictions_of(whole, spec.data)
     if after is None or after.labels != before.labels:
-        return rows, ["PTQ and QAT weren't compared: the held-out samples came in another spec, or are others."]
+        return rows, ["PTQ and QAT weren't compared: the held-out samples came in another order, or are others."]
     difference = paired_difference(before.right, after.right)
     return rows, [verdict(difference, spec.untrained["step"], len(before.right))]
