@@ -1,4 +1,4 @@
-"""Provenance: the command and the configuration a run was started with."""
+"""The command and configuration that started a run."""
 
 import math
 import shlex
@@ -14,7 +14,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-    """How this run was started, as plain values.
+    """Command and configuration of this run, as plain values.
 
     Args:
         trainer: in ``fit``.

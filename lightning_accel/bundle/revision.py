@@ -1,4 +1,4 @@
-"""Which code wrote a bundle: the git revision of the folder that the run was started in."""
+"""Git revision of the folder that the run was started in."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bundle: the folder that ships. Written beside its place and moved there whole, so there is never half of one."""
+"""Write bundles atomically: each is written to a temporary folder that then replaces the destination."""
 
 import ctypes
 import errno
@@ -25,10 +25,10 @@ _OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose 
 
 
 def check_destination(dirpath: str | Path) -> None:
-    """Check that a bundle could be written: before training, not after.
+    """Check before training that a bundle can be written.
 
     Raises:
-        InvalidArgumentError: the path is a file, or a folder that holds something else.
+        InvalidArgumentError: the path is a file, or a folder with other content.
         FilePermissionError: its parent can't be written to.
     """
     path = Path(dirpath)
@@ -50,10 +50,10 @@ def check_destination(dirpath: str | Path) -> None:
 
 
 def check_recordable(folder: str | Path) -> None:
-    """Check that a comparison could be recorded in a bundle: before it is measured, not after.
+    """Check before measuring that a comparison can be recorded in a bundle.
 
     Raises:
-        InvalidArgumentError: the bundle can't change places with another folder without loss.
+        InvalidArgumentError: the bundle can't be swapped with another folder without loss.
         FilePermissionError: the folder that it lies in can't be written to.
     """
     path, here = Path(folder).resolve(), Path.cwd()
@@ -77,10 +77,10 @@ def check_recordable(folder: str | Path) -> None:
 
 @contextmanager
 def staged(dirpath: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``dirpath`` when the block ends well, and disappears when it doesn't.
+    """Yield a temporary folder that replaces ``dirpath`` after the block, and is deleted if the block raises.
 
-    The two folders change places in one step (on Linux), so that a process that is killed leaves the old bundle or the new
-    one. What a killed process left beside it is removed by the next one.
+    The two folders are swapped in one step (on Linux), so that a killed process leaves either the old or the new bundle.
+    Temporary folders of killed processes are removed by the next one.
     """
     path = Path(dirpath)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def staged(dirpath: str | Path) -> Iterator[Path]:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; whether this system and file system can."""
+    """Swap two folders in one step; returns whether the system and file system support it."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
@@ -115,7 +115,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes of this machine that are no longer running left beside the bundle."""
+    """Remove temporary folders beside the bundle whose processes on this machine have ended."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(_OWNER)}*"):
         number = left.name.removeprefix(f".{path.name}.{_OWNER}").split(".")[0]
         if number.isdigit() and int(number) != os.getpid() and not _runs(int(number)):
@@ -152,7 +152,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
-    """Add what was verified on this machine to a bundle's manifest, under ``verified_on``.
+    """Add a verification on this machine to a bundle's manifest, under ``verified_on``.
 
     Raises:
         InvalidArgumentError: the bundle changed after it was written.
@@ -164,15 +164,15 @@ def record_verification(folder: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> None:
-    """Put a comparison into a bundle as ``comparison.json``, and what was decided into its manifest.
+    """Store a comparison in a bundle as ``comparison.json``, and its decision in the manifest.
 
-    The bundle is put together anew beside its place, of the same files, and takes its place in one step. What else lies in
-    the folder stays, and is listed from then on.
+    A copy of the bundle with the same files is assembled beside it and replaces it in one step. Other files in
+    the folder are kept, and are listed from then on.
 
     Args:
         folder: the bundle.
-        comparison: content of the file; its ``decision`` goes into the manifest too, if one was made.
-        default: engine and file that ``load_runner`` takes from now on; ``None`` leaves them as they are.
+        comparison: content of the file; its ``decision``, if any, goes into the manifest.
+        default: engine and file that ``load_runner`` uses from then on; ``None`` keeps the current ones.
 
     Raises:
         InvalidArgumentError: the bundle changed after it was written.
@@ -197,7 +197,7 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
 
 
 def decided(comparison: Mapping[str, Any], default: Mapping[str, str] | None) -> dict[str, Any]:
-    """What a decision changes in a manifest."""
+    """Changes to a manifest by a decision."""
     decision = comparison.get("decision")
     changed: dict[str, Any] = {} if decision is None else {"decision": decision}
     return changed if default is None else {**changed, "default": dict(default)}
@@ -211,14 +211,14 @@ def _link_or_copy(source: Path, place: Path) -> None:
 
 
 def replace_engine(folder: str | Path, build: Callable[[Path, Path], EngineInfo]) -> tuple[EngineInfo, Path]:
-    """Put a newly built TensorRT engine in the place of a bundle's, and into its manifest.
+    """Replace the TensorRT engine of a bundle by a newly built one, and update the manifest.
 
     Args:
         folder: the bundle.
-        build: given the ONNX file and a place for the engine, builds it there.
+        build: function of the ONNX file and the path of the engine to build.
 
     Returns:
-        What is known about the engine, in its place, and the ONNX file.
+        Facts about the new engine, and the path of the ONNX file.
 
     Raises:
         InvalidArgumentError: the bundle has no TensorRT engine, or changed after it was written.

@@ -28,14 +28,14 @@ def canonical_call(
 
 
 def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None = None) -> Call:
-    """Arguments with which ``forward`` is called for a batch.
+    """Arguments of ``forward`` for a batch.
 
     With ``inputs``, whatever it returns: a tuple is positional arguments, a dict keyword arguments, anything else the one
     argument. Without, by the signature: a dict batch gives the keywords that ``forward`` names (or is passed whole if it
     names none), a sequence gives its first elements, as many as ``forward`` requires.
 
     Args:
-        module: whose ``forward`` is meant.
+        module: module whose ``forward`` is called.
         batch: what the loader yields.
         inputs: the user's own rule.
 
@@ -49,7 +49,7 @@ def call_from_batch(module: nn.Module, batch: Any, inputs: InputsFunction | None
 
 
 def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunction | None = None) -> Call:
-    """The same for any function: its arguments for a batch.
+    """Arguments of any function for a batch.
 
     Args:
         own: signature of the function.
@@ -98,11 +98,11 @@ def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
 
 
 def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | None:
-    """What is to be predicted for a batch, as it lies in it: class labels, values or something else.
+    """The target in a batch, unchanged: class labels, values or anything else.
 
     Args:
         batch: a dict with a usual name, or a sequence.
-        inputs: elements of a sequence that ``forward`` takes; the one behind them is looked at, the last if ``None``.
+        inputs: number of leading batch elements passed to ``forward``; the target is the next element, or the last if ``None``.
 
     Returns:
         The target; ``None`` if there is none.

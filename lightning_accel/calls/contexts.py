@@ -1,4 +1,4 @@
-"""Temporary states of a module or of the random generators."""
+"""Context managers that change a module or the random generators and restore them."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from lightning_accel.core.patching import removed, swapped
 
 
 def own_signature(module: nn.Module) -> Signature:
-    """Signature of the module's own ``forward``, whatever took it over."""
+    """Signature of the module's own ``forward``, even if an instance attribute replaces it."""
     with own_forward(module):
         return signature(module.forward)
 
@@ -33,14 +33,14 @@ def has_forward(module: L.LightningModule) -> bool:
 
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
-    """The module's own ``forward``, whatever took it over."""
+    """Use the module's own ``forward`` inside the block, even if an instance attribute replaces it."""
     with removed(module, "forward"):
         yield
 
 
 @contextmanager
 def named_keywords(module: nn.Module, keywords: Mapping[str, Any]) -> Iterator[None]:
-    """The module's own ``forward`` with ``**kwargs`` spelled out: torch.export can't give those dynamic shapes."""
+    """Spell out the ``**kwargs`` of the module's own ``forward``, for which torch.export has no dynamic shapes."""
     with own_forward(module):
         own = own_signature(module)
         open_ended = [p for p in own.parameters.values() if p.kind is p.VAR_KEYWORD]
@@ -61,7 +61,7 @@ def named_keywords(module: nn.Module, keywords: Mapping[str, Any]) -> Iterator[N
 
 @contextmanager
 def mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """All submodules in train or eval mode; each gets its own mode back."""
+    """Set all submodules to train or eval mode inside the block; each gets its own mode back."""
     before = {m: m.training for m in module.modules()}
     try:
         for m in before:
@@ -74,7 +74,7 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Buffers get their values back: a forward in train mode moves the statistics of batch norm."""
+    """Restore buffers after the block: a forward in train mode updates batch norm statistics."""
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
         yield
@@ -86,7 +86,7 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def isolated_random() -> Iterator[None]:
-    """Whatever happens inside, the global random generators go on as if it hadn't."""
+    """Restore the state of the global random generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

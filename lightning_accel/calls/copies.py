@@ -1,4 +1,4 @@
-"""Copies of a module to try things on, and what they compute and cost."""
+"""Copies of a module for trial runs, with their outputs and costs."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +22,7 @@ def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) 
     """Copy a module with converted tensors; the original's are never held twice.
 
     Args:
-        module: any module; what took over its ``forward`` is left out.
+        module: any module; a captured graph that replaces its ``forward`` is left out.
         convert: from a parameter or buffer to the copy's, which must not share memory with it.
 
     Returns:
@@ -61,17 +61,17 @@ def sample_count(call: Call) -> int:
 
 
 def converted(call: Call, convert: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-    """A call with other tensors in the same places."""
+    """Replace the tensors of a call."""
     return _map(call, convert)
 
 
 def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
     """The floating-point tensors that a module returns, in eval mode and always with the same random numbers.
 
-    Gradients are on: without them some layers take a fused path that can't be looked into.
+    Gradients are enabled: without them some layers use a fused path that can't be traced.
 
     Raises:
-        InvalidArgumentError: it returns none.
+        InvalidArgumentError: the module returns none.
     """
     with torch.enable_grad():
         result = _run(module, call, training=False)
@@ -114,12 +114,12 @@ def _run(module: nn.Module, call: Call, training: bool) -> Any:
 
 
 def count_macs(module: nn.Module, call: Call) -> int:
-    """Multiply-accumulates of one sample in matrix products and convolutions, counted while they run.
+    """Count the multiply-accumulates of one sample in matrix products and convolutions while they run.
 
     Half of what ``torch.utils.flop_counter`` counts. Attention is counted as the two matrix products that it is.
 
     Args:
-        module: in any state; it is run.
+        module: in any state; its ``forward`` is run.
         call: how its ``forward`` is called.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -128,7 +128,7 @@ def count_macs(module: nn.Module, call: Call) -> int:
 
 
 def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]:
-    """A copy on which MACs can be counted at little cost: without data, or with it where a forward looks at values.
+    """Copy a module for cheap MAC counts: on the meta device, or with data where ``forward`` depends on values.
 
     Args:
         module: to copy.
@@ -147,7 +147,7 @@ def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Entries of all parameters, tied ones once."""
+    """Number of entries of all parameters; tied ones count once."""
     return sum(p.numel() for p in module.parameters())
 
 

@@ -28,11 +28,11 @@ def _first_call(module: nn.Module, trainer: L.Trainer, inputs: InputsFunction | 
 
 
 def clear_call(module: nn.Module, batch_of: Callable[[int | None], Any], inputs: InputsFunction | None) -> Call:
-    """The call for a batch; with a sample less where a size could be taken for the batch's, as of a mask ``(L, L)``.
+    """The call for a batch, made smaller where another size equals the batch size, as of a mask ``(L, L)``.
 
     Args:
-        module: what is called.
-        batch_of: makes the batch of so many samples; of as many as come for ``None``.
+        module: module that is called.
+        batch_of: returns a batch of that many samples; ``None``: of the loader's own size.
         inputs: maps a batch to the arguments.
     """
     call = call_from_batch(module, batch_of(None), inputs)
@@ -46,7 +46,7 @@ def clear_call(module: nn.Module, batch_of: Callable[[int | None], Any], inputs:
 
 
 def find_submodule(module: nn.Module, path: str, argument: str = "module") -> nn.Module:
-    """The submodule at a dotted path, which came as that argument.
+    """The submodule at a dotted path.
 
     Raises:
         InvalidArgumentError: there is none.
@@ -61,7 +61,7 @@ def find_submodule(module: nn.Module, path: str, argument: str = "module") -> nn
 
 
 def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
-    """How a submodule is called when its root is called with ``call``; nothing but the call is observed.
+    """Arguments of a submodule when its root is called with ``call``.
 
     Raises:
         InvalidArgumentError: there is no such submodule, or it isn't called exactly once.
@@ -84,10 +84,10 @@ def submodule_call(module: nn.Module, path: str, call: Call) -> Call:
 def owner_and_call(
     pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
-    """The module to look into, the LightningModule or a submodule of it, and how it is called.
+    """The LightningModule or its submodule at ``path``, with an example of its call.
 
     Raises:
-        InvalidArgumentError: the module has no ``forward``, or the path leads nowhere.
+        InvalidArgumentError: the module has no ``forward``, or there is no submodule at the path.
     """
     forward_exists = has_forward(pl_module)
     if not path:

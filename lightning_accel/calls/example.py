@@ -1,4 +1,4 @@
-"""An example of how a network is called, and all that is derived from it, once."""
+"""An example call of a network, with names, axes and shapes derived once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from lightning_accel.calls.shapes import batch_shapes, describe_inputs, example_
 class ExampleCall:
     """One call of a network in canonical form, with names, dynamic axes and shapes.
 
-    Whatever exports, runs or verifies a network gets this object and derives nothing again from the bare arguments.
+    Export, verification and benchmarks pass this object on instead of deriving names and axes again from the bare arguments.
 
     Args:
         signature: of the network's ``forward``.

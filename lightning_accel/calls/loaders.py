@@ -1,4 +1,4 @@
-"""Batches of a loader without disturbing the run: its sampler, generators and random state stay as they are."""
+"""Batches of a loader without side effects on its sampler, generators or the random state."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 def peek(loader: Any, argument: str = "train_dataloaders", samples: int | None = None) -> Any:
-    """A batch as the loader would make it, without moving its sampler, its generator or the global random state.
+    """A batch as the loader makes it, without advancing its sampler, its generator or the global random state.
 
-    For a map-style dataset it is made of the first samples; an iterable one is started anew.
+    For a map-style dataset it holds the first samples; an iterable dataset is iterated from its start.
 
     Args:
         loader: whose batch it is.
-        argument: which it was, for messages.
-        samples: how many of a map-style dataset are asked for; ``None``: as many as the loader takes.
+        argument: name of the argument, for messages.
+        samples: number of samples of a map-style dataset; ``None``: the batch size of the loader.
 
     Raises:
         InvalidArgumentError: the loader is empty.
@@ -54,7 +54,7 @@ def first_batch(trainer: L.Trainer, device: torch.device | None = None, samples:
 
 
 def training_loader(trainer: L.Trainer) -> Any:
-    """The training loader before the fit loop has set it up; random numbers that making it takes are given back."""
+    """The training loader before the fit loop has set it up; the random state is restored after building it."""
     with isolated_random():
         return trainer.fit_loop._data_source.dataloader()
 

@@ -1,4 +1,4 @@
-"""Names of a network's inputs and outputs, from the places of tensors in a call and in its result, and of their axes."""
+"""Names of inputs and outputs, from the positions of tensors in a call and its result, and of dynamic axes."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Call shapes: the inputs of a call described by shapes and types, so that the call can be made up again anywhere."""
+"""Describe the inputs of a call by shapes and types, and rebuild an equivalent call from the description."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,13 +76,13 @@ def dynamic_axes(description: Mapping[str, Any]) -> list[dict[int, str]]:
 
 
 def traced_batch(description: Mapping[str, Any]) -> int:
-    """Batch to capture with: not 0 or 1, which torch.export treats as special, nor the size of something fixed."""
+    """Batch size to capture with: not 0 or 1, which torch.export specializes, and no size of a fixed dimension."""
     fixed = {size for entry in _tensors(description) if not entry["batch"] for size in entry[_TENSOR][:1]}
     return next(n for n in range(3, 10**6) if n not in fixed)
 
 
 def _tensors(entry: Any) -> Iterator[Mapping[str, Any]]:
-    """What a description says of each tensor, in order."""
+    """Entry of each tensor in a description, in order."""
     if isinstance(entry, Mapping) and _TENSOR in entry:
         yield entry
     elif isinstance(entry, Mapping | list | tuple):
@@ -119,7 +119,7 @@ def batch_shapes(
     """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``.
 
     Args:
-        module: what is captured.
+        module: module that is captured.
         args: positional arguments of the example.
         kwargs: keyword arguments.
         size: batch of the example.
@@ -139,7 +139,7 @@ def batch_shapes(
 
 @dataclass(frozen=True)
 class ResultShape:
-    """How a result is nested: where its tensors are, and the constants between them (``None`` for a loss, say).
+    """Nesting of a result: positions of its tensors, and constants between them (for example ``None`` for a loss).
 
     Args:
         spec: the nested structure.
@@ -151,7 +151,7 @@ class ResultShape:
 
     @staticmethod
     def of(result: Any) -> "tuple[ResultShape, list[torch.Tensor]]":
-        """Take a result apart.
+        """Separate a result into its shape and its tensors.
 
         Returns:
             Its shape and its tensors, in order.
@@ -183,11 +183,11 @@ class ResultShape:
 
 
 class InputGuard:
-    """Holds calls against the inputs a graph was captured with: structure, shapes but for dynamic axes, constants.
+    """Check calls against the inputs a graph was captured with: structure, fixed dimensions and constants.
 
     Args:
         inputs: from :func:`describe_inputs`.
-        what: whose inputs they are, for the messages.
+        what: name of the module, for messages.
     """
 
     def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
@@ -243,12 +243,12 @@ class InputGuard:
 
 
 def _same(leaf: Any, want: Any) -> bool:
-    """Whether two constants are; 1 and True are not, and what can't be compared isn't."""
+    """Whether two constants are equal and of one type: 1 and True differ."""
     return leaf is want or (isinstance(leaf, _CONSTANTS) and type(leaf) is type(want) and leaf == want)
 
 
 def _words(value: Any) -> str:
-    """A nested call in short: ``({'image': float32[3, 8, 8]}, True)``."""
+    """Short text of a nested call: ``({'image': float32[3, 8, 8]}, True)``."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What the compression callbacks share: a name for their state, the run's timeline, and the checks before training."""
+"""Base class of the compression callbacks: state key, position in the run, and checks before training."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ class CompressionCallback(L.Callback):
             raise InvalidArgumentError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
         self.name, self.start, self.end = name, start, end
         self._start_step, self._end_step = 0, 0
-        self._counting = False  # whether monitors have begun anew, with every target reached
+        self._counting = False  # whether monitors were restarted, with every target reached
 
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
     wants_low_rate = (
@@ -49,7 +49,7 @@ class CompressionCallback(L.Callback):
         return f"{_PREFIX}{type(self).__name__}.{self.name}"
 
     def phase_state(self) -> dict[str, Any]:
-        """What every compression callback keeps in a checkpoint: its steps, and what is still missing."""
+        """State that every compression callback keeps in a checkpoint: its steps, and targets not reached yet."""
         steps = [self._start_step, self._end_step]
         return {"steps": steps, "unfinished": self.unfinished(), "counting": self._counting}
 
@@ -63,16 +63,16 @@ class CompressionCallback(L.Callback):
         return self._start_step, self._end_step
 
     def unfinished(self) -> str:
-        """Why the network isn't yet what this callback was asked for; empty once it is."""
+        """Reason why the callback's target isn't reached yet; empty once it is."""
         raise NotImplementedError
 
     @property
     def benefit(self) -> str:
-        """What it brings where the network runs, for plan and report."""
+        """Benefit at run time, for the plan and the report."""
         return ""
 
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
-        """What will be done to each layer or weight, by name, or why nothing is; known once ``on_train_start`` has run."""
+        """Planned change of each layer or weight, by name, or the reason why it stays; available after ``on_train_start``."""
         return {}
 
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
@@ -88,7 +88,7 @@ class CompressionCallback(L.Callback):
         return {}
 
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
-        """A title and the share of each layer that left, for the loggers' picture; empty if there is nothing to show."""
+        """Title and removed share of each layer, for the plot in the loggers; empty if there is nothing to plot."""
         return "", {}
 
     @override
@@ -113,7 +113,7 @@ class CompressionCallback(L.Callback):
         """Called when the module has got the structure of a checkpoint, before its weights are restored."""
 
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
-        """Called when parameters of the module have just been resized, whoever did it; in a resume too."""
+        """Called after parameters of the module were resized, by any callback or on resume."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -149,7 +149,7 @@ class CompressionCallback(L.Callback):
             self._count_once_complete(trainer)
 
     def _count_once_complete(self, trainer: L.Trainer) -> None:
-        """Let monitors begin anew as soon as the last target of the run is reached."""
+        """Restart monitors as soon as the last target of the run is reached."""
         if self._counting or _unfinished(trainer):
             return
         for callback in compression_callbacks(trainer):
@@ -180,7 +180,7 @@ def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
 
 
 def _unfinished(trainer: L.Trainer) -> list[str]:
-    """What the run's compression callbacks have yet to do."""
+    """Targets that the run's compression callbacks haven't reached yet."""
     return [reason for c in compression_callbacks(trainer) if (reason := c.unfinished())]
 
 
@@ -210,10 +210,10 @@ def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[s
 
 
 def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: structure.Change) -> None:
-    """Make a change between two epochs of a run; whatever keeps tensors beside the module's follows.
+    """Apply a structural change between two epochs and keep everything that holds tensors of the module consistent.
 
-    Optimizers keep their parameters and the surviving entries of their state; averaged copies (EMA, SWA) change alike; the
-    DDP wrapper is made anew; the other callbacks are told.
+    Optimizers keep their parameters and the surviving entries of their state, averaged copies (EMA, SWA) change in the same way, the
+    DDP wrapper is rebuilt, and the other callbacks are notified.
 
     Args:
         trainer: the running Trainer; on every rank at the same boundary.
@@ -221,7 +221,7 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
         change: the same on every rank.
 
     Raises:
-        RunError: an optimizer keeps state that can't follow.
+        RunError: an optimizer keeps state that can't be resized.
     """
     follow = resizing.optimizer_state_follows(trainer.optimizers, pl_module, structure.resized(change))
     structure.apply(pl_module, change)
@@ -246,10 +246,10 @@ def timeline_of(trainer: L.Trainer) -> Timeline:
 
 
 def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) -> None:
-    """Refuse, before training, what isn't supported yet.
+    """Reject unsupported settings before training.
 
     Raises:
-        InvalidArgumentError: manual optimization, or a strategy that shards or wraps the module in a way we don't follow.
+        InvalidArgumentError: manual optimization, or a strategy that shards or wraps the module.
     """
     if not pl_module.automatic_optimization:
         raise InvalidArgumentError(
@@ -259,10 +259,10 @@ def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) 
 
 
 def check_strategy(trainer: L.Trainer, who: str) -> None:
-    """Refuse strategies under which a process doesn't hold the whole module.
+    """Reject strategies under which a process doesn't hold the whole module.
 
     Raises:
-        InvalidArgumentError: the Trainer's is one.
+        InvalidArgumentError: the Trainer uses one.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise InvalidArgumentError(
@@ -272,7 +272,7 @@ def check_strategy(trainer: L.Trainer, who: str) -> None:
 
 
 def check_one_optimizer(trainer: L.Trainer, who: str) -> None:
-    """Refuse several optimizers, as soon as they exist.
+    """Reject several optimizers as soon as they are configured.
 
     Raises:
         InvalidArgumentError: ``configure_optimizers`` returned several.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @cache
 def cpu_name() -> str:
-    """Model of this machine's CPU, for people."""
+    """Model name of this machine's CPU."""
     return cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 

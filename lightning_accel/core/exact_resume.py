@@ -1,4 +1,4 @@
-"""Resume so that the run can't be told from one that was never interrupted.
+"""Resume a run so that it continues bit for bit as if it had never been interrupted.
 
 Lightning's checkpoints hold no state of the random number generators, and a resumed epoch starts at its first batch with
 a new order. :class:`ExactResume` adds both: the random states of every rank, and the way back to the batch.
@@ -80,7 +80,7 @@ class ExactResume(L.Callback):
 
     Puts into the checkpoint, for every rank, the random states of Python, NumPy, torch and CUDA, those of generators that
     loaders own, and gradients that are still being accumulated. A resumed epoch gets its original order and skips the batches
-    already seen; a validation that was due right after the checkpoint is made up for, and an epoch that was complete but
+    already seen; a validation that was due right after the checkpoint is run, and an epoch that was complete except
     for its last hooks is finished. Holds on the same machine with the same versions and world size. Attaching it changes
     nothing in a run.
 
@@ -171,7 +171,7 @@ class ExactResume(L.Callback):
                 count["completed"] += 1
 
     def _setup_data(self, trainer: L.Trainer, original: Callable[[], None]) -> None:
-        """Loaders are about to be built and, for the first epoch, their iterator."""
+        """Called before loaders are built and, for the first epoch, their iterator."""
         loop = trainer.fit_loop
         if self._loaded is not None:
             self._resumed, self._loaded = self._loaded[trainer.global_rank], None
@@ -190,7 +190,7 @@ class ExactResume(L.Callback):
             self._marks = {"loaders": before, "iterator": None, "order": None}
 
     def _on_epoch(self, trainer: L.Trainer, original: Callable[[], None]) -> None:
-        """Hooks of a new epoch are about to run; they go on with the stream of random numbers."""
+        """Called before the hooks of a new epoch, which draw from the same stream of random numbers."""
         if self._resumed is not None:
             set_random_state(self._resumed["now"], _generators(trainer))
         original()
@@ -202,7 +202,7 @@ class ExactResume(L.Callback):
             original()
 
     def _on_batches(self, trainer: L.Trainer, original: Callable[[Any], None], fetcher: Any) -> None:
-        """The first batch of an epoch, or the first after a resume, is about to be fetched."""
+        """Called before the first batch of an epoch, or the first after a resume, is fetched."""
         generators = _generators(trainer)
         resumed, self._resumed = self._resumed, None
         before = random_state(generators)
@@ -219,7 +219,7 @@ class ExactResume(L.Callback):
         self._marks["order"] = random_state(generators)
 
     def _replay(self, trainer: L.Trainer, resumed: State, fetcher: Any) -> None:
-        """Go to the batch at which the checkpoint was written, with the epoch's order and the random state of then."""
+        """Advance to the batch at which the checkpoint was written and restore the epoch's order and the random state."""
         generators = _generators(trainer)
         epoch_loop = trainer.fit_loop.epoch_loop
         seen = epoch_loop.batch_progress.current.ready
@@ -271,7 +271,7 @@ def _generators(trainer: L.Trainer) -> list[torch.Generator]:
 
 
 def _skip(fetcher: Any, batches: int) -> None:
-    """Move an iterator on; in this process by its indices alone, in workers, whose random streams must move too, by data."""
+    """Advance an iterator: by its indices alone in this process, by data in workers, whose random streams must advance too."""
     iterators = fetcher.combined_loader._iterator.iterators
     simple = len(iterators) == 1 and type(iterators[0]) is _SingleProcessDataLoaderIter
     if simple and fetcher.length is not None:
@@ -285,7 +285,7 @@ def _skip(fetcher: Any, batches: int) -> None:
 
 
 def _inexact(trainer: L.Trainer) -> list[str]:
-    """Why, and from where, resuming can't be promised to be exact; empty if it can."""
+    """Reasons why resuming isn't exact, and from which point on it is; empty if it always is."""
     ends = "resume is exact from epoch ends, not within an epoch"
     combined = trainer.fit_loop._combined_loader
     loaders = [] if combined is None else [dl for dl in combined.flattened if not isinstance(dl, _Stateful)]

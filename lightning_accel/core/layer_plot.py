@@ -1,4 +1,4 @@
-"""A share for each layer as a picture, in every logger that can have one."""
+"""Plot one share per layer, and log the plot."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -41,7 +41,7 @@ def draw_layers(shares: Mapping[str, float], title: str) -> Any:
 
 
 def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float], title: str, step: int) -> None:
-    """Show the shares as a picture; the scalars are in each logger already.
+    """Log the shares as a plot; the scalars are in each logger already.
 
     In W&B and TensorBoard under ``key``; in the folder of a ``CSVLogger`` as ``<key>.png``, slashes as ``_``. A logger of another
     kind is named in a message.

@@ -1,4 +1,4 @@
-"""Monitors: what watches a score counts from where every target is reached, and says in which epoch it ended a run."""
+"""Restart ModelCheckpoint and EarlyStopping once every compression target is reached."""
 
 import lightning as L
 import torch
@@ -8,9 +8,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 def restart_monitors(trainer: L.Trainer) -> None:
-    """Let checkpoints and early stopping count from now on: a score of the dense network is no rival.
+    """Restart checkpointing and early stopping: scores of the dense network no longer count.
 
-    Files that were kept as best so far have the worst score from now on, so the next one takes their place on the disk and
+    Files kept as best so far get the worst possible score, so the next one replaces them on disk and takes
     their name: a ``best.ckpt`` is never that of the dense network.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ def restart_monitors(trainer: L.Trainer) -> None:
 
 
 def stopped_epochs(trainer: L.Trainer) -> list[int]:
-    """Epochs in which an ``EarlyStopping`` has asked for the run's end; none if it was an earlier run's, before a resume."""
+    """Epochs in which an ``EarlyStopping`` stopped the run; none if that was before a resume."""
     if not trainer.should_stop:
         return []
     watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are needed, and named with their extra when they are missing."""
+"""Import optional packages where they are needed; the error names the extra that installs them."""
 
 from importlib import import_module
 from typing import Any

@@ -1,7 +1,7 @@
-"""Patches: attributes that stand on somebody else's object for a while, and everything that takes them off again.
+"""Patch attributes of objects that this library doesn't own, and undo every patch.
 
-No other module of this library assigns attributes of objects that it doesn't own. A patch lies in the instance's ``__dict__``, where it
-hides the method of the class; taking it off restores whatever lay there before.
+No other module assigns attributes of such objects. A patch lies in the instance's ``__dict__``, where it hides the method of the class;
+undoing it restores the previous value.
 """
 
 import weakref
@@ -40,7 +40,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def removed(owner: Any, name: str) -> Iterator[Any]:
-    """Take an attribute off an instance inside the ``with`` block, so that the class's own shows; yields it, or ``None``."""
+    """Remove an attribute of an instance inside the ``with`` block, so that the class's applies; yields its value, or ``None``."""
     before = vars(owner).pop(name, _ABSENT)
     try:
         yield None if before is _ABSENT else before
@@ -60,12 +60,12 @@ def swapped_child(owner: nn.Module, name: str, child: nn.Module) -> Iterator[Non
 
 
 def place(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute on an instance for good: a forward that a recorded change of structure takes over."""
+    """Set an attribute on an instance permanently: a ``forward`` that a recorded structural change replaces."""
     vars(owner)[name] = value
 
 
 def take_off(owner: Any, name: str) -> None:
-    """Undo :func:`place`; the class's own attribute shows again."""
+    """Undo :func:`place`; the attribute of the class applies again."""
     vars(owner).pop(name, None)
 
 
@@ -83,7 +83,7 @@ def _put(owner: Any, name: str, value: Any) -> None:
 
 
 class Patches:
-    """Patches that are taken off together, last first.
+    """Patches that are undone together, last first.
 
     Example:
         >>> module, patches = nn.Linear(2, 2), Patches()
@@ -97,11 +97,11 @@ class Patches:
         self._undo: list[Undo] = []
 
     def swap(self, owner: Any, name: str, value: Any) -> Undo:
-        """Set an attribute on an instance until :meth:`undo`, or until the returned function takes it off earlier."""
+        """Set an attribute on an instance until :meth:`undo`, or until the returned function is called."""
         return self.on_undo(_swap(owner, name, value))
 
     def on_undo(self, undo: Undo) -> Undo:
-        """Have a function called once: by :meth:`undo`, or earlier by the returned function."""
+        """Register a function that is called once: by :meth:`undo`, or by the returned function."""
 
         def once() -> None:
             if once in self._undo:
@@ -112,7 +112,7 @@ class Patches:
         return once
 
     def undo(self) -> None:
-        """Take all patches off."""
+        """Undo all patches."""
         while self._undo:
             self._undo[-1]()
 
@@ -121,7 +121,7 @@ _RUNS: "weakref.WeakKeyDictionary[L.Trainer, Patches]" = weakref.WeakKeyDictiona
 
 
 def patches_of_run(trainer: L.Trainer) -> Patches:
-    """The patches of the trainer's present run, which come off when it ends: normally or by an exception, wherever that is raised.
+    """Patches of the trainer's current run, undone when it ends: normally, or by an exception in any hook.
 
     Lightning calls no ``teardown`` hook of callbacks or modules after an exception, but always tears the strategy down.
     """

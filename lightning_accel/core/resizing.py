@@ -1,4 +1,4 @@
-"""What keeps tensors beside a module's parameters follows when the parameters change their shapes."""
+"""Keep optimizer state and the DDP wrapper consistent after parameters are resized."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from lightning_accel.errors import InvalidArgumentError, RunError
 
 
 def kept_slice(tensor: torch.Tensor, cuts: Iterable[Sequence[Any]]) -> torch.Tensor:
-    """The part of a tensor that stays; the memory format (channels last) stays too.
+    """Slice the kept part of a tensor; the memory format (channels last) is preserved.
 
     Args:
         tensor: any shape.
         cuts: ``(dimension, size before, kept indices)`` of each dimension that shrinks.
 
     Raises:
-        InvalidArgumentError: a dimension hasn't the size that it should shrink from.
+        InvalidArgumentError: a dimension doesn't have the size that it should shrink from.
 
     Example:
         >>> kept_slice(torch.arange(6).reshape(2, 3), [(1, 3, [0, 2])])
@@ -41,7 +41,7 @@ def kept_slice(tensor: torch.Tensor, cuts: Iterable[Sequence[Any]]) -> torch.Ten
 
 
 def resize_(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """Give a parameter data of another shape; it stays the object that optimizers, hooks and tied layers refer to."""
+    """Replace the data of a parameter by data of another shape; optimizers, hooks and tied layers keep referring to the same object."""
     parameter.grad = None
     # A gradient accumulator that somebody holds keeps the old shape; a change of dtype makes autograd forget it.
     other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
@@ -52,7 +52,7 @@ def resize_(parameter: nn.Parameter, data: torch.Tensor) -> None:
 def optimizer_state_follows(
     optimizers: Iterable[torch.optim.Optimizer], module: nn.Module, cuts: Mapping[str, Sequence[Sequence[Any]]]
 ) -> Callable[[], None]:
-    """Slice what optimizers keep for parameters that are about to shrink: momentum, moments, factors of moments.
+    """Slice the optimizer state (momentum, moments, factored moments) of parameters that are about to shrink.
 
     Args:
         optimizers: after zero or more steps.
@@ -60,7 +60,7 @@ def optimizer_state_follows(
         cuts: by parameter name, as for :func:`kept_slice`.
 
     Returns:
-        Call it once the parameters have their new shapes. Until then nothing is changed.
+        A function to call once the parameters have their new shapes; nothing changes before.
 
     Raises:
         RunError: a tensor of an optimizer's state doesn't have the parameter's shape.
@@ -96,7 +96,7 @@ def _cut(value: torch.Tensor, parameter: torch.Tensor, cut: Sequence[Any]) -> Se
 
 
 def rewrap(trainer: L.Trainer) -> None:
-    """Make the DDP wrapper anew: its buckets and hooks are those of the old shapes. Collective."""
+    """Rebuild the DDP wrapper, whose buckets and hooks are those of the old shapes. Collective."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model._remove_autograd_hooks()

@@ -1,4 +1,4 @@
-"""When things happen: schedules from progress to a fraction, and positions in a run from epochs and shares.
+"""Schedules (progress to fraction) and positions in a run (epochs or shares to optimizer steps).
 
 Everything here is pure: numbers in, numbers out.
 """

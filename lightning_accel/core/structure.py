@@ -93,13 +93,13 @@ def apply(module: nn.Module, change: Change) -> None:
 
 
 def undo(module: nn.Module, change: Change) -> None:
-    """Take back the newest change."""
+    """Undo the newest change."""
     _handler_of(change).undo(module, change)
     record_of(module).remove(change)
 
 
 def resized(change: Change) -> Resized:
-    """What a change did to the shapes of parameters: ``{name: [[dimension, size before, kept indices], ...]}``."""
+    """Effect of a change on the shapes of parameters: ``{name: [[dimension, size before, kept indices], ...]}``."""
     return _handler_of(change).resized(change)
 
 
@@ -110,7 +110,7 @@ def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
         The changes that were made now: those that the module did not have yet.
 
     Raises:
-        InvalidArgumentError: the module has a change that can't be taken back, such as other channels removed.
+        InvalidArgumentError: the module has a change that can't be undone, such as other channels removed.
     """
     have = record_of(module)
     common = next((i for i, pair in enumerate(zip(have, changes, strict=False)) if pair[0] != pair[1]), None)
@@ -123,7 +123,7 @@ def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
 
 
 def save_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write the record of ``module`` into a checkpoint; several callbacks may do so, the content is the same."""
+    """Write the record of ``module`` into a checkpoint; several callbacks may do so with the same content."""
     changes = [asdict(change) for change in record_of(module)]
     checkpoint.setdefault(CHECKPOINT_KEY, {})["structure"] = changes
 
@@ -136,7 +136,7 @@ def load_record(checkpoint: dict[str, Any]) -> list[Change]:
 def before_next_restore(trainer: Trainer, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
     """Call ``action`` with the checkpoint that the Trainer restores next, before its weights are loaded.
 
-    In ``setup`` the Trainer doesn't tell yet which checkpoint it will load. The one thing that it calls between reading
+    In ``setup`` it isn't known yet which checkpoint the Trainer will load. The one thing that it calls between reading
     the file and loading the weights, in fit as in test, is the module's ``on_load_checkpoint``.
     """
     no_restore(module)
@@ -145,14 +145,14 @@ def before_next_restore(trainer: Trainer, module: LightningModule, action: Calla
 
 
 def no_restore(module: LightningModule) -> None:
-    """Forget about the next restore: there was none, or it is over."""
+    """Cancel the action for the next restore: there was none, or it is over."""
     present = module.__dict__.get("on_load_checkpoint")
     if isinstance(present, _BeforeRestore):
         present.remove()
 
 
 class _BeforeRestore:
-    """Stands before a module's ``on_load_checkpoint`` for one call."""
+    """Replaces a module's ``on_load_checkpoint`` for one call."""
 
     def __init__(self, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
         self._module, self._action = module, action
@@ -210,7 +210,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **init: Any) -> LightningModule:
-    """Build a module, replay its structure, load its weights: what comes back computes what was trained.
+    """Build a module, replay its structural changes and load its weights, so that it computes what was trained.
 
     Args:
         cls: the user's LightningModule class.

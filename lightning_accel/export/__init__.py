@@ -1,1 +1,1 @@
-"""Export: ONNX files, the proof that they are the trained network, and the bundle that ships."""
+"""Export a trained network as a verified bundle."""

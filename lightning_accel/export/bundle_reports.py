@@ -1,4 +1,4 @@
-"""What a bundle's reports say, and writing them."""
+"""Write the reports of a bundle."""
 
 import json
 import shlex
@@ -21,14 +21,14 @@ from lightning_accel.verification.compare import Verification
 
 
 def verification_line(check: Verification) -> dict[str, Any]:
-    """A comparison as the report tells it."""
+    """A comparison as an entry of the report."""
     line = check.to_dict()
     del line["tolerance"]["why"]
     return {k: v for k, v in line.items() if v not in ("", [], {})}
 
 
 def kept_float(module: nn.Module) -> list[LayerTable]:
-    """Operators of a quantized network that stay float, and why, as a table of the report; none without such."""
+    """Table of the operators of a quantized network that stay float, with the reason."""
     kept = {name: why for f in quantized_forwards(module).values() for name, why in f.kept_float.items()}
     return [LayerTable(KEPT_FLOAT, "", kept)] if kept else []
 
@@ -36,11 +36,11 @@ def kept_float(module: nn.Module) -> list[LayerTable]:
 def notes(
     spec: ExportSpec, samples: Mapping[str, np.ndarray], proofs: Mapping[str, Any], measured: Any, threads: int
 ) -> list[Note]:
-    """How the figures came about, in sentences.
+    """Notes on how the numbers were measured.
 
     Args:
-        spec: what was shipped.
-        samples: what it was verified on.
+        spec: the export.
+        samples: samples used for verification.
         proofs: counts of what is equal bit for bit or node by node.
         measured: the latencies.
         threads: of a call.
@@ -75,7 +75,7 @@ def notes(
 
 
 def write_reports(folder: Path, report: Report) -> None:
-    """The report as a page, as Markdown, as JSON and as a picture."""
+    """Write the report as HTML, Markdown, JSON and a plot."""
     plot_comparison(report.rows, folder / "report.png")
     (folder / "report.html").write_text(render_html(report), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
@@ -85,7 +85,7 @@ def write_reports(folder: Path, report: Report) -> None:
 
 
 def summary(report: Report, dirpath: str | Path) -> str:
-    """The report's table and where the rest is, for the terminal."""
+    """The report's table and the path of the full report, for the terminal."""
     lines = [comparison_table(report.rows)]
     if decision := (report.comparison or {}).get("decision"):
         lines.append(f"Decision: {decision['why']}")

@@ -1,4 +1,4 @@
-"""ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
+"""ModelExport: write the trained network as a verified bundle when ``fit`` ends."""
 
 import json
 import shlex
@@ -45,9 +45,9 @@ class ModelExport(L.Callback):
     """Write the trained network as a verified bundle when ``fit`` ends.
 
     Before training, a preflight exports, checks and test-builds the untrained network. At the end the weights are
-    exported to ONNX, held against PyTorch on held-out data (integers bit for bit, outputs in float emulation and on the
-    kernels of each engine, the user's metric), built into engines, measured, and reported. If what was written is not
-    what was trained the run fails, after the checkpoint ``<dirpath>.ckpt`` is safe, and no bundle is written.
+    exported to ONNX, compared with PyTorch on held-out data (integers bit for bit, outputs in float emulation and on the
+    kernels of each engine, the user's metric), built into engines, measured, and reported. If an exported file differs from
+    the trained network, the run fails after the checkpoint ``<dirpath>.ckpt`` is saved, and no bundle is written.
 
     Args:
         dirpath: the bundle's folder. An earlier bundle there is replaced when the new one is complete.
@@ -56,26 +56,26 @@ class ModelExport(L.Callback):
             trained quantization-aware. TensorRT's int8 engine computes the rest in fp16.
         ckpt_path: ``"last"`` weights of the run, ``"best"`` by the run's ``ModelCheckpoint``, or a checkpoint's path.
         data: held-out data: a loader, ``"test"`` or ``"val"`` (the default: the validation loader).
-        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        inputs: maps a batch to the arguments of ``forward``; only needed if the signature is ambiguous.
         incomplete: ``"refuse"`` or ``"mark"`` a network that hasn't reached its targets.
         samples: held-out samples to verify on, or all if there are fewer.
-        preprocess: module that makes the network's arguments of what is shipped as input, e.g. of uint8 pixels; it goes
-            into the file, in float, and ``data`` must hold its inputs.
-        postprocess: module that makes what is shipped as output of the network's result, e.g. probabilities.
-        metadata: notes that travel in file and manifest, e.g. ``{"class_names": ["cat", "dog"]}``.
+        preprocess: module that maps the file's inputs, e.g. uint8 pixels, to the network's arguments; it is exported
+            in float with the network, and ``data`` must hold its inputs.
+        postprocess: module that maps the network's result to the file's outputs, e.g. probabilities.
+        metadata: key-value pairs stored in file and manifest, e.g. ``{"class_names": ["cat", "dog"]}``.
         dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
         keep_samples: how many held-out samples are shipped with the trained network's outputs, so that
             ``lightning-accel verify`` needs no data on another machine. They are part of your data.
         budgets: run the network in the common runtime variants, each in a process of its own, and let the fastest within these
-            budgets be the bundle's default, e.g. ``Budgets(max_drop=0.5)``; ``None`` measures and decides nothing more.
+            budgets be the bundle's default, e.g. ``Budgets(max_drop=0.5)``; ``None`` measures no variants.
         benchmark: how those variants are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
         output_kind: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
-            metrics. ``None``: as the held-out targets tell, integers or floating point.
+            metrics. ``None``: by the type of the held-out targets, integers or floating point.
         name: the callback's name.
 
     Raises:
-        InvalidArgumentError: an argument is out of its range; in ``setup``, one that contradicts the other callbacks.
-        VerificationError: on fit end, what was written isn't what was trained.
+        InvalidArgumentError: an argument is out of its range; or, in ``setup``, contradicts the other callbacks.
+        VerificationError: an exported file differs from the trained network.
 
     Example:
         >>> ModelExport("artifacts", engines=["tensorrt"]).ckpt_path
@@ -163,7 +163,7 @@ class ModelExport(L.Callback):
 
     @property
     def checkpoint_path(self) -> str:
-        """Where the last weights are kept, with everything needed to export them again."""
+        """Path of the checkpoint with the last weights and everything needed to export them again."""
         return f"{self.dirpath.rstrip('/')}.ckpt"
 
     @override
@@ -251,7 +251,7 @@ class ModelExport(L.Callback):
         Raises:
             RunError: the network hasn't reached its targets.
             InvalidArgumentError: the bundle's folder is a file or holds something else, or an engine's kernels compute another arithmetic.
-            VerificationError: what was written isn't what was trained.
+            VerificationError: an exported file differs from the trained network.
         """
         check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
         if ckpt_path == "best":
@@ -319,7 +319,7 @@ class ModelExport(L.Callback):
         """Bring the module to a checkpoint's weights.
 
         Returns:
-            Why it isn't finished, what was done to it when, and facts of the run for the report, by the names of ExportSpec.
+            Targets not reached, the history of changes, and facts of the run for the report, by the names of ExportSpec.
         """
         if ckpt_path == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
@@ -348,7 +348,7 @@ class ModelExport(L.Callback):
         return {**run_facts, "timeline": timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
-        """Contradictions between callbacks, and engines that aren't there, before training."""
+        """Check before training that callbacks don't contradict each other and that engines are installed."""
         qat = _qat(trainer)
         if len(qat) > 1:
             raise InvalidArgumentError(
@@ -389,7 +389,7 @@ class ModelExport(L.Callback):
         check_installed(self._wanted_engines(trainer))
 
     def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Try the untrained network on the way that it will take."""
+        """Export, verify and build the untrained network."""
         self._ready = True
         if not trainer.is_global_zero:
             return
@@ -398,7 +398,7 @@ class ModelExport(L.Callback):
         try_out(self._spec(trainer, pl_module), forwards)
 
     def _check_kernels(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> None:
-        """Whether the engines compute, on this machine, what the networks hold."""
+        """Check that the engines reproduce the networks' arithmetic on this machine."""
         for forward in forwards.values():
             for engine in self._wanted_engines(trainer):
                 check_engine(forward.target, engine, forward.forms)
@@ -410,7 +410,7 @@ class ModelExport(L.Callback):
         return self.precision or ("int8" if _qat(trainer) else "fp32")
 
     def _part(self, trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
-        """What is exported: the LightningModule's ``forward``, or the one submodule that is trained quantization-aware."""
+        """The module to export: the LightningModule's ``forward``, or the one submodule that is trained quantization-aware."""
         if has_forward(pl_module):
             return pl_module
         paths = [path for c in _qat(trainer) for path in c.paths]
@@ -436,5 +436,5 @@ def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:
 
 
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:
-    """The teacher of a DistillationModule: the network one would ship without compression."""
+    """The teacher of a DistillationModule: the network that would ship without compression."""
     return getattr(pl_module, "teacher", None) if hasattr(pl_module, "student") else None

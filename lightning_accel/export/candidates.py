@@ -1,4 +1,4 @@
-"""The line-up: the networks that a report sets side by side, which of them run here, and what is found about each."""
+"""The networks and engines that a report compares, and their measurements."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ FP16_ALTERNATIVE = "network fp16, tensorrt"
 
 @dataclass
 class Candidates:
-    """The teacher, the float32 file, what each engine runs, and the engine that int8 has to beat on a GPU.
+    """The networks that a report compares: teacher, float32 file, each engine, and the fp16 alternative to int8 on a GPU.
 
     Args:
         name: what the shipped network is called: ``"student"`` or ``"network"``.
@@ -63,10 +63,10 @@ class Candidates:
 
 
 def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path) -> Candidates:
-    """Build the engines, and list what is set side by side; nothing is run yet.
+    """Build the engines and list the candidates, without running them.
 
     Args:
-        spec: what is shipped.
+        spec: the export.
         files: the bundle's files.
         folder: where the files lie.
         scratch: for the teacher's file, which doesn't ship.
@@ -107,7 +107,7 @@ def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path)
 
 
 def _add_reference(candidates: Candidates, folder: Path, spec: ExportSpec) -> None:
-    """Measure the bundle's float32 file in ONNX Runtime, where none of the engines asked for runs."""
+    """Add the bundle's float32 file in ONNX Runtime as a candidate if none of the requested engines runs on this machine."""
     assert spec.precision == "fp32"  # every other precision has a float32 reference of its own
     label = f"{candidates.name} fp32"
     candidates.paths[label] = folder / MODEL
@@ -115,11 +115,11 @@ def _add_reference(candidates: Candidates, folder: Path, spec: ExportSpec) -> No
 
 
 def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Module, folder: Path) -> BenchmarkResult:
-    """Verify the engines, and find accuracy, size and latency of every row that runs here.
+    """Verify the engines, and measure accuracy, size and latency of every candidate that runs on this machine.
 
     Args:
         candidates: its rows are filled in.
-        spec: what is shipped.
+        spec: the export.
         files: get the comparisons.
         whole: the trained network.
         folder: where the files lie.
@@ -168,7 +168,7 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
 
 
 def _choose_engine(candidates: Candidates, alternative: dict[str, Any], measured: BenchmarkResult) -> None:
-    """int8 or fp16 on a GPU: the line of the manifest names the faster."""
+    """Choose between int8 and fp16 on a GPU; the manifest names the faster one."""
     int8 = next(label for label, precision in candidates.precisions.items() if precision == "int8+fp16")
     decision = choose_precision(measured[FP16_ALTERNATIVE].samples, measured[int8].samples)
     candidates.rows[FP16_ALTERNATIVE].note = decision.why
@@ -180,7 +180,7 @@ def _choose_engine(candidates: Candidates, alternative: dict[str, Any], measured
 def row_that_ships(
     candidates: Candidates, ships: Mapping[str, Any], spec: ExportSpec, files: Files, folder: Path
 ) -> str:
-    """Label of the row that the manifest's default is; one that isn't there yet is measured and added."""
+    """Label of the row of the manifest's default; it is measured and added if missing."""
     file = folder / ships["file"]
     ran = {(candidates.rows[label].engine, path): label for label, path in candidates.paths.items()}
     if (label := ran.get((ships["engine"], file))) is not None:
@@ -221,7 +221,7 @@ def _verify_engine(spec: ExportSpec, files: Files, runner: Runner, precision: st
 
 
 def _metrics_through(spec: ExportSpec, export: OnnxExport, runner: Runner) -> dict[str, float]:
-    """The user's metrics with a runner in the place of ``forward``; empty where they can't be had in this way."""
+    """The user's metrics with a runner in place of ``forward``; empty if they can't be computed that way."""
     try:
         with through_engine(spec.part, export, runner.run) as calls:
             found = user_metrics(spec.module, spec.data)
@@ -267,7 +267,7 @@ def _measure_metric(
 def _null_metrics(
     spec: ExportSpec, files: Files, before: Mapping[str, float], steps: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """By how much the user's metrics differ between the network and itself with noise."""
+    """Null divergence of the user's metrics."""
     found: dict[str, float] = {}
     with files.null.runners(steps=steps) as runners:
         for name, runner in runners.items():
@@ -280,7 +280,7 @@ def _null_metrics(
 
 
 def _beside_first(candidates: Candidates, row: Row, file: Path, files: Files, spec: ExportSpec) -> Row:
-    """A row for one more way, measured beside the first of those that ran."""
+    """Measure one more candidate beside the first one that ran."""
     first, path = next(iter(candidates.paths.items()))
     with (
         _load(path, candidates.rows[first].engine, candidates.threads) as before,

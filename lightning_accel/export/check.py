@@ -1,4 +1,4 @@
-"""Check: can a module be captured, exported, quantized and built, and what stands in the way? Tried, in half a minute."""
+"""Try in half a minute whether a module can be captured, exported, quantized and built."""
 
 import math
 import signal
@@ -44,12 +44,12 @@ class _OutOfTimeError(BaseException):
 
 @dataclass
 class Finding:
-    """What one step found.
+    """Result of one step.
 
     Args:
-        step: what was tried: ``forward``, ``train``, ``capture``, ``export``, ``quantize``, or ``build`` and an engine.
+        step: the step: ``forward``, ``train``, ``capture``, ``export``, ``quantize``, or ``build`` and an engine.
         status: ``"ok"``, ``"stands in the way"``, ``"not here"`` (an engine isn't installed) or ``"not tried"``.
-        detail: what was found, or the reason.
+        detail: the result, or the reason.
         where: file and line of what stands in the way, where it is known.
         seconds: that it took.
         lines: more of it, for instance the operators that stay float.
@@ -82,15 +82,15 @@ def check_module(
     seconds: float = 30.0,
     spent: float = 0.0,
 ) -> list[Finding]:
-    """Try everything that comes after training, on the module as it is.
+    """Try every step after training on the module as it is.
 
     Args:
         module: any module; mode and weights stay as they are.
         call: positional and keyword arguments of ``forward``: an example.
         target: arithmetic to quantize for; a network that was trained with fake-quant has one already.
         engines: to build; ``None``: those that are installed.
-        seconds: after which what is left isn't tried; what runs then is interrupted.
-        spent: how many of them are gone already.
+        seconds: time limit; a running step is interrupted, and remaining ones aren't tried.
+        spent: seconds spent before the call.
 
     Returns:
         A finding for each step. A step that needs another's result is ``"not tried"`` if that one failed.
@@ -158,7 +158,7 @@ def _tried(
 
 
 def _train(module: nn.Module) -> tuple[str, list[str]]:
-    """Whether the callbacks take it; what can be known without a Trainer."""
+    """Check what the callbacks require, as far as possible without a Trainer."""
     if not isinstance(module, L.LightningModule):
         return "no LightningModule: the functions take it, the callbacks want one", []
     if not module.automatic_optimization:
@@ -208,7 +208,7 @@ def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: di
 
 
 def _quantized(forwards: Sequence[QuantizedForward], made: dict[str, Any]) -> tuple[str, list[str]]:
-    """What was quantized in training is exported already; what it holds is looked at."""
+    """Inspect an exported network that was quantized in training."""
     export, _ = made["quantize"] = made["export"]
     made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
     integers = check_integers(export.path, export.trained)["integers"]

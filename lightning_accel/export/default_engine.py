@@ -1,4 +1,4 @@
-"""The decision at the end of a run: the bundle's default is the fastest variant within the budgets, on all held-out data."""
+"""Choose the bundle's default: the fastest variant within the budgets, on all held-out data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +17,10 @@ from lightning_accel.reports.model import DECISION, Note, Report
 
 
 def output_kind_of(spec: ExportSpec, files: Files, *, labelled: bool) -> str | None:
-    """How the network's first output is scored: as classes, as values, or ``None`` where nobody and no target tells.
+    """How the network's first output is scored: as classes, as values, or ``None`` if neither spec nor targets define it.
 
     Args:
-        spec: what it says counts; else its held-out data is looked at.
+        spec: its ``output_kind`` takes precedence over its held-out data.
         files: the trained network.
         labelled: whether there are labels that are classes of the network's first output.
     """
@@ -53,18 +53,18 @@ def decide_default(
 ) -> dict[str, Any]:
     """Run the network in the common variants, and write ``comparison.json``.
 
-    Where none of the engines asked for runs on this machine, the variants are measured and nothing is decided: a CPU's fastest variant
+    If none of the requested engines runs on this machine, the variants are measured but no default is chosen: the fastest variant on a CPU
     says nothing about the engine that the bundle is for, which stays the default.
 
     Args:
-        spec: what is shipped, its budgets, and the held-out data.
+        spec: the export, with budgets and held-out data.
         files: the bundle's files and the trained network.
-        folder: where they lie; no manifest is needed yet.
-        content: what the manifest will say of engines, file, precision, output_kind, inputs and outputs.
+        folder: folder of the files; no manifest is needed yet.
+        content: engines, file, precision, output_kind, inputs and outputs for the manifest.
         report: gets the comparison, and a note on what was decided.
 
     Returns:
-        What the decision changes in the manifest.
+        Changes to the manifest.
     """
     feeds, targets = spec.data.everything(spec.whole, files.shipped.input_names)
     outputs = _outputs(files, feeds, spec.batch_size)
@@ -87,7 +87,7 @@ def decide_default(
 
 
 def _told(comparison: Comparison, spec: ExportSpec, *, here: bool) -> str:
-    """The decision in a sentence, or why there is none."""
+    """The decision in one sentence, or the reason why there is none."""
     if comparison.decision is not None:
         return f"Decision: {comparison.decision['why']}"
     if comparison.interrupted:
@@ -109,7 +109,7 @@ def _labels(targets: np.ndarray | None, output: np.ndarray, output_kind: str | N
 
 
 def _outputs(files: Files, feeds: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
-    """What the trained network computes for all held-out samples."""
+    """Outputs of the trained network for all held-out samples."""
     count = len(next(iter(feeds.values())))
     parts = [
         files.network({name: array[start : start + batch] for name, array in feeds.items()})

@@ -1,4 +1,4 @@
-"""Evaluate: the user's own metrics and the accuracy, with the network run by whatever engine."""
+"""Compute the user's metrics and the accuracy with any engine."""
 
 import logging
 import warnings
@@ -25,7 +25,7 @@ from lightning_accel.verification.compare import Network
 
 @contextmanager
 def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> Iterator[list[int]]:
-    """Let ``network`` answer the calls of ``module.forward``; yields a list whose one number counts them."""
+    """Route calls of ``module.forward`` to ``network``; yields a list with the number of calls."""
     calls = [0]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ def through_engine(module: nn.Module, export: OnnxExport, network: Network) -> I
 
 
 def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
-    """What the user's ``validation_step`` logs over the held-out data, on the CPU.
+    """Metrics that the user's ``validation_step`` logs over the held-out data, on the CPU.
 
     Args:
         module: its ``trainer``, mode and random state stay as they are.
@@ -84,7 +84,7 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
 
 
 class _Loaders(L.LightningDataModule):
-    """The held-out loaders, with the transfer hooks and all else of the user's datamodule, whose data is set up already."""
+    """The held-out loaders with the transfer hooks of the user's datamodule, whose data is set up already."""
 
     def __init__(self, loaders: Any, users: L.LightningDataModule | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The files of a bundle: written from the network, each proven to be it, and built into engines."""
+"""Write the files of a bundle, verify each, and build engines."""
 
 import json
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ HALF_MODEL = "engines/model.onnx"  # int8 with the rest in fp16, which TensorRT'
 
 @dataclass
 class Files:
-    """What was written and how it was proven.
+    """The written files and their verification.
 
     Args:
         shipped: names and program of the shipped network.
-        network: the trained network that the files are held against.
-        samples: what they were held against it on.
-        null: how far the network is from itself.
+        network: the trained network, as the reference.
+        samples: samples used for verification.
+        null: null divergence of the network.
         engine_file: file that TensorRT builds from, below the bundle.
         engine_precision: its precision.
         checks: comparisons end to end.
@@ -61,16 +61,16 @@ class Files:
 
 
 def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
-    """Write the ONNX files of a bundle, each held against the network.
+    """Write the ONNX files of a bundle and compare each with the network.
 
     Args:
-        spec: what to ship.
-        whole: what is exported.
+        spec: the export.
+        whole: the exported module.
         example: how it is called.
         folder: where the files go.
 
     Raises:
-        VerificationError: one isn't what was trained.
+        VerificationError: one differs from the trained network.
     """
     half = spec.precision in HALVES
     options: dict[str, Any] = {"metadata": spec.metadata, "opset": BF16_OPSET if spec.precision == "bf16" else None}
@@ -115,7 +115,7 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
 def _write_reference(
     spec: ExportSpec, whole: nn.Module, folder: Path, files: Files, options: Mapping[str, Any]
 ) -> None:
-    """The float network under the fake-quants, beside the shipped one."""
+    """Write the float network without fake-quantization beside the shipped one."""
     with ExitStack() as stack:
         for path in quantized_forwards(spec.module):
             stack.enter_context(own_forward(spec.module.get_submodule(path)))
@@ -133,7 +133,7 @@ def _write_reference(
 
 
 def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, precision: str) -> None:
-    """Write a file with half precision in it and prove it: node by node against its source, and on the samples."""
+    """Write a half-precision file and verify it: node by node against its source, and on the samples."""
     report = lower_precision(source, out, half, samples=files.samples)
     try:
         same = check_lowered(source, out, half)
@@ -161,7 +161,7 @@ def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, p
 
 
 def build_line(engine: str, files: Files, folder: Path) -> dict[str, Any]:
-    """Build what an engine needs; returns the report's line."""
+    """Build the file of an engine; returns its entry for the report."""
     spec = engine_named(engine)
     precision = files.engine_precision if spec.rest_in_fp16 else files.engine_precision.partition("+")[0]
     if spec.source != "built":

@@ -1,4 +1,4 @@
-"""The alternative of an int8 engine on a GPU: the same network in fp16. What ships is whichever is faster, measured."""
+"""The fp16 alternative to an int8 engine on a GPU; the faster one, as measured, ships."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Decision:
     """Which engine becomes the default.
 
     Args:
-        int8: whether int8 does.
+        int8: whether it is int8.
         ratio: time of fp16 divided by time of int8.
         why: in words, for report and manifest.
     """
@@ -34,7 +34,7 @@ class Decision:
 
 
 def choose_precision(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Decision:
-    """Int8 must be faster than fp16 beyond the interval, or fp16 ships: it is nearer to what was trained.
+    """Choose int8 only if it is faster than fp16 beyond the interval: fp16 is closer to the trained network.
 
     Args:
         fp16_ms: latency of each round in ms.
@@ -48,7 +48,7 @@ def choose_precision(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Deci
 
 
 def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str, Any]:
-    """Build the fp16 engine of a bundle's float reference; returns its line for report and manifest."""
+    """Build an fp16 engine from a bundle's float reference; returns its entry for report and manifest."""
     lower_precision(folder / reference, folder / FILE, "fp16", samples=samples)
     check_lowered(folder / reference, folder / FILE, "fp16")
     info = build_engine(folder / FILE, folder / ENGINE)
@@ -63,7 +63,7 @@ def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str,
 
 
 def verify_alternative(runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int]) -> Verification:
-    """Hold the fp16 engine against the float reference, which was proven before."""
+    """Compare the fp16 engine with the float reference, which was verified before."""
     with load_runner(reference, "onnxruntime", emulate=True) as right:
         what = "tensorrt in fp16 (its kernels)"
         check = verify(right.run, runner.run, samples, engine=what, tolerance=FP16, batch_sizes=batch_sizes)

@@ -1,4 +1,4 @@
-"""Held-out data: what verification and accuracy are measured on. Never training data."""
+"""Held-out data for verification and accuracy; never training data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class HeldOut:
         loader: yields the user's batches; samples come from it.
         source: where they come from, for the report.
         inputs: maps a batch to the arguments of ``forward``; ``None`` means by its signature.
-        trainer: whose transfer hooks make of a loader's batch what ``validation_step`` gets.
+        trainer: its transfer hooks prepare batches as for ``validation_step``.
         loaders: all that the user's metrics are measured over, as a validation loop takes them; ``None`` means ``loader``.
     """
 
@@ -37,19 +37,19 @@ class HeldOut:
     loaders: Any = None
 
     def first_call(self, module: nn.Module) -> Call:
-        """Arguments of ``forward`` for the first batch; the loader's state stays."""
+        """Arguments of ``forward`` for the first batch; the loader's state is unchanged."""
         with isolated_random():
             return call_from_batch(module, self._transferred(peek(self.loader, "data")), self.inputs)
 
     def first_target(self, module: nn.Module) -> np.ndarray | None:
-        """What is to be predicted for the first batch, if that is in it; the loader's state stays."""
+        """Target of the first batch, if any; the loader's state is unchanged."""
         with isolated_random():
             batch = self._transferred(peek(self.loader, "data"))
             target = self._target(batch, call_from_batch(module, batch, self.inputs))
         return None if target is None else target.numpy()
 
     def calls(self, module: nn.Module) -> Iterator[tuple[Call, torch.Tensor | None]]:
-        """Arguments of ``forward`` and what is to be predicted, where there is something, batch by batch."""
+        """Arguments of ``forward`` and the target, if any, batch by batch."""
         with isolated_random():
             for loaded in self.loader:
                 batch = self._transferred(loaded)
@@ -90,7 +90,7 @@ class HeldOut:
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
     def everything(self, module: nn.Module, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """All samples as named arrays ``(S, ...)``, and what is to be predicted for them, where each batch holds it.
+        """All samples as named arrays ``(S, ...)``, and their targets if every batch has one.
 
         Raises:
             InvalidArgumentError: there is none.
@@ -119,7 +119,7 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
     """Find held-out data: ``data`` if it is a loader, else the trainer's validation or test loader.
 
     Args:
-        trainer: asked for its loaders and transfer hooks.
+        trainer: provides loaders and transfer hooks.
         data: a loader, ``"val"`` or ``"test"`` (of the datamodule), or ``None`` for ``"val"``.
         inputs: as in :class:`HeldOut`.
 

@@ -1,4 +1,4 @@
-"""What a bundle's report tells of the run: phases, measured values, read from the states of the callbacks."""
+"""Phases and measured values of a run for the report, read from the states of the callbacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def timeline(states: States) -> list[Phase]:
 
 
 def history(states: States, last: int) -> list[str]:
-    """The same in words, of so many optimizer steps."""
+    """The phases as sentences."""
     return [
         f"{span.phase}: from step {span.start}{' on' if span.end is None else f' to {span.end}'}, of {last}"
         for span in timeline(states)
@@ -29,7 +29,7 @@ def history(states: States, last: int) -> list[str]:
 
 
 def measured(trainer: L.Trainer, pl_module: L.LightningModule) -> list[LayerTable]:
-    """What the callbacks measured of the network, and what their compression is worth at run time."""
+    """Tables of the callbacks' measurements, and of their benefit at run time."""
     callbacks = compression_callbacks(trainer)
     tables = [
         LayerTable(kind, callback.name, {name: v for name, v in values.items() if name != "all"}, values.get("all"))

@@ -1,4 +1,4 @@
-"""Logging: numbers, tables, pictures and the bundle itself, to every logger as far as it can show them."""
+"""Log metrics, tables, plots and the bundle to every logger that supports them."""
 
 import shutil
 from collections.abc import Iterable
@@ -51,10 +51,10 @@ def log_bundle(
     step: int,
     checkpoint: str | Path | None = None,
 ) -> None:
-    """Log a bundle: scalars everywhere, and what else a logger can show.
+    """Log a bundle: scalars to every logger, and tables, plots and artifacts where supported.
 
     W&B gets the table, plots, the page, and the bundle as an artifact made from the checkpoint; TensorBoard the plot and the
-    report as text; a ``CSVLogger`` the page beside its ``metrics.csv``. One of another kind is named in a message.
+    report as text; a ``CSVLogger`` the page beside its ``metrics.csv``. A message names loggers of other types.
 
     Args:
         loggers: of the trainer, not finalized yet.

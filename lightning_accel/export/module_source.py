@@ -1,4 +1,4 @@
-"""A module and an example of its inputs, from what a command line says."""
+"""Build a module and an example call from command-line arguments."""
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, Any]) -> nn.Module:
-    """The module of a class, with a checkpoint's weights if there is one, in eval mode.
+    """Build a module from its class path, with a checkpoint's weights if given, in eval mode.
 
     Args:
         class_path: ``package.module.Class``.
@@ -31,7 +31,7 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
 
     Raises:
         MissingFileError: there is no such checkpoint.
-        InvalidArgumentError: there is no such class, it is no module, lacks an argument, can't be built, or the checkpoint is another's.
+        InvalidArgumentError: there is no such class, it isn't a module or can't be built, or the checkpoint doesn't fit.
     """
     where, _, name = class_path.rpartition(".")
     try:
@@ -96,7 +96,7 @@ def _built(build: Callable[[], _Module], class_path: str, arguments: Mapping[str
 
 
 def _told(error: BaseException) -> str:
-    """An error of the user's own code, with the line that raised it."""
+    """Text of an error in the user's code, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {' '.join(str(error).split())} (at {frames[-1].filename}:{frames[-1].lineno})"
 
@@ -105,7 +105,7 @@ def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np
     """An example call of a module's ``forward``: from arrays by name, from shapes, or its ``example_input_array``.
 
     Args:
-        module: its signature names the inputs.
+        module: module whose signature names the inputs.
         shapes: ``NAME=2x3x32x32``, or ``NAME=2x128:int64``; floats are drawn from a normal distribution, integers are 0 and 1.
         arrays: data by input name.
 
@@ -135,7 +135,7 @@ def build_call(module: nn.Module, shapes: Sequence[str], arrays: Mapping[str, np
 
 
 def required_inputs(module: nn.Module) -> list[str]:
-    """Names of the arguments that ``forward`` can't do without."""
+    """Names of the required arguments of ``forward``."""
     return [name for name, p in own_signature(module).parameters.items() if p.default is p.empty]
 
 

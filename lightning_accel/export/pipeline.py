@@ -1,6 +1,6 @@
-"""Pipeline: convert -> ONNX -> check -> verify -> engines -> verify again -> benchmark -> report, into one bundle.
+"""The steps from a trained network to a bundle: convert, export, verify, build, verify engines, benchmark, report.
 
-What :class:`~lightning_accel.export.callback.ModelExport` schedules, as a plain function.
+:class:`~lightning_accel.export.callback.ModelExport` calls this function when ``fit`` ends.
 """
 
 import tempfile
@@ -23,17 +23,17 @@ from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Note, Report
 
 
 def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
-    """Export, prove, build, measure, and write the bundle; nothing is left behind if a step fails.
+    """Export, verify, build, measure, and write the bundle; a failed step leaves no files behind.
 
     Args:
-        spec: what to ship.
+        spec: the export.
         dirpath: the bundle's folder; an earlier bundle there is replaced.
 
     Returns:
         The report.
 
     Raises:
-        VerificationError: what was written isn't what was trained.
+        VerificationError: an exported file differs from the trained network.
         MissingPackageError: an engine isn't installed.
     """
     with staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +76,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
 
 
 def _report(spec: ExportSpec, files: Files, candidates: Candidates, measured: BenchmarkResult) -> Report:
-    """The report, but for the rows and which one ships."""
+    """The report without its rows and the one that ships."""
     return Report(
         title=f"{type(spec.module).__name__.removeprefix('Distilled')}, as it ships",
         command=spec.command,

@@ -1,4 +1,4 @@
-"""Preflight: what can be known of the shipping before training is known then, not in the last minute of a long run."""
+"""Preflight: find export problems before training instead of after it."""
 
 import io
 import tempfile
@@ -30,10 +30,10 @@ _SAMPLES = 8
 
 
 def check_installed(engines: Sequence[str]) -> None:
-    """Whether all that a bundle for these engines needs is there.
+    """Check that the packages for these engines are installed.
 
     Raises:
-        MissingPackageError: it isn't; the message says what to install.
+        MissingPackageError: one isn't; the message says what to install.
     """
     require("onnxruntime", "cpu", "ModelExport (verification)")
     require("matplotlib", "report", "ModelExport (the report's plot)")
@@ -42,7 +42,7 @@ def check_installed(engines: Sequence[str]) -> None:
 
 
 def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None:
-    """Whether an engine's kernels reproduce the arithmetic that is trained, in the forms that the network holds.
+    """Check that an engine's kernels reproduce the trained arithmetic for the operators of the network.
 
     Raises:
         InvalidArgumentError: they don't.
@@ -54,10 +54,10 @@ def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None
 
 
 def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Hyper-parameters must come back from the checkpoint without unpickling foreign code.
+    """Check that hyper-parameters can be loaded from the checkpoint without unpickling.
 
     Raises:
-        InvalidArgumentError: one wouldn't; the message names it.
+        InvalidArgumentError: one can't; the message names it.
     """
     for where in (pl_module, getattr(trainer, "datamodule", None)):
         for name, value in dict(getattr(where, "hparams_initial", {})).items():
@@ -75,14 +75,14 @@ def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 
 def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
-    """Write, prove and build what will be shipped, from the untrained network; it is left as it was.
+    """Export, verify and build the untrained network, which stays unchanged.
 
     Args:
-        spec: what is to be shipped.
+        spec: the export.
         forwards: those that training will quantize, by path in the module.
 
     Raises:
-        VerificationError: what was written isn't the network.
+        VerificationError: the exported file differs from the network.
     """
     with as_if_trained(spec.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(spec.module, False):
         folder, whole = Path(scratch), spec.whole
@@ -114,9 +114,9 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
 
 
 def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
-    """Whether an engine of this machine loads the file, runs it at more than one batch size, and has kernels that compute it.
+    """Check that an engine on this machine loads the file, runs it at several batch sizes, and has correct kernels.
 
-    How near it comes end to end isn't asked: the outputs of an untrained network are mostly ties.
+    Outputs aren't compared: those of an untrained network are mostly ties.
 
     Raises:
         VerificationError: its integer kernels compute something else.
@@ -147,7 +147,7 @@ def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapp
 
 @contextmanager
 def as_if_trained(pl_module: L.LightningModule, forwards: Mapping[str, QuantizedForward]) -> Iterator[None]:
-    """Put quantized forwards in place, with some ranges where training has yet to find them; afterwards all is as before."""
+    """Activate quantized forwards inside the block, with placeholder ranges where none are calibrated yet."""
     patches = Patches()
     ranges = {path: forward.bank.state_dict() for path, forward in forwards.items()}
     try:

@@ -1,4 +1,4 @@
-"""What quantization-aware training is worth: its int8 network beside the same one quantized without training (PTQ)."""
+"""Compare quantization-aware training with post-training quantization of the same network."""
 
 import hashlib
 import math
@@ -22,7 +22,7 @@ from lightning_accel.reports.model import Row
 
 @dataclass(frozen=True)
 class Predictions:
-    """Which held-out samples a network predicts right.
+    """Held-out samples that a network predicts correctly.
 
     Args:
         right: ``(S,)`` booleans.
@@ -73,7 +73,7 @@ def predictions_of(network: nn.Module, data: HeldOut) -> Predictions | None:
 
 @contextmanager
 def _unmoved(loader: Any) -> Iterator[None]:
-    """A loader with a generator of its own goes on as if it hadn't been iterated."""
+    """Restore the state of a loader's own generator after the block."""
     generator = getattr(loader, "generator", None)
     state = None if generator is None else generator.get_state()
     try:
@@ -127,7 +127,7 @@ def verdict(difference: tuple[float, float, float], step: int, samples: int) -> 
 def beside_untrained(
     rows: dict[str, Row], label: str, spec: ExportSpec, whole: nn.Module
 ) -> tuple[dict[str, Row], list[str]]:
-    """A row before that of the shipped network: int8 without training; and whether training earned its cost."""
+    """Insert a row for int8 without training before that of the shipped network, with a verdict on the benefit of training."""
     if spec.untrained is None or label not in rows:
         return rows, []
     before = Predictions.from_dict(spec.untrained)

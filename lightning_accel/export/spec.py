@@ -1,4 +1,4 @@
-"""What is to be shipped, and how it is to be checked."""
+"""Specification of an export and its verification."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from lightning_accel.reports.model import LayerTable, Phase
 
 @dataclass
 class ExportSpec:
-    """What is to be shipped, and how it is to be checked.
+    """Specification of an export and its verification.
 
     Args:
         module: the LightningModule.
@@ -29,22 +29,22 @@ class ExportSpec:
         samples: held-out samples to verify on, or all if there are fewer.
         batch_size: samples in a call of the benchmark.
         teacher: network to compare with, called as ``part`` is; ``None`` for none.
-        history: lines for the report: what was done to the network and when.
-        compression: what the callbacks measured, for the report.
+        history: sentences for the report: changes to the network and when.
+        compression: measurements of the callbacks, for the report.
         command: command that repeats the export.
         unfinished: targets that the network hasn't reached; they go into manifest and report.
-        preprocess: goes before the network, in the file.
-        postprocess: goes behind it.
-        metadata: notes that travel in the file.
+        preprocess: module before the network, in the file.
+        postprocess: module after it.
+        metadata: key-value pairs stored in the file.
         dynamic: axes beyond the batch that may change.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
-        budgets: run the network in all common variants and decide within these which one is the default; ``None`` for not.
+        budgets: budgets for choosing the default among the common variants; ``None``: no choice.
         benchmark: how those variants are measured; ``None`` for the defaults.
-        output_kind: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: as held-out targets tell.
+        output_kind: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: inferred from held-out targets.
         timeline: when each callback changed the network.
-        curves: what the run logged, once an epoch, for the report.
+        curves: logged metrics of each epoch, for the report.
         run: the command and configuration of the run, for the report.
-        untrained: what the int8 network predicted before it was trained, see :mod:`~lightning_accel.export.ptq_baseline`.
+        untrained: predictions of the int8 network before training, see :mod:`~lightning_accel.export.ptq_baseline`.
     """
 
     module: L.LightningModule
@@ -74,7 +74,7 @@ class ExportSpec:
 
     @property
     def whole(self) -> nn.Module:
-        """What is exported: the part, with what comes before and after it."""
+        """The exported module: ``part`` with pre- and postprocessing."""
         return surrounded(self.part, self.preprocess, self.postprocess)
 
     def example(self, whole: nn.Module) -> ExampleCall:
@@ -83,5 +83,5 @@ class ExportSpec:
 
     @property
     def bare(self) -> bool:
-        """Whether nothing comes before or after it."""
+        """Whether there is neither pre- nor postprocessing."""
         return self.preprocess is None and self.postprocess is None

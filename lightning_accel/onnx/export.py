@@ -1,4 +1,4 @@
-"""ONNX: a module's ``forward`` in eval mode as one file, with the Q/DQ nodes that were trained."""
+"""Export a module's ``forward`` in eval mode as one ONNX file, with the trained Q/DQ nodes."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,10 +100,10 @@ def export_onnx(
         output_names: default: ``"output"``, or the keys of the result.
         dynamic: further axes that may change, ``{input name: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``. Axes of
             the same name always have the same size. ``None``: those that a quantized ``forward`` was captured with.
-        preprocess: module that makes the network's arguments of the file's inputs (of uint8 pixels, say); stays in float.
-        postprocess: module that makes the file's outputs of the network's result (softmax, top-k); stays in float.
-        metadata: notes that travel in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
-        opset: 18 to 23. ``None``: the lowest that carries the network and, if it is quantized, what its target asks for.
+        preprocess: module that maps the file's inputs (for example uint8 pixels) to the network's arguments; stays in float.
+        postprocess: module that maps the network's result to the file's outputs (softmax, top-k); stays in float.
+        metadata: key-value pairs stored in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
+        opset: 18 to 23. ``None``: the lowest that supports the network and, if it is quantized, its target.
         largest: bytes above which weights go to ``<path>.data`` beside the file; protobuf ends at 2 GB.
 
     Returns:
@@ -156,10 +156,10 @@ def export_onnx(
 
 
 def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward]) -> None:
-    """A quantized part was captured for certain axes; the file can't have more.
+    """Check that the file has no dynamic axes that a quantized part was not captured with.
 
     Raises:
-        InvalidArgumentError: it would have.
+        InvalidArgumentError: it has.
     """
     axes = example.axes
     for path, forward in parts.items() if axes else ():
@@ -210,7 +210,7 @@ def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: 
 
 @contextmanager
 def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedIntegers]) -> Iterator[nn.Module]:
-    """What is to be traced: the converted graph of the module, or the module with converted parts in its tree."""
+    """The module to trace: its converted graph, or the module with converted parts in its tree."""
     parts = quantized_forwards(module)
     with ExitStack() as stack:
         if not quantized or not parts:

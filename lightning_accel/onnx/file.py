@@ -1,4 +1,4 @@
-"""ONNX files: cleaned of this machine's paths, written whole or not at all, with weights beside them where they are large."""
+"""Write ONNX files atomically, without local paths, and with large weights in a file beside them."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference r
 def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
     """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
 
-    Shapes of what lies between inputs and outputs go too: every reader infers them, and in a small int8 file they are an eighth.
+    Shapes of intermediate tensors are dropped too: every reader infers them, and in a small int8 file they take an eighth of the size.
 
     Args:
         model: changed in place.
@@ -68,7 +68,7 @@ def _scope_of(node: onnx.NodeProto) -> str:
 
 
 def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
-    """Check a model and write it: a crash leaves the old file or none, never half of one.
+    """Check a model and write it atomically.
 
     Args:
         model: left alone, unless its weights are written beside it.

@@ -1,7 +1,7 @@
-"""Precision: half precision written into an ONNX file as casts, so that every engine runs what the file says (law 7).
+"""Lower an ONNX file to half precision with explicit casts, so that every engine computes what the file says (law 7).
 
-Inputs and outputs stay float32. What would overflow or vanish in half precision is found by running the file on samples,
-and stays in float32; Q/DQ pairs keep their integers. Nothing here needs torch.
+Inputs and outputs stay float32. Values that overflow or vanish in half precision are found by running the file on samples,
+and their nodes stay in float32; Q/DQ pairs keep their integers. No torch needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ _SCALES_STAY = {"Resize": (1, 2), "Upsample": (1,)}  # operands whose type is al
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What a precision pass did.
+    """Result of lowering a file.
 
     Args:
         precision: ``"fp16"`` or ``"bf16"``.
@@ -67,7 +67,7 @@ def lower_precision(
     keep: Sequence[str] = (),
     largest: int = onnx_file.LARGEST,
 ) -> PrecisionReport:
-    """Write a float32 file, or a Q/DQ file, with the rest of it in half precision.
+    """Lower a float32 file, or the floating-point part of a Q/DQ file, to half precision.
 
     Args:
         path: the ONNX file.
@@ -78,7 +78,7 @@ def lower_precision(
         largest: as in :func:`~lightning_accel.onnx.export.export_onnx`.
 
     Returns:
-        What was lowered, and what was kept and why.
+        The nodes that were lowered, and those that were kept with the reason.
 
     Raises:
         InvalidArgumentError: another precision, a glob that matches nothing, or a graph with control flow or several domains.
@@ -168,7 +168,7 @@ def _kept(
 
 
 def _is_mask(name: str, constants: Mapping[str, np.ndarray], high: float) -> bool:
-    """The lowest float32 as a constant stands for minus infinity, and may become that."""
+    """Whether a constant is the lowest float32, which stands for minus infinity and may become it."""
     return name in constants and high >= float(np.finfo(np.float32).max) * 0.99
 
 
@@ -233,7 +233,7 @@ def _ranges(model: onnx.ModelProto, samples: Mapping[str, np.ndarray], kinds: Ma
 
 
 class _Lowering:
-    """Writes casts where a node wants another type than the tensor has; each tensor is cast once."""
+    """Inserts casts where a node needs another type than the tensor has; each tensor is cast once."""
 
     def __init__(self, model: onnx.ModelProto, half: int, kept: Mapping[str, str]) -> None:
         self.graph, self.half, self.kept = model.graph, half, kept
@@ -286,7 +286,7 @@ class _Lowering:
 
 
 def _retype(node: onnx.NodeProto, wanted: int) -> None:
-    """Types that are written in attributes."""
+    """Update types stored in attributes."""
     if wanted == FLOAT:
         return
     for attribute in node.attribute:
@@ -308,8 +308,8 @@ def _drop_unread(model: onnx.ModelProto) -> None:
 def check_lowered(path: str | Path, lowered: str | Path, precision: str) -> dict[str, int]:
     """Prove that a half precision file is its float32 file: the same nodes on the same tensors, the same weights rounded.
 
-    An independent reading of the result, not the pass run again: casts are followed back, and what is left is compared.
-    It is the whole proof where nothing at hand runs the precision (bf16 on a CPU).
+    The check reads the result independently of the pass: it follows casts back and compares the remaining nodes.
+    It is the only proof where no engine on this machine runs the precision (bf16 on a CPU).
 
     Args:
         path: the float32 file.
@@ -320,7 +320,7 @@ def check_lowered(path: str | Path, lowered: str | Path, precision: str) -> dict
         How many nodes and constants were compared.
 
     Raises:
-        InvalidArgumentError: they differ; the message names what does.
+        InvalidArgumentError: they differ; the message names the node.
     """
     before, after = onnx.load(path), onnx.load(lowered)
     constants = {t.name: t for t in before.graph.initializer}

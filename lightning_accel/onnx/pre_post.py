@@ -1,4 +1,4 @@
-"""A network with what comes before and after it: raw pixels in, probabilities out, in one graph."""
+"""Combine a network with its pre- and postprocessing in one module."""
 
 from inspect import Parameter, Signature, signature
 from typing import Any

@@ -1,4 +1,4 @@
-"""Operators of this library in ONNX, for torch's exporter."""
+"""Translations of this library's operators to ONNX, for torch's exporter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ import lightning_accel.quantization.arithmetic.dynamic_linear  # noqa: F401 - re
 
 
 def _dynamic_linear(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-    """In the form that ONNX Runtime fuses into one kernel."""
+    """Translate to the pattern that ONNX Runtime fuses into one kernel."""
     integers, step, zero = op.DynamicQuantizeLinear(x)
     sums = op.Cast(op.MatMulInteger(integers, weight, zero), to=TensorProto.FLOAT)
     result = op.Mul(sums, op.Mul(step, scale))

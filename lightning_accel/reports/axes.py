@@ -1,4 +1,4 @@
-"""Axes: from values to places in a picture, and round numbers to write beside them."""
+"""Axes of a plot: map values to coordinates, and choose round tick values."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a picture.
+    """One axis of a plot.
 
     Args:
         low: value at its beginning.
         high: value at its end.
-        start: place of ``low``, in units of the picture.
-        end: place of ``high``; smaller than ``start`` for an axis that points up.
+        start: coordinate of ``low``.
+        end: coordinate of ``high``; smaller than ``start`` for an axis that points up.
         log: whether equal steps are equal factors.
     """
 
@@ -23,12 +23,12 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of a value."""
+        """Coordinate of a value."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values in the axis' range, about ``count`` of them.
+        """About ``count`` round values within the range of the axis.
 
         Example:
             >>> Axis(0, 10.4, 0, 100).ticks()
@@ -45,12 +45,12 @@ class Axis:
 
 
 def axis_of(values: list[float], start: float, end: float, *, zero: bool = False, log: bool = False) -> Axis:
-    """An axis that holds all values with a margin.
+    """An axis that contains all values with a margin.
 
     Args:
         values: at least one; above 0 if ``log``.
-        start: place of its beginning.
-        end: place of its end.
+        start: coordinate of its beginning.
+        end: coordinate of its end.
         zero: begin at 0.
         log: see :class:`Axis`.
     """

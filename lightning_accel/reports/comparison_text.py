@@ -1,4 +1,4 @@
-"""A comparison as text: what each variant is, how fast it is, what couldn't be run and why, what ships."""
+"""Render a comparison of variants as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def render_comparison(comparison: Comparison) -> str:
     """Render as plain text that is Markdown too.
 
     Args:
-        comparison: what was measured; variants without a measurement are listed below the tables with the reason.
+        comparison: the comparison; variants without a measurement are listed below the tables with the reason.
     """
     shown = [variant for variant in comparison.variants if variant.points]
     parts = [_what(shown, score_titles(comparison.settings)), _speed(shown)] if shown else ["Nothing was measured."]
@@ -24,7 +24,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def render_decision(comparison: Comparison) -> str:
-    """Render what ships and why, and why each of the others doesn't."""
+    """Render the decision with its reason, and the reason against each other variant."""
     assert comparison.decision is not None
     decision = comparison.decision
     limits = ", ".join(f"{name} {value:g}" for name, value in decision["budgets"].items() if value is not None)

@@ -1,4 +1,4 @@
-"""Curves: what a run logged, once an epoch, for the report."""
+"""Record logged metrics once per epoch for the report."""
 
 import math
 from typing import Any
@@ -21,10 +21,10 @@ class Curves:
         self._seen: dict[str, torch.Tensor] = {}
 
     def record(self, trainer: L.Trainer) -> None:
-        """Take over what was logged since the last call; on every rank, since a metric may be reduced when it is read.
+        """Record metrics logged since the last call; called on every rank, since reading a metric may reduce it.
 
-        A metric that wasn't logged anew, as that of a validation every second epoch, isn't repeated; a value that isn't finite
-        is left out, as is the last step's where the epoch's mean is logged too.
+        A metric that wasn't logged again, such as that of a validation every second epoch, isn't repeated. Values that aren't finite
+        are skipped, and so is the last step's value if the epoch mean is logged too.
         """
         logged = dict(trainer.callback_metrics)
         metrics = {}

@@ -1,4 +1,4 @@
-"""The report's beginning: what ships, how accurate, small and fast it is, and whether that is proven."""
+"""Key facts of a report: the shipped network, its accuracy, size and latency, and its verification."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from lightning_accel.reports.model import INCOMPLETE, Report, Row
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to know first.
+    """One key fact.
 
     Args:
-        title: what it is about.
+        title: topic.
         value: the number or name.
-        detail: what it is compared with.
+        detail: comparison or context.
         good: ``False`` for what needs a reader's attention.
     """
 
@@ -28,7 +28,7 @@ class Fact:
 
 
 def facts(report: Report) -> list[Fact]:
-    """What to know first, from a report's values; empty for one without rows.
+    """Key facts of a report; empty without rows.
 
     Args:
         report: of a bundle.
@@ -61,7 +61,7 @@ def facts(report: Report) -> list[Fact]:
 
 
 def decision_of(report: Report) -> str:
-    """What the comparison of variants says to ship, and why; empty without a decision."""
+    """The decision of the comparison with its reason; empty without one."""
     decision = (report.comparison or {}).get("decision")
     if not decision:
         return ""

@@ -1,4 +1,4 @@
-"""What was done to each layer, gathered from the report's tables: channels that left, zeros, and int8 or float."""
+"""Combine the report's tables by layer: channels, zeros, and precision."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Layer:
     """One layer.
 
     Args:
-        channels: what is left of its channels, in words.
+        channels: its remaining channels, as text.
         zeros: share of zeros in its weight.
         precision: ``"int8"``, or ``"float: "`` and the reason.
     """
@@ -21,7 +21,7 @@ class Layer:
 
 
 def layers_of(report: Report) -> dict[str, Layer]:
-    """Each layer that anything is known of, by name, in the order of the tables.
+    """Layers in the report's tables, by name, in their order.
 
     Args:
         report: of a bundle.
@@ -39,6 +39,6 @@ def layers_of(report: Report) -> dict[str, Layer]:
 
 
 def totals_of(report: Report) -> dict[str, str]:
-    """What the tables say of the whole network, by title."""
+    """Totals of the tables, by title."""
     totals = {table.title: table.total for table in report.layers if table.total is not None}
     return {title: f"{value:.1%} zeros" if isinstance(value, float) else str(value) for title, value in totals.items()}

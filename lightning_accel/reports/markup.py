@@ -1,4 +1,4 @@
-"""HTML and SVG as escaped text: what isn't markup already is escaped, so that no name or message can become any."""
+"""Build HTML and SVG; everything that isn't markup already is escaped."""
 
 from collections.abc import Iterable
 from html import escape
@@ -20,7 +20,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
         name: of the element.
         children: markup, or anything else, whose text is escaped; ``None`` is left out.
         attributes: ``class_`` is written ``class``, further underscores as hyphens; ``None`` and ``False`` are left out, ``True``
-            stands without a value.
+            is written without a value.
 
     Example:
         >>> tag("p", "1 < 2", class_="note")
@@ -39,7 +39,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(parts: Iterable[Any]) -> Markup:
-    """Markup side by side; what isn't markup is escaped."""
+    """Concatenate markup; other values are escaped."""
     return Markup("".join(p if isinstance(p, Markup) else escape(_text(p)) for p in parts if p is not None))
 
 

@@ -1,4 +1,4 @@
-"""The report as a typed value: what ``report.json`` holds, and what the page, the Markdown and the plots are made of."""
+"""The report as dataclasses: the content of ``report.json``, the page, the Markdown and the plots."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         name: e.g. ``"student int8"``.
-        engine: what ran it, e.g. ``"onnxruntime"``.
+        engine: engine that ran it, e.g. ``"onnxruntime"``.
         accuracy: share of correct predictions on held-out samples, in [0, 1]. Default: ``correct / total``.
         correct: held-out samples predicted correctly.
         total: held-out samples.
@@ -105,7 +105,7 @@ class Note:
     """One sentence for the reader.
 
     Args:
-        kind: what it is about: ``"incomplete"`` (a target that wasn't reached), ``"qat benefit"`` (whether quantization-aware training
+        kind: its topic: ``"incomplete"`` (a target that wasn't reached), ``"qat benefit"`` (whether quantization-aware training
             was worth its cost), ``"method"`` (how a number was measured), ``"noise"`` or ``"decision"``.
         text: the sentence.
     """
@@ -119,9 +119,9 @@ class LayerTable:
     """One value for each layer.
 
     Args:
-        kind: ``"sparsity"`` (share of zeros), ``"channels"`` (what is left), ``"kept float"`` (why), or ``"benefit"`` (what a
-            compression is worth at run time, by callback).
-        name: of the callback that it belongs to, or what else tells two tables of one kind apart.
+        kind: ``"sparsity"`` (share of zeros), ``"channels"`` (remaining ones), ``"kept float"`` (the reason), or ``"benefit"`` (of a
+            compression at run time, by callback).
+        name: of its callback; distinguishes tables of one kind.
         values: by layer.
         total: of the whole network; ``None`` where there is no such thing.
     """
@@ -169,7 +169,7 @@ class Report:
         engines: the manifest's line for each engine.
         layers: tables by layer.
         quantization: operator -> ``"int8"``, or ``"float: "`` and the reason.
-        phases: what was done to the network when, in words.
+        phases: changes to the network, as sentences.
         timeline: the same in optimizer steps.
         curves: for each epoch ``epoch`` (0-based), ``step`` and ``metrics``.
         run: ``command`` and ``config`` of the run, or ``settings``.

@@ -1,4 +1,4 @@
-"""The report as one page: no script, no font, nothing that is fetched; readable on a phone, in the dark and on paper."""
+"""Render the report as one self-contained HTML page, for phones, dark mode and print."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +23,13 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def render_html(report: Report | Mapping[str, Any]) -> str:
-    """The report of a run as a page; a section appears only where there is something to say.
+    """Render the report of a run as a page; empty sections are left out.
 
     Args:
         report: of a bundle, or the content of its ``report.json``.
 
     Returns:
-        A whole document. Whatever comes from the report is escaped.
+        A complete document. All values of the report are escaped.
     """
     report = as_report(report)
     parts = {key: (name, shown) for key, (name, make) in _SECTIONS.items() if (shown := make(report)) is not None}

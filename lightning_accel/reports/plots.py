@@ -1,4 +1,4 @@
-"""The comparison as a picture: accuracy against latency, and the sizes of the files."""
+"""Plot accuracy against latency, and file sizes."""
 
 import os
 from collections.abc import Sequence

@@ -47,11 +47,11 @@ def comparison_table(rows: Sequence[Row]) -> str:
 
 
 def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] = ()) -> str:
-    """Render the report of a run; a section appears only where there is something to say.
+    """Render the report of a run as Markdown; empty sections are left out.
 
     Args:
         report: of a bundle, or the content of its ``report.json``.
-        summary: lines that stand first.
+        summary: lines at the beginning.
     """
     report = as_report(report)
     parts = [f"# {report.title}"]
@@ -91,7 +91,7 @@ def _whole(table: LayerTable) -> dict[str, Any]:
 
 
 def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the verification for a table: nested values in words."""
+    """An entry of the verification for a table, with nested values as text."""
     words = {
         "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
         "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
@@ -148,12 +148,12 @@ def _nested(values: Mapping[str, Any], indent: str = "") -> str:
 
 
 def _in_line(text: str) -> str:
-    """Names and values of the user's in a list: they start no paragraph and no tag, which a page would swallow."""
+    """Escape a user's name or value for a list item: no line breaks and no tags."""
     return " ".join(str(text).split("\n")).replace("<", "\\<")
 
 
 def plain(value: Any) -> str:
-    """A value in words, numbers with four digits."""
+    """A value as text, numbers with four digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

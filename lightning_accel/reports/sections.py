@@ -1,4 +1,4 @@
-"""The report's sections as parts of a page; one for which there is nothing to say is ``None``."""
+"""Render the sections of the page; an empty section is ``None``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,7 +100,7 @@ def variants(report: Report) -> Markup | None:
 
 
 def training(report: Report) -> Markup | None:
-    """What the run logged, over what was done to the network."""
+    """Logged metrics over the phases of the run."""
     points = report.curves
     if not points:
         return None
@@ -142,7 +142,7 @@ def layers(report: Report) -> Markup | None:
 
 
 def verification(report: Report) -> Markup | None:
-    """What was compared with the trained network, the errors, and their distribution."""
+    """Comparisons with the trained network, the errors, and their distribution."""
     checks = report.verification
     if not checks:
         return None
@@ -176,7 +176,7 @@ def verification(report: Report) -> Markup | None:
 
 
 def engines(report: Report) -> Markup | None:
-    """What was built, and whether it ran here."""
+    """Engines in the bundle, and whether they ran on this machine."""
     found = report.engines
     if not found:
         return None
@@ -192,7 +192,7 @@ def engines(report: Report) -> Markup | None:
 
 
 def making(report: Report) -> Markup | None:
-    """The exact command and configuration, and how to repeat the export."""
+    """Command and configuration of the run, and the command that repeats the export."""
     run = report.run
     parts: list[Any] = []
     if run.get("command"):
@@ -212,7 +212,7 @@ def making(report: Report) -> Markup | None:
 
 
 def machine(report: Report) -> Markup | None:
-    """Where the numbers were measured, and what else there is to know."""
+    """The machine, and further notes."""
     parts: list[Any] = []
     if report.environment:
         rows = [[name.replace("_", " "), _words(value)] for name, value in report.environment.items()]
@@ -266,7 +266,7 @@ def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[ParetoPoi
 def _points_of_variants(
     ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
 ) -> dict[str, list[ParetoPoint]]:
-    """At the batch size that the decision counts at, or else the largest; with the fewest callers."""
+    """Points at the batch size of the decision, or else the largest, with the fewest callers."""
     decision = comparison.get("decision") or {}
     measured = [(point["batch"], point["callers"]) for variant in ran for point in variant.get("points") or ()]
     batch, callers = max(measured, key=lambda key: (key[0], -key[1]), default=(1, 1))

@@ -1,4 +1,4 @@
-"""Pictures of the report as SVG that stands in the page: Pareto plots, curves, bars. Colours are the page's own."""
+"""Inline SVG for the page: Pareto plots, curves and bars."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ def pareto_plot(points: Sequence[ParetoPoint], title: str, cost: str, score: str
 
     Args:
         points: at least one; costs above 0.
-        title: what the picture shows.
+        title: title of the plot.
         cost: title of the horizontal axis.
-        score: what ``accuracy`` is called.
+        score: name of the score.
     """
     height, top, bottom = 264.0, 14.0, 42.0
     costs = [point.cost for point in points]
@@ -62,7 +62,7 @@ def curve(values: Sequence[tuple[float, float]], title: str, phases: Sequence[tu
     Args:
         values: epoch and value, by rising epoch; at least one.
         title: name of the metric.
-        phases: name, first and last epoch of what was done to the network: bands behind the curve.
+        phases: name, first and last epoch of each phase, drawn as bands behind the curve.
     """
     height, top, bottom = 150.0, 12.0, 26.0
     last = max(max(epoch for epoch, _ in values), 1.0)
@@ -110,7 +110,7 @@ def _groups(points: Sequence[ParetoPoint], x: Axis, y: Axis) -> list[tuple[str, 
 
 
 def _steps(places: Sequence[tuple[float, float]], end: float) -> str:
-    """The front as a staircase: what is left of it or above it, no variant reaches."""
+    """The Pareto front as a staircase; no variant lies left of it or above it."""
     path = f"M{places[0][0]:.1f},{places[0][1]:.1f}"
     for px, py in places[1:]:
         path += f"H{px:.1f}V{py:.1f}"

@@ -1,4 +1,4 @@
-"""Tables of the page: each scrolls in a box of its own, has a caption, and headers for its rows and columns."""
+"""Tables of the page, each scrollable, with a caption and headers for rows and columns."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def table(
     """A table whose first column names the rows.
 
     Args:
-        caption: what it shows.
+        caption: text above the table.
         titles: of the columns.
         rows: a cell for each column; ``None`` is shown as a dash.
-        text: columns that are read as words, to the left.
-        wide: those of them whose words may take several lines.
-        marked: rows that are brought out.
+        text: left-aligned text columns.
+        wide: text columns that may wrap.
+        marked: highlighted rows.
     """
     kinds = dict.fromkeys(text, "text") | dict.fromkeys(wide, "text wide")
     head = tag("tr", *(tag("th", title, scope="col", class_=kinds.get(i)) for i, title in enumerate(titles)))
@@ -39,13 +39,13 @@ def table(
 
 
 def under(value: Any, *small: Any) -> Markup | None:
-    """A cell with smaller lines below its value; those that say nothing are left out."""
+    """A cell with smaller lines below its value; empty ones are left out."""
     lines = [tag("small", line) for line in small if line not in (None, "")]
     return None if value is None and not lines else join([MISSING if value is None else value, *lines])
 
 
 def passed(good: bool | None) -> Markup | None:
-    """Yes or no, in colour and in words."""
+    """Yes or no, with colour and text."""
     return None if good is None else tag("span", "passed" if good else "failed", class_="yes" if good else "no")
 
 

@@ -1,6 +1,6 @@
-"""Triton: a bundle's engine as a model repository of NVIDIA Triton Inference Server.
+"""Write a bundle's engine as a model repository of NVIDIA Triton Inference Server.
 
-``config.pbtxt`` is written from the file's own names, types and shapes, so the two can't contradict each other.
+``config.pbtxt`` is written from the file's own names, types and shapes, so the two always agree.
 """
 
 import json
@@ -45,13 +45,13 @@ def write_triton(
         name: the model's name there. A model of that name is replaced whole.
         engine: ``"onnxruntime"`` or ``"tensorrt"``; default: the bundle's own.
         version: version of the model, from 1.
-        max_batch: largest batch that the server puts together.
+        max_batch: largest batch that the server assembles.
 
     Returns:
         The model's folder.
 
     Raises:
-        InvalidArgumentError: a name or number that Triton can't take, an engine without a Triton backend, or a damaged bundle.
+        InvalidArgumentError: a name or number that Triton rejects, an engine without a Triton backend, or a damaged bundle.
     """
     bundle, repository = Path(bundle), Path(repository)
     if not name or any(sign in name for sign in "/\\") or name.startswith("."):
@@ -110,7 +110,7 @@ def config_text(
         backend: Triton's backend.
         inputs: of the network.
         outputs: of the network.
-        max_batch: largest batch that the server puts together.
+        max_batch: largest batch that the server assembles.
         labelled: whether ``labels.txt`` names the classes of the first output.
         notes: further parameters.
     """

@@ -1,7 +1,7 @@
-"""Re-verification: a bundle held against itself on the machine at hand, without torch.
+"""Verify a bundle on this machine, without torch.
 
-The file in the bundle was proven to be the network when it was written. What its engines compute here, on this GPU or CPU and
-these versions, is held against that file, run as it is written.
+The file in the bundle was proven equal to the network when it was written. The outputs of its engines on this GPU or CPU and with
+these versions are compared with that file, run without optimizations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ _FLOAT = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class EngineProof:
-    """What was found about one engine of a bundle, or about the file itself.
+    """Result for one engine of a bundle, or for the file itself.
 
     Args:
         engine: name of the engine, or what was compared.
         file: the file that was run.
-        check: the comparison; ``None`` if the engine can't run here.
+        check: the comparison; ``None`` if the engine can't run on this machine.
         reason: why it can't.
     """
 
@@ -74,17 +74,17 @@ def verify_bundle(
     engines: Sequence[str] | None = None,
     batch_sizes: Sequence[int] = (1, 7, 32),
 ) -> list[EngineProof]:
-    """Check every file of a bundle, and what its engines compute on this machine.
+    """Check every file of a bundle, and the outputs of its engines on this machine.
 
     Args:
         folder: the bundle.
-        samples: inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, the file is held
-            against them too. ``None`` takes the samples in the bundle, if it was written with any.
+        samples: inputs by name, each ``(S, ...)``; with the trained network's outputs by name, the file is compared
+            with them too. ``None`` takes the samples in the bundle, if it was written with any.
         engines: engines to run; ``None`` means all in the bundle.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
 
     Returns:
-        One line for the file, if there are outputs to hold it against, and one for each engine.
+        One entry for the file, if there are outputs to compare it with, and one for each engine.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is missing.
@@ -155,15 +155,15 @@ def _lines(manifest: Mapping[str, Any], engines: Sequence[str] | None) -> Iterat
 
 
 def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
-    """The file that was held against the trained network, of which an engine in this precision is made.
+    """The verified file that an engine in this precision is built from.
 
-    What isn't int8 is made of the float reference, where there is one: an int8 bundle may ship float32, or an fp16 engine.
+    Engines in other precisions than int8 are built from the float reference, if there is one.
     """
     return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
 class _Known:
-    """The network whose outputs are known, for exactly the samples they are known of."""
+    """A network whose outputs are known for exactly these samples."""
 
     def __init__(self, feeds: Mapping[str, np.ndarray], outputs: dict[str, np.ndarray]) -> None:
         self.count, self.outputs = len(next(iter(feeds.values()))), outputs
@@ -190,7 +190,7 @@ def split_samples(
     """Inputs, and outputs if they are all there.
 
     Raises:
-        InvalidArgumentError: an input is missing, or there is something that is neither.
+        InvalidArgumentError: an input is missing, or an array is neither an input nor an output.
     """
     inputs, outputs = manifest["inputs"], manifest["outputs"]
     missing, unknown = set(inputs) - samples.keys(), samples.keys() - {*inputs, *outputs}

@@ -1,6 +1,6 @@
-"""Verification: do two ways to run a network compute the same? Measured on real batches, at several batch sizes.
+"""Compare the outputs of two implementations of a network on real batches, at several batch sizes.
 
-Arrays in, numbers out: nothing but numpy is needed, so an engine can be held against its file on the machine it runs on.
+Only numpy is needed, so an engine can be compared with its file on the machine it runs on.
 """
 
 import math
@@ -25,35 +25,35 @@ _PROBABILITY, _LOGIT = 0.5, 0.0  # thresholds that scores are commonly held agai
 
 @dataclass
 class Verification:
-    """What was measured when two ways to run a network were compared.
+    """Result of comparing two implementations of a network.
 
     Errors are absolute differences as shares of the reference's output range, over all outputs and samples.
 
     Args:
-        engine: what was compared with the reference.
+        engine: name of the implementation that was compared with the reference.
         samples: compared samples.
         batch_sizes: batch size -> samples compared at it.
         median_error: median error.
         p99_error: 99th percentile.
         max_error: largest.
         agreement: share of samples with the same largest logit; ``None`` where outputs aren't logits.
-        tolerance: limits it was held against.
+        tolerance: limits for the errors.
         distribution: error below which a share of all errors lies, by that share.
         cosine: smallest cosine between the outputs of a sample, over all outputs; ``None`` if all are zero.
         lengths: symbol of a dynamic axis beyond the batch -> sizes compared.
         decided: share of samples whose two largest reference logits are further apart than twice the 99th percentile of
-            the error (of the tolerated one, if that is smaller). Only these are held against the limit: on the rest an
-            error within tolerance can turn the order.
+            the error (of the tolerated one, if that is smaller). Only these count for the limit: on the rest an
+            error within tolerance can change the order.
         agreement_decided: agreement on those.
-        failures: which limits were broken, in words; empty if it passed.
-        limits: what the errors were held against: the tolerance, or more where the network differs more from itself.
-        null: how far the network is from itself, ``{variant: {"median": ..., "p99": ..., "maximum": ..., ...}}``.
+        failures: exceeded limits, as sentences; empty if it passed.
+        limits: limits that were applied: the tolerance, or more where the null divergence is larger.
+        null: null divergence of the network, ``{variant: {"median": ..., "p99": ..., "maximum": ..., ...}}``.
         worst_channel: the channel that differs most of its own spread, and by how much: the median over samples.
         equal: share of equal integers and booleans; ``None`` where there are none.
         same_side: share of values on the same side of a threshold: 0 where the output has both signs, 0.5 for probabilities.
         metric: the user's metrics, reference and engine, by name.
         first_divergence: first node whose output differs on the same inputs, if it was looked for.
-        note: what could not be measured, and why.
+        note: measurements that were not possible, and why.
     """
 
     engine: str
@@ -83,7 +83,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every limit held."""
+        """Whether no limit was exceeded."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,10 +97,10 @@ class Verification:
         }
 
     def against(self, nulls: Mapping[str, "Verification"]) -> "Verification":
-        """The same measurement held against how far the network is from itself, where that is more than the tolerance.
+        """The same measurements with the null divergence as limits, where it exceeds the tolerance.
 
         Args:
-            nulls: comparisons of the network with itself, by what was changed: rounding, order of summation.
+            nulls: comparisons of the network with itself, by the change: rounding, order of summation.
         """
         nulls = {
             name: null for name, null in nulls.items() if math.isfinite(null.max_error)
@@ -110,7 +110,7 @@ class Verification:
         return _judged(replace(self, null=known), self.lengths, True, channels)
 
     def own_numbers(self) -> dict[str, float]:
-        """The numbers that another comparison is held against."""
+        """The numbers that serve as limits for another comparison."""
         found = {
             "median": self.median_error,
             "p99": self.p99_error,
@@ -123,7 +123,7 @@ class Verification:
         return {name: value for name, value in found.items() if value is not None}
 
     def raise_if_failed(self, repeat: str = "") -> None:
-        """Raise if a limit was broken.
+        """Raise if a limit was exceeded.
 
         Args:
             repeat: command that repeats the step.
@@ -151,21 +151,21 @@ def verify(
     check_agreement: bool = True,
     axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Verification:
-    """Compare two ways to run a network on the same samples, at several batch sizes and lengths.
+    """Compare two implementations of a network on the same samples, at several batch sizes and lengths.
 
     Args:
-        reference: named arrays in, named arrays out; what is right.
-        network: the same for what is to be checked, e.g. ``runner.run``.
+        reference: named arrays in, named arrays out; the correct one.
+        network: the implementation to check, with the same interface, e.g. ``runner.run``.
         samples: inputs, each ``(S, ...)`` with the samples along the first dimension.
         engine: name for the result.
         batch_sizes: the largest is run over all samples, the others over ``few``.
         tolerance: limits.
         few: samples for the smaller batch sizes and for the shorter lengths.
-        check_agreement: hold the agreement against its limit; an untrained network's largest logits are ties.
+        check_agreement: apply the limit for the agreement; the largest logits of an untrained network are ties.
         axes: dynamic axes beyond the batch, ``{input: {axis: symbol}}``: samples are also cut to half of each length.
 
     Returns:
-        What was measured; ``failures`` says which limits were broken. Nothing is raised for those.
+        The measurements; ``failures`` lists exceeded limits, for which nothing is raised.
 
     Raises:
         InvalidArgumentError: samples of different numbers, or none; networks with different outputs.
@@ -375,7 +375,7 @@ def _judged(
     check_agreement: bool,
     channels: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> Verification:
-    """Hold the numbers against their limits: the tolerance, or the network's own null divergence where that is larger."""
+    """Compare the numbers with their limits: the tolerance, or the null divergence where that is larger."""
     tolerance, nulls = result.tolerance, list(result.null.values())
     result.lengths, result.failures, result.limits = lengths, list(result.broken), {}
 
@@ -398,7 +398,7 @@ def _judged(
 
 
 def _judge_shares(result: Verification, check_agreement: bool) -> None:
-    """Predictions, integers and thresholds: a share of samples, which on few of them is uncertain by itself."""
+    """Judge predictions, integers and thresholds: shares of samples, whose uncertainty on few samples is taken into account."""
     nulls = list(result.null.values())
     shares = [("equal", "integers and booleans are equal on", result.equal, "of them")]
     if check_agreement:
@@ -420,7 +420,7 @@ def _judge_shares(result: Verification, check_agreement: bool) -> None:
 
 
 def _judge_channels(result: Verification, nulls: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Each channel against its own spread: one that is small beside the others can be wrong unseen in all errors together."""
+    """Judge each channel relative to its own spread: an error in a small channel is invisible among all errors."""
     worst = 0.0
     for name, shares in result.channels.items():
         same = [null[name] for null in nulls if name in null and null[name].shape == shares.shape]
@@ -437,7 +437,7 @@ def _judge_channels(result: Verification, nulls: Sequence[Mapping[str, np.ndarra
 
 
 def _upper(share: float, samples: int) -> float:
-    """Upper end of Wilson's interval (https://doi.org/10.1080/01621459.1927.10502953): what a share can be counted as by chance."""
+    """Upper end of Wilson's interval (https://doi.org/10.1080/01621459.1927.10502953) of a share."""
     z = _Z**2 / samples
     half = _Z * math.sqrt(share * (1.0 - min(share, 1.0)) / samples + z / (4 * samples)) if share < 1.0 else 0.0
     return min((share + z / 2 + half) / (1 + z), 1.0)

@@ -1,6 +1,6 @@
-"""Engine proof: what an engine's own kernels compute, held against the file, region by region and end to end.
+"""Compare an engine's own kernels with the file, region by region and end to end.
 
-Nothing here needs torch, so an engine can be proven on the machine that runs it.
+No torch needed, so an engine can be verified on the machine that runs it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,22 +27,22 @@ def prove_engine(
     axes: Mapping[str, Mapping[int, str]] | None = None,
     kernels: bool = True,
 ) -> tuple[Verification, KernelCheck | None]:
-    """Hold an engine against the trained network, or against the file that was proven to be it.
+    """Compare an engine with the trained network, or with the file that was proven equal to it.
 
     Args:
-        reference: what is right.
+        reference: the correct outputs as a function of named arrays.
         runner: the engine, loaded.
         samples: inputs, each ``(S, ...)``.
         file: the ONNX file that the engine was made of.
         precision: of the engine: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"int8+fp16"``.
-        null: how far the network is from itself.
+        null: null divergence of the network.
         tolerance: limits for a network that hardly differs from itself.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
         axes: as in :func:`~lightning_accel.verification.compare.verify`.
         kernels: whether integer kernels are isolated, where the engine runs regions of a file.
 
     Returns:
-        The comparison of the outputs, and that of the integer kernels, where there are any that can be isolated.
+        The comparison of the outputs, and that of the integer kernels if any can be isolated.
     """
     check = verify(
         reference,

@@ -1,6 +1,6 @@
-"""Proof: an exported file is the module, node by node and end to end.
+"""Prove that an exported file computes what the module computes, node by node and end to end.
 
-Exactness is the gate: each node, fed PyTorch's values, computes what PyTorch does. End to end the file may differ from PyTorch as
+Each node, fed PyTorch's values, must compute what PyTorch computes. End to end the file may differ from PyTorch as
 much as PyTorch differs from itself, which in a deep network is far more than one node's rounding.
 """
 
@@ -26,12 +26,12 @@ _NONE = (
 
 @dataclass(frozen=True)
 class FileProof:
-    """What proves that a file is the network.
+    """Proof that a file computes what the network computes.
 
     Args:
         check: the comparison of the outputs.
         nodes: the comparison node by node.
-        null: how far the network is from itself.
+        null: null divergence of the network.
     """
 
     check: Verification
@@ -40,7 +40,7 @@ class FileProof:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What was compared node by node, for a report."""
+        """Counts of compared nodes, for a report."""
         nodes = self.nodes
         return {
             "compared": nodes.nodes,
@@ -51,7 +51,7 @@ class FileProof:
 
 
 def check_repeatable(network: Network, samples: Feeds) -> str:
-    """Why a network can't be held against anything: it differs from itself on the same inputs; empty if it doesn't.
+    """Reason why a network can't be verified: its outputs differ between calls with the same inputs; empty if they don't.
 
     Args:
         network: the module.
@@ -68,7 +68,7 @@ def check_repeatable(network: Network, samples: Feeds) -> str:
 
 
 def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "") -> NodeCheck:
-    """Hold each node of a file against PyTorch; that is all that can be asked of an untrained network.
+    """Compare each node of a file with PyTorch. For an untrained network no other comparison is meaningful.
 
     Args:
         export: the file and the program it was written from.
@@ -98,11 +98,11 @@ def prove_file(
     batch_sizes: Sequence[int] = (1, 7, 32),
     repeat: str = "",
 ) -> FileProof:
-    """Hold what a file says, run with every optimization of the engine turned off, against PyTorch.
+    """Compare a file, run with all engine optimizations turned off, with PyTorch.
 
     Args:
         export: the file and the program it was written from.
-        network: the module, see :class:`~lightning_accel.export.evaluate.ModuleNetwork`.
+        network: the module, see :class:`~lightning_accel.verification.network.ModuleNetwork`.
         samples: inputs, each ``(S, ...)``.
         tolerance: limits for the outputs of a network that hardly differs from itself.
         what: name of the file in the result and in messages.

@@ -1,4 +1,4 @@
-"""Law 6, bit for bit: integers, scales and zero points in a file are the trained ones, and Q/DQ nodes equal fake-quant."""
+"""Compare integers, scales and zero points in a file with the trained ones bit for bit, and Q/DQ nodes with fake-quant (law 6)."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lightning_accel.quantization.graph.convert import TrainedIntegers
 
 
 def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> dict[str, int]:
-    """Hold the stored integers of an ONNX file against the trained ones.
+    """Compare the stored integers of an ONNX file with the trained ones.
 
     Args:
         path: the file.
@@ -95,7 +95,7 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
 def _check_product(
     name: str, product: onnx.NodeProto, scale: np.ndarray, model: onnx.ModelProto, constants: Mapping[str, np.ndarray]
 ) -> None:
-    """A layer with the range of the moment: who quantizes its input, and what its sums are scaled by."""
+    """Check a dynamically quantized layer: the quantization of its input and the scale of its sums."""
     source = next(
         (n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear" and n.output[0] == product.input[0]), None
     )
@@ -152,7 +152,7 @@ def _same(what: str, stored: np.ndarray, trained: np.ndarray) -> None:
 
 
 def _check_node(scale: np.float32, zero_point: int, signed: bool) -> None:
-    """Run QuantizeLinear and DequantizeLinear alone, and fake-quant, on values that lie on, beside and between steps."""
+    """Run QuantizeLinear, DequantizeLinear and fake-quant on values that lie on, beside and between steps."""
     low, high = (-128, 127) if signed else (0, 255)
     steps = np.arange(low - zero_point - 3, high - zero_point + 4, dtype=np.float32)
     spread = np.random.default_rng(0).uniform(steps[0], steps[-1], 4096).astype(np.float32)

@@ -1,13 +1,13 @@
-"""Kernels: what an engine makes of each quantized region of a file, compared in steps of the quantization.
+"""Compare an engine with each quantized region of a file, in steps of the quantization.
 
-Engines fuse everything between two quantizations into one integer kernel. End to end a right kernel and a wrong one can look alike
-in a deep network, whose roundings spread. So each region, from integers to integers, is compared alone, in two ways:
+Engines fuse everything between two quantizations into one integer kernel. In a deep network, whose roundings spread, the outputs of a
+correct and a wrong kernel can differ by the same amount. So each region, from integers to integers, is compared alone, in two ways:
 
 1. *Isolated*: the file is cut where its tensors are integers. Each region runs on the engine, fed the values that the file has there.
 2. *In place*: the engine runs the whole network and shows its quantized tensors; each region of the file, run as it is written, is
-   fed the values that the engine has there. That finds what an engine does across regions, and only what it does there.
+   fed the values that the engine has there. This finds errors of optimizations across regions.
 
-Nothing here needs torch.
+No torch needed.
 """
 
 import tempfile
@@ -34,16 +34,16 @@ _MUCH = 2**28  # bytes
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """How an engine's kernels compare with the file, region by region.
+    """Comparison of an engine's kernels with the file, region by region.
 
     Args:
-        engine: what ran the regions.
+        engine: engine that ran the regions.
         regions: tensors that were compared: those that are quantized, and floating-point ones at the borders.
         largest_step: largest difference of an integer, in steps; 1 is a rounding that went the other way.
         flipped: largest share of a tensor's integers that differ.
         farthest: largest distance, in steps, from the edge between two integers of a value that was rounded the other way.
         largest_float: largest error of a floating-point tensor, as a share of its range.
-        diverging: the first region that computes something else, in one sentence; empty if none does.
+        diverging: the first region whose results differ, in one sentence; empty if none.
         edges: by quantized tensor, the farthest such distance that was seen in it.
         sizes: by quantized tensor, how many values were looked at.
     """
@@ -60,10 +60,10 @@ class KernelCheck:
 
     @property
     def noise(self) -> dict[str, float]:
-        """By quantized tensor, the distance from an edge within which this engine may round the other way.
+        """Distance from a rounding edge, by quantized tensor, within which this engine may round the other way.
 
-        In a small tensor hardly any value lies near an edge. There what is usual for the engine counts, as far as none of the
-        values speaks against it: of ``n``, ``n * a / 2`` are rounded the other way within a distance ``a``, and by Poisson's
+        In a small tensor hardly any value lies near an edge. There the engine's typical distance is used, unless the values
+        rule it out: of ``n``, ``n * a / 2`` are rounded the other way within a distance ``a``, and by Poisson's
         law none is, where 3 are expected, once in 20 times.
         """
         seen = [edge for edge in self.edges.values() if edge > 0.0]
@@ -71,7 +71,7 @@ class KernelCheck:
         return {name: max(edge, min(usual, 6.0 / self.sizes[name])) for name, edge in self.edges.items()}
 
     def joined(self, other: "KernelCheck") -> "KernelCheck":
-        """Both checks of one engine together."""
+        """Merge both checks of one engine."""
         return KernelCheck(
             self.engine,
             self.regions,
@@ -92,7 +92,7 @@ class KernelCheck:
 
 
 def check_kernels(path: str | Path, engine: str, feeds: Mapping[str, np.ndarray], **options: Any) -> KernelCheck:
-    """Compare every quantized region of a file with what an engine makes of it, alone and in its place.
+    """Compare every quantized region of a file with an engine, isolated and in place.
 
     Args:
         path: the ONNX file with Q/DQ nodes; a file without any has no region to compare but its outputs.
@@ -140,7 +140,7 @@ def _in_place(
 
 
 def _run(runner: Runner, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Outputs by position, since an engine may call one by another of its names; it may also drop inputs that nothing reads."""
+    """Run a file and return outputs by position, since an engine may use another name for one; unused inputs are dropped."""
     return list(runner.run({name: inputs[name] for name in runner.input_names}).values())
 
 
@@ -232,18 +232,18 @@ class _Cut:
         onnx.save(whole, path)
 
     def dequantized(self, name: str, integers: np.ndarray) -> np.ndarray:
-        """What DequantizeLinear makes of integers."""
+        """Dequantize integers."""
         _, scale, *rest = self.pairs[name][1].input
         zero_point = self.constants[rest[0]].astype(np.int32) if rest else np.int32(0)
         return ((integers.astype(np.int32) - zero_point).astype(np.float32) * self.constants[scale]).astype(np.float32)
 
     def before(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
-        """What stands before each quantization, and isn't an input."""
+        """Tensors before each quantization that aren't inputs."""
         names = dict.fromkeys(quantize.input[0] for quantize, _ in self.pairs.values())
         return [name for name in names if name not in inputs]
 
     def write(self, path: Path, values: Mapping[str, np.ndarray], *, quantized: bool) -> dict[str, np.ndarray]:
-        """Write the file with every cut made: what is read there is an input, and what is computed an output.
+        """Write the file with every cut made: tensors read there become inputs, and computed ones outputs.
 
         Args:
             path: file to write.
@@ -306,7 +306,7 @@ class _Cut:
         return inputs
 
     def _shape(self, name: str, value: np.ndarray) -> list[int | str | None]:
-        """As in the file: where the batch may vary, engines choose other kernels."""
+        """The shape as in the file: with a dynamic batch, engines choose other kernels."""
         kind = self.types.get(name)
         known = kind is not None and kind.HasField("shape") and len(kind.shape.dim) == value.ndim
         return _shape(kind) if known else [None] * value.ndim

@@ -14,22 +14,22 @@ from lightning_accel.verification.compare import Network
 
 
 class ModuleNetwork:
-    """A module in eval mode as a function of named arrays, with the names of its ONNX file.
+    """A module in eval mode as a function of named arrays, with the input and output names of its ONNX file.
 
     Args:
         module: the module; its mode is set to eval.
-        export: what it was exported to.
+        export: the file it was exported to.
     """
 
     def __init__(self, module: nn.Module, export: OnnxExport) -> None:
         self.module, self.export = module.eval(), export
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; tensors that aren't inputs of the file are those of the example."""
+        """Run the module; returns its outputs by name."""
         return self._run(feeds, torch.contiguous_format)
 
     def orders(self) -> dict[str, Network]:
-        """The same function, its sums computed in another order, by what was changed."""
+        """The same function with another order of summation, by the change."""
         images = any(array.ndim == 4 for array in self.export.example.feeds().values())
         return {
             "without oneDNN": self._without_onednn,

@@ -1,8 +1,8 @@
-"""Nodes: each node of a file against PyTorch on the same inputs, and the first one that computes something else.
+"""Compare each node of a file with PyTorch on the same inputs, and find the first one that differs.
 
-Each node is fed the reference's values, so an error is seen where it is made and not where it has grown. How exact a node
-must be isn't a fixed number: PyTorch's own float32 result is held against the same operator in float64, and the file may be
-``FACTOR`` times as far from it, channel by channel. Integers, booleans, QuantizeLinear and DequantizeLinear must be equal.
+Each node is fed the reference's values, so that an error shows where it originates. How exact a node
+must be isn't a fixed number: the error of PyTorch's own float32 result against float64 is measured, and the file's error may be
+``FACTOR`` times as large, channel by channel. Integers, booleans, QuantizeLinear and DequantizeLinear must be equal.
 """
 
 import math
@@ -36,7 +36,7 @@ _FEW, _MANY = 2, 8  # samples: of a network whose tensors take much memory, and 
 
 @dataclass(frozen=True)
 class NodeCheck:
-    """What comparing the nodes of a file one by one gave.
+    """Result of comparing the nodes of a file one by one.
 
     Args:
         nodes: nodes of the file that were compared, each fed the reference's values.
@@ -73,8 +73,8 @@ class _Segment:
 def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray]) -> NodeCheck:
     """Compare each node of a file with the program it was exported from.
 
-    Nodes whose output the program doesn't have (the exporter writes some operators as several nodes) are run together
-    with the next one whose output it has. What draws random numbers is left to the comparison of the outputs.
+    Nodes whose output isn't in the program (the exporter writes some operators as several nodes) are run together
+    with the next one whose output is. Random operators are only compared end to end.
 
     Args:
         path: the ONNX file.
@@ -176,7 +176,7 @@ def _wide(argument: Any) -> Any:
 
 
 def _recorded(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
-    """The program on as many samples as fit into memory."""
+    """Run the program on as many samples as fit into memory."""
     reference = _run_program(program, {name: array[:_FEW] for name, array in feeds.items()}, outputs)
     bytes_each = sum(array.nbytes for array in reference.values.values()) / _FEW
     if bytes_each * _MANY > _CHUNK or all(len(array) <= _FEW for array in feeds.values()):
@@ -242,7 +242,7 @@ def _results(
     constants: Mapping[str, onnx.TensorProto],
     values: Mapping[str, np.ndarray],
 ) -> Iterator[tuple[_Segment, np.ndarray | None, str]]:
-    """What the file's nodes compute, many in one session; ``None`` and the reason for those that can't be run."""
+    """Run the file's nodes, many in one session; ``None`` and the reason for those that fail."""
     chunk: list[_Segment] = []
     size = 0
     for index, segment in enumerate(segments):
@@ -276,7 +276,7 @@ def _run(
     constants: Mapping[str, onnx.TensorProto],
     values: Mapping[str, np.ndarray],
 ) -> list[np.ndarray]:
-    """Compute a few tensors, each from the reference's values: every known tensor is an input, and its own result another output."""
+    """Compute a few tensors, each from the reference's values: every known tensor is an input of its readers and also an output."""
     ends = {segment.output for segment in segments}
     nodes: dict[int, onnx.NodeProto] = {}
     for segment in segments:

@@ -1,9 +1,9 @@
-"""Null divergence: how far a network is from itself when nothing but its rounding changes.
+"""Null divergence: the difference between two runs of a network that differ only in rounding.
 
-One flipped rounding changes the sums of the next layer, and spreads. In a deep int8 network every sample meets values on the edge
-between two integers, so two right ways to run it differ by far more than float32's last place. How much is a property of the
-network, so it is measured: the network is run against itself in another order of summation, and with the noise that was
-measured in each of its nodes or kernels. What an engine computes is then held against that (a parametric bootstrap).
+One flipped rounding changes the sums of the next layer, and spreads. In a deep int8 network every sample has values on the edge
+between two integers, so two correct implementations differ by far more than float32's last place. The amount is a property of the
+network, so it is measured: the network is compared with itself in another order of summation, and with the noise that was
+measured in each of its nodes or kernels. The outputs of an engine are then judged by it (a parametric bootstrap).
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ def with_noise(
     seed: int = 0,
     coherent: bool = False,
 ) -> onnx.ModelProto:
-    """A file whose tensors carry noise.
+    """Insert nodes that add noise to tensors of a file.
 
     Args:
         model: the file; stays as it is.
@@ -58,7 +58,7 @@ def with_noise(
         rms: by floating-point tensor, the standard deviation of what is added to it.
         rounding: ``"fp32"``, ``"fp16"`` or ``"bf16"``: every floating-point tensor is moved by as much as computing in it can.
         seed: of the noise.
-        coherent: what moves a value before it is quantized is the same for a whole channel, as the rounding of a bias is.
+        coherent: whether all values of a channel are moved by the same amount before quantization, as by the rounding of a bias.
     """
     noisy = onnx.ModelProto()
     noisy.CopyFrom(model)
@@ -110,7 +110,7 @@ def _channels(kind: onnx.TypeProto.Tensor | None) -> tuple[int, ...] | None:
 
 
 class _Draw:
-    """Writes nodes that draw noise; each has a seed of its own."""
+    """Builds nodes that draw noise, each with its own seed."""
 
     def __init__(self, seed: int, model: onnx.ModelProto) -> None:
         self.next, self.model = 1000.0 * (seed + 1), model
@@ -168,13 +168,13 @@ def noisy_runners(path: str | Path, **noise: Any) -> Iterator[dict[str, Runner]]
 
 @dataclass
 class NullDivergence:
-    """How far a network is from itself, measured when it is asked for.
+    """Null divergence of a network, measured on demand.
 
     Args:
         path: the file, run as it is written.
         samples: inputs, each ``(S, ...)``; at most 64 samples are used.
         rms: by tensor, the noise that was measured in the file's nodes.
-        network: the network in PyTorch; ``None`` where it isn't at hand.
+        network: the network in PyTorch; ``None`` if it isn't available.
         others: the same in other orders of summation, by name.
     """
 
@@ -186,7 +186,7 @@ class NullDivergence:
     _known: dict[Any, dict[str, Verification]] = field(default_factory=dict)
 
     def orders(self, tolerance: Tolerance) -> dict[str, Verification]:
-        """The network in PyTorch against itself in other orders of summation, and on inputs moved by one ulp."""
+        """Compare the network in PyTorch with itself in other orders of summation, and on inputs moved by one ulp."""
         if self.network is None:
             return {}
         if "orders" not in self._known:
@@ -202,12 +202,12 @@ class NullDivergence:
     def noise(
         self, tolerance: Tolerance, *, steps: Mapping[str, float] | None = None, rounding: str | None = None
     ) -> dict[str, Verification]:
-        """The file as written against itself with noise: that of its nodes, of an engine's kernels, or of a precision's roundings.
+        """Compare the file with itself with noise: of its nodes, of an engine's kernels, or of a precision's roundings.
 
         Args:
-            tolerance: says which samples are decided.
+            tolerance: defines which samples are decided.
             steps: noise of an engine's kernels, see :class:`~lightning_accel.verification.kernels.KernelCheck`.
-            rounding: ``"fp32"``, ``"fp16"`` or ``"bf16"``; ``None``: what was measured in the file's nodes, or ``"fp32"`` if nothing was.
+            rounding: ``"fp32"``, ``"fp16"`` or ``"bf16"``; ``None``: the noise measured in the file's nodes, or ``"fp32"`` without one.
         """
         key = (rounding, tuple(sorted((steps or {}).items())))
         if key not in self._known:

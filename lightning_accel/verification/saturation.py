@@ -1,4 +1,4 @@
-"""Whether int8 weights in a file can overflow in the kernels of a CPU, whatever a few samples happen to show."""
+"""Detect int8 weights that can overflow in the kernels of a CPU, even if no sample shows it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +23,14 @@ _LIMITS = (63, 64, 127, 128)  # of the weights that are probed: few, to be remem
 def saturates(
     file: Path, engine: str, cpu_flags: Mapping[str, bool | None] | None = None, *, probe: Probe = probe_kernels
 ) -> str:
-    """Why the int8 kernels of a CPU may compute something else than the file says; empty if they can't.
+    """Reason why the int8 kernels of a CPU may overflow with a file's weights; empty if they can't.
 
     Args:
         file: the ONNX file with Q/DQ nodes.
-        engine: that runs it.
-        cpu_flags: of another CPU, as in :func:`~lightning_accel.benchmarking.environment.environment`, from which it is
-            inferred; one that doesn't tell isn't suspected. ``None``: of this machine, where it is measured.
-        probe: measures it.
+        engine: engine that runs the file.
+        cpu_flags: of another CPU, as in :func:`~lightning_accel.benchmarking.environment.environment`, from which overflow is
+            inferred; unknown flags raise no suspicion. ``None``: this machine, on which it is measured.
+        probe: function that measures the kernels.
     """
     if engine not in probed_engines():
         return ""

@@ -1,4 +1,4 @@
-"""How far an engine may be from PyTorch, in one place, with the reasons.
+"""Tolerances for differences between engines and PyTorch, with their reasons.
 
 Errors are shares of the output's range (largest minus smallest reference value over all samples).
 """
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits for one way to run a network.
+    """Limits for one kind of implementation.
 
     Args:
         median: of the errors.
         p99: of the errors.
         maximum: of the errors.
         agreement: least share with the same largest logit, of the samples that are decided by more than twice the 99th
-            percentile of the error: two rows of errors within it can't turn those.
+            percentile of the error: errors within it can't change their order.
         metric: most that the user's metric may differ.
         why: the reason for these numbers.
     """
