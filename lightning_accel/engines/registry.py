@@ -11,14 +11,14 @@ engine of another distribution needs no change here: it declares the entry point
 or calls :func:`register_engine` before it is used. Importing this module imports no engine.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from lightning_accel.core.entry_points import entry_point_names, load_entry_point
 from lightning_accel.errors import InvalidArgumentError, MissingPackageError
 
 ENTRY_POINTS = "lightning_accel.engines"
@@ -172,7 +172,6 @@ class EngineSpec:
 
 
 _registered: dict[str, EngineSpec] = {}
-_failed: set[str] = set()  # entry points that were warned of
 
 
 def register_engine(engine: EngineSpec) -> None:
@@ -210,7 +209,7 @@ def registered_record(name: str) -> dict[str, Any] | None:
 
 def engine_names() -> list[str]:
     """Names of all engines: those of this package, those of entry points, and those registered in this process."""
-    return list(dict.fromkeys([*_BUILTIN, *(point.name for point in _entry_points()), *_registered]))
+    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
 
 
 def all_engines() -> list[EngineSpec]:
@@ -282,22 +281,5 @@ def _find(name: str) -> EngineSpec | None:
         return found
     if name in _registered:
         return _registered[name]
-    return next((_loaded(point) for point in _entry_points() if point.name == name), None)
-
-
-def _entry_points() -> list[EntryPoint]:
-    return [point for point in entry_points(group=ENTRY_POINTS) if point.name not in (*_BUILTIN, *_failed)]
-
-
-def _loaded(point: EntryPoint) -> EngineSpec | None:
-    """The record of an entry point. One that can't be loaded is reported once, and must not keep the other engines from running."""
-    try:
-        found = point.load()
-        if not isinstance(found, EngineSpec) or found.name != point.name:
-            raise InvalidArgumentError(f"it must be an EngineSpec named {point.name!r}, but it is {found!r}")
-    except Exception as error:  # a foreign module may raise anything
-        _failed.add(point.name)
-        warnings.warn(f"Entry point `{point.name}` of group `{ENTRY_POINTS}` can't be loaded: {error}", stacklevel=2)
-        return None
-    _registered[point.name] = found
-    return found
+    loaded: EngineSpec | None = load_entry_point(ENTRY_POINTS, name, EngineSpec)
+    return loaded

@@ -11,7 +11,7 @@ from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
-from lightning_accel.pruning.weights.criteria import Criterion
+from lightning_accel.pruning.criterion import Criterion, WeightScores
 from lightning_accel.pruning.weights.masks import apply_masks_, prune_masks
 from lightning_accel.pruning.weights.targets import SparsityTargets
 
@@ -20,7 +20,7 @@ def prune_weights_(
     module: torch.nn.Module,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | WeightScores = "l1",
     granularity: str = "weight",
     scope: str = "global",
     include: str | Sequence[str] | None = None,
@@ -68,7 +68,7 @@ def prune_channels_(
     *,
     pruning_ratio: float | None = None,
     macs_reduction: float | None = None,
-    criterion: str = "group_norm",
+    criterion: str | Criterion | WeightScores = "group_norm",
     scope: str = "global",
     round_to: int = 1,
     limits: Mapping[str, float] | None = None,
@@ -83,7 +83,7 @@ def prune_channels_(
             one argument. Only shapes, integers and masks matter.
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1.
-        criterion: as for :class:`ChannelPruning`; ``"taylor"`` reads the gradients that the parameters have.
+        criterion: as for :class:`ChannelPruning`; those that need gradients read the present ones.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
         limits: by glob of layers, the share of a group's channels that may leave at most.
@@ -105,8 +105,8 @@ def prune_channels_(
     chosen = as_patterns("include", include), as_patterns("exclude", exclude)
     target = ChannelTarget(pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen)
     plan = ChannelPlan(module, "", call_from_batch(module, None, lambda _: example_inputs), target)
-    taylor = plan.collect(module) if criterion == "taylor" else {}
-    change = plan.change(module, plan.choose(module, taylor=taylor), owner="")
+    collected = plan.collect(module) if target.method.needs_gradients else {}
+    change = plan.change(module, plan.choose(module, collected=collected), owner="")
     structure.apply(module, change)
     return change
 
@@ -124,7 +124,7 @@ def plan_channels(
 
     Returns:
         A row for each group: ``layers``, ``before`` and ``after`` (channels), and why it is ``kept`` (empty if it isn't).
-        With criterion ``"taylor"``, which depends on gradients to come, the numbers are those of ``"group_norm"``.
+        With a criterion that needs gradients, which are not known yet, the numbers are those of ``"group_norm"``.
     """
     submodule = model.get_submodule(module)
     plan = ChannelPlan(model, module, call_from_batch(submodule, None, lambda _: example_inputs), target)

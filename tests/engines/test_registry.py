@@ -17,6 +17,7 @@ from lightning_accel.engines.registry import engine_named, engine_names, suffixe
 from lightning_accel.export.check import check_module
 from lightning_accel.quantization.arithmetic.targets import cannot_reproduce, target_of
 from tests.support import onnx_models as models
+from tests.support.distributions import install
 from tests.support.models import Classifier, images, loader
 from tests.support.reference_engine import BUILT, ENGINE, WRONG
 
@@ -114,16 +115,15 @@ def test_a_missing_package_is_named_with_what_installs_it():
 
 def test_an_entry_point_is_an_engine(tmp_path, monkeypatch):
     """A distribution on the path, as pip would install it."""
-    _distribution(tmp_path, "good", "tests.support.reference_engine:ENGINE", name="reference")
+    install(tmp_path, "good", "lightning_accel.engines", reference="tests.support.reference_engine:ENGINE")
     monkeypatch.syspath_prepend(tmp_path)
     assert "reference" in engine_names()
     with load_runner(models.linear(tmp_path / "m.onnx"), "reference") as runner:
         np.testing.assert_array_equal(runner(X), [[10.0, 4.0]])
-    unregister_engine("reference")
 
 
 def test_a_broken_entry_point_is_reported_and_the_other_engines_run(tmp_path, monkeypatch):
-    _distribution(tmp_path, "bad", "no_such_module:ENGINE", name="broken")
+    install(tmp_path, "bad", "lightning_accel.engines", broken="no_such_module:ENGINE")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(
         UserWarning, match=r"Entry point `broken` of group `lightning_accel.engines` can't be loaded: No mod"
@@ -201,11 +201,3 @@ def test_an_engine_that_builds_its_own_file(registered, trainer, tmp_path):
     assert (proof.engine, proof.file, proof.status) == ("compiled", "engines/model.compiled", "passed")
     found = benchmark_bundle(folder, settings=QUICK, variants=["compiled fp32"], record=False)
     assert found["compiled fp32"].status == "ran"
-
-
-def _distribution(folder, package, target, *, name):
-    """The metadata of an installed distribution with one entry point."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[lightning_accel.engines]\n{name} = {target}\n")

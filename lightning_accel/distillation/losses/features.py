@@ -55,6 +55,8 @@ class HintLoss(Loss):
         tensor(5.)
     """
 
+    layers = "required"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features, a scalar."""
         return hint_loss(student, teacher)
@@ -107,6 +109,7 @@ class AttentionTransferLoss(Loss):
         tensor(1.)
     """
 
+    layers = "required"
     adapts = False
 
     def __init__(self, power: float = 2.0) -> None:

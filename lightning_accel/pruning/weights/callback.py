@@ -16,7 +16,8 @@ from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.pruning.weights.criteria import check_criterion, taylor
+from lightning_accel.pruning.criterion import Criterion
+from lightning_accel.pruning.weights.criteria import weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.masks import (
     apply_masks_,
@@ -30,7 +31,7 @@ from lightning_accel.pruning.weights.rewind import rewind_, snapshot
 from lightning_accel.pruning.weights.targets import SparsityTargets
 
 _UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
-_MEMORY = 0.9  # share of the earlier steps in the average of Taylor scores
+_MEMORY = 0.9  # weight of the earlier steps in the moving average of scores that need gradients
 _WORTH = {
     "weight": "smaller when compressed; no speed-up in dense engines",
     "2:4": "up to 2x in TensorRT's sparse kernels on GPUs that have them; no speed-up elsewhere",
@@ -51,7 +52,8 @@ class WeightPruning(CompressionCallback):
         sparsity: share of zeros among the chosen weights at the end, in [0, 1); or one for each name glob,
             ``{"layer4.*": 0.9, "head.*": 0.5}``; ``None`` for the share that an N:M pattern has.
         criterion: ``"l1"`` (``"magnitude"``), ``"l2"``, ``"taylor"`` (weight times gradient, averaged over steps),
-            ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+            ``"random"``, a :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, or
+            the import path of either.
         granularity: ``"weight"``; ``"2:4"`` and other N:M (N of M *kept*); ``"4x4"`` blocks of output by input channels;
             ``"channel"`` or ``"input_channel"``: whole ones as masks, tensors keep their size.
         scope: ``"global"`` compares all chosen weights with each other, ``"layer"`` prunes the same share of each.
@@ -83,7 +85,7 @@ class WeightPruning(CompressionCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
-        criterion: str | Callable = "l1",
+        criterion: str | Criterion | Callable = "l1",
         granularity: str = "weight",
         scope: str = "global",
         schedule: str | Callable = "cubic",
@@ -109,7 +111,8 @@ class WeightPruning(CompressionCallback):
             raise InvalidArgumentError(
                 "Argument `every` must be the steps of a round with `rewind`, but got None: weights would go back a hundred times."
             )
-        self.criterion, self.granularity, self.scope = check_criterion(criterion), granularity, scope
+        self.criterion, self.granularity, self.scope = criterion, granularity, scope
+        self._method = weight_criterion(criterion)
         self.schedule, self.every, self.rewind = check_schedule(schedule), every, rewind
         self._clear()
         self._weights: dict[str, torch.nn.Parameter] = {}
@@ -167,11 +170,11 @@ class WeightPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.criterion != "taylor" or self.reached == 1.0:
+        if not self._method.needs_gradients or self.reached == 1.0:
             return
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                score = taylor(name, weight, weight.grad)
+                score = self._method.scores(name, weight, weight.grad)
                 known = self._importance.get(name)
                 self._importance[name] = score if known is None else known.lerp_(score, 1.0 - _MEMORY)
 
@@ -367,12 +370,13 @@ class WeightPruning(CompressionCallback):
         due = step >= self._end_step or (step - self._start_step) % every == 0
         if share <= self.reached or not due:
             return
-        if self.criterion == "taylor" and not self._importance:
+        gradients = self._method.needs_gradients
+        if gradients and not self._importance:
             raise InvalidArgumentError(
-                f"Argument `start` must leave a step before the first pruning with criterion 'taylor', but got {self.start}: there "
-                "is no gradient yet."
+                f"Argument `start` must leave a step before the first pruning with criterion {self.criterion!r}, but got {self.start}: "
+                "there is no gradient yet."
             )
-        criterion = self.criterion if self.criterion != "taylor" else lambda name, weight, grad: self._importance[name]
+        criterion = self.criterion if not gradients else lambda name, weight, grad: self._importance[name]
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
         for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(

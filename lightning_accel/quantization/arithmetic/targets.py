@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 
 from lightning_accel.core.cpu import cpu_name
+from lightning_accel.core.entry_points import entry_point_names, load_entry_point
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_probe import KernelFinding, engine_version, probe_kernels
 from lightning_accel.engines.registry import engine_named, engine_names, probed_engines, resolve
 from lightning_accel.errors import InvalidArgumentError
 
+ENTRY_POINTS = "lightning_accel.targets"
 Probe = Callable[[str, str, Arithmetic], KernelFinding]
 
 # Kinds of operators that a target may compute in integers.
@@ -122,42 +124,78 @@ def _openvino(vnni: bool) -> Target:
     return Target("openvino", "uint8", weight_max, ("openvino",), why, kinds)
 
 
-def target_of(name: str | Target, vnni: bool | None = None) -> Target:
-    """The target of that name; one that is a :class:`Target` already is returned as it is.
+def _tensorrt(vnni: bool) -> Target:
+    why = "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16"
+    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM)
+    return Target("tensorrt", "int8", 127, ("tensorrt",), why, kinds, rest="float16")
+
+
+def _portable(vnni: bool) -> Target:
+    why = "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it"
+    return Target("portable", "int8", 63, ("onnxruntime", "tensorrt", "openvino"), why)
+
+
+_BUILTIN: dict[str, Callable[[bool], Target]] = {
+    "tensorrt": _tensorrt,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "portable": _portable,
+}
+_registered: dict[str, Target] = {}
+
+
+def register_target(target: Target) -> None:
+    """Make a target known under its name in this process.
+
+    A distribution declares its targets as entry points of the group ``lightning_accel.targets`` instead.
 
     Args:
-        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"`` or ``"portable"``.
+        target: the arithmetic. Registering an equal target again does nothing.
+
+    Raises:
+        InvalidArgumentError: another target has this name.
+    """
+    if target.name in target_names() and _registered.get(target.name) != target:
+        raise InvalidArgumentError(
+            f"Argument `target` must have a name that no other target has, but got {target.name!r}."
+        )
+    _registered[target.name] = target
+
+
+def unregister_target(name: str) -> None:
+    """Remove a target that :func:`register_target` added.
+
+    Raises:
+        InvalidArgumentError: there is none of that name.
+    """
+    if name not in _registered:
+        raise InvalidArgumentError(f"Argument `name` must be one of {sorted(_registered)}, but got {name!r}.")
+    del _registered[name]
+
+
+def target_names() -> list[str]:
+    """Names of all targets: those of this package, those of entry points, and those registered in this process."""
+    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+
+
+def target_of(name: str | Target, vnni: bool | None = None) -> Target:
+    """Look up a target by its name; a :class:`Target` is returned as it is.
+
+    Args:
+        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"`` or the name of another target, see :func:`target_names`.
         vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
 
     Raises:
-        InvalidArgumentError: there is none.
+        InvalidArgumentError: no target has this name.
     """
     if isinstance(name, Target):
         return name
-    has_vnni = cpu_has_vnni() if vnni is None else vnni
-    known = {
-        "tensorrt": lambda: Target(
-            "tensorrt",
-            "int8",
-            127,
-            ("tensorrt",),
-            "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16",
-            (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM),
-            rest="float16",
-        ),
-        "onnxruntime": lambda: _onnxruntime(has_vnni),
-        "openvino": lambda: _openvino(has_vnni),
-        "portable": lambda: Target(
-            "portable",
-            "int8",
-            63,
-            ("onnxruntime", "tensorrt", "openvino"),
-            "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it",
-        ),
-    }
-    if name not in known:
-        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(known)}, but got {name!r}.")
-    return known[name]()
+    if name in _BUILTIN:
+        return _BUILTIN[name](cpu_has_vnni() if vnni is None else vnni)
+    found: Target | None = _registered.get(name) or load_entry_point(ENTRY_POINTS, name, Target)
+    if found is None:
+        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(target_names())}, but got {name!r}.")
+    return found
 
 
 def saturation(weight: int, engine: str, vnni: bool) -> str:
@@ -216,7 +254,8 @@ def cannot_reproduce(
 
 def _refusal(target: Target, engine: str, wrong: Sequence[KernelFinding], forms: Iterable[str], probe: Probe) -> str:
     """What was measured, and the target whose arithmetic the engine reproduces."""
-    others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
+    names = dict.fromkeys((engine, "portable", "onnxruntime", "openvino"))
+    others = [target_of(name) for name in names if name in target_names()]
     right = (
         other.name
         for other in others
