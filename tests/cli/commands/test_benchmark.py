@@ -260,7 +260,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
     assert status["onnxruntime dynamic int8"] == "ran", found["onnxruntime dynamic int8"].reason
     assert found["onnxruntime dynamic int8"].file is None
     assert found["onnxruntime dynamic int8"].file_bytes > 0
-    assert "lightning-accel quantize --ckpt FILE" in found["onnxruntime int8"].reason
+    assert "lightning-accel quantize --ckpt-path FILE" in found["onnxruntime int8"].reason
     for name in ("onnxruntime cuda fp32", "onnxruntime tensorrt fp32"):
         assert status[name] == "not here"
         assert 'pip install "lightning-accel[gpu]"' in found[name].reason
@@ -333,8 +333,10 @@ def test_what_cannot_be_recorded_is_told_before_anything_is_measured(bundle, mon
 
 
 def test_ctrl_c_before_anything_is_measured_is_told_in_one_line(bundle):
-    code = "import _thread; from lightning_accel.cli.main import verify, main; verify.run = lambda _: _thread.interrupt_main() or 0"
-    code += "; raise SystemExit(main(['verify', '.']))"
+    code = (
+        "import _thread; from lightning_accel.cli.main import main; from lightning_accel.cli.commands import verify; "
+    )
+    code += "verify.run = lambda _: _thread.interrupt_main() or 0; raise SystemExit(main(['verify', '.']))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "lightning-accel: interrupted\n")
 
