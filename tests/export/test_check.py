@@ -195,7 +195,7 @@ def test_what_takes_too_long_is_interrupted_and_other_alarms_go_on():
             ("torch.nn.Linear", None, {"in_features": "a", "out_features": 2}),
             "must be what torch.nn.Linear can be built with",
         ),
-        (("tests.export.test_check.Unbuildable", None, {}), r"got {}: KeyError: 'where' \(at .*test_checking.py:"),
+        (("tests.export.test_check.Unbuildable", None, {}), r"got {}: KeyError: 'where' \(at .*test_check.py:"),
     ],
 )
 def test_modules_that_cannot_be_built(arguments, message):

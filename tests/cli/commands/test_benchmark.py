@@ -183,7 +183,7 @@ def test_nothing_fits_is_an_exit_code_and_changes_no_default(bundle, capsys):
 def test_without_budgets_nothing_is_decided_and_without_a_record_nothing_is_written(bundle, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")}
     assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8", "--no-record"]) == 0
-    assert "The bundle was left as it is. To decide what ships: --max-drop 0.5" in capsys.readouterr().out
+    assert "The bundle was not changed. Pass --max-drop 0.5 to select the way that ships." in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")} == before
     assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8"]) == 0
     assert json.loads((bundle / "comparison.json").read_text())["decision"] is None
@@ -276,7 +276,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         (["--way", "tflite int8"], "Argument `ways` must be among ['pytorch eager'"),
         (["--max-drop", "101"], "Argument `max_drop` must be from 0 to 100 percentage points, but got 101"),
         (["--max-drop", "1", "--budget-batch", "8"], "Argument `batch` must be one of (1, 4), but got 8"),
-        (["--budget-batch", "4"], "Argument `--budget-batch` must come with a budget"),
+        (["--budget-batch", "4"], "Argument `--budget-batch` must be given with a budget"),
         (["--callers", "0"], "Argument `callers` must hold integers of at least 1"),
         (["--data", "{x64}"], "as float32, but got float64"),
         (["--data", "{x}", "--labels", "{few}"], "Argument `labels` must hold an integer for each of the 8 samples"),
