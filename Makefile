@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make install | make zoo
+# make demo | make test | make lint | make docs | make experiments-compare | make install | make zoo
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ZOO := .venv-zoo/.installed
 
-.PHONY: install demo test lint wheel zoo clean
+.PHONY: install demo test coverage lint docs wheel experiments-compare zoo clean
 
 install: $(INSTALLED)
 
@@ -25,10 +25,23 @@ artifacts/teacher.ckpt: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The same with the share of lines that the tests run; it is printed and has no threshold.
+coverage: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov=lightning_accel --cov-report=term:skip-covered
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# The site, in build/site; a broken link or an unknown name is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# New results of the experiments beside the recorded ones: make experiments-compare ARGS="--against HEAD~5"
+experiments-compare: $(INSTALLED)
+	$(BIN)/python -m experiments.compare $(ARGS)
 
 # Built from this tree, and imported from the wheel alone.
 wheel: $(INSTALLED)
@@ -36,6 +49,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -c 'import lightning_accel as la; assert "site" in la.__file__, la.__file__; print(la.__version__, [getattr(la, n).__name__ for n in la.__all__ if n[0] != "_"])'
+	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -m lightning_accel init project
 
 # Ordinary networks of torchvision, timm and transformers, each shipped from `fit`: hours, and not part of `test`. It goes on where it
 # stopped; `make zoo ARGS="--minutes 30 --networks ResNet-50"` runs a part, `make zoo ARGS=--table` prints what is known.

@@ -1,44 +1,226 @@
-"""What the README and the docs say is run and followed."""
+"""The code blocks of README and docs run with the package alone; links, commands, options and files in them exist."""
 
+import importlib
+import os
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import lightning_accel as la
+from lightning_accel.cli.lightning_cli import AccelTrainer
+from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS, command_parser
+from lightning_accel.cli.options import with_underscores
+from lightning_accel.distillation.terms import NAMED
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+SITE = ("api/index.md",)  # generated when the site is built
+OWN = ("examples", "experiments", "tests")  # packages of the repository that aren't installed
+
+
+def blocks(page, kind):
+    return [block for block in BLOCK.finditer(page.read_text()) if block[1] == kind]
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in TUTORIALS]
 
 
 def test_the_readme_has_code():
     assert ROOT / "README.md" in WITH_CODE
+    assert len(TUTORIALS) == 3
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def without_the_repository(monkeypatch):
+    """Only what is installed can be imported."""
+    for package in {*OWN, *(module for module in sys.modules if module.split(".")[0] in OWN)}:
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+def run_python(block, page, namespace):
+    text = page.read_text()
+    line = text[: block.start(2)].count("\n")  # so that a traceback shows the line of the page
+    exec(compile("\n" * line + block[2], str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = page.read_text()
+    without_the_repository(monkeypatch)
     namespace: dict = {}
-    for block in BLOCK.finditer(text):
-        line = text[: block.start(1)].count("\n")  # so that a traceback shows the page's line
-        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+    for block in blocks(page, "python"):
+        run_python(block, page, namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_readme_is_short_enough_to_be_ten_lines():
+    (block,) = blocks(ROOT / "README.md", "python")
+    module, *rest = block[2][block[2].index("module = ") :].splitlines()
+    assert len([module, *rest]) <= 10
+
+
+# --- tutorials: commands run, too
+
+
+def run_line(line, folder):
+    """Run one line of a shell; returns the folder in which the next one runs."""
+    command, _, comment = line.partition("  #")
+    words = shlex.split(command)
+    if words[0] == "cd":
+        return folder / words[1]
+    if words[0] == "pip":
+        return folder
+    assert words[0] == "lightning-accel", line
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parent / "site"), str(folder)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_accel", *words[1:]],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        check=False,
+    )
+    expected = int(code[1]) if (code := re.search(r"exit code (\d)", comment)) else 0
+    assert done.returncode == expected, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return folder
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=name)
+@pytest.mark.timeout(600)
+def test_a_tutorial_runs_from_an_empty_folder(page, tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "lightning_accel").symlink_to(Path(la.__file__).parent)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "site").symlink_to(tmp_path / "site")
+    without_the_repository(monkeypatch)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for module in ("model", "data", "my_net"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    namespace: dict = {}
+    for block in BLOCK.finditer(page.read_text()):
+        monkeypatch.chdir(folder)
+        if block[1] == "python":
+            sys.path.insert(0, str(folder))
+            run_python(block, page, namespace)
+        else:
+            for line in block[2].splitlines():
+                folder = run_line(line, folder)
+    for module in ("model", "data", "my_net"):
+        sys.modules.pop(module, None)
+
+
+# --- what pages refer to
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)", page.read_text())
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (page.parent / link).exists()] == []
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        target, _, anchor = link.partition("#")
+        if target.startswith(f"{REPOSITORY}/blob/main/"):
+            path = ROOT / target.removeprefix(f"{REPOSITORY}/blob/main/")
+        elif target.startswith(raw := REPOSITORY.replace("github.com", "raw.githubusercontent.com") + "/main/"):
+            path = ROOT / target.removeprefix(raw)
+        elif "://" in target or target in SITE:
+            continue
+        else:
+            path = page.parent / target if target else page
+        assert path.exists(), link
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def anchors(path):
+    """As MkDocs and GitHub derive them from headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_works_on_pypi():
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_make_targets_modules_and_configs_exist(page):
     text = page.read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z]+)`", text):
+    for target in re.findall(r"\bmake ([a-z][a-z-]+)`", text):
         assert f"\n{target}:" in makefile, target
     for module in re.findall(r"python -m ((?:experiments|examples)\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).is_file(), config
+
+
+def options_of(command):
+    if command in COMMANDS:
+        return {name.lstrip("-") for name in command_parser(command)._option_string_actions}
+    own = AccelTrainer.__dict__.get(command) or getattr(AccelTrainer, command)
+    names = own.__code__.co_varnames[: own.__code__.co_argcount + own.__code__.co_kwonlyargcount]
+    return {*(name.replace("_", "-") for name in names), "c", "config", "help", "print-config"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_and_their_options_exist(page):
+    in_code = re.compile(r"(?:^|`|&& )lightning-accel ([a-z]+)([^`\n#]*)", re.MULTILINE)
+    for command, rest in in_code.findall(page.read_text()):
+        assert command in COMMANDS or command in TRAINER_COMMANDS, f"{command}{rest}"
+        for option in re.findall(r"(?<!\S)--?([a-z][\w.-]*)", rest):
+            known = option in options_of(command) or option.startswith(("trainer.", "model.", "data."))
+            assert known, f"lightning-accel {command}{rest}"
+            assert with_underscores(f"--{option}").replace("_", "-") == f"--{option}", (
+                "options are documented with dashes"
+            )
+
+
+# --- what must be documented
+
+
+def test_every_loss_target_and_command_is_documented():
+    rows = {
+        "distillation.md": list(NAMED),
+        "quantization.md": ["tensorrt", "onnxruntime", "openvino", "portable"],
+        "command-line.md": [*COMMANDS, *TRAINER_COMMANDS],
+    }
+    for page, names in rows.items():
+        lines = [line for line in (DOCS / page).read_text().splitlines() if line.startswith("|")]
+        for each in names:
+            assert any(f"`{each}`" in line.split("|")[1] for line in lines), f"{each} has no row in docs/{page}"
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    nav = re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE)
+    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_docstrings_cite_laws_that_exist():
+    laws = set(re.findall(r"^(\d+)\. \*\*", (DOCS / "architecture.md").read_text(), re.MULTILINE))
+    cited = {
+        n for path in (ROOT / "lightning_accel").rglob("*.py") for n in re.findall(r"\blaw (\d+)", path.read_text())
+    }
+    assert cited
+    assert cited <= laws
+    assert laws == {str(number) for number in range(1, 16)}
+
+
+def test_the_reference_lists_every_public_name(monkeypatch):
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    monkeypatch.syspath_prepend(str(DOCS))
+    pages = importlib.import_module("api_pages").pages()
+    for name in la.__all__[:-1]:  # the last one is __version__
+        assert sum(f".{name}\n" in text for text in pages.values()) == 1
+        assert f"`{name}`" in pages["api/index.md"]

@@ -12,7 +12,7 @@ REFERENCE = "reference.onnx"
 
 _NO_INT8 = (
     "the bundle holds no int8 file: train with QuantizationAwareTraining, or make one without training: "
-    "lightning-accel quantize --ckpt FILE"
+    "lightning-accel quantize --ckpt-path FILE"
 )
 _NO_PROGRAM = 'the bundle holds no `model.pt2`: export with ModelExport(engines=[..., "pytorch"])'
 _TORCH_MODES = {  # variant -> how it calls the program, and why load_runner doesn't

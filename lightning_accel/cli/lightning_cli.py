@@ -1,4 +1,4 @@
-"""The command ``lightning-accel``: a LightningCLI, ``plan``, ``export`` and ``quantize``."""
+"""The commands that run a Trainer: those of LightningCLI, ``plan``, ``export`` and ``quantize``."""
 
 import inspect
 import os
@@ -6,9 +6,11 @@ import re
 import shlex
 import sys
 import warnings
+from argparse import HelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import lightning as L
 from jsonargparse import ArgumentError
@@ -16,46 +18,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from typing_extensions import override
 
-from lightning_accel import __version__
 from lightning_accel.bundle.writer import check_destination
-from lightning_accel.cli.main import COMMANDS, run
+from lightning_accel.cli.errors import one_line, run_guarded
+from lightning_accel.cli.options import did_you_mean, join_lists, unknown_arguments, with_dashes, with_underscores
 from lightning_accel.core import structure
 from lightning_accel.distillation.hparams import nested_instantiator
-from lightning_accel.errors import CaptureError, InvalidArgumentError, VerificationError
+from lightning_accel.errors import InvalidArgumentError, LightningAccelError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.planning.plan import plan
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
 
-_DEBUG = "LIGHTNING_ACCEL_DEBUG"
-_SHIPPED = tuple(
-    inspect.signature(ModelExport).parameters.keys() - {"dirpath", "engines", "precision", "ckpt_path", "name"}
-)
-_TOLD = re.compile(r".*?\b(must|needs?|can't)\b", re.DOTALL)  # how this library words what is wrong
-
-_FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # what PyTorch says of other weights
-
-_HELP = f"""lightning-accel {__version__}: prune, distill and quantize inside Trainer.fit; ship what was proven to be what was trained.
-
-usage: lightning-accel COMMAND -c CONFIG.yaml [-c OVERLAY.yaml ...] [--trainer.max_epochs 3 ...]
-
-  fit        train; with a ModelExport callback the run ends with a verified bundle
-  validate   the validation loop          with --ckpt_path FILE: of a checkpoint, as it was trained
-  test       the test loop
-  predict    the predict loop
-  plan       what fit would do to which layer and when, and what stands in the way; nothing is trained
-  export     write the bundle again from a checkpoint: --ckpt FILE
-  quantize   a verified int8 bundle from a checkpoint of a float network, without training: --ckpt FILE --target openvino
-{chr(10).join(f"  {name:9s}  {what}" for name, what in COMMANDS.items())}
-
-A later config goes over the earlier ones; `callbacks+:` in it appends instead of replacing.
-
-  lightning-accel fit -c CONFIG.yaml --print_config   the whole configuration, nothing is run
-  lightning-accel COMMAND --help                      every option of a command
-  lightning-accel --version
-  {_DEBUG}=1 lightning-accel ...       the traceback of an error that is otherwise told in one line
-"""
+# Taken from the ModelExport of a config by `quantize`; the others belong to the training run.
+_OF_THE_RUN = {"dirpath", "engines", "precision", "ckpt", "ckpt_path", "name"}
+_SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - _OF_THE_RUN)
+_OWN = ("export", "plan", "quantize")  # commands that Lightning doesn't have
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w.]*")
+_FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # PyTorch's message for weights of another module
 
 
 class AccelTrainer(L.Trainer):
@@ -65,18 +45,16 @@ class AccelTrainer(L.Trainer):
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
-        ckpt: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Export a checkpoint with the config's ModelExport: the step at the end of fit, again.
+        """Export a checkpoint with the ModelExport of the config, as ``fit`` does at its end.
 
         Args:
             model: the LightningModule.
-            datamodule: gives the held-out data.
-            ckpt: path of the checkpoint, or "best"; by default the one that ModelExport left beside its bundle.
-            ckpt_path: the same by the other commands' name, so that the config that ``fit`` saves can be used.
-            weights_only: as in that config; checkpoints are never unpickled in any other way.
+            datamodule: provides the held-out data.
+            ckpt_path: path of the checkpoint, or "best"; by default the one that ModelExport saved beside its bundle.
+            weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
         """
         callbacks = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(callbacks) != 1:
@@ -89,7 +67,7 @@ class AccelTrainer(L.Trainer):
             datamodule.prepare_data()
             datamodule.setup("test" if callback.data == "test" else "fit")
             callback.data = datamodule.test_dataloader() if callback.data == "test" else datamodule.val_dataloader()
-        report = callback.export(self, model, ckpt or ckpt_path or callback.checkpoint_path)
+        report = callback.export(self, model, ckpt_path or callback.checkpoint_path)
         print(summary(report, callback.dirpath))
 
     def _attach(self, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
@@ -101,51 +79,48 @@ class AccelTrainer(L.Trainer):
         self,
         model: L.LightningModule,
         datamodule: L.LightningDataModule | None = None,
-        ckpt: str | None = None,
+        ckpt_path: str | None = None,
         target: str = "onnxruntime",
         dirpath: str = "artifacts/int8",
-        engines: list[str] | None = None,
+        engine: list[str] | None = None,
         calibration_batches: int = 32,
         ranges: str = "mse",
         activations: str = "static",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         module: list[str] | None = None,
-        ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Quantize a trained float network without training, and write a verified bundle.
 
-        A ModelExport in the config says the rest, from ``inputs`` and ``dynamic`` (which the quantization heeds, too) to
-        ``preprocess`` and ``budgets``; its folder, engines, precision and checkpoint are those of the training run.
+        A ModelExport in the config sets everything else, e.g. ``inputs``, ``dynamic`` (used by the quantization, too), ``preprocess``
+        and ``budgets``. Its folder, engines, precision and checkpoint belong to the training run and are ignored.
 
         Args:
             model: the LightningModule.
-            datamodule: training data to calibrate with, validation data to verify and measure with.
-            ckpt: path of the checkpoint.
-            target: arithmetic of the runtime: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``portable``.
-            dirpath: the bundle's folder.
-            engines: engines to ship to; by default the target's own.
-            calibration_batches: training batches to look at.
-            ranges: how ranges are found: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
-            activations: ``static``, ``dynamic`` (linear layers, by the range of the moment) or ``float`` (weights alone are integers).
+            datamodule: provides training data to calibrate with, and validation data to verify and measure with.
+            ckpt_path: path of the checkpoint.
+            target: arithmetic to quantize for: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``portable``.
+            dirpath: folder of the bundle.
+            engine: engines to ship to; by default those of the target.
+            calibration_batches: number of training batches from which ranges are estimated.
+            ranges: estimator of the ranges: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
+            activations: ``static``; ``dynamic`` (linear layers, each batch by its own range); or ``float`` (only weights are int8).
             include: globs of operators to quantize.
             exclude: globs of operators that stay float.
             module: dotted paths of the submodules to quantize; by default the whole ``forward``.
-            ckpt_path: the same as ``ckpt``, so that the config that ``fit`` saves can be used.
-            weights_only: as in that config; checkpoints are never unpickled in any other way.
+            weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
         """
-        path = ckpt or ckpt_path
-        if path is None:
+        if ckpt_path is None:
             raise InvalidArgumentError(
-                "Argument `ckpt` must be the path of a checkpoint, but got None. Pass --ckpt FILE."
+                "Argument `ckpt_path` must be the path of a checkpoint, but got None. Pass --ckpt-path FILE."
             )
         configured = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(configured) > 1:
             raise InvalidArgumentError(
                 f"Argument `trainer.callbacks` must hold one ModelExport at most, but got {len(configured)}."
             )
-        export = ModelExport(dirpath, engines, **{name: getattr(c, name) for c in configured for name in _SHIPPED})
+        export = ModelExport(dirpath, engine, **{name: getattr(c, name) for c in configured for name in _SHIPPED})
         callback = PostTrainingQuantization(
             target,
             calibration_batches,
@@ -158,7 +133,7 @@ class AccelTrainer(L.Trainer):
             activations,
         )
         check_destination(dirpath)
-        # What the config's other callbacks do is done: it is in the checkpoint.
+        # The checkpoint contains the result of the config's other callbacks.
         self.callbacks: list[L.Callback] = [callback, export]
         self._attach(model, datamodule)
         self._data_connector.attach_data(model, datamodule=datamodule)
@@ -167,10 +142,10 @@ class AccelTrainer(L.Trainer):
             datamodule.setup("fit")
             if export.data == "test":
                 datamodule.setup("test")
-        structure.load_into(model, structure.read_checkpoint(path))
+        structure.load_into(model, structure.read_checkpoint(ckpt_path))
         if quantized := sorted(quantized_forwards(model)):
             raise InvalidArgumentError(
-                f"Argument `ckpt` must be of a float network, but {path} was quantized already ({quantized}). Export it instead."
+                f"Argument `ckpt_path` must be of a float network, but {ckpt_path} is already quantized ({quantized}). Export it instead."
             )
         export.check_plan(self)
         callback.quantize(self, model)
@@ -184,27 +159,48 @@ class AccelTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Say what ``fit`` would do to which layer and when, without training.
+        """Print what ``fit`` would do to each layer and when, without training.
 
         Args:
             model: the LightningModule.
-            datamodule: gives the loaders.
+            datamodule: provides the loaders.
             ckpt_path: plan the rest of a run from its checkpoint.
-            weights_only: as in the config that ``fit`` saves; not looked at.
+            weights_only: accepted because ``fit`` saves it in its config; ignored.
         """
         print(plan(self, model, datamodule, ckpt_path=ckpt_path))
 
 
 class AccelParser(LightningArgumentParser):
-    """A parser that raises what is wrong, for ``main`` to tell in one line instead of with a page of usage."""
+    """A parser that raises its errors instead of printing a page of usage, and writes options with dashes in its help."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ArgumentError(None, message) from ex
+        raise ArgumentError(None, self._with_hint(message)) from ex
+
+    @override
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return _OPTION.sub(lambda option: with_dashes(option[0]), super().format_help(formatter))
+
+    def _with_hint(self, message: str) -> str:
+        if unknown := re.match(r"unrecognized arguments: (.*)", message):
+            return unknown_arguments(unknown[1].split(), self._options())
+        if key := re.search(r"'(\w+)' does not accept option '([\w.]+)'", message):
+            near = did_you_mean(key[2], {name.rpartition(".")[2] for name in self._options()})
+            return f"{message.rstrip('.')}.{near}"
+        return message
+
+    def _options(self) -> set[str]:
+        """The options of this parser and of its commands."""
+        commands = getattr(self, "_subcommands_action", None)
+        parsers = [self, *(commands._name_parser_map.values() if commands else ())]
+        return {name for parser in parsers for name in parser._option_string_actions if name.startswith("--")}
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the run's config once a training step has succeeded: a run refused before that leaves no file behind."""
+    """Save the config after the first training step, so that a run that fails before that leaves no file behind."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -233,23 +229,35 @@ class AccelCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {name: {"model", "datamodule"} for name in ("export", "plan", "quantize")}
-        return {**LightningCLI.subcommands(), **own}
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in _OWN}}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        words = [with_underscores(word) for word in args]
+        self.config = parser.parse_args(join_lists(words, _list_options(words[0])))
         path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
         if path and not _is_word_or_address(str(path)):
-            structure.read_checkpoint(path)  # a missing or damaged one is told before anything is built
+            structure.read_checkpoint(path)  # raises for a missing or damaged file before anything is built
 
     @override
     def _parse_ckpt_path(self) -> None:
-        model = self.config.get(str(self.config.get("subcommand")), {}).get("model") or {}
+        command = str(self.config.get("subcommand"))
+        if command in ("export", "quantize"):
+            return  # the config says what the model is; a checkpoint of another one is an error
+        model = self.config.get(command, {}).get("model") or {}
         path = str(model.get("class_path"))
         if path.startswith("lightning_accel.") and path.endswith(".DistillationModule"):
             return  # the checkpoint's hyper-parameters are the student's; the config says what the whole model is
         super()._parse_ckpt_path()
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if (own := _raised_by_constructor(error)) is not None:
+                raise own from error
+            raise
 
     @override
     def _add_instantiators(self) -> None:
@@ -258,37 +266,31 @@ class AccelCLI(LightningCLI):
         self.parser.add_instantiator(instantiator, L.LightningModule, subclasses=True, prepend=True)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Entry point of ``lightning-accel``.
+def run(given: Sequence[str]) -> int:
+    """Run a command of the LightningCLI.
 
     Args:
-        args: command line without the program's name; ``None`` takes that of the process.
+        given: command line without the program's name.
 
     Returns:
-        Exit code: 0, or 1 for an error, or 2 for a command line or config that can't be read. What is wrong with an
-        argument is told in one line; ``LIGHTNING_ACCEL_DEBUG=1`` shows the traceback.
+        Exit code: 0; 1 for an error; 2 for a command line or config that can't be parsed.
     """
-    given = sys.argv[1:] if args is None else args
-    if not given or given[0] in ("-h", "--help"):
-        print(_HELP, end="")
-        return 0 if given else 2
-    if given[0] in COMMANDS:
-        return run(given)
-    if given[0] == "--version":
-        print(f"lightning-accel {__version__}")
-        return 0
-    sys.path.insert(0, os.getcwd())  # class paths in a config are looked for where the command is run
+    sys.path.insert(0, os.getcwd())  # class paths in a config are looked for in the current folder
     # Lightning and torch.export still use what torch has just deprecated; a user can do nothing about it.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    try:
-        AccelCLI(args=args)
-    except Exception as error:
-        line = _one_line(error)
-        if os.environ.get(_DEBUG) or not line:
-            raise
-        print(f"lightning-accel: error: {line}", file=sys.stderr)
-        return 2 if isinstance(error, ArgumentError) else 1
+
+    return run_guarded(lambda: _run(given), explain, ArgumentError)
+
+
+def _run(given: Sequence[str]) -> int:
+    AccelCLI(args=list(given))
     return 0
+
+
+def _list_options(command: str) -> list[str]:
+    """Names of the options of one of our own commands that take a list."""
+    hints = get_type_hints(getattr(AccelTrainer, command)) if command in _OWN else {}
+    return [name for name, hint in hints.items() if list in {get_origin(of) for of in get_args(hint)}]
 
 
 def _is_word_or_address(path: str) -> bool:
@@ -296,25 +298,33 @@ def _is_word_or_address(path: str) -> bool:
     return path in ("last", "best", "hpc") or path.startswith("registry") or "://" in path or Path(path).is_dir()
 
 
-def _one_line(error: BaseException) -> str:
-    """What is wrong, if the message says all there is to say; empty for a bug, which keeps its traceback."""
-    cause: BaseException | None = error
-    while cause is not None:  # a constructor's error comes wrapped in the parser's
-        told = isinstance(cause, VerificationError | CaptureError | MisconfigurationException)
-        if told or (_raised_here(cause) and _TOLD.match(str(cause))):
-            return " ".join(str(cause).split())
-        if isinstance(cause, RuntimeError) and (of := _FOREIGN.match(str(cause))):
-            rest = shorten(str(cause)[of.end() :], 400, placeholder=" ...")
-            return f"The checkpoint must be of the model in the config, {of[1]}, built with the same arguments, but: {rest}"
-        cause = cause.__cause__
+def explain(error: BaseException) -> str:
+    """The line of an expected error; empty for a bug.
+
+    Expected are the errors of this library, Lightning's MisconfigurationException, a path that the operating system refuses, a
+    command line or config that can't be parsed, and a checkpoint whose weights don't fit the model.
+    """
+    if line := one_line(error) or _of_weights(error):
+        return line
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
     return _of_parser(str(error)) if isinstance(error, ArgumentError) else ""
 
 
-def _raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning_accel.")
+def _raised_by_constructor(error: BaseException) -> BaseException | None:
+    """The expected error that jsonargparse wraps when the constructor of a configured class raises it."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, LightningAccelError | MisconfigurationException):
+        cause = cause.__cause__
+    return cause
+
+
+def _of_weights(error: BaseException) -> str:
+    """PyTorch raises a plain RuntimeError for weights of another module; only its message tells."""
+    if not isinstance(error, RuntimeError) or not (of := _FOREIGN.match(str(error))):
+        return ""
+    rest = shorten(str(error)[of.end() :], 400, placeholder=" ...")
+    return f"The checkpoint must be of the model in the config, {of[1]}, built with the same arguments, but: {rest}"
 
 
 def _of_parser(message: str) -> str:
@@ -333,7 +343,3 @@ def _of_parser(message: str) -> str:
 
 
 _NOISE = ("Does not validate", "Subtypes:", "Given value", "Not a valid subclass", "a class path", "a dict ")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

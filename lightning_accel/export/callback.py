@@ -357,7 +357,7 @@ class ModelExport(L.Callback):
         if self.ckpt_path != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
             raise InvalidArgumentError(
                 f'Argument `ckpt_path` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
-                f"{self.ckpt_path!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt`."
+                f"{self.ckpt_path!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt-path`."
             )
         if self.ckpt_path == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise InvalidArgumentError(
@@ -428,7 +428,9 @@ class ModelExport(L.Callback):
         configs = [
             f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
         ]
-        return " ".join(["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt {shlex.quote(path)}"])
+        return " ".join(
+            ["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt-path {shlex.quote(path)}"]
+        )
 
 
 def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:

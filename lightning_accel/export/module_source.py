@@ -51,7 +51,7 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
     if ckpt is not None:
         if not issubclass(cls, L.LightningModule):
             raise InvalidArgumentError(
-                f"Argument `--ckpt` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
+                f"Argument `--ckpt-path` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
             )
         return _from_checkpoint(cls, class_path, ckpt, init)
     _check_arguments(cls, class_path, init)
@@ -70,7 +70,7 @@ def _from_checkpoint(
         load_into(module, checkpoint)
     except (RuntimeError, KeyError, AttributeError) as error:
         raise InvalidArgumentError(
-            f"Argument `--ckpt` must be a checkpoint of {class_path} built with {arguments}, but got {str(ckpt)!r}: "
+            f"Argument `--ckpt-path` must be a checkpoint of {class_path} built with {arguments}, but got {str(ckpt)!r}: "
             f"{' '.join(str(error).split())[:400]}"
         ) from error
     return module.eval()
@@ -82,7 +82,7 @@ def _check_arguments(cls: type[nn.Module], class_path: str, arguments: Mapping[s
     except TypeError as error:
         raise InvalidArgumentError(
             f"Argument `--init` must give what {class_path}{signature(cls)} needs, but got {dict(arguments)}: {error}. Pass --init "
-            "name=value, or --ckpt, whose hyper-parameters are used if it has any."
+            "name=value, or --ckpt-path, whose hyper-parameters are used if it has any."
         ) from error
 
 

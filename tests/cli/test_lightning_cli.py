@@ -14,7 +14,8 @@ import yaml
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.cli import lightning_cli as cli
+from lightning_accel.cli.lightning_cli import AccelCLI
+from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS, main
 from lightning_accel.export.logging import scalars
 from lightning_accel.reports.model import Report, Row
 from tests.support.models import Classifier, images
@@ -87,7 +88,7 @@ def _process(monkeypatch, tmp_path):
 
 def printed(capsys, *args) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", *args, "--print_config"])
+        main(["fit", *args, "--print_config"])
     assert stop.value.code in (0, None)
     return capsys.readouterr().out
 
@@ -235,7 +236,7 @@ def trained(tmp_path_factory):
     config["model"]["init_args"]["student"]["init_args"]["lr"] = 0.03  # at 0.1 this little net learns in some runs only
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     process = subprocess.run(
-        [sys.executable, "-m", "lightning_accel.cli.lightning_cli", "fit", "-c", str(folder / "run.yaml")],
+        [sys.executable, "-m", "lightning_accel", "fit", "-c", str(folder / "run.yaml")],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -254,7 +255,7 @@ def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     assert manifest["complete"]
     run = json.loads((folder / "bundle" / "report.json").read_text())["run"]
-    assert run["command"] == f"cli.py fit -c {folder / 'run.yaml'}"
+    assert run["command"] == f"__main__.py fit -c {folder / 'run.yaml'}"
     assert yaml.safe_load(run["config"])["trainer"]["max_epochs"] == run_config(folder)["trainer"]["max_epochs"]
     saved = yaml.safe_load(next(folder.rglob("config.yaml")).read_text())
     assert yaml.safe_load(run["config"]) == saved  # what SaveConfigCallback keeps
@@ -264,27 +265,27 @@ def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
 def test_export_repeats_the_same_file(trained, capsys):
     folder, _ = trained
     before = (folder / "bundle" / "model.onnx").read_bytes()
-    ckpt = ["--ckpt", str(folder / "bundle.ckpt")]
+    ckpt = ["--ckpt-path", str(folder / "bundle.ckpt")]
     saved = folder / "config.yaml"  # what Lightning wrote when the run began
     for args in ([folder / "run.yaml"], [saved, *ckpt]):  # without: the checkpoint beside the bundle
         (folder / "bundle" / "model.onnx").write_bytes(b"")
-        assert cli.main(["export", "-c", *map(str, args)]) == 0
+        assert main(["export", "-c", *map(str, args)]) == 0
         assert "| student int8" in capsys.readouterr().out
         assert (folder / "bundle" / "model.onnx").read_bytes() == before
 
 
 def test_validate_test_and_predict_compute_what_was_trained(trained, capsys):
     folder, _ = trained
-    arguments = ["-c", str(folder / "run.yaml"), "--ckpt_path", str(folder / "bundle.ckpt")]
+    arguments = ["-c", str(folder / "run.yaml"), "--ckpt-path", str(folder / "bundle.ckpt")]
     report = json.loads((folder / "bundle" / "report.json").read_text())
     trained_accuracy = next(c["metric"]["val_accuracy"][0] for c in report["verification"] if "metric" in c)
     for command in ("validate", "test", "predict"):
-        assert cli.main([command, *arguments]) == 0
+        assert main([command, *arguments]) == 0
         out = capsys.readouterr().out
         if command == "validate":
             assert float(out.split("val_accuracy")[1].split()[1]) == pytest.approx(trained_accuracy)
     assert trained_accuracy > 0.5  # 0.25 is chance
-    assert cli.main(["validate", *arguments[:2]]) == 0  # the untrained network
+    assert main(["validate", *arguments[:2]]) == 0  # the untrained network
     assert float(capsys.readouterr().out.split("val_accuracy")[1].split()[1]) != pytest.approx(trained_accuracy)
 
 
@@ -298,12 +299,12 @@ def test_fit_resumes_from_the_overlay_s_checkpoint(tmp_path):
     config["trainer"]["enable_checkpointing"] = True
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     base = ["fit", "-c", "run.yaml", "-c", "resume.yaml"]
-    assert cli.main(base) == 0
+    assert main(base) == 0
     straight = torch.load("kept/last.ckpt", weights_only=True)
     assert straight["global_step"] == 12
-    assert cli.main([*base, "--trainer.callbacks+=tests.cli.test_lightning_cli.StopAfter"]) == 0
+    assert main([*base, "--trainer.callbacks+=tests.cli.test_lightning_cli.StopAfter"]) == 0
     assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 6
-    assert cli.main([*base, "--ckpt_path", "kept/last.ckpt"]) == 0
+    assert main([*base, "--ckpt-path", "kept/last.ckpt"]) == 0
     resumed = torch.load("kept/last.ckpt", weights_only=True)
     assert resumed["global_step"] == 12
     assert all(torch.equal(resumed["state_dict"][name], value) for name, value in straight["state_dict"].items())
@@ -350,7 +351,7 @@ BAD = {
     "end before start": (changed(PRUNING, start=2, end=1), "`end` must be at or after `start` (2), but got 1"),
     "end before start, in steps": (changed(PRUNING, start=0.9, end=1), "`end` must be at or after `start` (0.9"),
     "start beyond the run": (changed(QAT, start=7), "`start` must lie within the run's 2 epochs, but got 7"),
-    "not capturable": (changed(student={"class_path": "tests.cli.test_lightning_cli.Branching"}), "test_cli.py"),
+    "not capturable": (changed(student={"class_path": "tests.cli.test_lightning_cli.Branching"}), "test_lightning_cli.py"),
     "unlike teacher": (changed(teacher={"class_path": "tests.cli.test_lightning_cli.FiveClasses"}), "(3, 4) and (3, 5)"),
     "unknown argument": (changed(PRUNING, sparsitty=0.5), "'sparsitty' is not accepted"),
 }  # fmt: skip
@@ -373,13 +374,15 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capfd
     config = run_config(tmp_path)
     edit(config)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["fit", "-c", "run.yaml"]) != 0
+    assert main(["fit", "-c", "run.yaml"]) != 0
     assert expected in told(capfd)
     left = {path.name for path in tmp_path.iterdir()} - {"config.yaml"}  # Lightning's own record, once a run has begun
     assert left == {"run.yaml"}
 
 
-@pytest.mark.parametrize(("command", "option"), [("fit", "--ckpt_path"), ("test", "--ckpt_path"), ("export", "--ckpt")])
+@pytest.mark.parametrize(
+    ("command", "option"), [("fit", "--ckpt-path"), ("test", "--ckpt-path"), ("export", "--ckpt-path")]
+)
 @pytest.mark.parametrize("content", [b"", b"half a chec", None], ids=["empty", "damaged", "missing"])
 def test_a_damaged_checkpoint_is_told_in_one_line(trained, tmp_path, capfd, command, option, content):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
@@ -387,7 +390,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(trained, tmp_path, capfd, comm
     if content is not None:
         (tmp_path / "damaged.ckpt").write_bytes(content)
         files.append("damaged.ckpt")
-    assert cli.main([command, "-c", "run.yaml", option, "damaged.ckpt"]) != 0
+    assert main([command, "-c", "run.yaml", option, "damaged.ckpt"]) != 0
     assert "damaged.ckpt" in told(capfd)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
@@ -396,27 +399,29 @@ def test_a_checkpoint_cut_short(trained, tmp_path, capfd):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_config(tmp_path)))
     whole = (trained[0] / "bundle.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    assert cli.main(["export", "-c", "run.yaml", "--ckpt", "cut.ckpt"]) == 1
+    assert main(["export", "-c", "run.yaml", "--ckpt-path", "cut.ckpt"]) == 1
     assert "`ckpt_path` must be a readable checkpoint, but got 'cut.ckpt'" in told(capfd)
 
 
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["fot"], "fot"),
+        (["fot"], "unknown command `fot`. Did you mean `fit`?"),
         (["fit", "-c", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--trainer.max_epochs", "many"], "`trainer.max_epochs` is not valid: Expected a <class 'int'>. Got value: many."),
-        (["fit", "--trainer.nonsense", "1"], "--trainer.nonsense"),
+        (["fit", "--trainer.nonsense", "1"], "unknown option `--trainer.nonsense`"),
+        (["fit", "--trainer.max-epoch", "1"], "unknown option `--trainer.max-epoch`. Did you mean `--trainer.max-epochs`?"),
+        (["quantize", "--ckpt", "x.ckpt"], "unknown option `--ckpt`. Did you mean `--ckpt-path`?"),
     ],
 )  # fmt: skip
 def test_a_command_line_that_cannot_be_read(capfd, args, expected):
-    assert cli.main(args) == 2
+    assert main(args) == 2
     assert expected in told(capfd)
 
 
 def test_the_process_itself_exits_with_the_code(tmp_path):
     process = subprocess.run(
-        [sys.executable, "-m", "lightning_accel.cli.lightning_cli", "fit", "--trainer.max_epochs", "many"],
+        [sys.executable, "-m", "lightning_accel", "fit", "--trainer.max_epochs", "many"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -435,7 +440,7 @@ def test_a_bug_in_the_user_s_code_keeps_its_traceback(tmp_path):
     config = run_config(tmp_path, student={"class_path": "tests.cli.test_lightning_cli.Buggy"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(KeyError, match="no such key"):
-        cli.main(["fit", "-c", "run.yaml"])
+        main(["fit", "-c", "run.yaml"])
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
@@ -444,25 +449,36 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     config["trainer"]["callbacks"][0]["init_args"]["sparsity"] = 1.5
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="sparsity"):
-        cli.main(["fit", "-c", "run.yaml"])
+        main(["fit", "-c", "run.yaml"])
 
 
 # --- help
 
 
 def test_help_version_and_nothing(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"lightning-accel {la.__version__}\n"
-    assert cli.main(["--help"]) == 0
+    for option in ("--version", "-V"):
+        assert main([option]) == 0
+        assert capsys.readouterr().out == f"lightning-accel {la.__version__}\n"
+    assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert cli.main([]) == 2  # a script that forgot the command must notice
+    assert main([]) == 2  # a script that forgot the command must notice
     assert capsys.readouterr().out == text
-    assert all(f"\n  {command} " in text for command in cli.AccelCLI.subcommands())
+    assert set(TRAINER_COMMANDS) == set(AccelCLI.subcommands())
+    assert all(f"\n  {command} " in text for command in (*TRAINER_COMMANDS, *COMMANDS))
+
+
+def test_the_help_of_a_command_writes_options_with_dashes(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    text = capsys.readouterr().out
+    assert "--calibration-batches CALIBRATION_BATCHES" in text
+    assert "--trainer.max-epochs" in text
+    assert "--calibration_batches" not in text
 
 
 def test_only_the_one_foreign_warning_is_silenced(capsys):
     before = len(warnings.filters)
-    cli.main(["nothing of the kind"])
+    main(["fit", "--nothing-of-the-kind"])
     new = warnings.filters[: len(warnings.filters) - before]
     assert len(new) == 1
     assert new[0][0] == "ignore"

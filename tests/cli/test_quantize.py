@@ -10,7 +10,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 import lightning_accel as la
-from lightning_accel.cli import lightning_cli as cli
+from lightning_accel.cli.main import main
 from tests.cli.test_lightning_cli import Data, _process, pytestmark, told  # noqa: F401 - the fixture and marks serve here too
 from tests.support.models import Classifier, images
 
@@ -55,8 +55,8 @@ def config(tmp_path):
 @pytest.mark.parametrize(("target", "engine"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_a_checkpoint_becomes_a_verified_bundle(checkpoint, tmp_path, capsys, target, engine):
     path, module = checkpoint
-    arguments = ["quantize", *config(tmp_path), "--ckpt", str(path), "--target", target, "--dirpath", "bundle"]
-    assert cli.main([*arguments, "--calibration_batches", "4"]) == 0
+    arguments = ["quantize", *config(tmp_path), "--ckpt-path", str(path), "--target", target, "--dirpath", "bundle"]
+    assert main([*arguments, "--calibration-batches", "4"]) == 0
     assert "network int8" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["default"]["engine"] == engine
@@ -72,12 +72,12 @@ def test_errors_are_told_in_one_line_and_leave_nothing(checkpoint, tmp_path, cap
     path, _ = checkpoint
     base = ["quantize", *config(tmp_path), "--dirpath", "bundle"]
     for arguments, expected in (
-        ([], "Argument `ckpt` must be the path of a checkpoint, but got None"),
-        (["--ckpt", "none.ckpt"], "none.ckpt"),
-        (["--ckpt", str(path), "--engines", "[tensorrt]"], "must suit target 'onnxruntime', but got 'tensorrt': its parser refuses uint8"),
-        (["--ckpt", str(path), "--exclude", "[neck]"], "`exclude` must match the name of a quantizable operator"),
+        ([], "Argument `ckpt_path` must be the path of a checkpoint, but got None"),
+        (["--ckpt-path", "none.ckpt"], "none.ckpt"),
+        (["--ckpt-path", str(path), "--engine", "tensorrt"], "suit target 'onnxruntime', but got 'tensorrt': its parser refuses uint8"),
+        (["--ckpt-path", str(path), "--exclude", "neck"], "`exclude` must match the name of a quantizable operator"),
     ):  # fmt: skip
-        assert cli.main([*base, *arguments]) == 1
+        assert main([*base, *arguments]) == 1
         assert expected in told(capfd)
         assert not (tmp_path / "bundle").exists()
 
@@ -96,8 +96,8 @@ def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
     overlay = tmp_path / "export.yaml"
     data = {"class_path": "tests.cli.test_quantize.HeldOutForTest"}
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [export]}, "data": data}))
-    base = ["quantize", *config(tmp_path), "-c", str(overlay), "--ckpt", str(path), "--calibration_batches", "2"]
-    assert cli.main([*base, "--target", "openvino", "--dirpath", "bundle", "--module", "[net]"]) == 0
+    base = ["quantize", *config(tmp_path), "-c", str(overlay), "--ckpt-path", str(path), "--calibration_batches", "2"]
+    assert main([*base, "--target", "openvino", "--dirpath", "bundle", "--module", "net"]) == 0
     assert not (tmp_path / "trained").exists()
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert (manifest["precision"], manifest["default"]["engine"]) == ("int8", "openvino")
@@ -107,7 +107,7 @@ def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
 
     second = {**export, "init_args": {**settings, "name": "second"}}
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [export, second]}}))
-    assert cli.main(base) == 1
+    assert main(base) == 1
     assert "must hold one ModelExport at most, but got 2" in told(capfd)
 
 
@@ -116,18 +116,18 @@ def test_a_file_or_a_folder_of_the_user_s_is_not_replaced(checkpoint, tmp_path, 
     (tmp_path / "thesis.tex").write_text("mine")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    base = ["quantize", *config(tmp_path), "--ckpt", str(path), "--dirpath"]
-    assert cli.main([*base, "thesis.tex"]) == 1
+    base = ["quantize", *config(tmp_path), "--ckpt-path", str(path), "--dirpath"]
+    assert main([*base, "thesis.tex"]) == 1
     assert "Argument `dirpath` must be a folder, but got the file 'thesis.tex'" in told(capfd)
-    assert cli.main([*base, "notes"]) == 1
+    assert main([*base, "notes"]) == 1
     assert "must be a new folder or an earlier bundle, but got 'notes'" in told(capfd)
     assert {p.read_text() for p in (tmp_path / "thesis.tex", tmp_path / "notes" / "a.txt")} == {"mine"}
 
 
 def test_a_checkpoint_of_another_network_is_told_in_one_line(checkpoint, tmp_path, capfd):
     path, _ = checkpoint
-    base = ["quantize", *config(tmp_path), "--dirpath", "bundle", "--ckpt", str(path)]
-    assert cli.main([*base, "--model.width", "16"]) == 1
+    base = ["quantize", *config(tmp_path), "--dirpath", "bundle", "--ckpt-path", str(path)]
+    assert main([*base, "--model.width", "16"]) == 1
     line = told(capfd)
     assert "must be of the model in the config, Classifier, built with the same arguments, but: " in line
     assert "size mismatch for net.conv1.weight" in line
@@ -142,7 +142,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path, capfd):
     )  # fmt: skip
     trainer.fit(module, Data())
     trainer.save_checkpoint(tmp_path / "int8.ckpt")
-    assert cli.main(["quantize", *config(tmp_path), "--ckpt", str(tmp_path / "int8.ckpt")]) == 1
+    assert main(["quantize", *config(tmp_path), "--ckpt-path", str(tmp_path / "int8.ckpt")]) == 1
     assert "must be of a float network, but" in told(capfd)
 
 

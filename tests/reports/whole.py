@@ -102,7 +102,7 @@ def whole_report() -> Report:
     return Report.from_dict(
         {
             "title": f"Net {NASTY}",
-            "command": "lightning-accel export -c run.yaml --ckpt bundle.ckpt",
+            "command": "lightning-accel export -c run.yaml --ckpt-path bundle.ckpt",
             "ships": "student int8",
             "rows": [
                 {**row, "name": "teacher", "correct": 981, "p50_ms": 4.21, "p90_ms": 4.9},

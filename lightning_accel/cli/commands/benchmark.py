@@ -1,9 +1,9 @@
-"""One bundle: all runtime variants of its network side by side, each in a process of its own, with accuracy, and the one that ships.
+"""Measure every runtime variant of a bundle, each in its own process, and select the one that ships; or compare several files.
 
-Several bundles or files: their latency side by side, in this process. In both the variants take turns in an order shuffled
-anew each round, and a null run of the baseline against itself shows what this machine makes of a difference that isn't there.
+One bundle: latency, throughput, memory and accuracy of each variant. Several bundles or files: their latency, in one process. In both cases
+the order is shuffled in each round, and a null run of the baseline against itself shows the measurement error of this machine.
 
-Exit code of one bundle: 0; 1 if nothing fits the budgets, or for an error; 130 after Ctrl-C, which keeps what was measured.
+Exit code for one bundle: 0; 1 if no variant meets the budgets, or for an error; 130 after Ctrl-C, which prints the measurements so far.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import benchmark
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.cli.arrays import load_arrays, load_labels
-from lightning_accel.cli.main import INTERRUPTED
+from lightning_accel.cli.errors import INTERRUPTED
+from lightning_accel.cli.options import add_list_option
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.manifest import MANIFEST, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -47,48 +48,45 @@ _OF_ONE_BUNDLE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "models", nargs="+", help="a bundle; or several bundles or files, `artifacts:tensorrt` is an engine of one"
+        "models", nargs="+", help="a bundle; or several bundles and files, where `artifacts:tensorrt` selects an engine"
     )
-    parser.add_argument(
-        "--batch", type=int, action="append", help="samples in a call, several times; default 1 and 32, or 32"
+    add_list_option(
+        parser, "--batch", int, help="samples in a call; default 1,32 for one bundle, 32 for several models"
     )
     parser.add_argument("--data", type=Path, help="samples: .npz by input name, or .npy; default: those in the bundle")
-    parser.add_argument(
-        "--threads", type=int, help="threads of each engine; default: one for each core, or its own choice"
-    )
+    parser.add_argument("--threads", type=int, help="threads of each engine; default: one per core for one bundle")
     parser.add_argument(
         "--seconds",
         type=float,
-        help="time for each variant, batch size and number of callers, default 2; or in all, default 10",
+        help="one bundle: time for each variant, batch size and number of callers, default 2; several models: total, default 10",
     )
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    one = parser.add_argument_group("one bundle")
-    one.add_argument("--all", action="store_true", help="all variants, not only the common ones")
-    one.add_argument("--variant", action="append", help="a variant by its name, several times")
-    one.add_argument(
-        "--labels",
-        type=Path,
-        help=".npy file with the class of each sample of --data, or with the values of its outputs",
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    _add_arguments_of_one_bundle(parser.add_argument_group("one bundle"))
+
+
+def _add_arguments_of_one_bundle(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--all", action="store_true", help="measure all variants, not only the half dozen default ones")
+    add_list_option(group, "--variant", help="name of a variant to measure")
+    group.add_argument(
+        "--labels", type=Path, help=".npy file with the class, or the output values, of each sample of --data"
     )
-    one.add_argument(
+    group.add_argument(
         "--output-kind",
         choices=(CLASSES, VALUES),
-        help="what the first output holds: logits of classes, or values, whose R² is taken; default: as the labels, as in the run",
+        help="whether the first output holds logits of classes, or values that are scored by R²; default: as in the labels or the run",
     )
-    one.add_argument(
-        "--callers", type=int, action="append", help="threads that call at once, several times; default 1 and 4"
+    add_list_option(group, "--callers", int, help="number of threads that call at the same time; default 1,4")
+    group.add_argument("--limit", type=float, default=60.0, help="time limit for each variant in seconds; default 60")
+    group.add_argument(
+        "--max-drop", type=float, help="budget: accuracy that may be lost against fp32, in percentage points; default 1"
     )
-    one.add_argument("--limit", type=float, default=60.0, help="time for a variant in all, in seconds; default 60")
-    one.add_argument(
-        "--max-drop", type=float, help="decide: percentage points of accuracy that may be lost against fp32; default 1"
+    group.add_argument("--max-latency-ms", type=float, help="budget: largest median latency of a call, with one caller")
+    group.add_argument("--max-bytes", type=int, help="budget: largest file")
+    group.add_argument(
+        "--budget-batch", type=int, help="batch size at which latency is compared; default: the largest of --batch"
     )
-    one.add_argument("--max-latency-ms", type=float, help="decide: largest median latency of a call, one caller")
-    one.add_argument("--max-bytes", type=int, help="decide: largest file")
-    one.add_argument(
-        "--budget-batch", type=int, help="batch size at which latency counts; default: the largest of --batch"
-    )
-    one.add_argument("--markdown", type=Path, help="write the tables there")
-    one.add_argument("--no-record", action="store_true", help="leave the bundle as it is")
+    group.add_argument("--markdown", type=Path, help="write the tables to this file")
+    group.add_argument("--no-record", action="store_true", help="don't change the bundle")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -136,7 +134,7 @@ def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
 
 
 def settings_of(arguments: argparse.Namespace) -> BenchmarkSettings:
-    """How it is measured, of what was given; the rest is the default."""
+    """Settings of the measurement: those given, and defaults for the rest."""
     given: dict[str, Any] = {
         "batches": tuple(arguments.batch) if arguments.batch else None,
         "callers": tuple(arguments.callers) if arguments.callers else None,
@@ -144,7 +142,7 @@ def settings_of(arguments: argparse.Namespace) -> BenchmarkSettings:
         "threads": arguments.threads,
         "limit_s": arguments.limit,
     }
-    if arguments.seconds is not None and arguments.seconds > 0:  # twenty turns, and a warm-up that fits
+    if arguments.seconds is not None and arguments.seconds > 0:  # twenty turns, and a shorter warm-up
         given |= {"turn_s": min(0.1, arguments.seconds / 20), "warmup_s": min(0.3, arguments.seconds / 4)}
     return BenchmarkSettings(**{name: value for name, value in given.items() if value is not None})
 
@@ -159,23 +157,23 @@ def _budgets(arguments: argparse.Namespace) -> Budgets | None:
     if not given:
         if arguments.budget_batch is not None:
             raise InvalidArgumentError(
-                "Argument `--budget-batch` must come with a budget, e.g. --max-drop 0.5, but got none."
+                "Argument `--budget-batch` must be given with a budget, e.g. --max-drop 0.5, but got none."
             )
         return None
     return Budgets(**given, batch=arguments.budget_batch)
 
 
 def _ending(bundle: Path, comparison: Comparison, *, recorded: bool) -> str:
-    where = f"Recorded in {bundle / 'comparison.json'}." if recorded else "The bundle was left as it is."
+    where = f"Recorded in {bundle / 'comparison.json'}." if recorded else "The bundle was not changed."
     if comparison.decision is None:
-        return where if comparison.interrupted else f"{where} To decide what ships: --max-drop 0.5"
+        return where if comparison.interrupted else f"{where} Pass --max-drop 0.5 to select the variant that ships."
     if comparison.decision["ship"] is None:
-        return f"{where} Its default stays."
+        return f"{where} Its default was not changed."
     return f"{where} {MANIFEST} names {comparison.decision['ship']} as the default." if recorded else where
 
 
 def show(text: str) -> None:
-    """Tell on a terminal what is being done."""
+    """Show the progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{text[:78]:78s}", end="\r" if not text else "", file=sys.stderr, flush=True)
 

@@ -1,10 +1,11 @@
-"""Build a TensorRT engine from an ONNX file, or again in a bundle for this machine, and print the equivalent trtexec command."""
+"""Build a TensorRT engine from an ONNX file, or rebuild the engine of a bundle for this machine, and print the trtexec command."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from lightning_accel.cli.arrays import load_arrays
+from lightning_accel.cli.options import add_list_option
 from lightning_accel.engines.manifest import MANIFEST
 from lightning_accel.engines.tensorrt.build import COMPATIBILITY, EngineInfo, build_engine
 from lightning_accel.engines.tensorrt.command import equivalent_command
@@ -15,17 +16,17 @@ _PRECISIONS = ("file", "fp16", "bf16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("model", type=Path, help="the ONNX file, or a bundle, whose engine is replaced")
+    parser.add_argument("model", type=Path, help="the ONNX file, or a bundle whose engine is replaced")
     parser.add_argument("--engine", choices=["tensorrt", "tensorrt_rtx"], help="library; default: the one installed")
     parser.add_argument(
         "--precision",
         choices=_PRECISIONS,
         default="file",
-        help="of what is float32 in the file; written into a copy of it beside the engine. Default: as in the file",
+        help="precision of the file's float32 nodes, written into a copy of the file beside the engine; default: keep the file's",
     )
-    parser.add_argument("--data", type=Path, help="samples on which ranges are found for fp16 and bf16")
-    parser.add_argument("--keep", action="append", default=[], help="glob of nodes that stay float32, several times")
-    parser.add_argument("--out", type=Path, help="the engine; default: beside the ONNX file")
+    parser.add_argument("--data", type=Path, help="samples from which ranges are determined for fp16 and bf16")
+    add_list_option(parser, "--keep", help="glob of nodes that stay float32", default=[])
+    parser.add_argument("--out", type=Path, help="path of the engine; default: beside the ONNX file")
     parser.add_argument(
         "--profile",
         action="append",
@@ -33,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT=MIN,OPT,MAX",
         help="shapes of a dynamic input, e.g. x=1x3x32x32,8x3x32x32,64x3x32x32",
     )
-    parser.add_argument("--workspace", type=int, metavar="BYTES", help="memory for intermediate results")
-    parser.add_argument("--level", type=int, help="0 builds fast, 5 runs fast")
-    parser.add_argument("--timing-cache", type=Path, help="file that keeps timings between builds")
-    parser.add_argument("--dense", action="store_true", help="no kernels for 2:4 sparse weights")
-    parser.add_argument("--compatibility", choices=COMPATIBILITY, help="further GPUs that shall run the engine")
+    parser.add_argument("--workspace", type=int, metavar="BYTES", help="memory limit for intermediate results")
+    parser.add_argument(
+        "--level", type=int, help="builder optimization level: 0 builds fastest, 5 produces the fastest engine"
+    )
+    parser.add_argument("--timing-cache", type=Path, help="file that stores timings between builds")
+    parser.add_argument("--dense", action="store_true", help="don't use kernels for 2:4 sparse weights")
+    parser.add_argument("--compatibility", choices=COMPATIBILITY, help="further GPUs that the engine must run on")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,7 +82,7 @@ def _lowered(arguments: argparse.Namespace) -> Path:
     for node, why in report.kept.items():
         print(f"  {node}: {why}")
     if samples is None:
-        print("  ranges were not looked at: pass --data to find what leaves the range of the precision")
+        print("  no ranges were checked: pass --data to find values that exceed the range of the precision")
     return out
 
 
@@ -98,20 +101,20 @@ def _print(info: EngineInfo, source: Path) -> None:
         print(f"  2:4 sparse weights: {len(info.sparse_layers)} layers")
     for line in info.warnings:
         print(f"  warning: {line}")
-    print(f"the same with NVIDIA's own tool: {equivalent_command(info, source)}")
+    print(f"the same with NVIDIA's tool: {equivalent_command(info, source)}")
 
 
 def _rebuild(arguments: argparse.Namespace) -> int:
-    """Replace the engine of a bundle by one for this machine."""
+    """Replace the engine of a bundle with one for this machine."""
     from lightning_accel.bundle.writer import replace_engine
 
     if arguments.precision != "file" or arguments.out is not None:
         raise InvalidArgumentError(
-            f"Argument `--precision` and `--out` must not be given for a bundle, whose {MANIFEST} says both."
+            f"Argument `--precision` and `--out` must be left out for a bundle, because its {MANIFEST} sets both."
         )
     info, source = replace_engine(arguments.model, lambda path, out: _build(arguments, path, out))
     _print(info, source)
-    print(f"prove it here: lightning-accel verify {arguments.model} --engine tensorrt --record")
+    print(f"verify it here: lightning-accel verify {arguments.model} --engine tensorrt --record")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write a bundle in the form that a server takes."""
+"""Write a bundle as a model repository of Triton Inference Server."""
 
 import argparse
 from pathlib import Path
@@ -8,8 +8,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("--triton", type=Path, required=True, metavar="REPOSITORY", help="Triton's model repository")
-    parser.add_argument("--name", help="name of the model; default: the bundle's folder")
-    parser.add_argument("--engine", help="engine of the bundle; default: its default")
+    parser.add_argument("--name", help="name of the model; default: name of the bundle's folder")
+    parser.add_argument("--engine", help="engine of the bundle; default: the bundle's default")
     parser.add_argument("--version", type=int, default=1, help="version of the model; default 1")
     parser.add_argument("--max-batch", type=int, default=64, help="largest batch; default 64")
 

@@ -1,6 +1,6 @@
-"""Try, without training, whether a module can be captured, exported, quantized and built, and say what stands in the way.
+"""Test, without training, whether a module can be captured, exported, quantized and built, and print what prevents it.
 
-Exit code: 0 nothing stands in the way; 1 something does; 3 nothing was found, but not all could be tried.
+Exit code: 0 nothing prevents it; 1 something does; 3 no problem was found, but not everything could be tried.
 """
 
 import argparse
@@ -15,22 +15,33 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel.cli.arrays import load_arrays
+from lightning_accel.cli.options import add_list_option
 from lightning_accel.errors import InvalidArgumentError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("module", help="path of the class, e.g. package.module.MyLit; looked for from this folder, too")
-    parser.add_argument("--ckpt", type=Path, help="checkpoint to load; its hyper-parameters build the module")
-    parser.add_argument("--init", action="append", default=[], metavar="NAME=VALUE", help="argument of its constructor")
     parser.add_argument(
-        "--shape", action="append", default=[], metavar="NAME=2x3x32x32", help="an input, e.g. ids=2x128:int64"
+        "module", help="import path of the class, e.g. package.module.MyLit; the current folder is searched, too"
     )
-    parser.add_argument("--data", type=Path, help="inputs instead: .npz by name, or .npy for the only one")
+    parser.add_argument(
+        "--ckpt-path", type=Path, help="checkpoint to load; the module is built with its hyper-parameters"
+    )
+    parser.add_argument(
+        "--init", action="append", default=[], metavar="NAME=VALUE", help="argument of the constructor; may be repeated"
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="NAME=2x3x32x32",
+        help="shape of an input, e.g. ids=2x128:int64; may be repeated",
+    )
+    parser.add_argument("--data", type=Path, help="inputs instead of shapes: .npz by name, or .npy for a single input")
     parser.add_argument("--target", default="portable", help="arithmetic to quantize for; default portable")
-    parser.add_argument("--engine", action="append", help="engine to build, several times; default: those installed")
-    parser.add_argument("--seconds", type=float, default=30.0, help="time for all of it; default 30")
-    parser.add_argument("--json", type=Path, help="write the findings there")
+    add_list_option(parser, "--engine", help="engine to build for; default: all that are installed")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time limit in seconds; default 30")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lightning_accel.export.module_source import build_call, build_module, required_inputs
 
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the libraries to their own developers, as are the graphs that torch prints
-        module = build_module(arguments.module, arguments.ckpt, dict(map(_value, arguments.init)))
+        warnings.simplefilter("ignore")  # meant for the libraries' own developers, like the graphs that torch prints
+        module = build_module(arguments.module, arguments.ckpt_path, dict(map(_value, arguments.init)))
         arrays = None if arguments.data is None else load_arrays(arguments.data, required_inputs(module))
         call = build_call(module, arguments.shape, arrays)
         spent = min(
@@ -51,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         findings = check_module(
             module, call, target=arguments.target, engines=arguments.engine, seconds=arguments.seconds, spent=spent
         )
-    print(f"{arguments.module}{f' with {arguments.ckpt}' if arguments.ckpt else ''}")
+    print(f"{arguments.module}{f' with {arguments.ckpt_path}' if arguments.ckpt_path else ''}")
     for finding in findings:
         print(finding)
     if arguments.json is not None:

@@ -1,6 +1,6 @@
-"""Two bundles side by side: what they are, and what their defaults compute and take on this machine, measured in turns.
+"""Compare two bundles: their contents, and the accuracy and latency of their default engines on this machine.
 
-Exit code: 0; 1 if one of them can't run here, or for an error; 130 after Ctrl-C, which keeps what was measured.
+Exit code: 0; 1 if one of them can't run here, or for an error; 130 after Ctrl-C, which prints the measurements so far.
 """
 
 import argparse
@@ -9,23 +9,24 @@ from pathlib import Path
 
 from lightning_accel.cli.arrays import load_arrays, load_labels
 from lightning_accel.cli.commands.benchmark import settings_of, show
-from lightning_accel.cli.main import INTERRUPTED
+from lightning_accel.cli.errors import INTERRUPTED
+from lightning_accel.cli.options import add_list_option
 from lightning_accel.engines.manifest import read_manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("a", type=Path, help="a bundle")
-    parser.add_argument("b", type=Path, help="another one, with the same inputs")
+    parser.add_argument("b", type=Path, help="another bundle with the same inputs")
     parser.add_argument("--data", type=Path, help="samples: .npz by input name, or .npy; default: those in a bundle")
     parser.add_argument("--labels", type=Path, help=".npy file with the class of each sample")
-    parser.add_argument("--batch", type=int, action="append", help="samples in a call, several times; default 1 and 32")
-    parser.add_argument("--callers", type=int, action="append", help="threads that call at once; default 1 and 4")
-    parser.add_argument("--threads", type=int, help="threads of each engine; default: one for each core")
-    parser.add_argument("--seconds", type=float, help="time for each batch size and number of callers; default 2")
-    parser.add_argument("--limit", type=float, default=60.0, help="time for a bundle in all, in seconds; default 60")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    add_list_option(parser, "--batch", int, help="samples in a call; default 1,32")
+    add_list_option(parser, "--callers", int, help="number of threads that call at the same time; default 1,4")
+    parser.add_argument("--threads", type=int, help="threads of each engine; default: one per core")
+    parser.add_argument("--seconds", type=float, help="seconds for each batch size and number of callers; default 2")
+    parser.add_argument("--limit", type=float, default=60.0, help="time limit for each bundle in seconds; default 60")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:

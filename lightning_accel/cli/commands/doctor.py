@@ -1,4 +1,4 @@
-"""What is installed, which engines run or only build here, and what they make of int8 on this CPU."""
+"""Print what is installed, which engines run or only build here, and how fast and exact they compute int8 on this CPU."""
 
 import argparse
 import json
@@ -23,15 +23,15 @@ _FORMATS = (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63))  # activ
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("--json", type=Path, help="write the findings there")
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
     parser.add_argument("--no-probe", action="store_true", help="don't run the engines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look and print.
+    """Diagnose and print.
 
     Returns:
-        0, or 1 if something is broken: no ONNX Runtime, two of them over each other, an engine that can't be loaded.
+        0, or 1 if something is broken: ONNX Runtime is missing or installed twice, or an engine can't be loaded.
     """
     found = diagnose(probe=not arguments.no_probe)
     print(_screen(found))
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose(*, probe: bool = True) -> dict[str, Any]:
-    """What this machine can do, as JSON values.
+    """Find out what this machine can do.
 
     Args:
         probe: run the engines on small int8 files.
@@ -49,7 +49,7 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
     Returns:
         ``environment``, ``extras`` (package -> version, or how to install it), ``engines`` (name -> status), ``int8`` (speed, for
         each engine and format), ``kernels`` (error, for each engine, form of operators and format), ``broken`` (what must be
-        mended).
+        fixed).
     """
     packages = {package: needs for package, needs in {**requirements(), **_REPORTS}.items() if package != "torch"}
     extras = {package: _version(package) or f'pip install "{needs}"' for package, needs in packages.items()}
@@ -60,7 +60,7 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: uninstall both, then install one"
         )
     if not {"onnxruntime", "onnxruntime-gpu"} & installed:
-        broken.append('no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"')
+        broken.append('ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]"')
     engines = {name: status for spec in all_engines() for name, status in spec.statuses().items()}
     broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(UNLOADABLE)]
     runs = [engine for engine in probed_engines() if probe and engines[engine].startswith("runs")]
@@ -87,7 +87,7 @@ def _version(package: str) -> str:
 
 def _screen(found: dict[str, Any]) -> str:
     machine = found["environment"]
-    flags = ", ".join(flag for flag, has in machine["cpu_flags"].items() if has) or "none that matter"
+    flags = ", ".join(flag for flag, has in machine["cpu_flags"].items() if has) or "none of the relevant ones"
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores ({flags}); GPU: {machine['gpu'] or 'none'}",
         f"Python {machine['python']}, torch {machine['packages'].get('torch', 'not installed')}",
@@ -97,12 +97,15 @@ def _screen(found: dict[str, Any]) -> str:
         *(f"{name:18s} {status}" for name, status in found["extras"].items()),
     ]
     if found["int8"]:
-        lines += ["", "int8 on this CPU: a 3x3 convolution, 64 channels, 1 thread, against float32 in the same engine:"]
+        lines += [
+            "",
+            "int8 on this CPU: speed-up of a 3x3 convolution with 64 channels over float32 in the same engine, 1 thread:",
+        ]
     lines += [f"{one['engine']:18s} {_format(one):22s} {one['speedup']:.1f}x" for one in found["int8"]]
     if found["kernels"]:
         lines += [
             "",
-            "int8 kernels on this CPU: largest error in steps of the output's quantization, exact is at most one:",
+            "int8 kernels on this CPU: largest error in quantization steps of the output; at most one step is exact:",
         ]
     rows: dict[tuple[str, str], list[str]] = {}
     for one in found["kernels"]:

@@ -1,6 +1,6 @@
-"""Check every file of a bundle against its manifest, and hold what its engines compute on this machine against the proven file.
+"""Check every file of a bundle against its manifest, and compare its engines on this machine with its verified file.
 
-Exit code: 0 all engines passed; 1 one failed, or the bundle is damaged; 3 none failed, but not all could be run here.
+Exit code: 0 all engines passed; 1 one failed, or the bundle is damaged; 3 none failed, but some can't run here.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.cli.arrays import load_arrays
+from lightning_accel.cli.options import add_list_option
 from lightning_accel.engines.manifest import read_manifest
 
 
@@ -16,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("--data", type=Path, help="samples: .npz by input name, or .npy; default: those in the bundle")
-    parser.add_argument("--engine", action="append", help="an engine to run, several times; default: all")
-    parser.add_argument("--batch", type=int, action="append", help="a batch size, several times; default: 1, 7, 32")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    add_list_option(parser, "--engine", help="engine to run; default: all")
+    add_list_option(parser, "--batch", int, help="batch size; default: 1,7,32")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--record", action="store_true", help="add the result to the bundle's manifest")
 
 
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     proofs = verify_bundle(
         arguments.bundle, samples, engines=arguments.engine, batch_sizes=tuple(arguments.batch or (1, 7, 32))
     )
-    print(f"{arguments.bundle}: {len(manifest['files'])} files are those that were written")
+    print(f"{arguments.bundle}: {len(manifest['files'])} files match the manifest")
     for proof in proofs:
         print(proof)
     result = {"lines": [proof.to_dict() for proof in proofs], "environment": environment()}

@@ -185,7 +185,9 @@ def test_nothing_fits_is_an_exit_code_and_changes_no_default(bundle, capsys):
 def test_without_budgets_nothing_is_decided_and_without_a_record_nothing_is_written(bundle, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")}
     assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8", "--no-record"]) == 0
-    assert "The bundle was left as it is. To decide what ships: --max-drop 0.5" in capsys.readouterr().out
+    assert (
+        "The bundle was not changed. Pass --max-drop 0.5 to select the variant that ships." in capsys.readouterr().out
+    )
     assert {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")} == before
     assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8"]) == 0
     assert json.loads((bundle / "comparison.json").read_text())["decision"] is None
@@ -262,7 +264,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
     assert status["onnxruntime dynamic int8"] == "ran", found["onnxruntime dynamic int8"].reason
     assert found["onnxruntime dynamic int8"].file is None
     assert found["onnxruntime dynamic int8"].file_bytes > 0
-    assert "lightning-accel quantize --ckpt FILE" in found["onnxruntime int8"].reason
+    assert "lightning-accel quantize --ckpt-path FILE" in found["onnxruntime int8"].reason
     for name in ("onnxruntime cuda fp32", "onnxruntime tensorrt fp32"):
         assert status[name] == "not here"
         assert 'pip install "lightning-accel[gpu]"' in found[name].reason
@@ -278,7 +280,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         (["--variant", "tflite int8"], "Argument `variants` must be among ['pytorch eager'"),
         (["--max-drop", "101"], "Argument `max_drop` must be from 0 to 100 percentage points, but got 101"),
         (["--max-drop", "1", "--budget-batch", "8"], "Argument `batch` must be one of (1, 4), but got 8"),
-        (["--budget-batch", "4"], "Argument `--budget-batch` must come with a budget"),
+        (["--budget-batch", "4"], "Argument `--budget-batch` must be given with a budget"),
         (["--callers", "0"], "Argument `callers` must hold integers of at least 1"),
         (["--data", "{x64}"], "as float32, but got float64"),
         (["--data", "{x}", "--labels", "{few}"], "Argument `labels` must hold an integer for each of the 8 samples"),
@@ -335,8 +337,10 @@ def test_what_cannot_be_recorded_is_told_before_anything_is_measured(bundle, mon
 
 
 def test_ctrl_c_before_anything_is_measured_is_told_in_one_line(bundle):
-    code = "import _thread; from lightning_accel.cli.main import verify, main; verify.run = lambda _: _thread.interrupt_main() or 0"
-    code += "; raise SystemExit(main(['verify', '.']))"
+    code = (
+        "import _thread; from lightning_accel.cli.main import main; from lightning_accel.cli.commands import verify; "
+    )
+    code += "verify.run = lambda _: _thread.interrupt_main() or 0; raise SystemExit(main(['verify', '.']))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "lightning-accel: interrupted\n")
 

@@ -35,7 +35,7 @@ def test_verify_with_the_samples_in_the_bundle(bundle, capsys, tmp_path):
         main(["verify", str(bundle), "--json", str(tmp_path / "v.json")]) == 3
     )  # the GPU's part is still to be proven
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(" files are those that were written")
+    assert lines[0].endswith(" files match the manifest")
     assert [line.split(" (")[0] for line in lines[1:]] == [
         "file as written, against what was trained",
         "onnxruntime",
@@ -134,12 +134,12 @@ def test_build_prints_the_equivalent_command(shipped, tmp_path, capsys):
 def test_build_again_in_a_bundle(bundle, capsys):
     assert read_info(bundle / "engines" / "model.engine").options["level"] is None
     assert main(["build", str(bundle), "--engine", "tensorrt_rtx", "--level", "0"]) == 0
-    assert "prove it here: lightning-accel verify" in capsys.readouterr().out
+    assert "verify it here: lightning-accel verify" in capsys.readouterr().out
     assert read_info(bundle / "engines" / "model.engine").options["level"] == 0
     resolve_bundle(bundle, "tensorrt")  # manifest and files fit again
     assert [p.name for p in bundle.iterdir() if p.name.startswith("tmp")] == []
     assert main(["build", str(bundle), "--precision", "fp16"]) == 1
-    assert "must not be given for a bundle" in capsys.readouterr().err
+    assert "must be left out for a bundle" in capsys.readouterr().err
 
 
 def test_profiles_are_read():

@@ -30,7 +30,7 @@ def test_one_screen_and_the_same_as_json(tmp_path, capsys):
     ("installed", "code", "says"),
     [
         ({"onnxruntime", "onnxruntime-gpu"}, 1, "overwrite each other's files: uninstall both, then install one"),
-        (set(), 1, 'no ONNX Runtime, which verifies every export: pip install "lightning-accel[cpu]"'),
+        (set(), 1, 'ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]"'),
         ({"onnxruntime-gpu"}, 0, "runs here"),
     ],
 )
