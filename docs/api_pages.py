@@ -10,40 +10,38 @@ from mkdocs.structure.files import File, Files
 PACKAGE = Path(__file__).parents[1] / "lightning_accel"
 
 
-def public_names() -> dict[str, list[tuple[str, str]]]:
-    """Room -> name and module of each public name in it, read from ``lightning_accel/__init__.py`` without importing it."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+NAMESPACES = ("losses", "teachers", "pruning", "quantization", "engines", "onnx", "reports")
+
+
+def public_names(space: str = "") -> dict[str, str]:
+    """Name -> module of each public name of ``lightning_accel`` or a namespace in it, read without importing it."""
+    tree = ast.parse(_file(space).read_text())
     (table,) = (
         node.value
         for node in tree.body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "_PUBLIC"
     )
-    rooms: dict[str, list[tuple[str, str]]] = {}
-    for name, module in ast.literal_eval(table).items():
-        rooms.setdefault(module.split(".")[0], []).append((name, module))
-    return rooms
+    return {name: module for name, module in ast.literal_eval(table).items() if module}
 
 
-def purpose(room: str) -> str:
-    """First line of a room's docstring."""
-    path = PACKAGE / room / "__init__.py"
-    file = path if path.is_file() else PACKAGE / f"{room}.py"
-    return (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+def _file(space: str) -> Path:
+    folder = PACKAGE / space
+    return folder / "__init__.py" if folder.is_dir() else PACKAGE / f"{space}.py"
 
 
 def pages() -> dict[str, str]:
     """Path in the docs -> Markdown."""
-    rooms = public_names()
-    title = {room: room.replace("_", " ").capitalize() for room in rooms}
     made = {}
-    for room, names in rooms.items():
-        objects = "\n".join(f"\n::: lightning_accel.{module}.{name}\n" for name, module in names)
-        made[f"api/{room}.md"] = f"# {title[room]}\n\n{purpose(room)}\n{objects}"
-    rows = [
-        f"| [{title[room]}]({room}.md) | {', '.join(f'`{name}`' for name, _ in names)} |"
-        for room, names in rooms.items()
-    ]
-    head = "# Python API\n\nAll names are importable from `lightning_accel`.\n\n| room | names |\n|---|---|\n"
+    rows = []
+    for space in ("", *NAMESPACES):
+        names = public_names(space)
+        title = f"lightning_accel.{space}" if space else "lightning_accel"
+        purpose = (ast.get_docstring(ast.parse(_file(space).read_text())) or "").partition("\n")[0]
+        objects = "\n".join(f"\n::: lightning_accel.{module}.{name}\n" for name, module in names.items())
+        page = f"{space or 'top'}.md"
+        made[f"api/{page}"] = f"# {title}\n\n{purpose}\n{objects}"
+        rows.append(f"| [{title}]({page}) | {', '.join(f'`{name}`' for name in names)} |")
+    head = "# Python API\n\n| import from | names |\n|---|---|\n"
     made["api/index.md"] = head + "\n".join(rows) + "\n"
     return made
 

@@ -20,8 +20,8 @@ def main() -> None:
 
     module = la.DistillationModule(
         ImageClassifier(depth=8, width=8),
-        la.EMATeacher(decay=0.99),
-        losses=la.StandardizedLoss(),
+        la.teachers.EMATeacher(decay=0.99),
+        losses=la.losses.StandardizedLoss(),
         alpha=la.Scheduled(0.0, 0.7, start=0.1, end=0.5),  # an average of next to nothing teaches nothing
     )
     trainer = L.Trainer(max_epochs=1 if quick else 6, **settings)

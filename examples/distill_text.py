@@ -58,7 +58,7 @@ class MiniLM(nn.Module):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self.network = la.HuggingFaceTeacher(folder, auto_class="AutoModel")
+        self.network = la.teachers.HuggingFaceTeacher(folder, auto_class="AutoModel")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings of token ids ``(N, T)``."""

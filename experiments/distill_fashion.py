@@ -47,8 +47,8 @@ PLAIN_RATES = (0.1, 0.2, 0.05, 0.4)
 ROWS: dict[str, list[dict[str, Any] | None]] = {
     "cross-entropy": [None],
     "KD": [{"losses": "kd", "temperature": t, "alpha": 0.9} for t in (4.0, 2.0)],
-    "DKD": [{"losses": la.DKDLoss(t, 1.0, b), "alpha": 0.5} for t, b in ((4.0, 8.0), (2.0, 2.0))],
-    "DIST": [{"losses": la.DISTLoss(t, 2.0, 2.0), "alpha": 0.5} for t in (4.0, 1.0)],
+    "DKD": [{"losses": la.losses.DKDLoss(t, 1.0, b), "alpha": 0.5} for t, b in ((4.0, 8.0), (2.0, 2.0))],
+    "DIST": [{"losses": la.losses.DISTLoss(t, 2.0, 2.0), "alpha": 0.5} for t in (4.0, 1.0)],
     "KD, standardized": [{"losses": la.LossTerm("standardized_kd", w), "alpha": 0.5} for w in (9.0, 3.0)],
     "hint": [{"losses": la.LossTerm("hint", w, **LAST), "alpha": 0.5} for w in (1.0, 0.1)],
     "attention": [{"losses": la.LossTerm("attention_transfer", w, **BLOCKS), "alpha": 0.5} for w in (1000.0, 100.0)],

@@ -140,7 +140,9 @@ def trained(
     module: L.LightningModule = student
     if how != "without distillation":
         cache = la.TeacherCache(kept / f"cache_{fingerprint(settings)}", "float32")
-        module = la.DistillationModule(student, teacher, losses=la.DISTLoss(4.0, 2.0, 2.0), alpha=0.5, cache=cache)
+        module = la.DistillationModule(
+            student, teacher, losses=la.losses.DISTLoss(4.0, 2.0, 2.0), alpha=0.5, cache=cache
+        )
     callbacks = callbacks_of(how, settings["steps"] // EPOCHS, folder)
     trainer_of(settings["steps"], folder, *callbacks).fit(module, data)
     return student
@@ -208,7 +210,7 @@ def speedups(
             if file.is_file():
                 runners[f"{row}/{seed}"] = la.load_runner(file, "openvino", threads=2)
 
-        def turn(runner: la.Runner) -> None:
+        def turn(runner: la.engines.Runner) -> None:
             for _ in range(CALLS):
                 runner.run(feeds)
 

@@ -3,8 +3,43 @@
 Public names are resolved lazily: ``import lightning_accel`` imports neither torch nor any optional package.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from lightning_accel.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_accel import engines as engines
+    from lightning_accel import losses as losses
+    from lightning_accel import onnx as onnx
+    from lightning_accel import pruning as pruning
+    from lightning_accel import quantization as quantization
+    from lightning_accel import reports as reports
+    from lightning_accel import teachers as teachers
+    from lightning_accel.benchmarking.benchmark_bundle import benchmark_bundle as benchmark_bundle
+    from lightning_accel.benchmarking.compare_bundles import compare_bundles as compare_bundles
+    from lightning_accel.benchmarking.comparison import BenchmarkSettings as BenchmarkSettings
+    from lightning_accel.benchmarking.decision import Budgets as Budgets
+    from lightning_accel.benchmarking.measure import benchmark as benchmark
+    from lightning_accel.core.exact_resume import ExactResume as ExactResume
+    from lightning_accel.core.structure import load_from_checkpoint as load_from_checkpoint
+    from lightning_accel.distillation.cache.teacher_cache import TeacherCache as TeacherCache
+    from lightning_accel.distillation.module import DistillationModule as DistillationModule
+    from lightning_accel.distillation.scheduled import Scheduled as Scheduled
+    from lightning_accel.distillation.terms import LossTerm as LossTerm
+    from lightning_accel.engines.base import load_runner as load_runner
+    from lightning_accel.errors import LightningAccelError as LightningAccelError
+    from lightning_accel.errors import VerificationError as VerificationError
+    from lightning_accel.export.callback import ModelExport as ModelExport
+    from lightning_accel.export.check import check as check
+    from lightning_accel.onnx.export import export_onnx as export_onnx
+    from lightning_accel.planning.plan import plan as plan
+    from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
+    from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
+    from lightning_accel.quantization.ptq import PostTrainingQuantization as PostTrainingQuantization
+    from lightning_accel.quantization.ptq import quantize as quantize
+    from lightning_accel.quantization.qat import QuantizationAwareTraining as QuantizationAwareTraining
+    from lightning_accel.verification.bundle import verify_bundle as verify_bundle
+    from lightning_accel.verification.compare import verify as verify
 
 __version__ = "0.1.0"
 
@@ -12,64 +47,35 @@ _PUBLIC = {
     "DistillationModule": "distillation.module",
     "LossTerm": "distillation.terms",
     "Scheduled": "distillation.scheduled",
-    "Teacher": "distillation.teachers.base",
-    "TeacherEnsemble": "distillation.teachers.ensemble",
-    "OnnxTeacher": "distillation.teachers.onnx",
-    "HuggingFaceTeacher": "distillation.teachers.hugging_face",
-    "EMATeacher": "distillation.teachers.ema",
     "TeacherCache": "distillation.cache.teacher_cache",
-    "SoftTargetLoss": "distillation.losses.logits",
-    "HardLabelLoss": "distillation.losses.logits",
-    "LogitMSELoss": "distillation.losses.logits",
-    "MultiLabelLoss": "distillation.losses.logits",
-    "RegressionLoss": "distillation.losses.logits",
-    "DKDLoss": "distillation.losses.decoupled",
-    "DISTLoss": "distillation.losses.correlation",
-    "StandardizedLoss": "distillation.losses.correlation",
-    "HintLoss": "distillation.losses.features",
-    "AttentionTransferLoss": "distillation.losses.features",
-    "SimilarityLoss": "distillation.losses.relations",
-    "RKDLoss": "distillation.losses.relations",
-    "HiddenStateLoss": "distillation.losses.tokens",
-    "CosineLoss": "distillation.losses.tokens",
-    "AttentionLoss": "distillation.losses.tokens",
-    "MiniLMLoss": "distillation.losses.tokens",
     "ChannelPruning": "pruning.channels.callback",
     "WeightPruning": "pruning.weights.callback",
     "QuantizationAwareTraining": "quantization.qat",
     "PostTrainingQuantization": "quantization.ptq",
-    "Target": "quantization.arithmetic.targets",
-    "quantize": "quantization.ptq",
-    "sensitivity": "quantization.sensitivity",
     "ModelExport": "export.callback",
+    "ExactResume": "core.exact_resume",
+    "quantize": "quantization.ptq",
+    "plan": "planning.plan",
+    "check": "export.check",
     "export_onnx": "onnx.export",
-    "lower_precision": "onnx.half_precision",
     "verify": "verification.compare",
     "verify_bundle": "verification.bundle",
-    "VerificationError": "errors",
-    "ExactResume": "core.exact_resume",
-    "load_from_checkpoint": "core.structure",
-    "Runner": "engines.base",
     "load_runner": "engines.base",
-    "build_engine": "engines.tensorrt.build",
     "benchmark": "benchmarking.measure",
     "benchmark_bundle": "benchmarking.benchmark_bundle",
     "compare_bundles": "benchmarking.compare_bundles",
     "Budgets": "benchmarking.decision",
     "BenchmarkSettings": "benchmarking.comparison",
-    "plan": "planning.plan",
+    "load_from_checkpoint": "core.structure",
+    "LightningAccelError": "errors",
+    "VerificationError": "errors",
+    "losses": "",
+    "onnx": "",
+    "teachers": "",
+    "pruning": "",
+    "quantization": "",
+    "engines": "",
+    "reports": "",
 }
-
-__all__ = [*_PUBLIC, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(import_module(f"lightning_accel.{_PUBLIC[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module `lightning_accel` has no attribute `{name}`")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy(__name__, _PUBLIC)
+__all__ += ["__version__"]

@@ -1,5 +1,6 @@
 """What importing costs and pulls in, and which room may import which."""
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import version
@@ -45,9 +46,29 @@ def test_a_runner_needs_neither_torch_nor_lightning():
     assert not set(loaded) & {"torch", "lightning", "matplotlib", "wandb"}
 
 
-def test_every_public_name_resolves():
-    assert dir(la) == sorted(la.__all__)
-    assert all(getattr(la, name) is not None for name in la.__all__)
+NAMESPACES = ("losses", "onnx", "teachers", "pruning", "quantization", "engines", "reports")
+
+
+@pytest.mark.parametrize("space", ["", *NAMESPACES])
+def test_every_public_name_resolves(space):
+    module = getattr(la, space) if space else la
+    assert {*dir(module), "__version__"} == {*module.__all__, "__version__"}
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+@pytest.mark.parametrize("space", ["", *NAMESPACES])
+def test_type_checkers_see_the_names_that_are_resolved_lazily(space):
+    module = getattr(la, space) if space else la
+    (block,) = (node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: (node.module.removeprefix("lightning_accel").removeprefix("."))
+        for node in block.body
+        for alias in node.names
+    }
+    assert seen == module._PUBLIC
+
+
+def test_the_version_is_that_of_the_distribution():
     assert la.__version__ == version("lightning-accel")
     assert (PACKAGE / "py.typed").is_file()
 
@@ -77,7 +98,7 @@ except ModuleNotFoundError as error:
     [
         ("onnxruntime", "la.load_runner('{file}')", "cpu"),
         ("openvino", "la.load_runner('{file}', 'openvino')", "openvino"),
-        ("tensorrt_rtx", "la.build_engine('{file}', 'model.engine', library='tensorrt_rtx')", "tensorrt-rtx"),
+        ("tensorrt_rtx", "la.engines.build_engine('{file}', 'model.engine', library='tensorrt_rtx')", "tensorrt-rtx"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(tmp_path, module, code, extra):

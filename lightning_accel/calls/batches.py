@@ -77,6 +77,12 @@ def as_call(value: Any) -> Call:
     return ((), dict(value)) if isinstance(value, Mapping) else ((value,), {})
 
 
+def given_call(inputs: Any) -> Call:
+    """Arguments as users write them, see :func:`as_call`; ``(args, kwargs)`` is taken as it is."""
+    whole = isinstance(inputs, tuple) and len(inputs) == 2
+    return inputs if whole and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict) else as_call(inputs)
+
+
 def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
     ordinary = [
         p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

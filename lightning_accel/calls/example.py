@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.batches import Call, as_call, canonical_call
+from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import named_keywords, own_signature
 from lightning_accel.calls.names import Axes, checked_axes, input_names
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, example_inputs, traced_batch
@@ -59,7 +59,7 @@ class ExampleCall:
             ('input',)
         """
         signature = own_signature(module)
-        call = canonical_call(signature, *(inputs if _is_call(inputs) else as_call(inputs)))
+        call = canonical_call(signature, *given_call(inputs))
         found = input_names(signature, call, names)
         axes = checked_axes(dynamic or {}, found, call)
         return cls(signature, call, tuple(found), axes, describe_inputs(*call, [axes.get(name, {}) for name in found]))
@@ -99,10 +99,3 @@ def named_arrays(call: Call, names: Sequence[str]) -> dict[str, np.ndarray]:
     """A call's tensors as named arrays for an engine."""
     tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def _is_call(inputs: Any) -> bool:
-    """Whether ``inputs`` already is ``(args, kwargs)``."""
-    return (
-        isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict)
-    )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
@@ -73,9 +73,9 @@ class Finding:
         )
 
 
-def check_module(
+def check(
     module: nn.Module,
-    call: Call,
+    inputs: Any,
     *,
     target: str = "portable",
     engines: Sequence[str] | None = None,
@@ -86,7 +86,7 @@ def check_module(
 
     Args:
         module: any module; mode and weights stay as they are.
-        call: positional and keyword arguments of ``forward``: an example.
+        inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments, or ``(args, kwargs)``.
         target: arithmetic to quantize for; a network that was trained with fake-quant has one already.
         engines: to build; ``None``: those that are installed.
         seconds: time limit; a running step is interrupted, and remaining ones aren't tried.
@@ -97,6 +97,10 @@ def check_module(
 
     Raises:
         InvalidArgumentError: an unknown target or engine, or no time.
+
+    Example:
+        >>> for finding in check(nn.Linear(4, 2), torch.zeros(2, 4)):  # doctest: +SKIP
+        ...     print(finding)
     """
     trained = list(quantized_forwards(module).values())
     wanted = trained[0].target if trained else target_of(target)
@@ -107,7 +111,7 @@ def check_module(
         raise InvalidArgumentError(f"Argument `engines` must be among {list(buildable)}, but got {unknown}.")
     if not (seconds > 0 and math.isfinite(seconds)):
         raise InvalidArgumentError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
-    call = canonical_call(own_signature(module), *call)
+    call = canonical_call(own_signature(module), *given_call(inputs))
     end = time.monotonic() + seconds - spent
     findings: list[Finding] = []
     made: dict[str, Any] = {}

@@ -1,1 +1,21 @@
 """Quantization-aware training: targets, fake-quant with their arithmetic, capture, convert, and the callback."""
+
+from typing import TYPE_CHECKING
+
+from lightning_accel.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_accel.quantization.arithmetic.targets import Target as Target
+    from lightning_accel.quantization.arithmetic.targets import register_target as register_target
+    from lightning_accel.quantization.ptq import quantize as quantize
+    from lightning_accel.quantization.ptq import quantize_ as quantize_
+    from lightning_accel.quantization.sensitivity import sensitivity as sensitivity
+
+_PUBLIC = {
+    "Target": "quantization.arithmetic.targets",
+    "register_target": "quantization.arithmetic.targets",
+    "quantize": "quantization.ptq",
+    "quantize_": "quantization.ptq",
+    "sensitivity": "quantization.sensitivity",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, _PUBLIC)

@@ -11,8 +11,9 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI, _InstantiatorFn
 
-from lightning_accel import DistillationModule, SoftTargetLoss
+from lightning_accel import DistillationModule
 from lightning_accel.distillation.hparams import nested_instantiator
+from lightning_accel.losses import SoftTargetLoss
 from tests.distillation.models import Net
 
 pytestmark = [
@@ -72,7 +73,7 @@ def _fit(cli, tmp_path, student, **init_args):
                 "student": {"class_path": f"{_MODELS}.{student}", "init_args": init_args},
                 "teacher": {"class_path": f"{_MODELS}.Net", "init_args": {"width": 3}},
                 "teacher_checkpoint": str(tmp_path / "teacher.pt"),
-                "losses": {"class_path": "lightning_accel.SoftTargetLoss", "init_args": {"temperature": 2.0}},
+                "losses": {"class_path": "lightning_accel.losses.SoftTargetLoss", "init_args": {"temperature": 2.0}},
                 "alpha": 0.25,
             },
         },
@@ -181,18 +182,18 @@ def test_losses_layers_schedules_teacher_and_cache_from_yaml(tmp_path, monkeypat
     ("argument", "value"),
     [
         ("losses", {"kd": 0.7, "mse": 0.3}),
-        ("losses", ["kd", {"class_path": "lightning_accel.DISTLoss", "init_args": {"temperature": 4.0}}]),
-        ("losses", {"class_path": "lightning_accel.StandardizedLoss"}),
+        ("losses", ["kd", {"class_path": "lightning_accel.losses.DISTLoss", "init_args": {"temperature": 4.0}}]),
+        ("losses", {"class_path": "lightning_accel.losses.StandardizedLoss"}),
         (
             "losses",
             {"class_path": "lightning_accel.LossTerm", "init_args": {"loss": "hint", "student_layer": "linear"}},
         ),
         ("teacher", "ema"),
-        ("teacher", {"class_path": "lightning_accel.EMATeacher", "init_args": {"decay": 0.9}}),
+        ("teacher", {"class_path": "lightning_accel.teachers.EMATeacher", "init_args": {"decay": 0.9}}),
         (
             "teacher",
             {
-                "class_path": "lightning_accel.TeacherEnsemble",
+                "class_path": "lightning_accel.teachers.TeacherEnsemble",
                 "init_args": {"teachers": [{"class_path": f"{_MODELS}.Net"}] * 2, "weights": [1.0, 2.0]},
             },
         ),

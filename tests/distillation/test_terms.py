@@ -9,12 +9,13 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_accel import DistillationModule, DKDLoss, LossTerm, Scheduled, SoftTargetLoss, StandardizedLoss
+from lightning_accel import DistillationModule, LossTerm, Scheduled
 from lightning_accel.core.schedules import Timeline
 from lightning_accel.distillation.losses.registry import named_loss
 from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.targets import find, fits
 from lightning_accel.distillation.terms import make_terms
+from lightning_accel.losses import DKDLoss, SoftTargetLoss, StandardizedLoss
 from tests.distillation.models import Net, Plain, Student, loader
 
 

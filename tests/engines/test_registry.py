@@ -14,7 +14,7 @@ from lightning_accel.engines import EngineSpec, register_engine, unregister_engi
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.engines.registry import engine_named, engine_names, suffixes
-from lightning_accel.export.check import check_module
+from lightning_accel.export.check import check
 from lightning_accel.quantization.arithmetic.targets import cannot_reproduce, target_of
 from tests.support import onnx_models as models
 from tests.support.distributions import install
@@ -155,7 +155,7 @@ def test_a_run_ships_to_an_engine_from_outside(registered, trainer, tmp_path):
     assert "reference int8" not in {variant.name for variant in found.variants}
 
     assert diagnose(probe=False)["engines"]["reference"] == "runs here (CPU)"
-    steps = {one.step: one for one in check_module(Classifier(), ((images(2).tensors[0],), {}), engines=["reference"])}
+    steps = {one.step: one for one in check(Classifier(), ((images(2).tensors[0],), {}), engines=["reference"])}
     assert steps["build reference"].status == "ok"
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import lightning_accel as la
 from lightning_accel.cli.main import main
 from lightning_accel.engines import kernel_probe
-from lightning_accel.export.check import check_module
+from lightning_accel.export.check import check
 from lightning_accel.export.module_source import build_call, build_module
 from lightning_accel.quantization.arithmetic.targets import arithmetic_of, target_of
 from tests.support.models import Classifier, loader
@@ -96,7 +96,7 @@ def line_of(cls, text):
 def test_nothing_stands_in_the_way_and_the_module_is_left_alone():
     module = Classifier().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    found = of(check_module(module, ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
+    found = of(check(module, ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
     assert [(f.step, f.status) for f in found.values()] == [
         (step, "ok") for step in ("train", "forward", "capture", "export", "quantize", "build onnxruntime")
     ]
@@ -109,7 +109,7 @@ def test_nothing_stands_in_the_way_and_the_module_is_left_alone():
 
 
 def test_what_cannot_be_captured_is_named_with_its_line():
-    found = of(check_module(Branches(), ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
+    found = of(check(Branches(), ((torch.randn(2, 3, 8, 8),), {}), engines=["onnxruntime"]))
     capture = found["capture"]
     assert capture.status == "stands in the way"
     assert capture.where == line_of(Branches, "if x.sum()")
@@ -120,13 +120,13 @@ def test_what_cannot_be_captured_is_named_with_its_line():
 
 
 def test_a_forward_that_fails_is_named_with_its_line():
-    found = of(check_module(TwoInputs(), ((torch.zeros(2, 3),), {"scale": torch.ones(())}), engines=[]))
+    found = of(check(TwoInputs(), ((torch.zeros(2, 3),), {"scale": torch.ones(())}), engines=[]))
     assert found["forward"].status == "stands in the way"
     assert found["forward"].where == line_of(TwoInputs, "self.words(ids)")
 
 
 def test_what_cannot_be_quantized_can_still_be_exported():
-    found = of(check_module(Recurrent(), ((torch.randn(2, 5, 8),), {}), engines=["onnxruntime"]))
+    found = of(check(Recurrent(), ((torch.randn(2, 5, 8),), {}), engines=["onnxruntime"]))
     assert (found["capture"].status, found["export"].status) == ("ok", "ok")
     assert found["quantize"].status == "stands in the way"
     assert "must leave an operator to quantize" in found["quantize"].detail
@@ -134,7 +134,7 @@ def test_what_cannot_be_quantized_can_still_be_exported():
 
 
 def test_manual_optimization_stands_in_the_way_of_training_alone():
-    found = of(check_module(Manual(), ((torch.randn(2, 3, 8, 8),), {}), engines=[]))
+    found = of(check(Manual(), ((torch.randn(2, 3, 8, 8),), {}), engines=[]))
     assert "`automatic_optimization` must be True" in found["train"].detail
     assert found["quantize"].status == "ok"
 
@@ -142,10 +142,10 @@ def test_manual_optimization_stands_in_the_way_of_training_alone():
 def test_keywords_and_integers():
     call = build_call(TwoInputs(), ["ids=2x3:int64", "scale=2x1"], None)
     assert (call[0][0].dtype, call[0][0].shape, call[1]["scale"].shape) == (torch.int64, (2, 3), (2, 1))
-    found = of(check_module(TwoInputs(), call, target="onnxruntime", engines=["onnxruntime"]))
+    found = of(check(TwoInputs(), call, target="onnxruntime", engines=["onnxruntime"]))
     assert {finding.status for finding in found.values()} == {"ok"}
     call = build_call(TwoInputs(), ["ids=2x3:int64", "scale=1"], None)
-    found = of(check_module(TwoInputs(), call, engines=[]))
+    found = of(check(TwoInputs(), call, engines=[]))
     assert (
         "Argument `scale` must have the batch of 2 as its first dimension, but got shape (1,)" in found["export"].detail
     )
@@ -153,7 +153,7 @@ def test_keywords_and_integers():
 
 def test_an_engine_that_is_not_installed_is_not_a_failure(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    found = of(check_module(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), engines=["openvino"]))
+    found = of(check(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), engines=["openvino"]))
     assert found["build openvino"].status == "not here"
     assert 'pip install "lightning-accel[openvino]"' in found["build openvino"].detail
 
@@ -169,7 +169,7 @@ def test_what_takes_too_long_is_interrupted_and_other_alarms_go_on():
     signal.setitimer(signal.ITIMER_REAL, 200)
     started = time.monotonic()
     try:
-        found = of(check_module(Slow(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
+        found = of(check(Slow(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
         left, _ = signal.getitimer(signal.ITIMER_REAL)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -280,13 +280,13 @@ def test_an_engine_gets_the_float_file_where_export_would_refuse_the_int8_one(tm
         json.dumps({k: [50.0 if wrong and form == "concatenation" else 0.0, ""] for form, k in keys.items()})
     )
     call = ((torch.randn(2, 3, 8, 8),), {})
-    found = of(check_module(Dense(), call, target="portable", engines=["openvino", "onnxruntime"], seconds=300))
+    found = of(check(Dense(), call, target="portable", engines=["openvino", "onnxruntime"], seconds=300))
     assert found["quantize"].status == "ok"
     says = "fp32; int8 of this target isn't for this engine, runs here" if wrong else "int8, runs here"
     assert found["build openvino"].detail == says
     assert found["build onnxruntime"].detail == "int8, runs here"
     small = la.quantize(Dense(), [call], target="portable", inputs=lambda batch: batch[0])
-    found = of(check_module(small, call, engines=["openvino", "onnxruntime"], seconds=300))
+    found = of(check(small, call, engines=["openvino", "onnxruntime"], seconds=300))
     assert found["build openvino"].status == ("stands in the way" if wrong else "ok")
     assert ("concatenation: WRONG by up to 50 steps" in found["build openvino"].detail) is wrong
     assert found["build onnxruntime"].detail == "int8, runs here"
@@ -318,13 +318,13 @@ def test_checkpoints_that_do_not_fit_are_told_in_one_line(trainer, tmp_path, cap
 def test_time_and_engines_are_checked_first(seconds):
     call = ((torch.randn(2, 3, 8, 8),), {})
     with pytest.raises(ValueError, match="Argument `seconds` must be above 0 and finite"):
-        check_module(Classifier(), call, seconds=seconds)
+        check(Classifier(), call, seconds=seconds)
     with pytest.raises(ValueError, match=r"Argument `engines` must be among .*, but got \['pytorch'\]"):
-        check_module(Classifier(), call, engines=["onnxruntime", "pytorch"])
+        check(Classifier(), call, engines=["onnxruntime", "pytorch"])
 
 
 def test_the_time_that_is_told_is_the_time_that_was_given():
-    found = check_module(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), seconds=30, spent=30)
+    found = check(Classifier(), ((torch.randn(2, 3, 8, 8),), {}), seconds=30, spent=30)
     assert {f.detail for f in found if f.status == "not tried"} >= {"the 30 s are over: give it more with `seconds`"}
 
 
@@ -366,6 +366,6 @@ class Finalized(nn.Module):
 
 def test_an_alarm_in_a_finalizer_is_not_lost():
     started = time.monotonic()
-    found = of(check_module(Finalized(), ((torch.randn(2, 4),), {}), engines=[], seconds=0.6))
+    found = of(check(Finalized(), ((torch.randn(2, 4),), {}), engines=[], seconds=0.6))
     assert (found["forward"].status, found["capture"].status) == ("not tried", "not tried")
     assert time.monotonic() - started < 15

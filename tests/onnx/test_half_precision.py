@@ -5,8 +5,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lightning_accel import build_engine, export_onnx, load_runner, verify
+from lightning_accel import export_onnx, load_runner, verify
 from lightning_accel.calls.example import named_arrays
+from lightning_accel.engines import build_engine
 from lightning_accel.onnx.half_precision import BF16_OPSET, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.verification.tolerances import FP16, INT8_FP16

@@ -200,7 +200,7 @@ def test_parts_that_overlap_are_refused():
 
 
 def test_sensitivity_of_a_part_without_a_forward_around_it():
-    found = la.sensitivity(Steps(), [[torch.randn(8, 4)]], module="backbone", target="portable")
+    found = la.quantization.sensitivity(Steps(), [[torch.randn(8, 4)]], module="backbone", target="portable")
     assert set(found.costs) == {"backbone.linear1"}
 
 
@@ -296,7 +296,7 @@ def test_sensitivity_ranks_the_operator_that_hurts_first():
         module[0].weight[0] = 0
         module[0].bias[0] = 0
     x = torch.randn(256, 8)
-    found = la.sensitivity(module, [x], target="portable")
+    found = la.quantization.sensitivity(module, [x], target="portable")
     assert next(iter(found.costs)) == "2"
     assert found.costs["2"] > 10 * found.costs["0"]
     copy = la.quantize(module, [x], target="portable", include="2")  # the same, measured the long way
@@ -314,6 +314,8 @@ def test_sensitivity_ranks_the_operator_that_hurts_first():
 
 def test_sensitivity_by_a_loss_of_ones_own():
     module, batch = Classifier().eval(), tuple(images(64).tensors)
-    found = la.sensitivity(module, [batch], loss=lambda y, b: nn.functional.cross_entropy(y, b[1]), target="portable")
+    found = la.quantization.sensitivity(
+        module, [batch], loss=lambda y, b: nn.functional.cross_entropy(y, b[1]), target="portable"
+    )
     assert found.what == "growth of the loss"
     assert set(found.costs) == {"net.conv1", "net.conv2", "net.add1", "net.head"}

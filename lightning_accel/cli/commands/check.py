@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Try and print."""
     started = time.monotonic()
     sys.path.insert(0, os.getcwd())
-    from lightning_accel.export.check import check_module
+    from lightning_accel.export.check import check
     from lightning_accel.export.module_source import build_call, build_module, required_inputs
 
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         spent = min(
             time.monotonic() - started, arguments.seconds - 1.0
         )  # one second is left, however slow imports were
-        findings = check_module(
+        findings = check(
             module, call, target=arguments.target, engines=arguments.engine, seconds=arguments.seconds, spent=spent
         )
     print(f"{arguments.module}{f' with {arguments.ckpt_path}' if arguments.ckpt_path else ''}")

@@ -15,10 +15,12 @@ import torch
 from scipy.special import logsumexp, softmax
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_accel import DistillationModule, EMATeacher, ExactResume, LossTerm, RegressionLoss, TeacherCache
+from lightning_accel import DistillationModule, ExactResume, LossTerm, TeacherCache
 from lightning_accel.distillation.cache.encoding import Dense, TopK
 from lightning_accel.distillation.cache.indexed import IndexedDataset, index_loader
 from lightning_accel.distillation.cache.rowfile import RowFile
+from lightning_accel.losses import RegressionLoss
+from lightning_accel.teachers import EMATeacher
 from tests.support.models import Classifier, Residual, images, loader
 
 
