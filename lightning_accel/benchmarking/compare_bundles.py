@@ -1,4 +1,4 @@
-"""Two bundles side by side: what each is, and what its default computes and takes, measured here in turns."""
+"""Compare the default variants of two bundles, measured on this machine in alternation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

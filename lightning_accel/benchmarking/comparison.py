@@ -1,4 +1,4 @@
-"""What a comparison of variants is asked to do, and what it finds: the content of ``comparison.json``."""
+"""Settings and results of a comparison: the content of ``comparison.json``."""
 
 import math
 import os

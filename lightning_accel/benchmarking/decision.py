@@ -1,4 +1,4 @@
-"""The decision: which variant ships, given what may be lost and what it may cost; and why each of the others doesn't."""
+"""Choose the variant to ship within budgets for accuracy, latency and size."""
 
 import math
 from collections.abc import Mapping

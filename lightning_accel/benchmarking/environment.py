@@ -1,4 +1,4 @@
-"""The machine a number was measured on; printed beside the number."""
+"""Describe the machine and the installed packages, for the report beside each measurement."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What int8 is worth on this machine: the speed of a convolution beside float32 in the same engine.
+"""Measure the speed of an int8 convolution relative to float32 in the same engine.
 
 Whether the result is right is the business of :mod:`~lightning_accel.engines.kernel_probe`.
 """

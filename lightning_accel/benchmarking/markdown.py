@@ -1,4 +1,4 @@
-"""Tables that read well as plain text and as Markdown."""
+"""Format Markdown tables that are also readable as plain text."""
 
 from collections.abc import Sequence
 

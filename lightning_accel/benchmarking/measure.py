@@ -1,4 +1,4 @@
-"""Interleaved measurement: the variants take turns, so that the machine's moods hit all of them alike."""
+"""Interleaved latency measurement: variants run in alternation, so that disturbances affect all of them alike."""
 
 import gc
 import time

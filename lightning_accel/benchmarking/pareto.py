@@ -1,4 +1,4 @@
-"""The Pareto front: the variants that no other variant beats in both accuracy and cost."""
+"""Pareto front of accuracy against cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

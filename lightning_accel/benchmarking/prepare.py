@@ -1,4 +1,4 @@
-"""Files that are made for a comparison only, of the float32 file in the bundle; none of them ships."""
+"""Generate temporary files for variants that are compared but not shipped."""
 
 import logging
 from dataclasses import replace

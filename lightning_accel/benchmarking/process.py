@@ -1,4 +1,4 @@
-"""A variant in a process of its own, as seen from the one that measures: asks with a time limit, survives its death."""
+"""Run a variant in a separate process, with a time limit."""
 
 import json
 import os

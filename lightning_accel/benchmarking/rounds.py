@@ -1,4 +1,4 @@
-"""Rounds: the variants take turns, each in its own process, so that only one runs at a time and all meet the machine's moods."""
+"""Interleaved measurement rounds, with one process for each variant."""
 
 import tempfile
 import time

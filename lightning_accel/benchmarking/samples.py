@@ -1,4 +1,4 @@
-"""Held-out samples in a comparison: what is fed, whether it fits, what the variants predict for it, and the result of it all."""
+"""Validate the held-out samples of a comparison, and compute accuracy and agreement from the outputs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

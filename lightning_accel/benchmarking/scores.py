@@ -1,4 +1,4 @@
-"""What outputs are held to: the largest logit where they are logits, the variance they explain where they are values."""
+"""Scores of outputs: top-1 accuracy of logits, coefficient of determination of values."""
 
 from collections.abc import Mapping
 from typing import Any

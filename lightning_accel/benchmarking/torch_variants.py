@@ -1,4 +1,4 @@
-"""Variants of a program in PyTorch beside the one that ``load_runner`` takes; imported in their own processes only."""
+"""PyTorch variants other than the one of ``load_runner``; imported in worker processes only."""
 
 import shutil
 from collections.abc import Callable

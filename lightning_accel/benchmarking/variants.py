@@ -1,4 +1,4 @@
-"""Runtime variants of a network, for the files of one bundle: each can be run here, or says what it would take."""
+"""List the runtime variants of a bundle, with the reason why a variant can't run or ship."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The process of one variant: loads it, and runs it when it is told that its turn has come.
+"""Worker process of one variant: loads it, and runs it on request.
 
 Requests come as lines of JSON on the standard input, replies go out as lines of JSON; between them the process sleeps.
 It imports what its engine needs and nothing else, so that memory and first inference are the engine's own.

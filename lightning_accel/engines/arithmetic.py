@@ -1,4 +1,4 @@
-"""The integer arithmetic of a file, as far as an engine chooses its kernels by it."""
+"""Description of the integer arithmetic of a file, to select and probe kernels."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""One call interface over all engines: named numpy arrays in, named numpy arrays out."""
+"""Runner: the interface of all engines, from named numpy arrays to named numpy arrays."""
 
 import threading
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Batches larger than an engine takes, split evenly and put together again."""
+"""Split a batch that is larger than an engine's limit, and concatenate the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Small Q/DQ files, one for each form in which targets write integer arithmetic, and what each of them means exactly.
+"""Build small Q/DQ files with known exact results, one for each form of integer operator.
 
 A file holds several branches: channel counts and zero points for which engines choose different kernels. The reference is
 computed in float64, in which sums of products of 8-bit integers are exact. Needs onnx and numpy, and no torch.

@@ -1,4 +1,4 @@
-"""Probe: whether an engine's integer kernels compute, on this machine, what a Q/DQ file says.
+"""Measure whether an engine's integer kernels reproduce a Q/DQ file on this machine.
 
 What an engine gets wrong depends on its version and on the CPU, which chooses the kernels: so it is measured, on small files
 whose results are known exactly, and remembered by engine, version and CPU in the user's cache folder.

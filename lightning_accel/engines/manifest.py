@@ -1,4 +1,4 @@
-"""The bundle as a reader sees it: which file an engine loads, and whether it is the one that was written."""
+"""Read the manifest of a bundle and check its files against their checksums."""
 
 import hashlib
 import json

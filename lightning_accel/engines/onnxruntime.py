@@ -1,4 +1,4 @@
-"""ONNX Runtime: the engine on CPUs, and in float emulation the reference for what an ONNX file means."""
+"""ONNX Runtime engine; with graph optimizations off, the reference for the meaning of an ONNX file."""
 
 from collections.abc import Sequence
 from importlib import import_module

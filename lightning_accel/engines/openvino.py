@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU; reads ONNX files as they are."""
+"""OpenVINO engine for CPUs; reads ONNX files directly."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a ``.pt2`` archive may hold: tensors as bytes. Torch's own reader would also unpickle, and so run code of whoever wrote it."""
+"""Check that a ``.pt2`` archive holds tensors only; unpickling other objects could run foreign code."""
 
 import io
 import json

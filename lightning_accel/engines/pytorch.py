@@ -1,4 +1,4 @@
-"""PyTorch: runs a ``torch.export`` program; the one engine that imports torch."""
+"""PyTorch engine for ``torch.export`` programs; the only engine that imports torch."""
 
 import json
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Conflicts: phases of a run that work against each other, though each alone is in order; each with what mends it.
+"""Detect phases of a run that counteract each other, and suggest a fix.
 
 What can't run at all is an error in ``setup`` and isn't repeated here.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import lightning as L
 
 from lightning_accel.core.callback import compression_callbacks, timeline_of
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.distillation.scheduled import bounds
 from lightning_accel.pruning.weights.callback import WeightPruning
 from lightning_accel.quantization.qat import QuantizationAwareTraining
@@ -45,11 +46,11 @@ def _never_trained(trainer: L.Trainer) -> Iterator[str]:
     total = timeline_of(trainer).total_steps
     for qat in (c for c in compression_callbacks(trainer) if isinstance(c, QuantizationAwareTraining)):
         begins = qat.fake_quant_step(trainer)
-        if begins >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if begins >= total and not is_fast_dev_run(trainer):
             yield (
                 f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]}, watches "
-                f"{qat.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it earlier, lower "
-                "`calibration_batches`, or take PostTrainingQuantization, which needs no training."
+                f"{qat.settings.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it "
+                "earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
             )
 
 

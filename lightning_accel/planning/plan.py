@@ -1,4 +1,4 @@
-"""Plan: what a run will do to which layer and when, found out by everything but training."""
+"""Dry run of ``fit``: report the changes of each callback to each layer, without training."""
 
 import copy
 import warnings

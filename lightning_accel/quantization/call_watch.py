@@ -1,4 +1,4 @@
-"""A look at one training batch: what is called, and how."""
+"""Check in one training batch that the modules to quantize are called with the captured inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Post-training quantization: ranges from a few batches, no training."""
+"""Post-training quantization: learn ranges from a few batches, without training."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +23,13 @@ from lightning_accel.calls.example import (
     peek,
     submodule_call,
 )
-from lightning_accel.calls.names import Axes, described
+from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
-from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.quantization.arithmetic.targets import Target, target_of
-from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, check_apart, ranks_of
+from lightning_accel.quantization.arithmetic.targets import Target
+from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, ranks_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
 
 def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
@@ -95,9 +95,10 @@ def quantize_(
         raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
-    if calibration_batches < 1:
-        raise InvalidArgumentError(f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}.")
-    paths = list(as_patterns("module", module)) or [""]
+    settings = QuantizationSettings(
+        target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
+    )
+    paths = settings.paths
     check_apart("module", paths)
     shown: Iterable[Any] = data
     if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
@@ -108,16 +109,7 @@ def quantize_(
     for path in paths:
         owner = find_submodule(model, path, "module") if path else model
         own = call if owner is caller else submodule_call(model, path, call)
-        forwards[path] = QuantizedForward(
-            owner,
-            described(owner, own, dynamic),
-            target_of(target),
-            as_patterns("include", include),
-            as_patterns("exclude", exclude),
-            path,
-            ranges,
-            activations=activations,
-        )
+        forwards[path] = settings.prepare(owner, own, path)
     for forward in forwards.values():
         forward.module.__dict__["forward"] = forward
     try:
@@ -236,19 +228,10 @@ class PostTrainingQuantization(QuantizingCallback):
         activations: str = "static",
         name: str = "ptq",
     ) -> None:
-        super().__init__(
-            target=target,
-            module=module,
-            include=include,
-            exclude=exclude,
-            calibration_batches=calibration_batches,
-            ranges=ranges,
-            inputs=inputs,
-            dynamic=dynamic,
-            activations=activations,
-            name=name,
-            start=1.0,
+        settings = QuantizationSettings(
+            target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
         )
+        super().__init__(settings, name=name, start=1.0)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -286,7 +269,7 @@ class PostTrainingQuantization(QuantizingCallback):
             loader = trainer.fit_loop._data_source.dataloader()
             batches = (
                 trainer.strategy.batch_to_device(batch, pl_module.device)
-                for batch in islice(loader, self.calibration_batches)
+                for batch in islice(loader, self.settings.calibration_batches)
             )
             calls = (call_from_batch(caller, batch, self.inputs) for batch in batches)
             calibrate_(list(self._placed.values()), caller, calls, ranks_of(trainer))

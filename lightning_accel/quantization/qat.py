@@ -1,4 +1,4 @@
-"""QuantizationAwareTraining: trains the network with the integer arithmetic it will ship with."""
+"""Callback for quantization-aware training."""
 
 import math
 from typing import Any
@@ -10,10 +10,12 @@ from typing_extensions import override
 from lightning_accel.calls.example import InputsFunction
 from lightning_accel.core.callback import check_one_optimizer, timeline_of
 from lightning_accel.core.schedules import check_position
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import QuantizingCallback, ranks_of
 from lightning_accel.quantization.call_watch import CallWatch
+from lightning_accel.quantization.settings import QuantizationSettings
 
 _STEP_RATE = 1e-3  # relative change of a learned step in one optimizer step, by Adam
 
@@ -71,18 +73,8 @@ class QuantizationAwareTraining(QuantizingCallback):
         dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "qat",
     ) -> None:
-        super().__init__(
-            target=target,
-            module=module,
-            include=include,
-            exclude=exclude,
-            calibration_batches=calibration_batches,
-            ranges=ranges,
-            inputs=inputs,
-            dynamic=dynamic,
-            name=name,
-            start=start,
-        )
+        settings = QuantizationSettings(target, calibration_batches, ranges, module, include, exclude, inputs, dynamic)
+        super().__init__(settings, name=name, start=start)
         self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
         for argument, value in self.freezes.items():
             check_position(argument, value)
@@ -118,7 +110,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         length = timeline.total_steps - self._start_step
         for (argument, value), share in zip(self.freezes.items(), (2 / 3, 5 / 6), strict=True):
             early = self._start_step + share * length
-            step = timeline.step(argument, value) if value is not None and not trainer.fast_dev_run else early  # type: ignore[attr-defined]
+            step = timeline.step(argument, value) if value is not None and not is_fast_dev_run(trainer) else early
             self._freeze_steps[argument] = step
         self._stepped = trainer.global_step
         self._scale_rate(trainer.optimizers[0])
@@ -162,11 +154,11 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     def fake_quant_step(self, trainer: L.Trainer) -> int:
         """Optimizer step that is the first with fake-quant; known once training has begun."""
-        return self._start_step + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+        return self._start_step + math.ceil(self.settings.calibration_batches / trainer.accumulate_grad_batches)
 
     def settles(self) -> dict[str, float]:
         """What becomes final, and the optimizer step in which it does; known once training has begun."""
-        fixed = self.ranges in ("mse", "percentile")  # as calibration found them
+        fixed = self.settings.ranges in ("mse", "percentile")  # as calibration found them
         settled = {"ranges": float(self._start_step) if fixed else self._freeze_steps["freeze_ranges"]}
         if self.freezes["freeze_batch_norm"] is not None:  # else it also waits for a low learning rate
             settled["batch norm's statistics"] = self._freeze_steps["freeze_batch_norm"]
@@ -197,7 +189,7 @@ class QuantizationAwareTraining(QuantizingCallback):
             forward.bank.update(ranks_of(trainer))
             if stepped:
                 forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
-            if not forward.bank.active and forward.bank.batches >= self.calibration_batches:
+            if not forward.bank.active and forward.bank.batches >= self.settings.calibration_batches:
                 forward.bank.activate()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -241,5 +233,5 @@ class QuantizationAwareTraining(QuantizingCallback):
         seen = min((f.bank.batches for f in self._placed.values()), default=0)
         return (
             f"QuantizationAwareTraining({self.name!r}) hasn't trained with fake-quant yet: it starts at {self.start} and has "
-            f"seen {seen} of {self.calibration_batches} calibration batches"
+            f"seen {seen} of {self.settings.calibration_batches} calibration batches"
         )

@@ -1,4 +1,4 @@
-"""Sensitivity: what it costs to quantize each operator alone, and which ones to keep in float for a given budget."""
+"""Measure the cost of quantizing each operator alone, and select operators to keep in float."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TensorRT: one path from an ONNX file to an engine for TensorRT 10, TensorRT 11 and TensorRT for RTX."""
+"""Build engines from ONNX files with TensorRT 10, TensorRT 11 and TensorRT for RTX."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command of TensorRT's own tool that does what :func:`build_engine` did, for those who know it or have no Python."""
+"""Equivalent command line of NVIDIA's own tool for a build."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that running an engine takes, through ctypes: no torch, no further package.
+"""Minimal bindings of the CUDA driver through ctypes, without torch or other packages.
 
 The driver's library comes with every NVIDIA driver, in one version, so unlike the CUDA runtime's it has not to be
 searched for. TensorRT uses the device's primary context, and so does this file.

@@ -1,4 +1,4 @@
-"""What TensorRT's inspector tells about an engine's layers, mapped to the modules they come from."""
+"""Map the layers in TensorRT's inspector to the modules that they come from."""
 
 import json
 import re

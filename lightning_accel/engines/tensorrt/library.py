@@ -1,4 +1,4 @@
-"""Which TensorRT is here, what it says, and the record kept beside each engine it builds."""
+"""Import TensorRT, read its messages, and store a record beside each engine file."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Record of TensorRT for the engine registry, and the functions that it names."""
+"""Registry record of TensorRT, with the functions that it names."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Running a TensorRT engine on an NVIDIA GPU: numpy in, numpy out, through the CUDA driver."""
+"""Run TensorRT engines on an NVIDIA GPU through the CUDA driver."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""2:4 sparsity in an ONNX file: weights that NVIDIA's sparse tensor cores can skip."""
+"""Find 2:4 sparse weights in an ONNX file, which NVIDIA's sparse tensor cores run faster."""
 
 from typing import Any
 

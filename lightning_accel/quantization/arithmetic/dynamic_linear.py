@@ -1,4 +1,4 @@
-"""The operator ``lightning_accel::dynamic_linear``: a linear layer whose input is quantized by the range of the moment.
+"""Operator ``lightning_accel::dynamic_linear``: a linear layer with dynamically quantized input.
 
 Importing this file registers it, which is what a saved program that holds it needs.
 """

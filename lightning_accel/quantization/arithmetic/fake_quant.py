@@ -1,4 +1,4 @@
-"""Fake-quant: QuantizeLinear and DequantizeLinear in one, with a straight-through gradient.
+"""Fake-quantization: QuantizeLinear and DequantizeLinear in one, with a straight-through gradient.
 
 The forward is, operation by operation, what the ONNX operators are defined to do (division by the scale, round half to
 even, saturate, multiply by the scale), so what is trained is bit for bit what is written into the file.

@@ -1,4 +1,4 @@
-"""Ranges: which values of each activation the integers cover, learned from training data."""
+"""Observers: learn the ranges of activations from training data."""
 
 import math
 from typing import Any, Protocol

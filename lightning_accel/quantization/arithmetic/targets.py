@@ -1,4 +1,4 @@
-"""Targets: the integer arithmetic of the runtime that will execute the network (law 8).
+"""Targets: integer arithmetic of the runtimes that execute a network.
 
 INT8 is not one arithmetic. A :class:`Target` says which one: training simulates it, export writes it, verification runs
 it. Dequantized value = ``(integer - zero_point) * scale``. Needs no torch: a machine that only runs bundles asks here, too.

@@ -1,4 +1,4 @@
-"""Fused attention taken apart into the products and the softmax that engines compute in integers."""
+"""Decompose fused attention into the matrix products and the softmax that engines compute in integers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Capture: a module's ``forward`` as a graph that shares the module's parameter and buffer objects.
+"""Capture a module's ``forward`` as a graph that shares the module's parameters and buffers.
 
 The module itself is left alone: the graph lies outside ``_modules`` and looks its tensors up in the module at each call,
 so optimizers, EMA, checkpoints and device moves keep working on the module.

@@ -1,4 +1,4 @@
-"""Convert: fake-quants become quantize/dequantize operators, weights become stored integers.
+"""Convert fake-quantization to quantize/dequantize operators and weights to stored integers.
 
 Nothing is computed anew here: integers, scales, zero points and biases come from the same objects that training and
 evaluation use, so what is written is what was simulated.

@@ -1,4 +1,4 @@
-"""Folding: a convolution or linear layer with its batch norm as one operator with integer weights."""
+"""Fold a convolution or linear layer and its batch norm into one operator with integer weights."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Forms: in which arrangements of integer operators a network is written, by which its engines are probed."""
+"""Forms of integer operators in a network, for which engines are probed."""
 
 from torch.fx import Node
 

@@ -1,4 +1,4 @@
-"""Placing: the fake-quants of a plan in a captured graph."""
+"""Insert the fake-quantization modules of a plan into a captured graph."""
 
 from collections.abc import Mapping
 from typing import Any

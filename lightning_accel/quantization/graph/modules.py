@@ -1,4 +1,4 @@
-"""Fake-quant modules of a captured graph, and the free names under which modules and tensors are added to it."""
+"""Fake-quantization modules of a captured graph, and free names for added modules and tensors."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the operators of a captured graph do to their data: move it, rectify it, overwrite it."""
+"""Properties of graph operators: whether they move, rectify or overwrite their data."""
 
 from collections import Counter
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Quantizer: which tensors of a captured graph are quantized, and what stays float and why.
+"""Plan which tensors of a captured graph are quantized, and why others stay float.
 
 Operators that the target computes in integers get integer operands. Where exactly a tensor is quantized is the engines'
 business too: before data that is only moved (pooling by maximum, padding, concatenation), once for all readers, with one

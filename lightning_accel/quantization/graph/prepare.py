@@ -1,4 +1,4 @@
-"""Prepare: put fake-quant into a module's ``forward``, and take it out again.
+"""Put fake-quantization into a module's ``forward``, and remove it again.
 
 A train and an eval graph are captured from the same module. They share its parameters and buffers, and one bank of
 ranges, so switching modes re-traces nothing and evaluation is exactly that of the module. The eval graph folds batch norm

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all ranks, in captured graphs.
+"""Synchronized batch norm in captured graphs.
 
 ``nn.SyncBatchNorm`` calls collectives that ``torch.export`` can't capture. It is captured as the batch norm that it is on one
 rank, and that operator is replaced by a module that asks the other ranks; here on any device, not on GPUs alone.
