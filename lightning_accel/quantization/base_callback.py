@@ -24,9 +24,9 @@ class QuantizingCallback(CompressionCallback):
     """Base of the callbacks that put fake-quantization into ``forward``.
 
     Args:
-        settings: what is quantized and how.
+        settings: parts of the network, target, and calibration.
         name: the state's name in the checkpoint.
-        start: epoch or share of the run at which it begins.
+        start: epoch (int) or share of the run (float) at which fake-quantization begins.
     """
 
     captures = True
@@ -55,7 +55,7 @@ class QuantizingCallback(CompressionCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # A callback may be used for another module, in a cross-validation, say.
+        # The callback may be reused for another module, e.g. in a cross-validation.
         parts = dict(pl_module.named_modules())
         self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
         self.structure_replayed(pl_module)
@@ -76,12 +76,12 @@ class QuantizingCallback(CompressionCallback):
 
     @property
     def quantizing(self) -> bool:
-        """Whether the network computes with fake-quant by now."""
+        """Whether fake-quantization is active."""
         return bool(self._placed) and all(forward.bank.active for forward in self._placed.values())
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
-        self._prepared = {}  # captured with the shapes of before: captured again where it is needed
+        self._prepared = {}  # captured with the old shapes
 
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
@@ -97,32 +97,32 @@ class QuantizingCallback(CompressionCallback):
         record = structure.record_of(pl_module)
         for i, change in enumerate(record):
             if change.kind == "quantize" and change.args["module"] in self._placed:
-                record[i] = replace(change, owner=self.state_key)  # who keeps the ranges from now on
+                record[i] = replace(change, owner=self.state_key)  # owner of the ranges from now on
         self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if _exchanges_norms(trainer):  # since setup: batch norms are other modules now
+        if _exchanges_norms(trainer):  # batch norms were replaced since `setup`
             self._prepared = {}
-            self._capture_anew()
+            self._forget_graphs()
         self.prepare(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if _exchanges_norms(trainer):  # back, before `on_fit_end`
-            self._capture_anew()
+        if _exchanges_norms(trainer):  # batch norms are restored before `on_fit_end`
+            self._forget_graphs()
 
-    def _capture_anew(self) -> None:
+    def _forget_graphs(self) -> None:
         for forward in self._placed.values():
             forward.forget_graphs()
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
-        """Capture the untrained network now: what can't be captured must not fail in the middle of the run.
+        """Capture the untrained network, so that errors occur before the run.
 
         Returns:
-            The forwards that are, or at ``start`` will be, in place, by path. A second call does nothing.
+            Quantized forwards by path, in place now or from ``start`` on. A second call does nothing.
         """
         for path in self.paths:
             if path in self._placed or path in self._prepared:
@@ -152,7 +152,7 @@ class QuantizingCallback(CompressionCallback):
         return lines
 
     def int8_weights(self, pl_module: L.LightningModule) -> list[str]:
-        """Names of the module's parameters that are stored as integers in the end."""
+        """Names of the parameters that are exported as integers."""
         stored: set[int] = set()
         for path, forward in {**self._prepared, **self._placed}.items():
             part = dict((pl_module.get_submodule(path) if path else pl_module).named_modules())
@@ -161,7 +161,7 @@ class QuantizingCallback(CompressionCallback):
         return [name for name, parameter in pl_module.named_parameters() if id(parameter) in stored]
 
     def place(self, pl_module: L.LightningModule) -> None:
-        """Let the captured graphs take over from now on, and write it into the record."""
+        """Replace ``forward`` by the captured graphs, and record the change."""
         for path, forward in self._prepared.items():
             pl_module.get_submodule(path).__dict__["forward"] = forward
             structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
@@ -186,12 +186,12 @@ class QuantizingCallback(CompressionCallback):
 
 
 def _exchanges_norms(trainer: L.Trainer) -> bool:
-    """Whether Lightning exchanges batch norms for synchronized ones while it trains: ``Trainer(sync_batchnorm=True)``."""
+    """Whether Lightning replaces batch norms by synchronized ones during training: ``Trainer(sync_batchnorm=True)``."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 class AllRanks:
-    """The ranks of a distributed run, so that every rank learns the same ranges."""
+    """Reductions over the ranks of a distributed run, so that every rank learns the same ranges."""
 
     def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest ``low`` and largest ``high`` of all ranks."""
@@ -207,5 +207,5 @@ class AllRanks:
 
 
 def ranks_of(trainer: L.Trainer) -> AllRanks | None:
-    """The ranks of a run; ``None`` if there is one."""
+    """Reductions over the ranks of a run; ``None`` for a single process."""
     return AllRanks() if trainer.world_size > 1 else None

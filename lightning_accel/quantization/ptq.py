@@ -33,7 +33,7 @@ from lightning_accel.quantization.settings import QuantizationSettings, check_ap
 
 
 def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
-    """A copy of a model, quantized without training; the arguments of :func:`quantize_`.
+    """Return a copy of a model, quantized without training; takes the arguments of :func:`quantize_`.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -41,7 +41,7 @@ def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module
         >>> small(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
-    trainer = model.__dict__.pop("_trainer", None)  # a run isn't part of the network
+    trainer = model.__dict__.pop("_trainer", None)  # the Trainer must not be copied
     try:
         made = copy.deepcopy(model)
     finally:
@@ -68,17 +68,17 @@ def quantize_(
     """Quantize a trained model in place, without training.
 
     Args:
-        model: any model; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
-        data: batches of training data as its loader yields them; looked at in eval mode.
+        model: any model; afterwards in eval mode, with a quantized ``forward``. Parameters and state_dict keys don't change.
+        data: batches of training data as the loader yields them; run in eval mode.
         target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
         calibration_batches: largest number of batches that ranges are learned from.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
-        activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: linear layers alone are quantized, their inputs
-            by the range of the moment in each call, and of the batches only the first is looked at, for its shapes;
-            ``"float"``: weights are stored as integers, computed is in float: a file a quarter as large, no speed-up.
+        activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: only linear layers are quantized, their inputs
+            by the range of each call; only the first batch is used, for its shapes; ``"float"``: weights are stored as integers and
+            computation is in float, for a file of a quarter of the size without a speed-up.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
 
@@ -87,7 +87,7 @@ def quantize_(
 
     Raises:
         CaptureError: the model can't be captured.
-        InvalidArgumentError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
+        InvalidArgumentError: the model is already quantized, there is no data, a glob matches nothing, or a value isn't finite.
     """
     if taken := sorted(quantized_forwards(model)):
         raise InvalidArgumentError(f"Argument `model` must be a float network, but {taken} is quantized already.")
@@ -101,7 +101,7 @@ def quantize_(
     paths = settings.paths
     check_apart("module", paths)
     shown: Iterable[Any] = data
-    if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
+    if isinstance(data, Iterator):  # it can be read only once: the first batch is used for shapes and for calibration
         shown = list(islice(data, 1))
         data = chain(shown, data)
     caller, call = calibration_call(model, paths, shown, inputs)
@@ -126,7 +126,7 @@ def quantize_(
 def calibration_call(
     model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
-    """Whom the batches are given to, and how the first is."""
+    """The module that is called with the batches, and its arguments for the first batch."""
     caller = model
     if isinstance(model, L.LightningModule) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
@@ -139,7 +139,7 @@ def calibration_call(
 
 
 def on_device_of(batch: Any, model: nn.Module) -> Any:
-    """The batch on the model's device."""
+    """Move a batch to the model's device."""
     tensor = next(model.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
@@ -148,16 +148,16 @@ def on_device_of(batch: Any, model: nn.Module) -> Any:
 def calibrate_(
     forwards: Sequence[QuantizedForward], caller: nn.Module, calls: Iterable[Call], ranks: AllRanks | None = None
 ) -> None:
-    """Learn the ranges of prepared forwards from calls, in eval mode, and switch fake-quant on.
+    """Learn the ranges of prepared forwards from calls in eval mode, and activate fake-quantization.
 
     Args:
-        forwards: in place of their modules' ``forward``.
-        caller: what is called.
-        calls: from training data.
-        ranks: the other ranks of a distributed run, each of which calls this with as many calls.
+        forwards: quantized forwards that are in place.
+        caller: module that is called.
+        calls: arguments of each call, from training data.
+        ranks: reductions over the ranks of a distributed run; each rank must make the same number of calls.
 
     Raises:
-        InvalidArgumentError: there is no call, or none of a part, or a value isn't finite (the tensor is named).
+        InvalidArgumentError: there is no call, a quantized part is never called, or a value isn't finite (the message names the tensor).
     """
     count = 0
     with mode(caller, False), torch.no_grad():
@@ -183,20 +183,20 @@ def calibrate_(
 
 
 def quantized_after_training(module: nn.Module) -> bool:
-    """Whether a LightningModule was quantized by :class:`PostTrainingQuantization` alone: no step was trained in integers."""
+    """Whether a LightningModule was quantized by :class:`PostTrainingQuantization` only, without training."""
     owners = [change.owner for change in structure.record_of(module) if change.kind == "quantize"]
     return bool(owners) and all(f".{PostTrainingQuantization.__name__}." in owner for owner in owners)
 
 
 class PostTrainingQuantization(QuantizingCallback):
-    """Quantize when training ends, without training for it: ranges come from batches of the training loader.
+    """Quantize at the end of training, with ranges from batches of the training loader.
 
-    The network trains in float as if the callback weren't there; ``Trainer.test`` after ``fit``, and ``ModelExport``, see the
-    quantized one. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
+    The network trains in float, unaffected by the callback; ``Trainer.test`` after ``fit`` and ``ModelExport`` use the
+    quantized network. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
 
     Args:
         target: name, or a ``Target`` of your own.
-        calibration_batches: batches of the training loader, at most.
+        calibration_batches: largest number of batches of the training loader.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
         include: globs of operators to quantize; ``None`` means all.
@@ -257,7 +257,7 @@ class PostTrainingQuantization(QuantizingCallback):
         super().on_train_end(trainer, pl_module)
 
     def quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Quantize the module now, with batches of the run's training loader.
+        """Quantize the module with batches of the run's training loader.
 
         Raises:
             InvalidArgumentError: the loader is empty, or a value isn't finite.
@@ -276,4 +276,4 @@ class PostTrainingQuantization(QuantizingCallback):
 
     @override
     def unfinished(self) -> str:
-        return ""  # until training has ended there is nothing to wait for
+        return ""  # quantization happens at the end of training only

@@ -29,7 +29,7 @@ ENGINE = EngineSpec(
 
 
 def build(onnx_file: Path, out: Path, precision: str) -> dict[str, Any]:
-    """Build an engine file; the entries for the manifest."""
+    """Build an engine file and return the entries for the manifest."""
     from lightning_accel.engines.tensorrt.build import build_engine
     from lightning_accel.engines.tensorrt.command import equivalent_command
 
