@@ -1,4 +1,4 @@
-"""The benchmark of a bundle: all runtime variants side by side, each with its accuracy, and the one that ships."""
+"""Benchmark all runtime variants of a bundle, with speed and accuracy, and choose the default."""
 
 import math
 import tempfile
@@ -50,34 +50,34 @@ def benchmark_bundle(
     record: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Run a bundle's network in its common runtime variants, side by side; decide which one ships.
+    """Run a bundle's network in its common runtime variants, and choose the one to ship.
 
     Args:
         folder: the bundle.
         samples: held-out inputs by name, each ``(S, ...)``; with the outputs by name, the trained network's, predictions
-            are compared with those, else with the baseline's. ``None`` takes the samples in the bundle, if it was
-            written with any; without them only speed is measured, and only plain float32 can ship. A network that was
-            quantized without training is compared with the baseline, which is what was trained.
+            are compared with those, else with the baseline's. ``None`` uses the samples in the bundle; without any, only speed
+            is measured and only float32 can ship. A network that was quantized without training is compared with the baseline,
+            which is the trained network.
         labels: class of each sample, integers ``(S,)``; for logits of each position ``(S, ...)``; or, in floating point,
             the values that the first output should have.
         output_kind: ``"classes"``: accuracy and agreement are shares of predictions, by the largest logit of the first output;
             ``"values"``: they are its R². ``None``: as the labels are, else as in the run that wrote the bundle, else
             classes if the first output has more than one column.
-        budgets: what may be lost and what it may cost; ``None`` decides nothing.
-        everything: all variants instead of the common ones.
-        variants: names of the variants instead; the baseline is always among them.
+        budgets: limits for accuracy, latency and size; ``None`` measures without a decision.
+        everything: whether to run all variants instead of the common ones.
+        variants: names of the variants to run; the baseline is always included.
         settings: batch sizes, callers, times, threads.
         record: write ``comparison.json`` into the bundle, and the decision into its manifest as the default.
-        progress: told what is being done.
+        progress: called with a description of each step.
 
     Returns:
-        What was measured. After Ctrl-C what was measured until then, and no decision.
+        The comparison. After Ctrl-C it holds the measurements so far, and no decision.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is missing.
-        InvalidArgumentError: the bundle changed after it was written; samples, labels, variants or budgets that don't fit it; a bundle that
-            can't be recorded in: it holds the current folder, or is a mount point.
-        FilePermissionError: nor can one whose parent can't be written to.
+        InvalidArgumentError: the bundle changed after it was written; samples, labels, variants or budgets don't fit it; or the
+            bundle can't be replaced, because it holds the current folder or is a mount point.
+        FilePermissionError: the parent folder of the bundle isn't writable.
 
     Example:
         >>> comparison = benchmark_bundle("artifacts", budgets=Budgets(max_drop=0.5))  # doctest: +SKIP
@@ -129,17 +129,17 @@ def compare_variants(
     """Measure the variants and choose one, without writing anything; arguments as in :func:`benchmark_bundle`.
 
     Args:
-        folder: the files.
+        folder: the bundle.
         manifest: ``engines``, ``files``, ``model``, ``precision``, ``trained``, ``output_kind``, ``inputs`` and ``outputs`` are read.
-        samples: inputs, and outputs or none of them.
-        labels: of the samples.
-        source: where the samples come from, for the report.
-        output_kind: what outputs are.
+        samples: inputs by name, and all outputs or none.
+        labels: labels of the samples.
+        source: origin of the samples, for the report.
+        output_kind: ``"classes"``, ``"values"`` or ``None``.
         budgets: limits of the decision.
-        everything: all variants.
-        names: these variants.
-        settings: how it is measured.
-        progress: told what is being done.
+        everything: whether to run all variants.
+        names: names of the variants to run.
+        settings: batch sizes, callers, times, threads.
+        progress: called with a description of each step.
     """
     settings = settings or BenchmarkSettings()
     if budgets is not None and budgets.batch not in (None, *settings.batches):
@@ -171,7 +171,7 @@ def compare_variants(
     against = "nothing: there were no held-out samples"
     if known:
         if manifest["precision"] == "int8" and manifest.get("trained") == "fp32":
-            wanted = {}  # outputs of the quantized network, which nobody trained
+            wanted = {}  # outputs of the quantized network, not of the trained one
         against = "the trained network" if wanted else BASELINE
         score(measured, BASELINE, wanted, labels, output_kind)
         hold_kernels(measured, folder, manifest, feeds)
@@ -191,7 +191,7 @@ def compare_variants(
 
 
 def shipped_line(comparison: Comparison) -> dict[str, str] | None:
-    """What the manifest has to name as its default after a decision; ``None`` leaves it as it is."""
+    """The manifest's default after a decision; ``None`` if it doesn't change."""
     name = (comparison.decision or {}).get("ship")
     if name is None:
         return None
@@ -210,12 +210,12 @@ def _chosen(variants: Sequence[RuntimeVariant], everything: bool, names: Sequenc
 
 
 def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], feeds: Feeds) -> None:
-    """An engine ships only if its kernels, on this machine, compute what the proven file says.
+    """Compare the outputs of each variant with the verified file, and store the result as ``kernels``.
 
     Args:
-        measured: rows with what they computed; those that can ship get ``kernels``.
+        measured: variants with their outputs; only those that can ship are compared.
         folder: the bundle.
-        manifest: its model and files.
+        manifest: ``model`` and ``files`` are read.
         feeds: the samples.
     """
     few = {name: array[:KEPT] for name, array in feeds.items()}
@@ -243,18 +243,18 @@ def hold_kernels(measured: Measured, folder: Path, manifest: Mapping[str, Any], 
             kernels = check_kernels(file, row.variant.engine, few)
             noise = kernels.noise
             failures = [reason for reason in (kernels.diverging, saturates(file, row.variant.engine)) if reason]
-        if not check.passed and not failures:  # a deep network may differ as much from itself
+        if not check.passed and not failures:  # rounding noise of a deep network may be as large
             half = row.variant.precision.rpartition("+")[2]
             rounding = half if half in ("fp16", "bf16") else None
             check = check.against(NullDivergence(file, few).noise(check.tolerance, steps=noise, rounding=rounding))
         names = ("samples", "median_error", "p99_error", "max_error", "failures", "passed")
         found = {name: value for name, value in check.to_dict().items() if name in names}
-        # JSON has no infinity, which is the error of what isn't a number; the failures say so in words.
+        # JSON has no infinity, the error of outputs that are NaN; ``failures`` describes them.
         row.result.kernels = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in found.items()}
         if failures:
             row.result.kernels |= {"passed": False, "failures": [*check.failures, *failures]}
 
 
 def _answering(outputs: Feeds) -> Network:
-    """The network whose outputs are known for all samples at once."""
+    """A network whose outputs are known for all samples."""
     return lambda feeds: outputs

@@ -1,4 +1,4 @@
-"""Two bundles side by side: what each is, and what its default computes and takes, measured here in turns."""
+"""Compare the default variants of two bundles, measured on this machine in alternation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ _Input = tuple[str, str, tuple[int | None, ...]]  # name, dtype, shape; an open 
 
 @dataclass
 class BundleComparison:
-    """Two bundles, ``A`` and ``B``.
+    """Comparison of two bundles, ``A`` and ``B``.
 
     Args:
         bundles: of each: ``path``, ``default`` (engine, file, precision), ``precision``, ``parameters``, ``bytes`` (of all its
-            files), ``complete``, ``version``, ``phases`` (what was done to the network and when) and ``compression``.
+            files), ``complete``, ``version``, ``phases`` (compression phases of the run) and ``compression``.
         comparison: the default variants of both, named ``A`` and ``B``; speed-ups and agreement are with A.
     """
 
@@ -105,20 +105,20 @@ def compare_bundles(
     settings: BenchmarkSettings | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> BundleComparison:
-    """Run the defaults of two bundles on the same samples, in turns, and set beside each other what they are.
+    """Measure the default variants of two bundles on the same samples, in alternation.
 
     Args:
         a: a bundle.
-        b: one with the same inputs.
-        samples: held-out inputs by name, each ``(S, ...)``. ``None`` takes those kept in ``a`` or ``b``, or random ones.
+        b: a bundle with the same inputs.
+        samples: held-out inputs by name, each ``(S, ...)``. ``None`` uses the samples in ``a`` or ``b``, or random inputs.
         labels: class of each sample, or the values that the first output should have, as in
             :func:`~lightning_accel.benchmarking.benchmark_bundle.benchmark_bundle`.
         settings: batch sizes, callers, times, threads.
-        progress: told what is being done.
+        progress: called with a description of each step.
 
     Raises:
         MissingFileError: a bundle or a file of it is missing.
-        InvalidArgumentError: a bundle changed after it was written; they take different inputs; samples or labels that don't fit.
+        InvalidArgumentError: a bundle changed after it was written; their inputs differ; or samples or labels don't fit.
 
     Example:
         >>> print(compare_bundles("before", "after"))  # doctest: +SKIP
@@ -184,7 +184,7 @@ def compare_bundles(
 
 
 def _alike(one: Sequence[_Input], two: Sequence[_Input]) -> bool:
-    """Whether the same samples can fit both: equal types, ranks and fixed dimensions."""
+    """Whether two inputs accept the same samples: equal dtypes, ranks and fixed dimensions."""
     by_name = {name: (dtype, shape) for name, dtype, shape in two}
     return all(
         name in by_name

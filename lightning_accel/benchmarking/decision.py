@@ -1,4 +1,4 @@
-"""The decision: which variant ships, given what may be lost and what it may cost; and why each of the others doesn't."""
+"""Choose the variant to ship within budgets for accuracy, latency and size."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from lightning_accel.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a variant may cost to be shipped; ``None`` is no limit.
+    """Limits for a variant to ship; ``None`` is no limit.
 
     Args:
-        max_drop: percentage points of accuracy that it may lose against the float32 network in ONNX Runtime; of agreement
-            with the trained network, where there are no labels; of R² (in %), where outputs are values and no classes.
+        max_drop: largest loss in percentage points of accuracy against the float32 network in ONNX Runtime; of agreement
+            with the trained network, if there are no labels; of R² (in %), if outputs are values.
         max_latency_ms: largest median latency of a call with ``batch`` samples, one caller, in ms.
         max_bytes: largest size of the file in bytes.
-        batch: batch size at which latency counts; ``None`` means the largest that is measured.
+        batch: batch size that the latency budget refers to; ``None`` means the largest measured one.
 
     Raises:
         InvalidArgumentError: a number out of its range.
@@ -46,28 +46,28 @@ class Budgets:
 
 
 def choose_variant(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
-    """Name the variant to ship.
+    """Choose the variant to ship.
 
-    A variant is refused if it didn't run, if a bundle can't load it, if its kernels don't compute what its file says, or if it
-    is outside of the budgets. Of the others the one whose speed-up over float32 in ONNX Runtime has the highest lower end
-    ships; but only if that lies above 1 and above what the null run gives, or else plain float32 ships. Variants that the bundle
-    holds and that this machine can't run, an engine for a GPU say, take no part, and ``why`` names them.
+    A variant is refused if it didn't run, if a bundle can't load it, if its kernels diverge from the file, or if it
+    exceeds a budget. Among the others, the variant with the highest lower bound of the speed-up over float32 in ONNX Runtime
+    ships, provided that this bound exceeds 1 and the null run; otherwise float32 ships. Variants of the bundle that this machine
+    can't run, such as an engine for a GPU, are excluded, and ``why`` names them.
 
     Args:
-        comparison: what was measured; not changed.
+        comparison: the measurements; not changed.
         budgets: the limits.
 
     Returns:
         ``ship`` (name of the variant, or ``None`` if nothing fits), ``why``, ``budgets``, ``refused`` (name -> reason).
 
     Raises:
-        InvalidArgumentError: latency counts at a batch size that wasn't measured.
+        InvalidArgumentError: the budgets refer to a batch size that was not measured.
     """
     sizes = comparison.settings["batches"]
     batch = max(sizes) if budgets.batch is None else budgets.batch
     if batch not in sizes:
         raise InvalidArgumentError(
-            f"Argument `batch` must be one of the sizes that are measured, {list(sizes)}, but got {batch}."
+            f"Argument `batch` must be one of the measured sizes {list(sizes)}, but got {batch}."
         )
     limits = {**asdict(budgets), "batch": batch}
     floor = next((variant for variant in comparison.variants if variant.name == comparison.baseline), None)
@@ -102,7 +102,7 @@ def choose_variant(comparison: Comparison, budgets: Budgets) -> dict[str, Any]:
 
 
 def _elsewhere(comparison: Comparison) -> str:
-    """What the decision can't know about: variants in the bundle that another machine is meant for."""
+    """A sentence about the bundle's variants that can't run on this machine; empty if there are none."""
     names = [
         variant.name
         for variant in comparison.variants
@@ -110,13 +110,13 @@ def _elsewhere(comparison: Comparison) -> str:
     ]
     if not names:
         return ""
-    return f" {' and '.join(names)} took no part, not being able to run here: decide again on the machine that is to run it."
+    return f" {' and '.join(names)} was excluded because it can't run on this machine: repeat the benchmark on the target machine."
 
 
 def _refusal(
     variant: VariantResult, floor: VariantResult, budgets: Budgets, batch: int, titles: tuple[str, str]
 ) -> tuple[str, float]:
-    """Why a variant doesn't ship, and by which share it is beyond the budgets, if that is the only reason."""
+    """Reason to refuse a variant, and the factor by which it exceeds the budgets if that is the only reason."""
     point = variant.point(batch)
     if variant.status != "ran":
         return f"{variant.status}: {variant.reason}", 0.0
@@ -127,17 +127,16 @@ def _refusal(
     is_floor = variant.name == floor.name
     if variant.kernels is None and not is_floor:
         return (
-            "no held-out samples to hold its kernels against the file on: pass --data, or export with keep_samples",
+            "no held-out samples to verify its kernels on: pass --data, or export with keep_samples",
             0.0,
         )
     if variant.kernels is not None and not variant.kernels["passed"]:
-        return f"its kernels don't compute here what the file says: {'; '.join(variant.kernels['failures'])}", 0.0
+        return f"its kernels diverge from the file on this machine: {'; '.join(variant.kernels['failures'])}", 0.0
     reasons, over = [], []
     drop = _drop(variant, floor)
     if drop is None and not is_floor:
         return (
-            "neither accuracy nor agreement of its outputs could be found (they don't vary, or aren't finite), to be held "
-            "against `max_drop`",
+            "neither accuracy nor agreement could be computed for `max_drop`: the outputs don't vary, or aren't finite",
             0.0,
         )
     if drop is not None and drop > budgets.max_drop:
@@ -154,7 +153,7 @@ def _refusal(
 
 
 def _drop(variant: VariantResult, floor: VariantResult) -> float | None:
-    """Percentage points lost against float32, rounded so that a budget of exactly that much is kept."""
+    """Loss against float32 in percentage points, rounded so that a loss equal to the budget is allowed."""
     if variant.score is None or floor.score is None:
         return None
     return round(100 * (floor.score - variant.score), 6)
@@ -210,10 +209,10 @@ def _why(variant: VariantResult, floor: VariantResult, batch: int, titles: tuple
 
 
 def resolution(samples: int | None, budgets: Mapping[str, Any], output_kind: str | None = None) -> str:
-    """What to say where one sample weighs more than the drop that is allowed; empty otherwise, and of values."""
+    """A sentence if one sample is worth more than the allowed drop; empty otherwise, and for values."""
     if not samples or output_kind == VALUES or 100 / samples <= budgets["max_drop"]:
         return ""
     return (
         f"One of the {samples} samples weighs {100 / samples:.2f} points, more than the drop of {budgets['max_drop']:g} that is "
-        "allowed: decide on more held-out data."
+        "allowed: use more held-out data."
     )

@@ -1,4 +1,4 @@
-"""The machine a number was measured on; printed beside the number."""
+"""Describe the machine and the installed packages, for the report beside each measurement."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 def environment() -> dict[str, Any]:
     """Describe this machine and what is installed on it, as JSON values.
 
-    Nothing is imported to find out. What the system doesn't tell is ``None``, not ``False``.
+    Nothing is imported. Values that the system doesn't report are ``None``, not ``False``.
 
     Returns:
         ``cpu`` (model name), ``cpu_flags`` (name -> whether the CPU has it), ``cores`` (that this process may use),
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 
 def packages() -> list[str]:
-    """Distributions whose versions belong beside a measurement: numerical libraries and all engines."""
+    """Distributions whose versions are reported with a measurement: numerical libraries and all engines."""
     return list(dict.fromkeys(["torch", "numpy", "onnx", *requirements(), "lightning-accel"]))
 
 

@@ -1,4 +1,4 @@
-"""Interleaved measurement: the variants take turns, so that the machine's moods hit all of them alike."""
+"""Interleaved latency measurement: variants run in alternation, so that disturbances affect all of them alike."""
 
 import gc
 import time
@@ -13,7 +13,7 @@ from lightning_accel.errors import InvalidArgumentError
 
 __all__ = ["BenchmarkResult", "Measurement", "Ratio", "benchmark", "environment", "median_ratio"]
 
-NOISY = 0.1  # a null ratio whose interval leaves 1 ± this says that the machine was not quiet
+NOISY = 0.1  # a null ratio whose interval leaves 1 ± this indicates a busy machine
 _RESAMPLES = 2000
 
 
@@ -28,7 +28,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latency of one variant, and what it ran.
+    """Latency of one variant, with a description of what was run.
 
     Attributes:
         name: name of the variant.
@@ -41,7 +41,7 @@ class Measurement:
         bytes: size of that file.
         batch_size: samples in a call.
         threads: threads of the engine.
-        note: anything a reader must know.
+        note: a remark for the reader.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What :func:`benchmark` measured.
+    """Result of :func:`benchmark`.
 
     Attributes:
         measurements: one for each variant, in the order given.
         baseline: name of the variant that speed-ups refer to.
-        null: ratio of the baseline to itself, measured as one more variant. Its interval shows what this machine makes
-            of a difference that isn't there.
+        null: ratio of the baseline to itself, measured as one more variant. Its interval shows the noise
+            of this machine.
         rounds: rounds measured; each calls each variant once.
         noisy: whether the interval of ``null`` leaves 0.9 to 1.1.
         environment: the machine, see :func:`environment`.
@@ -105,21 +105,20 @@ def benchmark(
 ) -> BenchmarkResult:
     """Measure the latency of several variants of the same computation.
 
-    Each variant is warmed up for some time. Then come rounds in which each variant is called once, in an order shuffled
-    anew, and the baseline a second time as a null run (A/A). Speed-ups are medians of the ratios within a round;
-    their 95 % intervals come from resampling rounds.
+    After a warm-up, each round calls every variant once in random order, and the baseline a second time as a null run
+    (A/A). Speed-ups are medians of the ratios within a round, with 95 % bootstrap intervals over the rounds.
 
     Args:
-        variants: what to call, by name. A call must do all of its work before it returns.
+        variants: callables by name. A call must complete its work before it returns.
         baseline: name of the variant that speed-ups refer to. Default: the first.
         rounds: rounds to measure.
         min_rounds: rounds to measure even if they take longer than ``max_seconds``.
-        max_seconds: time after which no further round begins, in seconds.
+        max_seconds: time limit after which no further round starts, in seconds.
         warmup_s: time for which each variant is called before the first round, in seconds; at least one call.
         seed: seed of the orders and of the resampling.
 
     Raises:
-        InvalidArgumentError: no variants, an unknown baseline, or numbers that make no measurement.
+        InvalidArgumentError: no variants, an unknown baseline, or a number out of its range.
 
     Example:
         >>> result = benchmark({"fp32": lambda: fp32(x), "int8": lambda: int8(x)})  # doctest: +SKIP
@@ -195,7 +194,7 @@ def _measure(
     times: list[np.ndarray] = []
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would be charged to whichever variant it falls on
+    gc.disable()  # a garbage collection would distort the timing of one variant
     try:
         end = time.perf_counter() + max_seconds
         while len(times) < rounds and (len(times) < min_rounds or time.perf_counter() < end):
@@ -203,7 +202,9 @@ def _measure(
             for index in rng.permutation(len(calls)):
                 started = time.perf_counter_ns()
                 calls[index]()
-                row[index] = max(time.perf_counter_ns() - started, 1) / 1e6  # a clock may not see a very short call
+                row[index] = (
+                    max(time.perf_counter_ns() - started, 1) / 1e6
+                )  # the clock's resolution may exceed a very short call
             times.append(row)
     finally:
         if collecting:

@@ -1,4 +1,4 @@
-"""The Pareto front: the variants that no other variant beats in both accuracy and cost."""
+"""Pareto front of accuracy against cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """A variant in a plot.
+    """A point of a plot of accuracy against cost.
 
     Args:
-        number: what it is called in the picture; several variants at one place share it.
+        number: label in the plot; variants at the same position share it.
         name: of the variant.
         cost: latency in ms, or size in bytes: less is better.
         accuracy: share in [0, 1]: more is better.
@@ -28,9 +28,9 @@ class ParetoPoint:
 
 
 def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
-    """The points that none beats, by rising cost; of equal ones all are on it.
+    """Points that no other point dominates, by increasing cost; equal points are all included.
 
-    A point is beaten by one that is at least as good in accuracy and in cost, and better in one of them.
+    A point dominates another if it is at least as good in accuracy and cost, and better in one of them.
 
     Example:
         >>> fast, good, bad = (ParetoPoint("", "", *xy, 0, 1) for xy in [(1, 0.8), (2, 0.9), (3, 0.85)])

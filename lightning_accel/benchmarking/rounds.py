@@ -1,4 +1,4 @@
-"""Rounds: the variants take turns, each in its own process, so that only one runs at a time and all meet the machine's moods."""
+"""Interleaved measurement rounds, with one process for each variant."""
 
 import tempfile
 import time
@@ -23,7 +23,7 @@ _Key = tuple[int, int]  # batch size and number of callers
 
 @dataclass
 class _Turn:
-    """What one variant did in one round, in ms: latencies, length of the turn, time its threads ran and waited for a CPU."""
+    """One turn of a variant, in ms: latencies, duration, and the time that its threads ran and waited for a CPU."""
 
     times_ms: list[float]
     wall_ms: float
@@ -32,17 +32,17 @@ class _Turn:
 
     @property
     def call_ms(self) -> float:
-        """Time of a call, as the turn's length has it.
+        """Duration of the turn divided by its calls.
 
-        Not the median: a call that is shorter than what the system gives a process at a time is mostly undisturbed by others,
-        a longer one never is. And several callers also wait for each other.
+        The median would favour short calls: those within a time slice of the scheduler are mostly undisturbed, longer ones never
+        are. Several callers also wait for each other.
         """
         return self.wall_ms / len(self.times_ms)
 
 
 @dataclass
 class VariantRun:
-    """A variant while it is measured."""
+    """Measurement of a variant in progress."""
 
     variant: RuntimeVariant
     result: VariantResult
@@ -52,17 +52,17 @@ class VariantRun:
 
     @property
     def computed(self) -> dict[str, np.ndarray]:
-        """The network's outputs for the samples that are kept, by their own names."""
+        """Outputs for the kept samples by output name."""
         prefix = "output "
         return {name.removeprefix(prefix): a for name, a in self.outputs.items() if name.startswith(prefix)}
 
     def end(self, status: str, reason: str) -> None:
-        """Take it out; what it measured before stays."""
+        """End the measurement of the variant; earlier results are kept."""
         self.result.status, self.result.reason = status, reason
         self.close()
 
     def close(self) -> None:
-        """End its process."""
+        """Kill its process."""
         if self.process is not None:
             self.process.close()
             self.process = None
@@ -70,7 +70,7 @@ class VariantRun:
 
 @dataclass
 class Measured:
-    """All rows, and the baseline's second process.
+    """Measurements of all variants, and of the null run.
 
     Args:
         rows: one for each variant, in the order given.
@@ -95,22 +95,21 @@ def measure_variants(
 ) -> Measured:
     """Measure the latency of several runtime variants of the same network, and collect what they compute.
 
-    Each variant, and the baseline a second time, is loaded in a process of its own and warmed up for some time. Then come the
-    rounds: in each every variant has one turn, in an order shuffled anew, while the other processes sleep. A variant that fails,
-    dies or takes longer than its limit becomes a row that says so; the others go on. Ctrl-C ends the measurement and
-    keeps what was measured.
+    Each variant, and the baseline a second time, is loaded in a separate process and warmed up. In each round every variant
+    has one turn, in random order, while the other processes sleep. A variant that fails, dies or exceeds its time limit gets a
+    status with the reason, and the others continue. Ctrl-C ends the measurement and keeps the results so far.
 
     Args:
-        variants: what to run; a variant with ``missing`` is a row and nothing else.
-        samples: inputs by name, each ``(S, ...)``. Calls take the first of them, from the beginning again if there are fewer.
+        variants: variants to run; those with ``missing`` are listed without a measurement.
+        samples: inputs by name, each ``(S, ...)``. Calls use the first samples, repeated if there are too few.
         settings: batch sizes, callers and times.
         baseline: name of the variant that speed-ups refer to.
-        keep: samples whose outputs are kept.
-        classify: keep the classes of all samples, by the largest logit of the first output; else no others are run.
-        progress: told what is being done.
+        keep: number of samples whose outputs are kept.
+        classify: whether to keep the predicted classes of all samples, from the first output; otherwise only the kept samples run.
+        progress: called with a description of each step.
 
     Raises:
-        InvalidArgumentError: two variants of one name, or no variant of the baseline's.
+        InvalidArgumentError: two variants have the same name, or none has the baseline's.
     """
     names = [variant.name for variant in variants]
     if len(set(names)) != len(names):
@@ -155,7 +154,7 @@ def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, 
 def _start(
     row: VariantRun, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int, classify: bool
 ) -> None:
-    """Load a variant, warm it up, look at its memory, and collect what it computes."""
+    """Load a variant, warm it up, measure its memory, and collect its outputs."""
     variant, result = row.variant, row.result
     if variant.missing:
         row.end("not here", variant.missing)
@@ -226,7 +225,7 @@ def _point(row: VariantRun, base: VariantRun, key: _Key, rng: np.random.Generato
 
 
 def _ratio(base: VariantRun, row: VariantRun, key: _Key, rng: np.random.Generator) -> Ratio | None:
-    """Time of the baseline divided by that of the row, over the rounds in which both had a turn."""
+    """Time of the baseline divided by the time of the variant, over the rounds in which both had a turn."""
     before, after = base.turns.get(key, {}), row.turns.get(key, {})
     both = sorted(before.keys() & after.keys())
     if len(both) < 2:
@@ -248,9 +247,9 @@ def _null(
 
 
 def _waiting(rows: Sequence[VariantRun], key: _Key) -> float | None:
-    """Share of the time in which threads could have run for which others had the CPUs; ``None`` if it isn't known.
+    """Share of runnable time during which other processes occupied the CPUs; ``None`` if unknown.
 
-    Both variants of a null run suffer alike, so that its ratio doesn't show it. Several callers also wait for each other.
+    The ratio of a null run doesn't show it, since both processes are affected alike. Several callers also wait for each other.
     """
     turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
     ran, waited = sum(turn.ran_ms for turn in turns), sum(turn.waited_ms for turn in turns)

@@ -1,4 +1,4 @@
-"""Held-out samples in a comparison: what is fed, whether it fits, what the variants predict for it, and the result of it all."""
+"""Validate the held-out samples of a comparison, and compute accuracy and agreement from the outputs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,12 +14,12 @@ from lightning_accel.engines.base import Runner
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.compare import Feeds
 
-KEPT = 512  # samples on which kernels are held against the file
-_SCORED = 2**24  # numbers of which an R² is made, at most; more samples than KEPT only up to here
+KEPT = 512  # samples on which kernels are compared with the file
+_SCORED = 2**24  # largest number of values for an R²; limits the samples beyond KEPT
 
 
 def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
-    """Random inputs, where nothing but speed is asked for; integers are zeros, which are in every vocabulary."""
+    """Random inputs for measurements of speed; integers are zeros, which are valid in every vocabulary."""
     rng = np.random.default_rng(0)
     feeds = {}
     for spec in runner.inputs:
@@ -35,10 +35,10 @@ def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
 
 
 def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, output_kind: str | None = None) -> str:
-    """What doesn't fit is told before anything is measured.
+    """Validate samples and labels before the measurement.
 
     Args:
-        runner: the network.
+        runner: runner of the float32 network.
         feeds: samples.
         labels: classes, or the values that outputs should have.
         output_kind: ``"classes"``, ``"values"``, or ``None``: as the labels are, else classes if there is more than one column.
@@ -89,7 +89,7 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, outpu
 
 
 def kept_samples(runner: Runner, feeds: Feeds, output_kind: str) -> int:
-    """Of how many samples the outputs are kept: enough to hold kernels against the file; for an R² as many as fit."""
+    """Number of samples whose outputs are kept: enough to compare kernels with the file; for an R², as many as fit."""
     if output_kind == CLASSES:
         return KEPT
     outputs = runner.run({name: array[:1] for name, array in feeds.items()}).values()
@@ -97,7 +97,7 @@ def kept_samples(runner: Runner, feeds: Feeds, output_kind: str) -> int:
 
 
 def describe(row: VariantRun, folder: Path) -> None:
-    """Name and size of what a variant ran; only a file of the bundle has a name that means something later."""
+    """Store name and size of a variant's file; only files of the bundle get a name."""
     file = row.variant.file
     if file is None or not file.is_file():
         return
@@ -108,7 +108,7 @@ def describe(row: VariantRun, folder: Path) -> None:
 
 
 def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None, output_kind: str) -> None:
-    """Accuracy and agreement, from the classes that each variant predicts or the values that it computes."""
+    """Compute accuracy and agreement of each variant from its predicted classes or values."""
     if output_kind == VALUES:
         _score_values(measured, baseline, wanted, labels)
         return
@@ -120,14 +120,14 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
         classes = row.outputs.get("classes")
         if classes is None:
             continue
-        if right is not None and classes.shape == right.shape:  # not one for a sample and one for a pixel
+        if right is not None and classes.shape == right.shape:  # e.g. one class per sample against one per pixel
             row.result.agreement = float((classes == right).mean())
         if labels is not None:
             row.result.accuracy = float((classes == labels).mean())
 
 
 def _score_values(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None) -> None:
-    """R² of the first output, against the labels and against what the trained network or the baseline computes."""
+    """R² of the first output against the labels, and against the trained network or the baseline."""
     values = {row.variant.name: next(iter(row.computed.values()), None) for row in measured.rows}
     right = next(iter(wanted.values())) if wanted else values.get(baseline)
     for row in measured.rows:
@@ -152,17 +152,17 @@ def assembled(
     against: str,
     output_kind: str = CLASSES,
 ) -> Comparison:
-    """Put what was measured together with how and on what; nothing is decided yet.
+    """Assemble the comparison from measurements, settings and machine; without a decision.
 
     Args:
-        measured: all rows, scored.
+        measured: measurements with scores.
         feeds: the samples.
         settings: how it was measured.
         baseline: name of the variant that speed-ups refer to.
-        machine: its description, from before the measurement.
-        source: where the samples come from; ``None`` for random ones.
-        against: what predictions were compared with.
-        output_kind: how outputs were scored, ``"classes"`` or ``"values"``.
+        machine: description of the machine, from before the measurement.
+        source: origin of the samples; ``None`` for random inputs.
+        against: reference of the predictions.
+        output_kind: ``"classes"`` or ``"values"``.
     """
     count = len(next(iter(feeds.values())))
     told = {

@@ -1,4 +1,4 @@
-"""Runtime variants of a network, for the files of one bundle: each can be run here, or says what it would take."""
+"""List the runtime variants of a bundle, with the reason why a variant can't run or ship."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,15 +15,21 @@ _NO_INT8 = (
     "lightning-accel quantize --ckpt-path FILE"
 )
 _NO_PROGRAM = 'the bundle holds no `model.pt2`: export with ModelExport(engines=[..., "pytorch"])'
-_TORCH_MODES = {  # variant -> how it calls the program, and why load_runner doesn't
+_TORCH_MODES = {  # variant -> mode, and why load_runner can't run it
     "pytorch eager": ("eager", "`load_runner` runs the program in inference_mode"),
     "pytorch inference_mode": ("inference_mode", ""),
     "pytorch channels_last": ("channels_last", "`load_runner` runs the program as it was captured"),
-    "pytorch compile": ("compile", "compiled anew in each process, with a C++ compiler"),
+    "pytorch compile": ("compile", "compiled in each process with a C++ compiler"),
     "pytorch bf16 autocast": ("bf16", "`load_runner` runs the program as it was captured"),
     "pytorch fp16 autocast": ("fp16", "`load_runner` runs the program as it was captured"),
-    "torchao dynamic int8": ("torchao dynamic", "made of the program in memory; no file of it is in the bundle"),
-    "torchao weight-only int8": ("torchao weights", "made of the program in memory; no file of it is in the bundle"),
+    "torchao dynamic int8": (
+        "torchao dynamic",
+        "generated from the program in memory; the bundle contains no file of it",
+    ),
+    "torchao weight-only int8": (
+        "torchao weights",
+        "generated from the program in memory; the bundle contains no file of it",
+    ),
 }
 
 
@@ -33,14 +39,14 @@ class RuntimeVariant:
 
     Args:
         name: engine and precision, e.g. ``"onnxruntime int8"``.
-        engine: what runs it, as in :func:`~lightning_accel.engines.base.load_runner`.
+        engine: name of the engine, as in :func:`~lightning_accel.engines.base.load_runner`.
         precision: of the file: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int8+fp16"``.
-        file: what is run; ``None`` if there is none.
-        mode: how PyTorch calls the program; empty for the other engines.
-        make: what the file has to be made of ``file`` first: ``"dynamic int8"``, ``"tensorrt fp32"`` or ``"tensorrt fp16"``.
+        file: file to run; ``None`` if there is none.
+        mode: execution mode of PyTorch; empty for the other engines.
+        make: conversion of ``file`` before the run: ``"dynamic int8"``, ``"tensorrt fp32"`` or ``"tensorrt fp16"``.
         options: further arguments of the engine's runner.
-        missing: why it can't run here; empty if it can, as far as is known before it is tried.
-        unshippable: why ``load_runner`` can't run it from the bundle; empty if it can.
+        missing: reason why it can't run here, known before the run; otherwise empty.
+        unshippable: reason why ``load_runner`` can't run it from the bundle; empty if it can.
         common: whether it is in the default comparison.
     """
 
@@ -57,7 +63,7 @@ class RuntimeVariant:
 
 
 def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVariant]:
-    """All variants for the files of a bundle; whether each runs here is found out when it is tried.
+    """List all variants for the files of a bundle; some may turn out not to run here.
 
     Args:
         folder: the bundle.
@@ -77,7 +83,7 @@ def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
                 missing = f"{engine} has no {other} kernels on a CPU"
             variants.append(RuntimeVariant(f"{engine} {other}", engine, other, file, missing=missing, common=common))
         if engine == "onnxruntime":
-            made = "made of the float32 file anew each time; no file of it is in the bundle, and none was verified"
+            made = "regenerated from the float32 file for every benchmark; the bundle contains no verified copy"
             variants.append(
                 RuntimeVariant(
                     f"{engine} dynamic int8", engine, "int8", reference, make="dynamic int8", unshippable=made
@@ -92,7 +98,7 @@ def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
 def _of_pytorch(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVariant]:
     line = manifest["engines"].get("pytorch")
     file = None if line is None else folder / line["file"]
-    precision = str(manifest["precision"])  # the program is what was trained: int8 is computed in float there
+    precision = str(manifest["precision"])  # the program holds fake-quantization: int8 is computed in float
     variants = []
     for name, (mode, unshippable) in _TORCH_MODES.items():
         common = name == "pytorch eager" or (name == "pytorch inference_mode" and file is not None)

@@ -1,4 +1,4 @@
-"""All that a DistillationModule has beside its student. No Module, so that nothing in it gets registered."""
+"""State and computation of a distillation; not an ``nn.Module``, so that nothing in it is registered."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy

@@ -1,4 +1,4 @@
-"""Which losses, how much of each, and between which layers."""
+"""Terms of a distillation loss: losses, weights, and the layers that they compare."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

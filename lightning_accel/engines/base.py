@@ -1,4 +1,4 @@
-"""One call interface over all engines: named numpy arrays in, named numpy arrays out."""
+"""Runner: the interface of all engines, from named numpy arrays to named numpy arrays."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArg
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of one input or output; ``None`` in ``shape`` is a dimension that may change."""
+    """Name, dtype and shape of one input or output; ``None`` in ``shape`` is a dynamic dimension."""
 
     name: str
     dtype: np.dtype[Any]
@@ -38,7 +38,7 @@ class TensorSpec:
         if value.dtype != self.dtype:
             raise InvalidArgumentTypeError(
                 f"Argument `feeds` must give input `{self.name}` as {self.dtype}, but got {value.dtype}. "
-                f"If that is meant, convert it: `.astype(np.{self.dtype})`."
+                f"Convert it if this is intended: `.astype(np.{self.dtype})`."
             )
         shape = "(" + ", ".join("any" if size is None else str(size) for size in self.shape) + ")"
         if value.ndim != len(self.shape):
@@ -69,7 +69,7 @@ class Runner(ABC):
         self.path = Path(path)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._lock = threading.Lock()  # for the engines whose calls may not overlap
+        self._lock = threading.Lock()  # for engines without concurrent calls
         self._closed = False
 
     @property
@@ -111,7 +111,7 @@ class Runner(ABC):
         """Run with arrays by position, in the order of :attr:`input_names`, or by name.
 
         Returns:
-            The array where the network has one output, else a dict of all.
+            The array of a network with one output, otherwise a dict of all outputs.
 
         Raises:
             InvalidArgumentTypeError: more arrays than inputs, or an input given twice.
@@ -130,14 +130,14 @@ class Runner(ABC):
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def warm_up(self, feeds: Mapping[str, np.ndarray] | None = None, *, calls: int = 3) -> None:
-        """Run a few times, so that the first real call isn't the one in which an engine chooses kernels and memory.
+        """Run the network a few times, so that kernels and memory are selected before the first real call.
 
         Args:
             feeds: inputs as in :meth:`run`; default: zeros of one sample, for inputs whose other dimensions are fixed.
-            calls: how often.
+            calls: number of runs.
 
         Raises:
-            InvalidArgumentError: no feeds for inputs with open dimensions, or a number below 1.
+            InvalidArgumentError: no feeds for inputs with dynamic dimensions, or ``calls`` is below 1.
         """
         if calls < 1:
             raise InvalidArgumentError(f"Argument `calls` must be at least 1, but got {calls}.")
@@ -151,7 +151,7 @@ class Runner(ABC):
             self.run(feeds)
 
     def close(self) -> None:
-        """Free the engine's memory. Calls that are running finish first; closing twice is fine."""
+        """Release the engine's memory after running calls have finished; a second call has no effect."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -179,7 +179,7 @@ class Runner(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Drop what holds the engine's memory."""
+        """Release the engine's memory."""
 
 
 def load_runner(path: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Runner:

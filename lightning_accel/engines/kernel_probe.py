@@ -1,7 +1,7 @@
-"""Probe: whether an engine's integer kernels compute, on this machine, what a Q/DQ file says.
+"""Measure whether an engine's integer kernels reproduce a Q/DQ file on this machine.
 
-What an engine gets wrong depends on its version and on the CPU, which chooses the kernels: so it is measured, on small files
-whose results are known exactly, and remembered by engine, version and CPU in the user's cache folder.
+Errors depend on the engine's version and on the CPU, which determines the kernels. They are measured on small files with known
+exact results, and cached by engine, version and CPU in the user's cache folder.
 """
 
 import hashlib
@@ -40,9 +40,9 @@ FORMS = (
     "concatenation also read in float",
     "tiny scales",
 )
-_SCHEMA = 1  # raised when the files of the probe change, so that what was measured on others is forgotten
-_ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring integers
-# They choose the kernels of oneDNN, on which OpenVINO is built.
+_SCHEMA = 1  # incremented when the probe files change, which invalidates cached findings
+_ONE_STEP = 1.01  # two correct summation orders may round to neighbouring integers
+# They select the kernels of oneDNN, which OpenVINO uses.
 _ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
@@ -50,15 +50,15 @@ Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class KernelFinding:
-    """What an engine makes of one form.
+    """Accuracy of an engine for one form.
 
     Args:
         engine: ``"onnxruntime"`` or ``"openvino"``.
         version: of the engine.
         form: one of :data:`FORMS`.
         arithmetic: of the file.
-        error: largest difference from the exact result, in steps of the output's quantization; ``None`` if there was no number.
-        reason: why there was none.
+        error: largest difference from the exact result, in steps of the output's quantization; ``None`` without a result.
+        reason: why there is no result.
     """
 
     engine: str
@@ -70,7 +70,7 @@ class KernelFinding:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is right, up to one rounding."""
+        """Whether the error is at most one rounding."""
         return self.error is not None and self.error <= _ONE_STEP
 
     def __str__(self) -> str:
@@ -84,13 +84,13 @@ class KernelFinding:
 
 
 def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> KernelFinding:
-    """Measure what an engine's kernels make of a form of integer arithmetic on this machine, or remember it.
+    """Measure the error of an engine's kernels for a form of integer arithmetic on this machine, or read it from the cache.
 
     Args:
         engine: ``"onnxruntime"`` or ``"openvino"``.
         form: one of :data:`FORMS`.
         arithmetic: activations, weights, and what is quantized.
-        run: runs a file in the engine's place, given its path and inputs; nothing is remembered of that.
+        run: replaces the engine; called with the path of a file and its inputs. Its findings are not cached.
 
     Raises:
         InvalidArgumentError: an unknown engine or form.
@@ -123,12 +123,12 @@ def engine_version(engine: str) -> str:
 
 
 def cache_file(engine: str) -> Path:
-    """Where findings about an engine are kept: one file for each engine, version, and CPU with its flags."""
+    """Path of the cached findings of an engine, by engine, version, CPU and CPU flags."""
     fields = cpu_fields()
     machine = [platform.system(), platform.machine(), cpu_name(), fields.get("flags") or fields.get("Features") or ""]
     machine += [os.environ.get(name, "") for name in _ISA_VARIABLES]
     digest = hashlib.sha256(json.dumps([_SCHEMA, *machine]).encode()).hexdigest()[:16]
-    folder = os.environ.get("XDG_CACHE_HOME", "")  # which must be absolute to count, by its specification
+    folder = os.environ.get("XDG_CACHE_HOME", "")  # relative paths are invalid, by its specification
     base = Path(folder) if Path(folder).is_absolute() else Path("~/.cache").expanduser()
     return base / "lightning-accel" / "kernels" / f"{engine}-{engine_version(engine)}-{digest}.json"
 
@@ -144,7 +144,7 @@ def _remembered(place: Path) -> _Known:
 
 
 def _read(place: Path) -> _Known:
-    """What a file holds; nothing of one that isn't there or that is damaged: it is measured again."""
+    """Read cached findings; empty for a missing or damaged file, so that they are measured again."""
     try:
         values = json.loads(place.read_text(encoding="utf-8"))
         return {key: _entry(*value) for key, value in values.items()}
@@ -159,13 +159,13 @@ def _entry(error: Any, reason: Any) -> tuple[float | None, str]:
 
 
 def _remember(place: Path, new: _Known) -> None:
-    """Add to the file in one step. Two processes at once may lose a finding of one, which is then measured again."""
+    """Add findings to the file atomically. Of two concurrent writers one may lose a finding, which is then measured again."""
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({**_read(place), **new}, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, place)
-    except OSError:  # a full or read-only disk: the next process measures again
+    except OSError:  # full or read-only disk: the next process measures again
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -192,7 +192,7 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Kernel
             got = run(path, file.feeds)
         except ImportError:
             raise
-        except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
+        except Exception as error:  # engines raise unrelated types
             return KernelFinding(*about, None, str(error).partition("\n")[0])
     errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
     if not np.isfinite(errors).all():

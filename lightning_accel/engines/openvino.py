@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU; reads ONNX files as they are."""
+"""OpenVINO engine for CPUs; reads ONNX files directly."""
 
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class OpenVinoRunner(Runner):
         ov = require("openvino", "openvino", "Engine `openvino`")
         if not Path(path).is_file():
             raise MissingFileError(f"Argument `path` must be a model file, but got {path}: nothing is there.")
-        # On CPUs with bf16 instructions OpenVINO runs float32 layers in bfloat16 unless told otherwise; the precision
-        # of a layer is what the file says.
+        # By default OpenVINO runs float32 layers in bfloat16 on CPUs with bf16 instructions; the precision must be that of
+        # the file.
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads

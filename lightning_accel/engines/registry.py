@@ -1,4 +1,4 @@
-"""Registry of the engines that can run an exported network; open to engines of other distributions.
+"""Registry of the engines that can run an exported network, open to other distributions.
 
 An engine of this package is one module below ``lightning_accel.engines`` with a runner and a record, and one line in ``_BUILTIN``. An
 engine of another distribution needs no change here: it declares the entry point

@@ -1,4 +1,4 @@
-"""Pruning criteria: the protocol that weight pruning and channel pruning share, and how a criterion is looked up."""
+"""Criterion protocol of weight pruning and channel pruning."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Pruning without a Trainer: what the callbacks schedule, done once on any module."""
+"""One-shot pruning of any module, without a Trainer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

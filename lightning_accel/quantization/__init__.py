@@ -1,4 +1,4 @@
-"""Quantization-aware training: targets, fake-quant with their arithmetic, capture, convert, and the callback."""
+"""Quantization: targets, fake-quantization with their arithmetic, capture, conversion, and callbacks."""
 
 from typing import TYPE_CHECKING
 

@@ -83,7 +83,7 @@ def _lines(comparison: Comparison) -> list[str]:
         if variant.status != "ran"
     ]
     lines += [
-        f"{variant.name}: its kernels don't compute here what the file says: {'; '.join(variant.kernels['failures'])}"
+        f"{variant.name}: its kernels diverge from the file on this machine: {'; '.join(variant.kernels['failures'])}"
         for variant in comparison.variants
         if variant.kernels is not None and not variant.kernels["passed"]
     ]

@@ -59,8 +59,12 @@ def test_plain_fp32_ships_where_nothing_is_clearly_faster(low, null_high):
         ({"max_bytes": 999}, {}, "its file has 1,000 bytes, more than 999"),
         ({}, {"status": "failed", "reason": "its process died"}, "failed: its process died"),
         ({}, {"unshippable": "made anew"}, "not shippable: made anew"),
-        ({}, {"kernels": None}, "no held-out samples to hold its kernels against the file on"),
-        ({}, {"kernels": {"passed": False, "failures": ["a", "b"]}}, "don't compute here what the file says: a; b"),
+        ({}, {"kernels": None}, "no held-out samples to verify its kernels on"),
+        (
+            {},
+            {"kernels": {"passed": False, "failures": ["a", "b"]}},
+            "its kernels diverge from the file on this machine: a; b",
+        ),
         ({}, {"points": []}, "not measured at batch 32"),
         ({}, {"accuracy": None}, "neither accuracy nor agreement of its outputs could be found"),
     ],
@@ -95,9 +99,7 @@ def test_latency_counts_at_the_batch_size_named():
     found = comparison(variant("openvino int8", 2.0, ms=0.5))
     assert choose_variant(found, Budgets(max_latency_ms=0.6, batch=1))["ship"] == "openvino int8"
     assert choose_variant(found, Budgets(max_latency_ms=0.6))["ship"] is None
-    with pytest.raises(
-        ValueError, match=r"Argument `batch` must be one of the sizes that are measured, \[1, 32\], but got 8"
-    ):
+    with pytest.raises(ValueError, match=r"Argument `batch` must be one of the measured sizes \[1, 32\], but got 8"):
         choose_variant(found, Budgets(batch=8))
 
 
@@ -124,14 +126,14 @@ def test_an_engine_for_another_machine_is_named():
     decision = choose_variant(comparison(variant("openvino int8", 2.0), engine), Budgets())
     nothing = choose_variant(comparison(variant("openvino int8", 2.0), engine), Budgets(max_bytes=1))
     assert nothing["ship"] is None
-    assert nothing["why"].endswith("decide again on the machine that is to run it.")
+    assert nothing["why"].endswith("repeat the benchmark on the target machine.")
     assert decision["ship"] == "openvino int8"
     assert decision["why"].endswith(
-        "tensorrt int8 took no part, not being able to run here: decide again on the machine that is to run it."
+        "tensorrt int8 was excluded because it can't run on this machine: repeat the benchmark on the target machine."
     )
     for other in ({"file": None}, {"unshippable": "built for the comparison"}):  # nothing that is shipped is left out
         engine = variant("tensorrt int8", status="not here", reason="needs an NVIDIA GPU", points=[], **other)
-        assert "took no part" not in choose_variant(comparison(variant("openvino int8", 2.0), engine), Budgets())["why"]
+        assert "was excluded" not in choose_variant(comparison(variant("openvino int8", 2.0), engine), Budgets())["why"]
 
 
 def test_without_the_baseline_nothing_is_decided():

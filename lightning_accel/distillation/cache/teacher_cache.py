@@ -1,4 +1,4 @@
-"""TeacherCache: the teacher's outputs, computed once for each sample and kept on disk."""
+"""Cache of teacher outputs on disk."""
 
 import json
 import os

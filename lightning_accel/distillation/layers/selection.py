@@ -1,4 +1,4 @@
-"""Selections: which tensor is meant of what a network or layer returned, as in ``"encoder[0]"`` or ``"[logits]"``."""
+"""Select a tensor from the output of a network or layer, as in ``"encoder[0]"`` or ``"[logits]"``."""
 
 import re
 from collections.abc import Mapping, Sequence

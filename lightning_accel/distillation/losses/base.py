@@ -1,4 +1,4 @@
-"""What every loss does first: float32 whatever the precision of the run, and logits of any layout as rows."""
+"""Base of the losses: computation in float32, and logits of any layout as rows."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's features, layer by layer."""
+"""Losses between features of student and teacher layers."""
 
 import torch.nn.functional as F
 from torch import Tensor

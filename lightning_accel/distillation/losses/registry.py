@@ -1,4 +1,4 @@
-"""Registry of the distillation losses that have a name; open to losses of other distributions."""
+"""Registry of named distillation losses, open to other distributions."""
 
 from collections.abc import Callable
 from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""What a student learns from how a teacher relates the samples of a batch; channels and sizes may differ."""
+"""Losses between the relations of samples in a batch; channels and sizes of features may differ."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What a transformer learns from a larger one: hidden states, attention, relations of tokens."""
+"""Losses for transformers: hidden states, attention, and relations of tokens."""
 
 import torch
 import torch.nn.functional as F

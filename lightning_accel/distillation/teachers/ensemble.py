@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Ensemble of teachers with averaged outputs."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Record of TensorRT for the engine registry, and the functions that it names."""
+"""Registry record of TensorRT, with the functions that it names."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ ENGINE = EngineSpec(
 
 
 def build(onnx_file: Path, out: Path, precision: str) -> dict[str, Any]:
-    """Build an engine file; the entries for the manifest."""
+    """Build an engine file and return the entries for the manifest."""
     from lightning_accel.engines.tensorrt.build import build_engine
     from lightning_accel.engines.tensorrt.command import equivalent_command
 

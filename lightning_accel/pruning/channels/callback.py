@@ -1,4 +1,4 @@
-"""ChannelPruning: removes channels while training goes on, so that tensors become smaller."""
+"""Callback that removes channels during training."""
 
 from collections.abc import Callable, Sequence
 from math import ceil, isinf
@@ -18,6 +18,7 @@ from lightning_accel.core.callback import CompressionCallback, change_structure,
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.schedules import check_schedule, fraction
 from lightning_accel.core.structure import Change
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.criteria import label
 from lightning_accel.pruning.channels.equivalence import NOT_RUN
@@ -194,7 +195,7 @@ class ChannelPruning(CompressionCallback):
         if self._retargeted:
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
-        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not is_fast_dev_run(trainer)
         if self.target.method.needs_gradients and begins:
             raise InvalidArgumentError(
                 f'Argument `start` must be at least 1 with criterion "{label(self.target.criterion)}", but got {self.start}: it needs '
@@ -207,7 +208,7 @@ class ChannelPruning(CompressionCallback):
         Raises:
             InvalidArgumentError: the run has no such epochs, or something captures the network's shapes before the last one.
         """
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer):
             return 0, 0
         timeline = timeline_of(trainer)
         length = timeline.steps_per_epoch
@@ -232,8 +233,8 @@ class ChannelPruning(CompressionCallback):
             )
         if not isinf(length):
             self._start_step, self._end_step = first * int(length), last * int(length)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CompressionCallback) and callback.captures:
+        for callback in callbacks_of(trainer, CompressionCallback):
+            if callback.captures:
                 begins = epoch("start", callback.start)
                 if begins < last or (
                     isinstance(callback.start, float) and timeline.step("start", callback.start) < self._end_step
@@ -259,7 +260,7 @@ class ChannelPruning(CompressionCallback):
         plan = self._prepare(trainer, pl_module)
         collected = self._collected
         if self.target.method.needs_gradients and not collected:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if not is_fast_dev_run(trainer):
                 raise RunError(
                     f'Criterion "{label(self.target.criterion)}" needs gradients before the first channels are removed, but got none.'
                 )

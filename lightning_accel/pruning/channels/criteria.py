@@ -1,4 +1,4 @@
-"""Criteria of channel pruning: how important each unit of a group of channels is."""
+"""Criteria of channel pruning: importance of each unit of a group of channels."""
 
 from collections.abc import Mapping
 from typing import Any

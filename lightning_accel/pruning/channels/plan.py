@@ -1,4 +1,4 @@
-"""The plan of a channel pruning: which groups there are, what the target is, which units leave to reach it."""
+"""Plan of a channel pruning: groups, target, and the units to remove."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

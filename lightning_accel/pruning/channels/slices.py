@@ -1,4 +1,4 @@
-"""The record of removed channels, and how it is made again: slices of tensors and a few attributes, no tracing.
+"""Record of removed channels as slices of tensors, and its replay without tracing.
 
 ``{"parameters": {name: [[dimension, size before, kept indices], ...]}, "buffers": ..., "attributes": {path: {name: value}}}``
 """

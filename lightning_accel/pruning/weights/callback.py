@@ -1,4 +1,4 @@
-"""WeightPruning: zeroes weights under masks, on a schedule, to an absolute target."""
+"""Callback that zeroes weights under masks, on a schedule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.criterion import Criterion
 from lightning_accel.pruning.weights.criteria import weight_criterion
@@ -143,7 +144,7 @@ class WeightPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         self._choose(trainer, pl_module)  # layers may have come since setup
-        if self.end is None and self.schedule != "constant" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.end is None and self.schedule != "constant" and not is_fast_dev_run(trainer):
             last = timeline_of(trainer).step("end", 1.0)
             self._end_step = self._start_step + (last - self._start_step + 1) // 2
         self._check_zeros()
@@ -154,7 +155,9 @@ class WeightPruning(CompressionCallback):
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
         # Right after the update, before any other callback (EMA, a checkpoint) sees the weights.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
-        back = 0 if self.rewind is None or trainer.fast_dev_run else timeline_of(trainer).step("rewind", self.rewind)  # type: ignore[attr-defined]
+        back = (
+            0 if self.rewind is None or is_fast_dev_run(trainer) else timeline_of(trainer).step("rewind", self.rewind)
+        )
         if back > self._start_step:
             raise InvalidArgumentError(
                 f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
@@ -302,12 +305,8 @@ class WeightPruning(CompressionCallback):
         for share, names in self.targets.groups(self._weights):
             check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
         self._check_resizing(trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(other, WeightPruning)
-                and other is not self
-                and (both := self._weights.keys() & other._weights.keys())
-            ):
+        for other in callbacks_of(trainer, WeightPruning):
+            if other is not self and (both := self._weights.keys() & other._weights.keys()):
                 raise InvalidArgumentError(
                     f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
                     "Use globs that don't overlap, or one callback with a dict of targets."
@@ -315,8 +314,8 @@ class WeightPruning(CompressionCallback):
 
     def _check_resizing(self, trainer: L.Trainer) -> None:
         """Units must still fit once another callback has made the tensors smaller."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(other, CompressionCallback) or not other.resizes:
+        for other in callbacks_of(trainer, CompressionCallback):
+            if not other.resizes:
                 continue
             who = type(other).__name__
             if self.rewind is not None:

@@ -1,4 +1,4 @@
-"""Criteria of weight pruning: how important each weight is."""
+"""Criteria of weight pruning: importance of each weight."""
 
 import torch
 

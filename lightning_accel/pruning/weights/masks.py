@@ -1,4 +1,4 @@
-"""Masks: which weights stay. Plain functions over ``{name: tensor}``, usable without a Trainer."""
+"""Compute and apply masks; pure functions over ``{name: tensor}``."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,7 @@
-"""Convert: fake-quants become quantize/dequantize operators, weights become stored integers.
+"""Convert fake-quantization to quantize/dequantize operators and weights to stored integers.
 
-Nothing is computed anew here: integers, scales, zero points and biases come from the same objects that training and
-evaluation use, so what is written is what was simulated.
+Nothing is recomputed: integers, scales, zero points and biases come from the objects that training and evaluation use, so the
+file equals the simulation.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _STORED = ("_weight_int8", "_weight_scale", "_weight_zero_point", "_bias")  # su
 
 @dataclass(frozen=True)
 class TrainedIntegers:
-    """What training ended with, to hold the exported file against.
+    """Integers and scales at the end of training, to compare with the exported file.
 
     Args:
         weights: name of the stored weight -> (integers int8, scales float32 ``(C,)``, axis).
@@ -35,16 +35,16 @@ class TrainedIntegers:
 
 
 def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
-    """A snapshot of the quantized network as a graph of integers, scales and float operators.
+    """Convert the quantized network to a graph of integers, scales and float operators.
 
     Args:
-        forward: with ranges that have seen data; it and its module stay as they are.
+        forward: quantized forward with learned ranges; not changed.
 
     Returns:
-        The graph, on the module's device, and the integers it was built from.
+        The graph, on the module's device, and its integers and scales.
 
     Raises:
-        InvalidArgumentError: ranges have seen no data.
+        InvalidArgumentError: no ranges were learned.
     """
     bank = forward.bank
     if bank.batches == 0 and bank.keys:
@@ -59,7 +59,7 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         part = graph_module.get_submodule(node.target)
         if isinstance(part, ActivationFakeQuant):
             key, (scale, zero_point) = bank.keys[part.index], part.qparams()
-            while key in trained.activations:  # tensors that are concatenated have one range
+            while key in trained.activations:  # concatenated tensors share one range
                 key += "'"
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
@@ -164,7 +164,7 @@ _WRITERS: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor, int]]] = {
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:
-    """Float weights have no reader any more; they must not travel."""
+    """Remove float weights, which have no reader any more."""
     read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
     for name, owner in list(graph_module.named_modules(remove_duplicate=False)):
         for store in (owner._parameters, owner._buffers):

@@ -1,4 +1,4 @@
-"""Forms: in which arrangements of integer operators a network is written, by which its engines are probed."""
+"""Forms of integer operators in a network, for which engines are probed."""
 
 from torch.fx import Node
 
@@ -10,11 +10,11 @@ _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 
 
 def forms_of(plan: QuantizationPlan, activations: str = "static") -> frozenset[str]:
-    """Names of the probe's forms that a plan's file will hold.
+    """Forms of integer operators in the file of a plan.
 
     Args:
         plan: of the eval graph.
-        activations: ``"static"``, ``"dynamic"``, or ``"float"``, which leaves nothing to integer kernels.
+        activations: ``"static"``, ``"dynamic"``, or ``"float"``, which uses no integer kernels.
     """
     if activations != "static":
         return frozenset({"dynamic linear"} if activations == "dynamic" and plan.points else ())
@@ -49,5 +49,5 @@ def _form(point: QuantizationPoint) -> str:
 
 
 def _also_in_float(result: Node, quantized: set[Node], readers: set[Node]) -> bool:
-    """Whether a result is quantized for one reader, and read by another as it is."""
+    """Whether a result is quantized for one reader, and read in float by another."""
     return result in quantized and bool(set(result.users) - readers)

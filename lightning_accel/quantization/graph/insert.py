@@ -1,4 +1,4 @@
-"""Placing: the fake-quants of a plan in a captured graph."""
+"""Insert the fake-quantization modules of a plan into a captured graph."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_accel.quantization.graph.operators import clip_of, writes
 from lightning_accel.quantization.graph.plan import QuantizationPlan, QuantizationPoint, aten
 from lightning_accel.quantization.graph.sync_norm import SyncedNorm
 
-DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
+DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators that dynamic quantization supports
 
 
 def place_fake_quants(
@@ -21,8 +21,8 @@ def place_fake_quants(
 ) -> None:
     """Insert the fake-quants of a plan into a captured graph, in place, one for each tensor.
 
-    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier that only a fake-quant
-    reads becomes part of it: that clips as well, and costs one pass over the tensor instead of two.
+    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier whose only reader is a
+    fake-quantization is fused into it: one pass over the tensor instead of two.
 
     Args:
         graph_module: the captured graph.
@@ -54,7 +54,7 @@ def place_fake_quants(
                 if source is root:
                     reader.replace_input_with(root, placed[at])
     fakes = set(placed.values())
-    for point in plan.points:  # once every operator has its own, whoever else reads an integer tensor reads it too
+    for point in plan.points:  # afterwards all other readers of an integer tensor read the quantized one too
         for root in point.roots if point.shared else ():
             fake_node = placed[root, rows[tensors[point.key]], point.version]
             for user in [u for u in root.users if u not in fakes and u.op != "output"]:
@@ -77,11 +77,11 @@ def _is_dynamic_linear(plan: QuantizationPlan, point: QuantizationPoint) -> bool
 
 
 def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, name: str, fake: nn.Module) -> Node:
-    """A node that applies a fake-quant to a tensor, before the first of its readers that may read it."""
+    """Insert a node that applies a fake-quantization to a tensor, before its first reader."""
     name = free_name(graph_module, name)
     graph_module.add_module(name, fake)
     users = set(root.users)
-    # A tensor that is overwritten in place has, at each version, its own readers.
+    # Each version of a tensor that is overwritten in place has its own readers.
     before = point.node if point.version or any(writes(user) for user in users) else _first(root, users)
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.call_module(name, (root,))
@@ -140,7 +140,7 @@ def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
 
 
 def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
-    """Replace an operator, and the batch norm that alone reads it, by one with integer weights."""
+    """Replace an operator, and a batch norm that is its only reader, by one with integer weights."""
     node, name = point.node, _folded_name(graph_module, point)
     graph = graph_module.graph
     if node.target is aten.embedding.default:
@@ -153,7 +153,7 @@ def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) 
     norm = next(iter(node.users)) if len(node.users) == 1 else None
     value = node.meta.get("val")
     if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
-        norm = None  # there batch norm's channels are not the linear layer's outputs
+        norm = None  # the channels of batch norm aren't the outputs of the linear layer
     if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
         norm = None
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
@@ -175,10 +175,12 @@ def _replace(node: Node, other: Node) -> None:
 
 
 def freeze_norms(graph_module: GraphModule) -> None:
-    """Let the batch norms of a train graph use, and keep, the statistics they have; in place."""
+    """Freeze the batch norms of a train graph at their running statistics, in place."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:  # else it keeps none
+        if (
+            node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None
+        ):  # otherwise there are no running statistics
             node.update_arg(5, False)
         if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
             norm.frozen = True

@@ -1,4 +1,4 @@
-"""Fake-quant modules of a captured graph, and the free names under which modules and tensors are added to it."""
+"""Fake-quantization modules of a captured graph, and free names for added modules and tensors."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from lightning_accel.quantization.arithmetic.observers import RangeBank
 
 
 class WeightFakeQuant(nn.Module):
-    """Fake-quant of a weight with the range of the moment; no state. All values lie within it, so the gradient is 1.
+    """Fake-quantization of a weight with its present range; stateless. All values lie within the range, so the gradient is 1.
 
     Args:
-        bank: says whether fake-quant is active, and the weight's integers.
+        bank: ranges and target, and whether fake-quantization is active.
         axis: output channels; ``None``: one scale for all of the weight.
     """
 
@@ -22,7 +22,7 @@ class WeightFakeQuant(nn.Module):
         self.bank, self.axis = bank, axis
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weight on the grid, same shape."""
+        """Quantized weight, of the same shape."""
         if not self.bank.active:
             return weight
         integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target)
@@ -35,9 +35,9 @@ class ActivationFakeQuant(nn.Module):
     Args:
         bank: holds its range.
         index: its row in the bank.
-        training: whether it stands in the train graph.
-        operators: the operators that read it; if all of them compute in float for now, so does it.
-        clip: values that an activation it took over clips to.
+        training: whether it is part of the train graph.
+        operators: the operators that read it; inactive while all of them compute in float.
+        clip: limits of a fused activation.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ActivationFakeQuant(nn.Module):
         self.bank, self.index, self.training_graph, self.operators, self.clip = bank, index, training, operators, clip
 
     def qparams(self) -> tuple[float, int]:
-        """Scale (exactly representable in float32) and zero point in force."""
+        """Present scale (exactly representable in float32) and zero point."""
         return float(self.bank.scales[self.index]), int(self.bank.zero_points[self.index])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
