@@ -173,10 +173,16 @@ def options_of(command):
     return {*(name.replace("_", "-") for name in names), "c", "config", "help", "print-config"}
 
 
+def code_of(page):
+    """Lines of code blocks, and code in the text."""
+    text = page.read_text()
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"(?<!`)`([^`\n]+)`", text)])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_and_their_options_exist(page):
-    in_code = re.compile(r"(?:^|`|&& )lightning-accel ([a-z]+)([^`\n#]*)", re.MULTILINE)
-    for command, rest in in_code.findall(page.read_text()):
+    for command, rest in re.findall(r"^(?:.*&& )?lightning-accel ([a-z]+)([^\n#]*)", code_of(page), re.MULTILINE):
         assert command in COMMANDS or command in TRAINER_COMMANDS, f"{command}{rest}"
         for option in re.findall(r"(?<!\S)--?([a-z][\w.-]*)", rest):
             known = option in options_of(command) or option.startswith(("trainer.", "model.", "data."))
