@@ -73,7 +73,6 @@ OPTIONAL = (
     "mlxtend",
     "tensorboard",
     "argcomplete",
-    "scipy",
     *OWN,
 )
 WITHOUT = """
