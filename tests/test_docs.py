@@ -73,6 +73,7 @@ OPTIONAL = (
     "mlxtend",
     "tensorboard",
     "argcomplete",
+    "scipy",
     *OWN,
 )
 WITHOUT = """
@@ -82,6 +83,11 @@ class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.split(".")[0] in {blocked!r} else super().find_spec(name, path, target)
+    @classmethod
+    def find_distributions(cls, *args, **kwargs):
+        for found in super().find_distributions(*args, **kwargs):
+            if found.metadata["Name"].lower().replace("-", "_") not in {blocked!r}:
+                yield found
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 """
 
