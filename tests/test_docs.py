@@ -35,11 +35,11 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
-WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in TUTORIALS]
+WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in (*TUTORIALS, ROOT / "README.md")]
 
 
 def test_the_readme_has_code():
-    assert ROOT / "README.md" in WITH_CODE
+    assert blocks(ROOT / "README.md", "python")
     assert len(TUTORIALS) == 3
 
 
@@ -62,6 +62,47 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     namespace: dict = {}
     for block in blocks(page, "python"):
         run_python(block, page, namespace)
+
+
+OPTIONAL = (
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "wandb",
+    "transformers",
+    "mlxtend",
+    "tensorboard",
+    "argcomplete",
+    "scipy",
+    *OWN,
+)
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {blocked!r} else super().find_spec(name, path, target)
+    @classmethod
+    def find_distributions(cls, *args, **kwargs):
+        for found in super().find_distributions(*args, **kwargs):
+            if found.metadata["Name"].lower().replace("-", "_") not in {blocked!r}:
+                yield found
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def test_the_readme_needs_the_extra_cpu_and_no_other_package(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "lightning_accel").symlink_to(Path(la.__file__).parent)
+    code = WITHOUT.format(blocked=OPTIONAL) + blocks(ROOT / "README.md", "python")[0][2]
+    code += "import numpy as np; print(runner(np.zeros((2, 1, 28, 28), np.float32)).shape)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "(2, 10)"
 
 
 def test_the_readme_is_short_enough_to_be_ten_lines():
@@ -173,10 +214,16 @@ def options_of(command):
     return {*(name.replace("_", "-") for name in names), "c", "config", "help", "print-config"}
 
 
+def code_of(page):
+    """Lines of code blocks, and code in the text."""
+    text = page.read_text()
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"(?<!`)`([^`\n]+)`", text)])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_and_their_options_exist(page):
-    in_code = re.compile(r"(?:^|`|&& )lightning-accel ([a-z]+)([^`\n#]*)", re.MULTILINE)
-    for command, rest in in_code.findall(page.read_text()):
+    for command, rest in re.findall(r"^(?:.*&& )?lightning-accel ([a-z]+)([^\n#]*)", code_of(page), re.MULTILINE):
         assert command in COMMANDS or command in TRAINER_COMMANDS, f"{command}{rest}"
         for option in re.findall(r"(?<!\S)--?([a-z][\w.-]*)", rest):
             known = option in options_of(command) or option.startswith(("trainer.", "model.", "data."))

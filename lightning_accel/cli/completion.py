@@ -1,8 +1,4 @@
-"""Tab completion with argcomplete, an optional package.
-
-Commands that load neither torch nor lightning complete from their own parsers; for the others jsonargparse completes options and the
-values that it knows.
-"""
+"""Tab completion with argcomplete, an optional package."""
 
 import argparse
 import os
@@ -19,11 +15,9 @@ def complete() -> None:
     Raises:
         MissingPackageError: argcomplete isn't installed.
     """
+    argcomplete = require("argcomplete", "completion", "Tab completion")
     words = shlex.split(os.environ.get("COMP_LINE", ""), posix=False)[1:]
-    name = words[0] if words else ""
-    if name in TRAINER_COMMANDS:
-        import_module("lightning_accel.cli.lightning_cli").AccelCLI(args=[name], run=True)
-    require("argcomplete", "completion", "Tab completion").autocomplete(_parser(name))
+    argcomplete.autocomplete(_parser(words[0] if words else ""))
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -32,8 +26,15 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="store_true")
     commands = parser.add_subparsers()
     for each, what in (*TRAINER_COMMANDS.items(), *COMMANDS.items()):
-        if each == name:
-            commands.add_parser(each, help=what, parents=[command_parser(each)], conflict_handler="resolve")
-        else:
-            commands.add_parser(each, help=what)
+        parents = [_arguments(each)] if each == name else []
+        commands.add_parser(each, help=what, parents=parents, conflict_handler="resolve")
+    return parser
+
+
+def _arguments(name: str) -> argparse.ArgumentParser:
+    if name in COMMANDS:
+        return command_parser(name)
+    parser = argparse.ArgumentParser(add_help=False)
+    for option in import_module("lightning_accel.cli.lightning_cli").options_of(name):
+        parser.add_argument(option)
     return parser

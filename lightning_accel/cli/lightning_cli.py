@@ -287,6 +287,26 @@ def _run(given: Sequence[str]) -> int:
     return 0
 
 
+def options_of(command: str) -> list[str]:
+    """The options of a command with dashes in their names, for completion."""
+
+    class ParserOnly(AccelCLI):
+        """Builds the parser and parses nothing."""
+
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            raise _Built(parser)
+
+    try:
+        ParserOnly(args=[command])
+    except _Built as built:
+        commands: Any = built.args[0]._subcommands_action
+    return sorted({with_dashes(name) for name in commands._name_parser_map[command]._option_string_actions})
+
+
+class _Built(Exception):  # noqa: N818 - it carries the parser and is no error
+    """A parser that is built."""
+
+
 def _list_options(command: str) -> list[str]:
     """Names of the options of one of our own commands that take a list."""
     hints = get_type_hints(getattr(AccelTrainer, command)) if command in _OWN else {}

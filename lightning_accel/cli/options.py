@@ -52,7 +52,7 @@ def add_list_option(
         action="extend",
         type=values,
         default=default,
-        metavar=f"{metavar}[,{metavar}]",
+        metavar=f"{metavar}[,...]",
         help=f"{help}; may be repeated",
     )
 
