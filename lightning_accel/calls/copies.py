@@ -52,7 +52,8 @@ def few_samples(call: Call) -> Call:
     def shorten(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:_SAMPLES] if tensor.ndim and tensor.shape[0] == size else tensor
 
-    return _map(call, shorten)
+    result: Call = _map(call, shorten)
+    return result
 
 
 def sample_count(call: Call) -> int:
@@ -62,7 +63,8 @@ def sample_count(call: Call) -> int:
 
 def converted(call: Call, convert: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     """Replace the tensors of a call."""
-    return _map(call, convert)
+    result: Call = _map(call, convert)
+    return result
 
 
 def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
@@ -124,7 +126,8 @@ def count_macs(module: nn.Module, call: Call) -> int:
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs_of(module, call)
-    return counter.get_total_flops() // 2 // sample_count(call)
+    result: int = counter.get_total_flops() // 2 // sample_count(call)
+    return result
 
 
 def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]:

@@ -20,7 +20,8 @@ class CommandParser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args([with_dashes(word) for word in args], namespace)
         if rest:
             self.error(unknown_arguments(rest, self._option_string_actions))
-        return parsed
+        result: argparse.Namespace = parsed
+        return result
 
     def error(self, message: str) -> Any:
         """Raise what is wrong with the command line."""

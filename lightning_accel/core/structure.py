@@ -72,7 +72,8 @@ def register(name: str, handler: ChangeHandler) -> None:
 
 def record_of(module: nn.Module) -> list[Change]:
     """The changes made to a module, oldest first."""
-    return module.__dict__.setdefault(_RECORD, [])
+    result: list[Change] = module.__dict__.setdefault(_RECORD, [])
+    return result
 
 
 def _handler_of(change: Change) -> ChangeHandler:

@@ -1,5 +1,7 @@
 """Images in ten classes, computed on the fly: nothing is downloaded."""
 
+from typing import Any
+
 import lightning as L
 import torch
 from torch.nn.functional import interpolate
@@ -39,14 +41,14 @@ class Images(L.LightningDataModule):
         self.batch_size = batch_size
         self.parts = [images(train, seed=1), images(held_out, seed=2)]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training images."""
         return DataLoader(self.parts[0], self.batch_size, shuffle=True, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Held-out images."""
         return DataLoader(self.parts[1], 256)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         """The same held-out images."""
         return self.val_dataloader()

@@ -51,7 +51,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits."""
-        return self.head(self.body(self.stem(x)).mean((2, 3)))
+        result: torch.Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return result
 
 
 class ImageClassifier(L.LightningModule):
@@ -72,7 +73,8 @@ class ImageClassifier(L.LightningModule):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits ``(N, 10)`` of images ``(N, 1, 28, 28)``."""
-        return self.net(images)
+        result: torch.Tensor = self.net(images)
+        return result
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Cross-entropy."""

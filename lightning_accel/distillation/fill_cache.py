@@ -16,7 +16,7 @@ from lightning_accel.distillation.setup import call_of, outputs_path
 from lightning_accel.errors import InvalidArgumentError
 
 
-def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:
     """Open the cache of a distillation for the trainer's data, and have the teacher compute what it lacks.
 
     Raises:
@@ -30,7 +30,7 @@ def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable
         raise InvalidArgumentError(
             f"Argument `cache` must be used with one training loader, but got {len(loaders)} of them."
         )
-    loader: DataLoader = loaders[0]
+    loader: DataLoader[Any] = loaders[0]
     indexed: IndexedDataset = loader.dataset  # type: ignore[assignment]
     dataset = indexed.dataset
     with isolated_random():
@@ -54,9 +54,9 @@ def fill(module: L.LightningModule, distillation: Distillation, inputs: Callable
 def _compute(
     module: L.LightningModule,
     distillation: Distillation,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     missing: list[int],
-    inputs: Callable | None,
+    inputs: Callable[..., Any] | None,
 ) -> None:
     if not missing or distillation.cache is None:
         return
@@ -70,7 +70,7 @@ def _compute(
 
 @torch.no_grad()
 def _ask(
-    module: L.LightningModule, distillation: Distillation, indexed: IndexedBatch, inputs: Callable | None
+    module: L.LightningModule, distillation: Distillation, indexed: IndexedBatch, inputs: Callable[..., Any] | None
 ) -> Signals:
     """What the teacher says about a batch, moved and cast as in training."""
     trainer = module.trainer

@@ -106,32 +106,32 @@ class DistillationModule(_SharesStudent):
 
     __slots__ = ("_distillation", "_inputs", "_student")  # beside the student's `__dict__`, which is shared and stays
     _distillation: Distillation
-    _inputs: Callable | None
+    _inputs: Callable[..., Any] | None
     _student: nn.Module
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | str | Path,
-        losses: Callable
+        losses: Callable[..., Any]
         | str
         | LossTerm
-        | list[Callable | str | LossTerm]
+        | list[Callable[..., Any] | str | LossTerm]
         | dict[str, float | Scheduled | LossTerm] = "kd",
         alpha: float | Scheduled = 0.7,
         temperature: float | Scheduled | None = None,
-        outputs: Callable | str | None = None,
-        teacher_outputs: Callable | str | None = None,
+        outputs: Callable[..., Any] | str | None = None,
+        teacher_outputs: Callable[..., Any] | str | None = None,
         teacher_checkpoint: str | Path | None = None,
         student_layer: str | list[str] | None = None,
         teacher_layer: str | list[str] | None = None,
-        target: Callable | str | int | None = None,
-        mask: Callable | str | int | None = None,
+        target: Callable[..., Any] | str | int | None = None,
+        mask: Callable[..., Any] | str | int | None = None,
         cache: TeacherCache | None = None,
-        inputs: Callable | None = None,
+        inputs: Callable[..., Any] | None = None,
         evaluate: bool = False,
-        task_loss: Callable | None = None,
-        optimizer: Callable[[Iterable], torch.optim.Optimizer] | None = None,
+        task_loss: Callable[..., Any] | None = None,
+        optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     ) -> None:
         # no super().__init__(): the student is built already, and this object is the student
         network = as_teacher(teacher)
@@ -321,7 +321,7 @@ class DistillationModule(_SharesStudent):
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no annotation for it
         if self._distillation.in_charge:
             for module in self._distillation.modules():
                 module._apply(fn)
@@ -335,7 +335,7 @@ class DistillationModule(_SharesStudent):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Undo :meth:`__reduce_ex__`; the student object is a new one."""
         self._distillation, self._inputs = state["distillation"], state["inputs"]
-        super().__setstate__(state["attributes"])
+        super().__setstate__(state["attributes"])  # type: ignore[no-untyped-call]  # torch has no annotation for it
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ def find_pairs(module: nn.Module, distillation: Distillation) -> dict[str, list[
     return {term.name: pairs_of(term, student, teacher) for term in distillation.terms}
 
 
-def begin(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+def begin(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:
     """Find layers, compare shapes, make adapters and give them to the optimizer, fill the cache.
 
     Raises:
@@ -93,7 +93,7 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
         replace_parameters_(module.trainer.optimizers[0], [], parameters)
 
 
-def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable | None) -> None:
+def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:
     """Ask student and teacher about a few samples: what doesn't fit shows now, and adapters get their shapes.
 
     How ``training_step`` calls ``forward`` is a guess, unless layers or ``inputs`` rely on it: then one that fails is no error,
@@ -126,7 +126,7 @@ def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable
     share_(distillation.adapters, trainer)
 
 
-def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable | None) -> Call:
+def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable[..., Any] | None) -> Call:
     """How the module or method at ``outputs`` is called for a batch, by ``inputs`` or by its signature.
 
     Raises:

@@ -46,7 +46,8 @@ class Supervised(L.LightningModule):
         logits = logits_in(output, outputs if callable(outputs) else selection_of(outputs), "outputs")
         loss = self._distillation.task_loss(logits, target)
         self.log(f"{stage}_loss", loss, batch_size=len(target), prog_bar=True)
-        return loss
+        result: Tensor = loss
+        return result
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Task loss of a batch."""

@@ -47,7 +47,7 @@ class LossTerm:
 
     def __init__(
         self,
-        loss: Callable | str,
+        loss: Callable[..., Any] | str,
         weight: Number = 1.0,
         student_layer: Layer = None,
         teacher_layer: Layer = None,

@@ -64,7 +64,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         entries = manifest.get(field)
         if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
             raise InvalidArgumentError(f"{path} must have `{field}` as an object of objects. Export the bundle again.")
-    return manifest
+    result: dict[str, Any] = manifest
+    return result
 
 
 def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -102,14 +102,14 @@ class OnnxRuntimeRunner(Runner):
         session = self._session  # a session may run in several threads; this reference keeps it alive during the call
         self._check_open()
         if not self._io_binding:
-            return session.run(list(self.output_names), feeds)
+            return cast("list[np.ndarray]", session.run(list(self.output_names), feeds))
         binding = session.io_binding()  # one for each call, since calls may overlap
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         for name in self.output_names:
             binding.bind_output(name)
         session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()
+        return cast("list[np.ndarray]", binding.copy_outputs_to_cpu())
 
     def _release(self) -> None:
         self._session = None

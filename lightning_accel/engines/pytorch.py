@@ -113,4 +113,5 @@ def _spec(name: str, value: Any) -> TensorSpec:
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     # An output may be a view of an input or of a buffer; a later call must not change what was returned.
-    return tensor.detach().cpu().numpy().copy()
+    result: np.ndarray = tensor.detach().cpu().numpy().copy()
+    return result

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -183,7 +184,9 @@ def _widen(model: onnx.ModelProto, kept: dict[str, str]) -> None:
 
 
 def _rounded(values: np.ndarray, precision: str) -> np.ndarray:
-    return numpy_helper.to_array(_stored("x", values.astype(np.float32), HALVES[precision])).astype(np.float64)
+    return cast(
+        np.ndarray, numpy_helper.to_array(_stored("x", values.astype(np.float32), HALVES[precision])).astype(np.float64)
+    )
 
 
 def _stored(name: str, array: np.ndarray, kind: int) -> TensorProto:
@@ -364,9 +367,9 @@ def _spellings(name: str) -> list[str]:
 
 def _is_rounded(tensor: TensorProto, other: TensorProto, precision: str) -> bool:
     if tensor.data_type == other.data_type:
-        return numpy_helper.to_array(tensor).tobytes() == numpy_helper.to_array(other).tobytes()
+        return cast(bool, numpy_helper.to_array(tensor).tobytes() == numpy_helper.to_array(other).tobytes())
     half = _stored("x", numpy_helper.to_array(tensor), HALVES[precision])
-    return numpy_helper.to_array(half).tobytes() == numpy_helper.to_array(other).tobytes()
+    return cast(bool, numpy_helper.to_array(half).tobytes() == numpy_helper.to_array(other).tobytes())
 
 
 def _same_settings(node: onnx.NodeProto, other: onnx.NodeProto) -> bool:

@@ -46,4 +46,5 @@ def surrounded(network: nn.Module, preprocess: nn.Module | None, postprocess: nn
     forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     made = type(f"Surrounded{type(network).__name__}", (nn.Module,), {"forward": forward})()
     made.preprocess, made.network, made.postprocess = preprocess, network, postprocess
-    return made
+    value: nn.Module = made
+    return value

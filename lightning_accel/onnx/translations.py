@@ -18,4 +18,6 @@ def _dynamic_linear(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     return result if bias is None else op.Add(result, bias)
 
 
-TRANSLATIONS: dict[Callable, Callable] = {torch.ops.lightning_accel.dynamic_linear.default: _dynamic_linear}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.lightning_accel.dynamic_linear.default: _dynamic_linear
+}

@@ -366,7 +366,8 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
     used = (norms[0] > 0) & np.isfinite(norms[0])
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = (a * b).sum(1)[used] / (norms[0] * norms[1])[used]
-    return np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), -1.0).tolist()
+    result: list[float] = np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), -1.0).tolist()
+    return result
 
 
 def _judged(

@@ -235,7 +235,10 @@ class _Cut:
         """Dequantize integers."""
         _, scale, *rest = self.pairs[name][1].input
         zero_point = self.constants[rest[0]].astype(np.int32) if rest else np.int32(0)
-        return ((integers.astype(np.int32) - zero_point).astype(np.float32) * self.constants[scale]).astype(np.float32)
+        result: np.ndarray = (
+            (integers.astype(np.int32) - zero_point).astype(np.float32) * self.constants[scale]
+        ).astype(np.float32)
+        return result
 
     def before(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
         """Tensors before each quantization that aren't inputs."""

@@ -310,7 +310,10 @@ def _run(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # a node that can't be run is reported once, by name
     session = ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run([f"{segment.output}::file" for segment in segments], {name: values[name] for name in inputs})
+    result: list[np.ndarray] = session.run(
+        [f"{segment.output}::file" for segment in segments], {name: values[name] for name in inputs}
+    )
+    return result
 
 
 @dataclass(frozen=True)

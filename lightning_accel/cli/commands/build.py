@@ -83,7 +83,8 @@ def _lowered(arguments: argparse.Namespace) -> Path:
         print(f"  {node}: {why}")
     if samples is None:
         print("  no ranges were checked: pass --data to find values that exceed the range of the precision")
-    return out
+    result: Path = out
+    return result
 
 
 def _inputs_of(path: Path) -> list[str]:

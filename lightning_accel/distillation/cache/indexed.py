@@ -73,7 +73,7 @@ class _Collate:
         return IndexedBatch(self.collate(samples), *numbers)
 
 
-def index_loader(loader: Any) -> DataLoader:
+def index_loader(loader: Any) -> DataLoader[Any]:
     """A copy of a loader, with its sampler and all else, that yields :class:`IndexedBatch`.
 
     Raises:
@@ -98,7 +98,7 @@ def index_loader(loader: Any) -> DataLoader:
     return other
 
 
-def in_order(loader: DataLoader, indices: list[int]) -> DataLoader:
+def in_order(loader: DataLoader[Any], indices: list[int]) -> DataLoader[Any]:
     """A loader of certain samples, in order, with the workers and the ``collate_fn`` of an indexed loader; all digests."""
     collate: Any = loader.collate_fn
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32

@@ -62,7 +62,8 @@ def _entry(node: Node, path: str) -> str | None:
     for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
         clean = name.removeprefix("L['self']").removeprefix(".")
         if clean.partition("@")[0] == path:
-            return key
+            result: str | None = key
+            return result
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def loss_factory(name: str) -> Callable[..., Any]:
     """
     if name in _BUILTIN:
         module, _, cls = _BUILTIN[name].partition(".")
-        return getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls)
+        return cast("Callable[..., Any]", getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls))
     found = _registered.get(name) or load_entry_point(ENTRY_POINTS, name)
     if found is None:
         names = loss_names()
@@ -100,12 +100,12 @@ def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Te
     """
     make = loss_factory(name)
     if temperature is None:
-        return make()
+        return cast("Callable[..., Tensor]", make())
     if name == "standardized_kd":
-        return make(named_loss("kd", temperature))
+        return cast("Callable[..., Tensor]", make(named_loss("kd", temperature)))
     if not has_temperature(name):
         raise InvalidArgumentError(f"Argument `temperature` must be left out for the loss {name!r}, which has none.")
-    return make(temperature=temperature)
+    return cast("Callable[..., Tensor]", make(temperature=temperature))
 
 
 def has_temperature(name: str) -> bool:

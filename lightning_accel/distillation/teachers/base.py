@@ -69,7 +69,7 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
         """Follow the student, but for what is the teacher's own."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no annotation for it
         self._place()
         return self
 

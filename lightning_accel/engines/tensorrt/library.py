@@ -182,7 +182,7 @@ def explain(errors: list[str]) -> str:
 
 @functools.cache
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]  # TensorRT's classes are untyped
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -203,7 +203,7 @@ def progress_monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
     An exception in ``progress``, a KeyboardInterrupt included, stops the build and is kept in ``stopped_by``.
     """
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # TensorRT's classes are untyped
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

@@ -67,7 +67,7 @@ class ChannelPruning(CompressionCallback):
         self,
         pruning_ratio: float | None = None,
         macs_reduction: float | None = None,
-        criterion: str | Criterion | Callable = "group_norm",
+        criterion: str | Criterion | Callable[..., Any] = "group_norm",
         scope: str = "global",
         schedule: str = "linear",
         start: int | float = 0,

@@ -186,7 +186,8 @@ def _name(graph: Any, node: Any) -> str | None:
     if isinstance(node.module, nn.Parameter):
         name = graph._param_to_name[node.module]
         return f"{name}@{node.pruning_dim % node.module.ndim}"
-    return graph._module2name.get(node.module)
+    result: str | None = graph._module2name.get(node.module)
+    return result
 
 
 def _join_fixed(module: nn.Module, sides: Mapping[Side, int], sets: _Sets) -> None:

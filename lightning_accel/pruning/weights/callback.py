@@ -86,10 +86,10 @@ class WeightPruning(CompressionCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
-        criterion: str | Criterion | Callable = "l1",
+        criterion: str | Criterion | Callable[..., Any] = "l1",
         granularity: str = "weight",
         scope: str = "global",
-        schedule: str | Callable = "cubic",
+        schedule: str | Callable[..., Any] = "cubic",
         start: int | float = 0,
         end: int | float | None = None,
         include: str | list[str] | None = None,

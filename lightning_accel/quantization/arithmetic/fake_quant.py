@@ -60,7 +60,8 @@ def straight_through(
 ) -> torch.Tensor:
     """Round to a grid around 0 with a straight-through gradient between ``edges``, and a gradient of a learned ``scale``."""
     rounding = _LearnedStep if learn else _StraightThrough
-    return rounding.apply(x, scale, low, high, edges)
+    result: torch.Tensor = rounding.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+    return result
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, low: int, high: int) -> torch.Tensor:
@@ -149,7 +150,7 @@ def per_channel(values: torch.Tensor, ndim: int, axis: int | None) -> torch.Tens
 
 def straight(weight: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """Values of the second tensor, gradient to the first."""
-    return _Identity.apply(weight, rounded) if torch.is_grad_enabled() and weight.requires_grad else rounded
+    return _Identity.apply(weight, rounded) if torch.is_grad_enabled() and weight.requires_grad else rounded  # type: ignore[no-untyped-call]  # torch has no annotation for it
 
 
 class _Identity(torch.autograd.Function):

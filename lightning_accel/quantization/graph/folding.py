@@ -1,6 +1,6 @@
 """Fold a convolution or linear layer and its batch norm into one operator with integer weights."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,12 +67,16 @@ class FoldedOperator(nn.Module):
         """Output of the operator (and batch norm in eval mode)."""
         if self.bank.active and self.name not in self.bank.off:
             integers, scale, bias = self.fold(weight, bias, *norm)
-            return self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
+            return cast(
+                torch.Tensor, self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
+            )
         y = self.operator(x, weight, bias, *self.rest)
         if self.epsilon is None:
-            return y
+            return cast(torch.Tensor, y)
         gamma, beta, mean, variance = norm
-        return aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
+        return cast(
+            torch.Tensor, aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
+        )
 
 
 class DynamicLinear(nn.Module):
@@ -90,7 +94,7 @@ class DynamicLinear(nn.Module):
     def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Output of the layer; the gradient, if there is one, is that of the float layer."""
         if not self.bank.active or self.name in self.bank.off:
-            return aten.linear.default(x, weight, bias)
+            return cast(torch.Tensor, aten.linear.default(x, weight, bias))
         integers, scale = self.fold(weight)
         with torch.no_grad():
             result = dynamic_linear(x.float(), integers, scale, bias)
@@ -111,6 +115,6 @@ class FoldedEmbedding(nn.Module):
     def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the table."""
         if not self.bank.active or self.name in self.bank.off:
-            return aten.embedding.default(weight, indices)
+            return cast(torch.Tensor, aten.embedding.default(weight, indices))
         integers, scale = self.fold(weight)
-        return aten.embedding.default(integers, indices) * scale
+        return cast(torch.Tensor, aten.embedding.default(integers, indices) * scale)

@@ -68,7 +68,8 @@ def memory_of(node: Any) -> Node:
     """The node that owns the memory of a chain of views."""
     while is_view(node) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node
+    result: Node = node
+    return result
 
 
 def clip_of(node: Node) -> tuple[float, float] | None:
@@ -98,7 +99,7 @@ def result_of(node: Node) -> Node:
     """The result of a convolution or sum with the batch norm and rectifier that engines fuse into it."""
     for fused in (lambda n: n.target is aten.batch_norm.default, lambda n: clip_of(n) is not None):
         users = list(node.users)
-        if len(users) == 1 and fused(users[0]) and users[0].args[0] is node:
+        if len(users) == 1 and fused(users[0]) and users[0].args[0] is node:  # type: ignore[no-untyped-call]  # torch has no annotation for it
             node = users[0]
     return node
 

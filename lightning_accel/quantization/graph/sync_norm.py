@@ -7,7 +7,7 @@ operator is replaced by a module with collectives, which also works on CPUs.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,22 +68,22 @@ class SyncedNorm(nn.Module):
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         if self.frozen or alone:
             rest: tuple[Any, ...] = (not self.frozen, self.momentum, self.epsilon, torch.backends.cudnn.enabled)
-            return aten.batch_norm.default(x, gamma, beta, mean, variance, *rest)
+            return cast(torch.Tensor, aten.batch_norm.default(x, gamma, beta, mean, variance, *rest))
         values, others = x.float(), [i for i in range(x.ndim) if i != 1]
         shape = [-1 if i == 1 else 1 for i in range(x.ndim)]
         here = values.new_tensor([x.numel() / x.shape[1]])
-        sums = _OfAllRanks.apply(torch.cat([values.sum(others), here]))
+        sums = _OfAllRanks.apply(torch.cat([values.sum(others), here]))  # type: ignore[no-untyped-call]  # torch has no annotation for it
         count = sums[-1].detach()
         center = sums[:-1] / count
         apart = values - center.view(shape)
-        spread = _OfAllRanks.apply(apart.square().sum(others)) / count
+        spread = _OfAllRanks.apply(apart.square().sum(others)) / count  # type: ignore[no-untyped-call]  # torch has no annotation for it
         if mean is not None and variance is not None:
             with torch.no_grad():
                 mean.lerp_(center.to(mean.dtype), self.momentum)
                 variance.lerp_((spread * count / (count - 1)).to(variance.dtype), self.momentum)
         y = apart * torch.rsqrt(spread + self.epsilon).view(shape)
         y = y if gamma is None else y * gamma.view(shape)
-        return (y if beta is None else y + beta.view(shape)).to(x.dtype)
+        return cast(torch.Tensor, (y if beta is None else y + beta.view(shape)).to(x.dtype))
 
 
 class _OfAllRanks(torch.autograd.Function):
