@@ -113,6 +113,11 @@ class Note:
     kind: str
     text: str
 
+    @property
+    def line(self) -> str:
+        """The sentence, marked where the network is incomplete."""
+        return f"INCOMPLETE: {self.text}" if self.kind == INCOMPLETE else self.text
+
 
 @dataclass(frozen=True)
 class LayerTable:

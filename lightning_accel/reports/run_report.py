@@ -76,7 +76,7 @@ def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] =
         parts += (
             [f"```yaml\n{run['config'].strip()}\n```"] if run.get("config") else [_nested(run.get("settings") or {})]
         )
-    for title, lines in (("Phases", report.phases), ("Notes", [note.text for note in report.notes])):
+    for title, lines in (("Phases", report.phases), ("Notes", [note.line for note in report.notes])):
         if lines:
             parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
     if report.environment:

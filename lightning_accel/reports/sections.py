@@ -218,7 +218,7 @@ def machine(report: Report) -> Markup | None:
         rows = [[name.replace("_", " "), _words(value)] for name, value in report.environment.items()]
         parts.append(table("Where it was measured", ["", "value"], rows, wide=(1,)))
     if report.notes:
-        parts += [tag("h3", "Notes"), tag("ul", *(tag("li", note.text) for note in report.notes), class_="notes")]
+        parts += [tag("h3", "Notes"), tag("ul", *(tag("li", note.line) for note in report.notes), class_="notes")]
     return join(parts) if parts else None
 
 

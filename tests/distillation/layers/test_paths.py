@@ -13,18 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_accel import (
-    ChannelPruning,
-    DistillationModule,
-    EMATeacher,
-    ExactResume,
-    HintLoss,
-    LossTerm,
-    QuantizationAwareTraining,
-)
+from lightning_accel import ChannelPruning, DistillationModule, ExactResume, LossTerm, QuantizationAwareTraining
 from lightning_accel.distillation.adapters import keep_channels_, make_adapter, replace_parameters_
 from lightning_accel.distillation.layers.paths import expand
 from lightning_accel.distillation.layers.selection import select_tensor, split_path
+from lightning_accel.losses import HintLoss
+from lightning_accel.teachers import EMATeacher
 from tests.support.models import Classifier, Residual, loader
 
 

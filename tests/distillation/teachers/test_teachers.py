@@ -12,19 +12,9 @@ from onnx import TensorProto, helper
 from scipy.special import logsumexp, softmax
 from torch import nn
 
-from lightning_accel import (
-    DistillationModule,
-    EMATeacher,
-    ExactResume,
-    HuggingFaceTeacher,
-    LossTerm,
-    OnnxTeacher,
-    QuantizationAwareTraining,
-    Teacher,
-    TeacherEnsemble,
-    load_runner,
-)
+from lightning_accel import DistillationModule, ExactResume, LossTerm, QuantizationAwareTraining, load_runner
 from lightning_accel.distillation.teachers.base import network_of
+from lightning_accel.teachers import EMATeacher, HuggingFaceTeacher, OnnxTeacher, Teacher, TeacherEnsemble
 from tests.distillation.models import Net, Plain
 from tests.distillation.models import loader as vectors
 from tests.support.models import Classifier, Residual, loader
