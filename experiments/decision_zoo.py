@@ -1,7 +1,7 @@
 """The decision is never slower than float32 in ONNX Runtime: over the zoo of `experiments.int8_zoo`, measured once more by other means.
 
 Each network is quantized without training, once for the target `onnxruntime` and once for `openvino`, and put into a bundle beside its
-float32 file. `benchmark_bundle` measures the default ways, each in a process of its own, and decides with no limit on accuracy, since
+float32 file. `benchmark_bundle` measures the default variants, each in a process of its own, and decides with no limit on accuracy, since
 weights are random: only speed is at stake here. Then the bundle is loaded as anybody would, and its default held against ONNX Runtime in
 float32 by `benchmark`: both in this process, in turns. A decision is slower if that interval lies below 1 altogether, beyond that of a
 null run.
@@ -48,8 +48,8 @@ def held_again(folder: Path, seconds: float) -> BenchmarkResult:
     with np.load(folder / "samples.npz") as samples:
         feeds = {name: samples[name] for name in read_manifest(folder)["inputs"]}
     with la.load_runner(folder, threads=1) as shipped, la.load_runner(folder / "reference.onnx", threads=1) as plain:
-        ways = {"float32": partial(plain.run, feeds), "shipped": partial(shipped.run, feeds)}
-        return benchmark(ways, baseline="float32", rounds=1000, max_seconds=seconds)
+        variants = {"float32": partial(plain.run, feeds), "shipped": partial(shipped.run, feeds)}
+        return benchmark(variants, baseline="float32", rounds=1000, max_seconds=seconds)
 
 
 def main() -> None:

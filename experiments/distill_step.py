@@ -112,14 +112,14 @@ def generation(
     """Times in ms of the steps of trainings that begin and end here, and of the teacher alone; each ``(rounds,)``."""
     runs = {name: training(make, images, folder) for name, make in students.items()}
     try:
-        ways = {**{name: turns.step for name, (turns, _) in runs.items()}, "teacher": alone}
-        found = benchmark(ways, rounds=rounds, min_rounds=rounds, warmup_s=0.2, seed=seed)
+        variants = {**{name: turns.step for name, (turns, _) in runs.items()}, "teacher": alone}
+        found = benchmark(variants, rounds=rounds, min_rounds=rounds, warmup_s=0.2, seed=seed)
     finally:
         for turns, thread in runs.values():
             turns.over = True
             turns.go.release()
             thread.join()
-    return {way.name: np.asarray(way.samples) for way in found.measurements}
+    return {variant.name: np.asarray(variant.samples) for variant in found.measurements}
 
 
 def mean_ratio(ratios: list[float]) -> Ratio:

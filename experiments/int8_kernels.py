@@ -21,7 +21,12 @@ from experiments import print_environment
 from experiments.prune_fashion import fit
 from experiments.qat_fashion import NETWORKS, make
 
-WAYS = (("onnxruntime", "onnxruntime"), ("portable", "onnxruntime"), ("portable", "openvino"), ("openvino", "openvino"))
+VARIANTS = (
+    ("onnxruntime", "onnxruntime"),
+    ("portable", "onnxruntime"),
+    ("portable", "openvino"),
+    ("openvino", "openvino"),
+)
 LIMIT = 0.1  # points
 
 
@@ -60,7 +65,7 @@ def main() -> None:
         fit(module, data, 1 if quick else 2)
         module.cpu()
         with tempfile.TemporaryDirectory() as folder:
-            for target, engine in WAYS:
+            for target, engine in VARIANTS:
                 prepared, shipped, same = compare(module, data, target, engine, Path(folder))
                 worst = max(worst, abs(shipped - prepared))
                 cells = f"{prepared:.2f} | {shipped:.2f} | {shipped - prepared:+.2f} | {same:.2f} %"

@@ -2,8 +2,8 @@
 
 Ten small networks of the kinds that people deploy (`tests.support.zoo`, some wider), random weights, batch 32, one thread. Each is
 quantized without training for the targets `onnxruntime` and `openvino`, exported, and run side by side with float32 in ONNX Runtime and
-OpenVINO: the ways take turns in one process, in an order shuffled anew each round. A speed-up is the median over rounds of the time of
-ONNX Runtime in float32 divided by that of the way. Accuracy is not measured here.
+OpenVINO: the variants take turns in one process, in an order shuffled anew each round. A speed-up is the median over rounds of the time of
+ONNX Runtime in float32 divided by that of the variant. Accuracy is not measured here.
 
 For networks of linear layers a second table adds what the targets don't do by themselves: inputs quantized by the range of the moment
 (`activations="dynamic"`), and attention in integers where OpenVINO has a fused kernel in float.
@@ -32,13 +32,13 @@ from lightning_accel.quantization.arithmetic.targets import ATTENTION, target_of
 
 BATCH, TARGET = 32, 1.5
 _OPENVINO = target_of("openvino")
-Ways = Mapping[str, tuple[str, dict[str, Any] | None]]  # engine, and arguments of `quantize`; None is float32
-FLOAT: Ways = {"onnxruntime": ("onnxruntime", None), "openvino": ("openvino", None)}
-INT8: Ways = {
+Variants = Mapping[str, tuple[str, dict[str, Any] | None]]  # engine, and arguments of `quantize`; None is float32
+FLOAT: Variants = {"onnxruntime": ("onnxruntime", None), "openvino": ("openvino", None)}
+INT8: Variants = {
     "onnxruntime int8": ("onnxruntime", {"target": "onnxruntime"}),
     "openvino int8": ("openvino", {"target": "openvino"}),
 }
-FURTHER: Ways = {
+FURTHER: Variants = {
     "onnxruntime dynamic int8": ("onnxruntime", {"target": "onnxruntime", "activations": "dynamic"}),
     "openvino int8, attention too": (
         "openvino",
@@ -72,39 +72,39 @@ def network(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     return module.eval(), x
 
 
-def measure(name: str, ways: Ways, seconds: float) -> BenchmarkResult:
-    """Some ways to run one network."""
+def measure(name: str, variants: Variants, seconds: float) -> BenchmarkResult:
+    """Several variants of one network."""
     module, x = network(name)
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
         try:
-            for i, (way, (engine, options)) in enumerate(ways.items()):
+            for i, (variant, (engine, options)) in enumerate(variants.items()):
                 made = module if options is None else la.quantize(module, [x], **options)
                 file = la.export_onnx(made, x, Path(folder) / f"{i}.onnx").path
-                runners[way] = la.load_runner(file, engine, threads=1)
+                runners[variant] = la.load_runner(file, engine, threads=1)
             feeds = {name: array.numpy() for name, array in zip(runners["onnxruntime"].input_names, x, strict=True)}
-            calls = {way: partial(runner.run, feeds) for way, runner in runners.items()}
+            calls = {variant: partial(runner.run, feeds) for variant, runner in runners.items()}
             return benchmark(calls, baseline="onnxruntime", rounds=100, max_seconds=seconds)
         finally:
             for runner in runners.values():
                 runner.close()
 
 
-def table(names: list[str], ways: Ways, seconds: float) -> dict[str, dict[str, float]]:
-    """Measure some networks in some ways and print; the speed-ups."""
-    others = list(ways)[1:]
+def table(names: list[str], variants: Variants, seconds: float) -> dict[str, dict[str, float]]:
+    """Measure some networks in some variants and print; the speed-ups."""
+    others = list(variants)[1:]
     print(f"| network | p50 of float32, ms | {' | '.join(others)} | ship | null run |")
     print("|---|--:|" + "--:|" * len(others) + "---|--:|")
     speedups = {}
     for name in names:
-        found = measure(name, ways, seconds)
-        ratios = {way: found[way].speedup for way in others}
-        best = max(ratios, key=lambda way: ratios[way].value)
+        found = measure(name, variants, seconds)
+        ratios = {variant: found[variant].speedup for variant in others}
+        best = max(ratios, key=lambda variant: ratios[variant].value)
         ship = best if ratios[best].value > 1 else "onnxruntime"
         cells = [f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in ratios.values()]
         null = f"{found.null.value:.2f} [{found.null.low:.2f}, {found.null.high:.2f}]"
         print(f"| {name} | {found['onnxruntime'].p50_ms:.2f} | {' | '.join(cells)} | {ship} | {null} |", flush=True)
-        speedups[name] = {way: ratio.value for way, ratio in ratios.items()}
+        speedups[name] = {variant: ratio.value for variant, ratio in ratios.items()}
     return speedups
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     print_environment()
     seconds = 1.0 if quick else 15.0
     found = table(list(NETWORKS)[:2] if quick else list(NETWORKS), {**FLOAT, **INT8}, seconds)
-    best = [max(ratios[way] for way in INT8) for ratios in found.values()]
+    best = [max(ratios[variant] for variant in INT8) for ratios in found.values()]
     mean = math.exp(sum(map(math.log, best)) / len(best))
     word = "reached" if mean >= TARGET else "missed"
     print(

@@ -212,8 +212,8 @@ def speedups(
             for _ in range(CALLS):
                 runner.run(feeds)
 
-        ways = {name: partial(turn, stack.enter_context(runner)) for name, runner in runners.items()}
-        found = la.benchmark(ways, rounds=1000, max_seconds=seconds)
+        variants = {name: partial(turn, stack.enter_context(runner)) for name, runner in runners.items()}
+        found = la.benchmark(variants, rounds=1000, max_seconds=seconds)
     print(f"null run (the teacher twice): {found.null.value:.3f} [{found.null.low:.3f}, {found.null.high:.3f}]")
     return {key: found[f"{key[0]}/{key[1]}"].speedup.value for key in files if f"{key[0]}/{key[1]}" in runners}
 

@@ -100,11 +100,13 @@ def main() -> None:
         return
     print_environment()
     plain = ResNet(8, 16).train()
-    ways = {"pruning": steps_of(copy.deepcopy(plain), True), "plain": steps_of(plain, False)}
+    variants = {"pruning": steps_of(copy.deepcopy(plain), True), "plain": steps_of(plain, False)}
     rounds, seconds = (3, 1.0) if arguments.quick else (200, 120.0)
-    result = benchmark(ways, rounds=rounds, min_rounds=min(20, rounds), max_seconds=seconds, warmup_s=seconds / 20)
-    for way in result.measurements:
-        print(f"{STEPS} steps, {way.name}: p50 {way.p50_ms:.1f} ms, p90 {way.p90_ms:.1f} ms, {result.rounds} rounds")
+    result = benchmark(variants, rounds=rounds, min_rounds=min(20, rounds), max_seconds=seconds, warmup_s=seconds / 20)
+    for variant in result.measurements:
+        print(
+            f"{STEPS} steps, {variant.name}: p50 {variant.p50_ms:.1f} ms, p90 {variant.p90_ms:.1f} ms, {result.rounds} rounds"
+        )
     updates = 20 if arguments.quick else 1000
     print(f"memory after {updates} more mask updates: {growth(updates):+.2f} MB")
     millions = 1 if arguments.quick else 100

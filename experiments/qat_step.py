@@ -76,7 +76,7 @@ def pt2e(net: torch.nn.Module) -> torch.nn.Module:
 def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
     """Time of a quantization-aware step divided by that of a float step; the others are printed."""
     plain = ResNet(depth, width=16).train()
-    ways = {"float": step_of(plain, None)}
+    variants = {"float": step_of(plain, None)}
     for name in ("quantization-aware", "ranges and statistics frozen"):
         aware = copy.deepcopy(plain)
         forward = quantized(aware)
@@ -85,12 +85,12 @@ def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
             step()
         forward.bank.activate()
         forward.bank.frozen = forward.bank.norms_frozen = "frozen" in name
-        ways[name] = step
+        variants[name] = step
     peers = {"torch.ao FX": fx, **({"torchao PT2E": pt2e} if find_spec("torchao") else {})}
     for name, prepare in peers.items():
-        ways[name] = step_of(prepare(copy.deepcopy(plain)), None)
+        variants[name] = step_of(prepare(copy.deepcopy(plain)), None)
     result = benchmark(
-        ways,
+        variants,
         baseline="float",
         rounds=rounds,
         min_rounds=min(20, rounds),
@@ -98,10 +98,10 @@ def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
         warmup_s=seconds / 20,
     )
     net = f"ResNet-{depth} w16"
-    for way in result.measurements:
-        slower = Ratio(1 / way.speedup.value, 1 / way.speedup.high, 1 / way.speedup.low)
+    for variant in result.measurements:
+        slower = Ratio(1 / variant.speedup.value, 1 / variant.speedup.high, 1 / variant.speedup.low)
         print(
-            f"{net}, {way.name}: p50 {way.p50_ms:.2f} ms, p90 {way.p90_ms:.2f} ms, "
+            f"{net}, {variant.name}: p50 {variant.p50_ms:.2f} ms, p90 {variant.p90_ms:.2f} ms, "
             f"{slower.value:.4f} [{slower.low:.4f}, {slower.high:.4f}] of the float step, {result.rounds} rounds",
             flush=True,
         )

@@ -47,7 +47,7 @@ def test_int8_in_engines_and_in_training():
     verdict = r"geometric mean .* over 2 networks: \d+\.\d+x \(target: at least 1.5, (reached|missed)\)"
     assert any(re.fullmatch(verdict, line) for line in lines)
     assert lines[-1].startswith("| BERT-like w128 |")
-    assert lines[-1].count(" [") == 6  # the ways of the second table beside the first's
+    assert lines[-1].count(" [") == 6  # the variants of the second table beside the first's
     lines = quick("decision_zoo").stdout.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith(("| CNN w32 |", "| ResNet-8 w16 |"))]
     assert [row[2] in ("onnxruntime fp32", "onnxruntime int8", "openvino fp32", "openvino int8") for row in rows] == [

@@ -1,1 +1,1 @@
-"""Benchmarking: interleaved measurement of several ways to run a network, and the report of it."""
+"""Benchmarking: interleaved measurement of the runtime variants of a network, and their comparison."""

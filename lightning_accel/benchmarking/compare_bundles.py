@@ -1,4 +1,4 @@
-"""Two bundles side by side: what each is, and what its default computes and takes, measured here in turns."""
+"""Compare the default variants of two bundles, measured on this machine in alternation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, Point, WayResult, null_line
+from lightning_accel.benchmarking.comparison import (
+    BenchmarkSettings,
+    Comparison,
+    LatencyPoint,
+    VariantResult,
+    null_line,
+)
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
-from lightning_accel.benchmarking.rounds import measure_ways
+from lightning_accel.benchmarking.rounds import measure_variants
 from lightning_accel.benchmarking.samples import (
     assembled,
     check_samples,
@@ -20,7 +26,7 @@ from lightning_accel.benchmarking.samples import (
     synthetic_samples,
 )
 from lightning_accel.benchmarking.scores import CLASSES, score_titles
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.variants import RuntimeVariant
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -33,12 +39,12 @@ _Input = tuple[str, str, tuple[int | None, ...]]  # name, dtype, shape; an open 
 
 @dataclass
 class BundleComparison:
-    """Two bundles, ``A`` and ``B``.
+    """Comparison of two bundles, ``A`` and ``B``.
 
     Args:
         bundles: of each: ``path``, ``default`` (engine, file, precision), ``precision``, ``parameters``, ``bytes`` (of all its
-            files), ``complete``, ``version``, ``phases`` (what was done to the network and when) and ``compression``.
-        comparison: the default ways of both, named ``A`` and ``B``; speed-ups and agreement are with A.
+            files), ``complete``, ``version``, ``phases`` (compression phases of the run) and ``compression``.
+        comparison: the default variants of both, named ``A`` and ``B``; speed-ups and agreement are with A.
     """
 
     bundles: dict[str, dict[str, Any]]
@@ -74,8 +80,8 @@ class BundleComparison:
         return "\n".join(lines)
 
     @staticmethod
-    def _speeds(a: WayResult, b: WayResult) -> list[list[str]]:
-        keys = dict.fromkeys((point.batch, point.callers) for way in (a, b) for point in way.points)
+    def _speeds(a: VariantResult, b: VariantResult) -> list[list[str]]:
+        keys = dict.fromkeys((point.batch, point.callers) for variant in (a, b) for point in variant.points)
         rows = []
         for batch, callers in keys:
             one, two = a.point(batch, callers), b.point(batch, callers)
@@ -99,20 +105,20 @@ def compare_bundles(
     settings: BenchmarkSettings | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> BundleComparison:
-    """Run the defaults of two bundles on the same samples, in turns, and set beside each other what they are.
+    """Measure the default variants of two bundles on the same samples, in alternation.
 
     Args:
         a: a bundle.
-        b: one with the same inputs.
-        samples: held-out inputs by name, each ``(S, ...)``. ``None`` takes those kept in ``a`` or ``b``, or random ones.
+        b: a bundle with the same inputs.
+        samples: held-out inputs by name, each ``(S, ...)``. ``None`` uses the samples in ``a`` or ``b``, or random inputs.
         labels: class of each sample, or the values that the first output should have, as in
             :func:`~lightning_accel.benchmarking.benchmark_bundle.benchmark_bundle`.
         settings: batch sizes, callers, times, threads.
-        progress: told what is being done.
+        progress: called with a description of each step.
 
     Raises:
         MissingFileError: a bundle or a file of it is missing.
-        InvalidArgumentError: a bundle changed after it was written; they take different inputs; samples or labels that don't fit.
+        InvalidArgumentError: a bundle changed after it was written; their inputs differ; or samples or labels don't fit.
 
     Example:
         >>> print(compare_bundles("before", "after"))  # doctest: +SKIP
@@ -137,8 +143,8 @@ def compare_bundles(
     feeds = None if samples is None else {name: samples[name] for name in inputs[0] if name in samples}
     if feeds is not None and (missing := [name for name in inputs[0] if name not in feeds]):
         raise InvalidArgumentError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
-    told = {manifest.get("scores") for manifest in manifests.values()} - {None} if labels is None else set()
-    scores = told.pop() if len(told) == 1 else None
+    told = {manifest.get("output_kind") for manifest in manifests.values()} - {None} if labels is None else set()
+    output_kind = told.pop() if len(told) == 1 else None
     taken: dict[str, list[_Input]] = {}
     for name, folder in folders.items():
         with load_runner(folder / proven_file(manifests[name], "fp32"), "onnxruntime", emulate=True) as runner:
@@ -148,21 +154,21 @@ def compare_bundles(
                     f"Argument `b` must be a bundle with the inputs of `a`, {_words(taken['A'])}, but got {_words(taken[name])}."
                 )
             feeds = feeds if feeds is not None else synthetic_samples(runner)
-            scores = check_samples(runner, feeds, labels, scores)
-            keep = kept_samples(runner, feeds, scores)
+            output_kind = check_samples(runner, feeds, labels, output_kind)
+            keep = kept_samples(runner, feeds, output_kind)
     assert feeds is not None
     machine = environment()
-    ways = {name: _default_way(name, folders[name], manifest) for name, manifest in manifests.items()}
-    assert scores is not None
-    classify = scores == CLASSES
+    variants = {name: _default_variant(name, folders[name], manifest) for name, manifest in manifests.items()}
+    assert output_kind is not None
+    classify = output_kind == CLASSES
     keep = 0 if samples is None else 1 if classify else keep
-    measured = measure_ways(
-        list(ways.values()), feeds, settings, baseline="A", keep=keep, classify=classify, progress=progress
+    measured = measure_variants(
+        list(variants.values()), feeds, settings, baseline="A", keep=keep, classify=classify, progress=progress
     )
     for row in measured.rows:
-        describe(row, folders[row.way.name])
+        describe(row, folders[row.variant.name])
     if samples is not None:
-        score(measured, "A", {}, labels, scores)
+        score(measured, "A", {}, labels, output_kind)
     comparison = assembled(
         measured,
         feeds,
@@ -171,14 +177,14 @@ def compare_bundles(
         machine=machine,
         source=None if samples is None else source,
         against="nothing" if samples is None else "A",
-        scores=scores,
+        output_kind=output_kind,
     )
-    facts = {name: _facts(folder, manifests[name], ways[name]) for name, folder in folders.items()}
+    facts = {name: _facts(folder, manifests[name], variants[name]) for name, folder in folders.items()}
     return BundleComparison(facts, comparison)
 
 
 def _alike(one: Sequence[_Input], two: Sequence[_Input]) -> bool:
-    """Whether the same samples can fit both: equal types, ranks and fixed dimensions."""
+    """Whether two inputs accept the same samples: equal dtypes, ranks and fixed dimensions."""
     by_name = {name: (dtype, shape) for name, dtype, shape in two}
     return all(
         name in by_name
@@ -204,20 +210,20 @@ def _kept(folders: Mapping[str, Path], inputs: list[str]) -> tuple[dict[str, np.
     return None, ""
 
 
-def _default_way(name: str, folder: Path, manifest: Mapping[str, Any]) -> Way:
+def _default_variant(name: str, folder: Path, manifest: Mapping[str, Any]) -> RuntimeVariant:
     default = manifest["default"]
     engine = default["engine"]
     precision = default.get("precision") or manifest["engines"][engine]["precision"]
     mode = "inference_mode" if engine == "pytorch" else ""
-    return Way(name, engine, precision, folder / default["file"], mode)
+    return RuntimeVariant(name, engine, precision, folder / default["file"], mode)
 
 
-def _facts(folder: Path, manifest: Mapping[str, Any], way: Way) -> dict[str, Any]:
+def _facts(folder: Path, manifest: Mapping[str, Any], variant: RuntimeVariant) -> dict[str, Any]:
     rows = manifest.get("benchmark", {}).get("rows", [])
     counts = [row["parameters"] for row in rows if row["name"] != "teacher" and row["parameters"] is not None]
     return {
         "path": str(folder),
-        "default": {"engine": way.engine, "file": manifest["default"]["file"], "precision": way.precision},
+        "default": {"engine": variant.engine, "file": manifest["default"]["file"], "precision": variant.precision},
         "precision": manifest["precision"],
         "parameters": counts[0] if counts else None,
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
@@ -245,11 +251,11 @@ def _pair(a: float | None, b: float | None, form: str) -> list[str]:
     return [*shown, f"{b / a:.2f}x" if a and b is not None else ""]
 
 
-def _latency(point: Point | None) -> str:
+def _latency(point: LatencyPoint | None) -> str:
     return MISSING if point is None else f"{point.p50_ms:.3f}"
 
 
-def _speedup(point: Point | None) -> str:
+def _speedup(point: LatencyPoint | None) -> str:
     if point is None or point.speedup is None:
         return ""
     return f"{point.speedup:.2f}x [{point.speedup_low:.2f}, {point.speedup_high:.2f}] as fast"

@@ -1,4 +1,4 @@
-"""What a comparison of ways is asked to do, and what it finds: the content of ``comparison.json``."""
+"""Settings and results of a comparison: the content of ``comparison.json``."""
 
 import math
 import os
@@ -18,21 +18,21 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """How it is measured.
+    """Settings of a measurement.
 
     Args:
         batches: samples in a call; each size is measured.
         callers: threads that call at once; each number is measured.
-        seconds: time for which each way is called, at each batch size and number of callers.
-        turn_s: time of one turn: a round is one turn of each way, in an order shuffled anew.
-        warmup_s: time for which each way is called before the first round.
-        min_rounds: rounds that are measured even if calls take longer than turns.
-        limit_s: time that a way may take in all, with loading and warming up.
+        seconds: time for which each variant is called, at each batch size and number of callers.
+        turn_s: time of one turn: a round is one turn of each variant, in random order.
+        warmup_s: time for which each variant is called before the first round.
+        min_rounds: smallest number of rounds, even if calls take longer than turns.
+        limit_s: time limit of a variant in total, with loading and warm-up.
         threads: threads of each engine.
-        seed: of the orders and of the resampling.
+        seed: seed of the random orders and of the bootstrap.
 
     Raises:
-        InvalidArgumentError: a number that makes no measurement.
+        InvalidArgumentError: a number is out of its range.
     """
 
     batches: tuple[int, ...] = (1, 32)
@@ -54,7 +54,7 @@ class BenchmarkSettings:
                 raise InvalidArgumentError(f"Argument `{name}` must hold each number once, but got {values!r}.")
         if 1 not in self.callers:
             raise InvalidArgumentError(
-                f"Argument `callers` must hold 1, whose latency the decision is made on, but got {self.callers!r}."
+                f"Argument `callers` must hold 1, the number of callers that latency budgets refer to, but got {self.callers!r}."
             )
         for name in ("seconds", "turn_s", "limit_s"):
             if not 0 < getattr(self, name) < math.inf:
@@ -77,17 +77,17 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One way at one batch size and number of callers.
+class LatencyPoint:
+    """Latency of a variant at one batch size and number of callers.
 
     Args:
         batch: samples in a call.
         callers: threads that called at once.
-        p50_ms: median latency of a call in ms, as each caller sees it.
+        p50_ms: median latency of a call in ms, for each caller.
         p90_ms: 90th percentile.
         p99_ms: 99th percentile.
-        throughput: samples a second, of all callers together.
-        speedup: time of the baseline divided by time of this way: the median over the rounds of the ratio of both within a
+        throughput: samples per second of all callers together.
+        speedup: time of the baseline divided by time of this variant: the median over the rounds of the ratio of both within a
             round. The time is the length of a turn divided by its calls. ``None`` where the baseline wasn't measured.
         speedup_low: lower end of its 95 % interval.
         speedup_high: upper end.
@@ -109,27 +109,27 @@ class Point:
 
 
 @dataclass
-class WayResult:
-    """What was found about one way; ``None`` is what was not measured.
+class VariantResult:
+    """Measurements of one variant; ``None`` was not measured.
 
     Args:
-        name: name of the way.
+        name: name of the variant.
         engine: what ran it.
         precision: of its file.
         status: ``"ran"``, ``"not here"``, ``"failed"`` or ``"out of time"``.
-        reason: why, if it isn't ``"ran"``.
-        file: its file, below the bundle where it lies there.
-        file_bytes: size of that file in bytes, with the weights beside it.
-        peak_memory_bytes: largest resident memory of its process, once it was warm, in bytes.
+        reason: explanation of a status other than ``"ran"``.
+        file: path of its file, relative to the bundle if it is part of it.
+        file_bytes: size of that file in bytes, including external weights.
+        peak_memory_bytes: largest resident memory of its process after warm-up, in bytes.
         first_ms: time from a fresh process to its first result: imports, loading, one sample; in ms.
-        accuracy: share of the labels that it predicts; of outputs that are values, their R² against the labels, see
+        accuracy: share of correct predictions; for outputs that are values, R² against the labels, see
             :func:`~lightning_accel.benchmarking.scores.r_squared`.
-        agreement: share of predictions that are those of the trained network, or of the baseline where that isn't known; of
-            values, their R² against its outputs.
-        samples: held-out samples behind both.
-        kernels: what its kernels compute held against the file as it is written: ``passed``, ``failures`` and the errors.
+        agreement: share of predictions equal to those of the trained network, or of the baseline if these are unknown; for
+            values, R² against its outputs.
+        samples: number of held-out samples for both.
+        kernels: comparison of its kernels with the file as written: ``passed``, ``failures`` and the errors.
         unshippable: why it can't be the bundle's default; empty if it can.
-        points: what was measured, one for each batch size and number of callers.
+        points: latencies, one for each batch size and number of callers.
     """
 
     name: str
@@ -146,10 +146,10 @@ class WayResult:
     samples: int | None = None
     kernels: dict[str, Any] | None = None
     unshippable: str = ""
-    points: list[Point] = field(default_factory=list)
+    points: list[LatencyPoint] = field(default_factory=list)
 
-    def point(self, batch: int, callers: int = 1) -> Point | None:
-        """The measurement at a batch size and number of callers, if there is one."""
+    def point(self, batch: int, callers: int = 1) -> LatencyPoint | None:
+        """The latency at a batch size and number of callers; ``None`` if it was not measured."""
         return next((p for p in self.points if (p.batch, p.callers) == (batch, callers)), None)
 
     @property
@@ -160,17 +160,17 @@ class WayResult:
 
 @dataclass
 class Comparison:
-    """All ways, the machine, and what was decided.
+    """Measurements of all variants, the machine, and the decision.
 
     Args:
         environment: the machine, see :func:`~lightning_accel.benchmarking.environment.environment`.
-        settings: those of :class:`BenchmarkSettings`, what the samples are, and what predictions were compared with.
-        baseline: name of the way that speed-ups refer to.
-        null: the baseline held against itself in a second process: ``value``, ``low`` and ``high`` at each of the ``points``.
+        settings: fields of :class:`BenchmarkSettings`, the origin of the samples, and the reference of the predictions.
+        baseline: name of the variant that speed-ups refer to.
+        null: the baseline compared with itself in a second process: ``value``, ``low`` and ``high`` at each of the ``points``.
         noisy: whether the interval of a null ratio leaves 0.9 to 1.1.
-        ways: one row for each.
-        decision: what ships, see :func:`~lightning_accel.benchmarking.decision.decide`; ``None`` if nothing was asked.
-        interrupted: whether it was stopped before everything was measured.
+        variants: one row for each.
+        decision: what ships, see :func:`~lightning_accel.benchmarking.decision.choose_variant`; ``None`` without budgets.
+        interrupted: whether the measurement was stopped early.
     """
 
     environment: dict[str, Any]
@@ -178,15 +178,15 @@ class Comparison:
     baseline: str
     null: dict[str, Any]
     noisy: bool
-    ways: list[WayResult]
+    variants: list[VariantResult]
     decision: dict[str, Any] | None = None
     interrupted: bool = False
 
-    def __getitem__(self, name: str) -> WayResult:
-        for way in self.ways:
-            if way.name == name:
-                return way
-        raise KeyError(f"No way {name!r}, only {[way.name for way in self.ways]}.")
+    def __getitem__(self, name: str) -> VariantResult:
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(f"No variant {name!r}, only {[variant.name for variant in self.variants]}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``comparison.json``."""
@@ -194,7 +194,7 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Comparison":
-        """What :meth:`to_dict` wrote.
+        """Restore a comparison from :meth:`to_dict`.
 
         Raises:
             InvalidArgumentError: another schema.
@@ -203,13 +203,16 @@ class Comparison:
             raise InvalidArgumentError(
                 f"The comparison must have schema {SCHEMA}, but got {values.get('schema')!r}. Measure again."
             )
-        ways = [WayResult(**{**way, "points": [Point(**point) for point in way["points"]]}) for way in values["ways"]]
+        variants = [
+            VariantResult(**{**variant, "points": [LatencyPoint(**point) for point in variant["points"]]})
+            for variant in values["variants"]
+        ]
         known = {one.name for one in fields(cls)}
-        return cls(**{**{key: value for key, value in values.items() if key in known}, "ways": ways})
+        return cls(**{**{key: value for key, value in values.items() if key in known}, "variants": variants})
 
 
 def null_line(null: Mapping[str, Any]) -> str:
-    """What the null run gives at one point, and whether that is too noisy, and why."""
+    """One line about a null run: its ratio, and whether it is too noisy."""
     callers = f"{null['callers']} caller{'s' if null['callers'] > 1 else ''}"
     says = f"null run, batch {null['batch']}, {callers}: {null['value']:.3f}x [{null['low']:.3f}, {null['high']:.3f}]"
     if null["waiting"] is not None and null["waiting"] >= 0.01:

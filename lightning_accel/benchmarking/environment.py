@@ -1,4 +1,4 @@
-"""The machine a number was measured on; printed beside the number."""
+"""Describe the machine and the installed packages, for the report beside each measurement."""
 
 import os
 import platform
@@ -7,26 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_accel.core.cpu import cpu_fields
+from lightning_accel.engines.registry import requirements
 from lightning_accel.engines.tensorrt.cuda import gpu_name
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu12",
-    "lightning-accel",
-)
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def environment() -> dict[str, Any]:
     """Describe this machine and what is installed on it, as JSON values.
 
-    Nothing is imported to find out. What the system doesn't tell is ``None``, not ``False``.
+    Nothing is imported. Values that the system doesn't report are ``None``, not ``False``.
 
     Returns:
         ``cpu`` (model name), ``cpu_flags`` (name -> whether the CPU has it), ``cores`` (that this process may use),
@@ -49,9 +39,14 @@ def environment() -> dict[str, Any]:
         "gpu": gpu_name(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: found for name in packages() if (found := _version(name)) is not None},
         "torch_threads": None if torch is None else torch.get_num_threads(),
     }
+
+
+def packages() -> list[str]:
+    """Distributions whose versions are reported with a measurement: numerical libraries and all engines."""
+    return list(dict.fromkeys(["torch", "numpy", "onnx", *requirements(), "lightning-accel"]))
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,6 @@
-"""What int8 is worth on this machine: the speed of a convolution beside float32 in the same engine.
+"""Measure the speed of an int8 convolution relative to float32 in the same engine.
 
-Whether the result is right is the business of :mod:`~lightning_accel.engines.kernel_probe`.
+Correctness is measured by :mod:`~lightning_accel.engines.kernel_probe`.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ CHANNELS, SIZE = 64, 16
 
 @dataclass(frozen=True)
 class Int8Speed:
-    """What one engine makes of one int8 format.
+    """Speed of one engine with one int8 format.
 
     Args:
         engine: ``"onnxruntime"`` or ``"openvino"``.
@@ -69,7 +69,7 @@ def int8_speed(engine: str, activations: str, weight_max: int, *, seconds: float
 
 
 def _files(arithmetic: Arithmetic) -> dict[str, KernelFile]:
-    """The same convolution twice."""
+    """The same convolution in int8 and in float32."""
     integers, floats = KernelFile(arithmetic), KernelFile(arithmetic)
     x = integers.activation(CHANNELS, SIZE, SIZE)
     y = integers.quantized(integers.convolution(x, CHANNELS))

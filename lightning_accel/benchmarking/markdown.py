@@ -1,4 +1,4 @@
-"""Tables that read well as plain text and as Markdown."""
+"""Format Markdown tables that are also readable as plain text."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ MISSING = "—"  # a value that was not measured
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Align cells; the first ``left`` columns to the left, numbers to the right."""
+    """Format an aligned Markdown table; the first ``left`` columns are left-aligned, the others right-aligned."""
     clean = [
         [cell.replace("|", "\\|").replace("<", "\\<").replace("\n", " ") for cell in row] for row in (titles, *rows)
     ]

@@ -1,4 +1,4 @@
-"""Interleaved measurement: the ways to do one thing take turns, so that the machine's moods hit all of them alike."""
+"""Interleaved latency measurement: variants run in alternation, so that disturbances affect all of them alike."""
 
 import gc
 import time
@@ -13,7 +13,7 @@ from lightning_accel.errors import InvalidArgumentError
 
 __all__ = ["BenchmarkResult", "Measurement", "Ratio", "benchmark", "environment", "median_ratio"]
 
-NOISY = 0.1  # a null ratio whose interval leaves 1 ± this says that the machine was not quiet
+NOISY = 0.1  # a null ratio whose interval leaves 1 ± this indicates a busy machine
 _RESAMPLES = 2000
 
 
@@ -28,20 +28,20 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Latency of one way, and what it ran.
+    """Latency of one variant, with a description of what was run.
 
     Attributes:
-        name: name of the way.
+        name: name of the variant.
         p50_ms: median latency of a call in ms.
         p90_ms: 90th percentile in ms.
         samples: latency of each call in ms, in the order of the rounds.
-        speedup: time of the baseline divided by time of this way, as measured: below 1 is slower.
+        speedup: time of the baseline divided by time of this variant, as measured: below 1 is slower.
         engine: engine that ran it; filled in by the caller, like all that follows.
         file: name of the file that was run.
         bytes: size of that file.
         batch_size: samples in a call.
         threads: threads of the engine.
-        note: anything a reader must know.
+        note: a remark for the reader.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What :func:`benchmark` measured.
+    """Result of :func:`benchmark`.
 
     Attributes:
-        measurements: one for each way, in the order given.
-        baseline: name of the way that speed-ups refer to.
-        null: ratio of the baseline to itself, measured as one more way. Its interval shows what this machine makes
-            of a difference that isn't there.
-        rounds: rounds measured; each calls each way once.
+        measurements: one for each variant, in the order given.
+        baseline: name of the variant that speed-ups refer to.
+        null: ratio of the baseline to itself, measured as one more variant. Its interval shows the noise
+            of this machine.
+        rounds: rounds measured; each calls each variant once.
         noisy: whether the interval of ``null`` leaves 0.9 to 1.1.
         environment: the machine, see :func:`environment`.
     """
@@ -86,7 +86,7 @@ class BenchmarkResult:
         for measurement in self.measurements:
             if measurement.name == name:
                 return measurement
-        raise KeyError(f"No way {name!r}, only {[measurement.name for measurement in self.measurements]}.")
+        raise KeyError(f"No variant {name!r}, only {[measurement.name for measurement in self.measurements]}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -94,7 +94,7 @@ class BenchmarkResult:
 
 
 def benchmark(
-    ways: Mapping[str, Callable[[], Any]],
+    variants: Mapping[str, Callable[[], Any]],
     *,
     baseline: str | None = None,
     rounds: int = 200,
@@ -103,33 +103,32 @@ def benchmark(
     warmup_s: float = 0.3,
     seed: int = 0,
 ) -> BenchmarkResult:
-    """Measure the latency of several ways to do the same thing.
+    """Measure the latency of several variants of the same computation.
 
-    Each way is warmed up for some time. Then come rounds in which each way is called once, in an order shuffled
-    anew, and the baseline a second time as a null run (A/A). Speed-ups are medians of the ratios within a round;
-    their 95 % intervals come from resampling rounds.
+    After a warm-up, each round calls every variant once in random order, and the baseline a second time as a null run
+    (A/A). Speed-ups are medians of the ratios within a round, with 95 % bootstrap intervals over the rounds.
 
     Args:
-        ways: what to call, by name. A call must do all of its work before it returns.
-        baseline: name of the way that speed-ups refer to. Default: the first.
+        variants: callables by name. A call must complete its work before it returns.
+        baseline: name of the variant that speed-ups refer to. Default: the first.
         rounds: rounds to measure.
         min_rounds: rounds to measure even if they take longer than ``max_seconds``.
-        max_seconds: time after which no further round begins, in seconds.
-        warmup_s: time for which each way is called before the first round, in seconds; at least one call.
+        max_seconds: time limit after which no further round starts, in seconds.
+        warmup_s: time for which each variant is called before the first round, in seconds; at least one call.
         seed: seed of the orders and of the resampling.
 
     Raises:
-        InvalidArgumentError: no ways, an unknown baseline, or numbers that make no measurement.
+        InvalidArgumentError: no variants, an unknown baseline, or a number out of its range.
 
     Example:
         >>> result = benchmark({"fp32": lambda: fp32(x), "int8": lambda: int8(x)})  # doctest: +SKIP
         >>> result["int8"].speedup  # doctest: +SKIP
         Ratio(value=1.83, low=1.79, high=1.88)
     """
-    if not ways:
-        raise InvalidArgumentError("Argument `ways` must have at least one way, but got none.")
-    if baseline is not None and baseline not in ways:
-        raise InvalidArgumentError(f"Argument `baseline` must be one of {list(ways)}, but got {baseline!r}.")
+    if not variants:
+        raise InvalidArgumentError("Argument `variants` must have at least one variant, but got none.")
+    if baseline is not None and baseline not in variants:
+        raise InvalidArgumentError(f"Argument `baseline` must be one of {list(variants)}, but got {baseline!r}.")
     if min_rounds < 2 or rounds < min_rounds:
         raise InvalidArgumentError(
             f"Argument `min_rounds` must be from 2 to `rounds` ({rounds}), but got {min_rounds}."
@@ -137,15 +136,15 @@ def benchmark(
     for name, value in {"max_seconds": max_seconds, "warmup_s": warmup_s}.items():
         if not value >= 0:
             raise InvalidArgumentError(f"Argument `{name}` must be at least 0, but got {value}.")
-    baseline = baseline if baseline is not None else next(iter(ways))
-    calls = [*ways.values(), ways[baseline]]  # the last one is the null run
+    baseline = baseline if baseline is not None else next(iter(variants))
+    calls = [*variants.values(), variants[baseline]]  # the last one is the null run
     rng = np.random.default_rng(seed)
 
     for call in calls[:-1]:
         _warm_up(call, warmup_s)
     times = _measure(calls, rng, rounds, min_rounds, max_seconds)
 
-    reference = times[list(ways).index(baseline)]
+    reference = times[list(variants).index(baseline)]
     null = median_ratio(reference, times[-1], rng)
     measurements = [
         Measurement(
@@ -155,7 +154,7 @@ def benchmark(
             samples=samples.tolist(),
             speedup=Ratio(1.0, 1.0, 1.0) if name == baseline else median_ratio(reference, samples, rng),
         )
-        for name, samples in zip(ways, times[:-1], strict=True)
+        for name, samples in zip(variants, times[:-1], strict=True)
     ]
     noisy = null.low < 1 - NOISY or null.high > 1 + NOISY
     return BenchmarkResult(measurements, baseline, null, times.shape[1], noisy, environment())
@@ -191,11 +190,11 @@ def _warm_up(call: Callable[[], Any], seconds: float) -> None:
 def _measure(
     calls: Sequence[Callable[[], Any]], rng: np.random.Generator, rounds: int, min_rounds: int, max_seconds: float
 ) -> np.ndarray:
-    """Return the time of each call in ms, shape ``(ways, rounds)``."""
+    """Return the time of each call in ms, shape ``(variants, rounds)``."""
     times: list[np.ndarray] = []
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would be charged to whichever way it falls on
+    gc.disable()  # a garbage collection would distort the timing of one variant
     try:
         end = time.perf_counter() + max_seconds
         while len(times) < rounds and (len(times) < min_rounds or time.perf_counter() < end):
@@ -203,7 +202,9 @@ def _measure(
             for index in rng.permutation(len(calls)):
                 started = time.perf_counter_ns()
                 calls[index]()
-                row[index] = max(time.perf_counter_ns() - started, 1) / 1e6  # a clock may not see a very short call
+                row[index] = (
+                    max(time.perf_counter_ns() - started, 1) / 1e6
+                )  # the clock's resolution may exceed a very short call
             times.append(row)
     finally:
         if collecting:

@@ -1,16 +1,16 @@
-"""The Pareto front: the ways that no other way beats in both accuracy and cost."""
+"""Pareto front of accuracy against cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Point:
-    """A way in a plot.
+class ParetoPoint:
+    """A point of a plot of accuracy against cost.
 
     Args:
-        number: what it is called in the picture; several ways at one place share it.
-        name: of the way.
+        number: label in the plot; variants at the same position share it.
+        name: of the variant.
         cost: latency in ms, or size in bytes: less is better.
         accuracy: share in [0, 1]: more is better.
         low: lower end of the accuracy's interval.
@@ -27,18 +27,18 @@ class Point:
     ships: bool = False
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that none beats, by rising cost; of equal ones all are on it.
+def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
+    """Points that no other point dominates, by increasing cost; equal points are all included.
 
-    A point is beaten by one that is at least as good in accuracy and in cost, and better in one of them.
+    A point dominates another if it is at least as good in accuracy and cost, and better in one of them.
 
     Example:
-        >>> fast, good, bad = (Point("", "", *xy, 0, 1) for xy in [(1, 0.8), (2, 0.9), (3, 0.85)])
+        >>> fast, good, bad = (ParetoPoint("", "", *xy, 0, 1) for xy in [(1, 0.8), (2, 0.9), (3, 0.85)])
         >>> [p.cost for p in pareto_front([bad, good, fast])]
         [1, 2]
     """
 
-    def beats(a: Point, b: Point) -> bool:
+    def beats(a: ParetoPoint, b: ParetoPoint) -> bool:
         better = a.cost < b.cost or a.accuracy > b.accuracy
         return better and a.cost <= b.cost and a.accuracy >= b.accuracy
 

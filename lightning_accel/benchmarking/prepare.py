@@ -1,35 +1,35 @@
-"""Files that are made for a comparison only, of the float32 file in the bundle; none of them ships."""
+"""Generate temporary files for variants that are compared but not shipped."""
 
 import logging
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.variants import RuntimeVariant
 from lightning_accel.core.optional import require
 
 
-def prepared(way: Way, folder: Path) -> Way:
-    """Make what a way runs; one that can't be made here says why.
+def prepared(variant: RuntimeVariant, folder: Path) -> RuntimeVariant:
+    """Generate the file of a variant; on failure return the variant with the reason in ``missing``.
 
     Args:
-        way: one with ``make``; others are returned as they are.
-        folder: where the file goes.
+        variant: variants without ``make`` are returned unchanged.
+        folder: destination of the file.
     """
-    if not way.make or way.missing:
-        return way
-    assert way.file is not None
+    if not variant.make or variant.missing:
+        return variant
+    assert variant.file is not None
     try:
-        if way.make == "dynamic int8":
-            return replace(way, file=dynamic_int8(way.file, folder / "dynamic.onnx"))
-        return replace(way, file=_tensorrt(way.file, way.precision, folder))
-    except Exception as error:  # quantizers and builders raise what they like; it becomes the row's reason
-        return replace(way, missing=f"it can't be made: {type(error).__name__}: {error}"[:500])
+        if variant.make == "dynamic int8":
+            return replace(variant, file=dynamic_int8(variant.file, folder / "dynamic.onnx"))
+        return replace(variant, file=_tensorrt(variant.file, variant.precision, folder))
+    except Exception as error:  # quantizers and builders raise unrelated types
+        return replace(variant, missing=f"generating it failed: {type(error).__name__}: {error}"[:500])
 
 
 def dynamic_int8(source: Path, out: Path) -> Path:
-    """Quantize a float32 ONNX file as ONNX Runtime does without data: weights now, activations as they come.
+    """Quantize a float32 ONNX file dynamically with ONNX Runtime: weights in the file, activations at run time.
 
-    Weights become uint8, the only form in which its convolutions run, and one that no CPU's kernels saturate with.
+    Weights become uint8, the only type that its dynamic convolutions support, and which doesn't saturate on any CPU.
 
     Args:
         source: the float32 file.
@@ -38,7 +38,7 @@ def dynamic_int8(source: Path, out: Path) -> Path:
     Raises:
         MissingPackageError: ONNX Runtime isn't installed.
     """
-    quantization = require("onnxruntime.quantization", "cpu", "Way `onnxruntime dynamic int8`")
+    quantization = require("onnxruntime.quantization", "cpu", "Variant `onnxruntime dynamic int8`")
     import onnx
 
     model = onnx.load(source)
@@ -54,7 +54,7 @@ def dynamic_int8(source: Path, out: Path) -> Path:
 
 
 def _tensorrt(source: Path, precision: str, folder: Path) -> Path:
-    """Build an engine that the bundle doesn't hold; asked for only where there is a GPU."""
+    """Build an engine that isn't part of the bundle; called only on a machine with a GPU."""
     from lightning_accel.engines.tensorrt.build import build_engine
     from lightning_accel.onnx.half_precision import lower_precision
 

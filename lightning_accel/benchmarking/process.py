@@ -1,4 +1,4 @@
-"""A way in a process of its own, as seen from the one that measures: asks with a time limit, survives its death."""
+"""Run a variant in a separate process, with a time limit."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from lightning_accel.errors import RunError
 WORKER = "lightning_accel.benchmarking.worker"
 
 
-class WayEndedError(RunError):
-    """A way can't go on; ``status`` is that of its row.
+class VariantEndedError(RunError):
+    """A variant ended early; ``status`` is the status of its result.
 
     Args:
         status: ``"not here"``, ``"failed"`` or ``"out of time"``.
-        reason: why, in one line.
+        reason: the reason in one line.
     """
 
     def __init__(self, status: str, reason: str) -> None:
@@ -32,25 +32,30 @@ class WayEndedError(RunError):
         self.status, self.reason = status, reason
 
 
-class WayProcess:
-    """Start a worker and talk to it.
+class VariantProcess:
+    """Start a worker process and exchange requests with it.
 
     Args:
-        threads: threads of whatever reads it from the environment; also of OpenMP, whose idle threads sleep.
-        limit_s: time that all answers together may take, in seconds.
+        threads: number of threads of OpenMP, MKL and OpenBLAS; idle OpenMP threads sleep.
+        limit_s: time limit of all requests together, in seconds.
     """
 
     def __init__(self, *, threads: int, limit_s: float) -> None:
         self.left_s, self._limit_s = limit_s, limit_s
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", WORKER],  # -P: a file `onnx.py` where the command is run is not the package
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                WORKER,
+            ],  # -P: a file `onnx.py` in the current folder must not shadow the package
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env=_environment(threads),
-            start_new_session=True,  # Ctrl-C reaches the process that measures alone; compilers end with the worker
+            start_new_session=True,  # Ctrl-C reaches the measuring process only; compilers end with the worker
         )
         self._replies: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -59,36 +64,36 @@ class WayProcess:
         """Send a request and wait for the reply.
 
         Args:
-            request: one of the worker's.
+            request: name of a request of the worker.
             arguments: its arguments, JSON values.
 
         Raises:
-            WayEndedError: it failed, can't run here, died, or took longer than what is left of the limit.
+            VariantEndedError: the request failed, can't run here, or exceeded the time limit, or the process died.
         """
         started = time.perf_counter()
-        with suppress(BrokenPipeError):  # it has died: the missing reply tells how
+        with suppress(BrokenPipeError):  # the process died: handled below as a missing reply
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
             self._process.stdin.flush()
         try:
             line = self._replies.get(timeout=max(self.left_s, 0.0))
         except queue.Empty:
-            raise WayEndedError(
-                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a way"
+            raise VariantEndedError(
+                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a variant"
             ) from None
         finally:
             self.left_s -= time.perf_counter() - started
         if not line:
-            raise WayEndedError("failed", self._death())
+            raise VariantEndedError("failed", self._death())
         reply: dict[str, Any] = json.loads(line)
         if "not_here" in reply:
-            raise WayEndedError("not here", " ".join(reply["not_here"].split()))
+            raise VariantEndedError("not here", " ".join(reply["not_here"].split()))
         if "failed" in reply:
-            raise WayEndedError("failed", " ".join(reply["failed"].split())[:500])
+            raise VariantEndedError("failed", " ".join(reply["failed"].split())[:500])
         return reply
 
     def close(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and its children."""
         with suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -101,7 +106,7 @@ class WayProcess:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        with suppress(ValueError):  # closed while it waited
+        with suppress(ValueError):  # closed during the read
             for line in self._process.stdout:
                 self._replies.put(line)
         self._replies.put("")
@@ -115,7 +120,7 @@ class WayProcess:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """This process's environment, with the threads fixed and idle ones asleep, and this very package to import."""
+    """Environment variables of the worker: number of threads, passive waiting, and the path of this package."""
     own = str(Path(lightning_accel.__file__).parents[1])
     path = os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))

@@ -1,4 +1,4 @@
-"""Rounds: the ways take turns, each in its own process, so that only one runs at a time and all meet the machine's moods."""
+"""Interleaved measurement rounds, with one process for each variant."""
 
 import tempfile
 import time
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.benchmarking.comparison import BenchmarkSettings, Point, WayResult
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, LatencyPoint, VariantResult
 from lightning_accel.benchmarking.measure import NOISY, Ratio, median_ratio
-from lightning_accel.benchmarking.process import WayEndedError, WayProcess
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.process import VariantEndedError, VariantProcess
+from lightning_accel.benchmarking.variants import RuntimeVariant
+from lightning_accel.engines.registry import registered_record
 from lightning_accel.errors import InvalidArgumentError
 
 _PREDICT_BATCH = 32
@@ -22,7 +23,7 @@ _Key = tuple[int, int]  # batch size and number of callers
 
 @dataclass
 class _Turn:
-    """What one way did in one round, in ms: latencies, length of the turn, time its threads ran and waited for a CPU."""
+    """One turn of a variant, in ms: latencies, duration, and the time that its threads ran and waited for a CPU."""
 
     times_ms: list[float]
     wall_ms: float
@@ -31,37 +32,37 @@ class _Turn:
 
     @property
     def call_ms(self) -> float:
-        """Time of a call, as the turn's length has it.
+        """Duration of the turn divided by its calls.
 
-        Not the median: a call that is shorter than what the system gives a process at a time is mostly undisturbed by others,
-        a longer one never is. And several callers also wait for each other.
+        The median would favour short calls: those within a time slice of the scheduler are mostly undisturbed, longer ones never
+        are. Several callers also wait for each other.
         """
         return self.wall_ms / len(self.times_ms)
 
 
 @dataclass
-class Row:
-    """A way while it is measured."""
+class VariantRun:
+    """Measurement of a variant in progress."""
 
-    way: Way
-    result: WayResult
-    process: WayProcess | None = None
+    variant: RuntimeVariant
+    result: VariantResult
+    process: VariantProcess | None = None
     turns: dict[_Key, dict[int, _Turn]] = field(default_factory=dict)  # by round
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def computed(self) -> dict[str, np.ndarray]:
-        """The network's outputs for the samples that are kept, by their own names."""
+        """Outputs for the kept samples by output name."""
         prefix = "output "
         return {name.removeprefix(prefix): a for name, a in self.outputs.items() if name.startswith(prefix)}
 
     def end(self, status: str, reason: str) -> None:
-        """Take it out; what it measured before stays."""
+        """End the measurement of the variant; earlier results are kept."""
         self.result.status, self.result.reason = status, reason
         self.close()
 
     def close(self) -> None:
-        """End its process."""
+        """Kill its process."""
         if self.process is not None:
             self.process.close()
             self.process = None
@@ -69,21 +70,21 @@ class Row:
 
 @dataclass
 class Measured:
-    """All rows, and the baseline's second process.
+    """Measurements of all variants, and of the null run.
 
     Args:
-        rows: one for each way, in the order given.
+        rows: one for each variant, in the order given.
         null: of each point: batch size, callers, ratio and interval, ``waiting``, and whether it is noisy.
         interrupted: whether it was stopped by Ctrl-C.
     """
 
-    rows: list[Row]
+    rows: list[VariantRun]
     null: list[dict[str, Any]]
     interrupted: bool = False
 
 
-def measure_ways(
-    ways: Sequence[Way],
+def measure_variants(
+    variants: Sequence[RuntimeVariant],
     samples: Mapping[str, np.ndarray],
     settings: BenchmarkSettings,
     *,
@@ -92,33 +93,37 @@ def measure_ways(
     classify: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Measured:
-    """Measure the latency of several ways to run the same network, and collect what they compute.
+    """Measure the latency of several runtime variants of the same network, and collect what they compute.
 
-    Each way, and the baseline a second time, is loaded in a process of its own and warmed up for some time. Then come the
-    rounds: in each every way has one turn, in an order shuffled anew, while the other processes sleep. A way that fails,
-    dies or takes longer than its limit becomes a row that says so; the others go on. Ctrl-C ends the measurement and
-    keeps what was measured.
+    Each variant, and the baseline a second time, is loaded in a separate process and warmed up. In each round every variant
+    has one turn, in random order, while the other processes sleep. A variant that fails, dies or exceeds its time limit gets a
+    status with the reason, and the others continue. Ctrl-C ends the measurement and keeps the results so far.
 
     Args:
-        ways: what to run; a way with ``missing`` is a row and nothing else.
-        samples: inputs by name, each ``(S, ...)``. Calls take the first of them, from the beginning again if there are fewer.
+        variants: variants to run; those with ``missing`` are listed without a measurement.
+        samples: inputs by name, each ``(S, ...)``. Calls use the first samples, repeated if there are too few.
         settings: batch sizes, callers and times.
-        baseline: name of the way that speed-ups refer to.
-        keep: samples whose outputs are kept.
-        classify: keep the classes of all samples, by the largest logit of the first output; else no others are run.
-        progress: told what is being done.
+        baseline: name of the variant that speed-ups refer to.
+        keep: number of samples whose outputs are kept.
+        classify: whether to keep the predicted classes of all samples, from the first output; otherwise only the kept samples run.
+        progress: called with a description of each step.
 
     Raises:
-        InvalidArgumentError: two ways of one name, or no way of the baseline's.
+        InvalidArgumentError: two variants have the same name, or none has the baseline's.
     """
-    names = [way.name for way in ways]
+    names = [variant.name for variant in variants]
     if len(set(names)) != len(names):
-        raise InvalidArgumentError(f"Argument `ways` must have different names, but got {names}.")
+        raise InvalidArgumentError(f"Argument `variants` must have different names, but got {names}.")
     if baseline not in names:
         raise InvalidArgumentError(f"Argument `baseline` must be one of {names}, but got {baseline!r}.")
-    rows = [Row(way, WayResult(way.name, way.engine, way.precision, unshippable=way.unshippable)) for way in ways]
+    rows = [
+        VariantRun(
+            variant, VariantResult(variant.name, variant.engine, variant.precision, unshippable=variant.unshippable)
+        )
+        for variant in variants
+    ]
     base = rows[names.index(baseline)]
-    second = Row(base.way, WayResult("null", base.way.engine, base.way.precision))
+    second = VariantRun(base.variant, VariantResult("null", base.variant.engine, base.variant.precision))
     interrupted = False
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         for row in (*rows, second):
@@ -147,17 +152,23 @@ def _write_inputs(samples: Mapping[str, np.ndarray], folder: Path) -> dict[str, 
 
 
 def _start(
-    row: Row, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int, classify: bool
+    row: VariantRun, files: Mapping[str, str], settings: BenchmarkSettings, scratch: Path, keep: int, classify: bool
 ) -> None:
-    """Load a way, warm it up, look at its memory, and collect what it computes."""
-    way, result = row.way, row.result
-    if way.missing:
-        row.end("not here", way.missing)
+    """Load a variant, warm it up, measure its memory, and collect its outputs."""
+    variant, result = row.variant, row.result
+    if variant.missing:
+        row.end("not here", variant.missing)
         return
-    told = {"engine": way.engine, "mode": way.mode, "file": str(way.file), "options": dict(way.options)}
+    told: dict[str, Any] = {
+        "engine": variant.engine,
+        "mode": variant.mode,
+        "file": str(variant.file),
+        "options": dict(variant.options),
+    }
+    told["spec"] = registered_record(variant.engine)
     try:
-        row.process = process = WayProcess(threads=settings.threads, limit_s=settings.limit_s)
-        result.first_ms = process.ask("start", way=told, inputs=files, threads=settings.threads)["first_ms"]
+        row.process = process = VariantProcess(threads=settings.threads, limit_s=settings.limit_s)
+        result.first_ms = process.ask("start", variant=told, inputs=files, threads=settings.threads)["first_ms"]
         for batch, callers in settings.points:
             process.ask("warm", batch=batch, callers=callers, seconds=settings.warmup_s)
         result.peak_memory_bytes = process.ask("memory")["peak_memory_bytes"]
@@ -167,11 +178,11 @@ def _start(
             result.samples = process.ask("predict", **wish)["samples"]
             with np.load(out, allow_pickle=False) as arrays:
                 row.outputs = dict(arrays)
-    except WayEndedError as ended:
+    except VariantEndedError as ended:
         row.end(ended.status, ended.reason)
 
 
-def _run_rounds(rows: Sequence[Row], settings: BenchmarkSettings, progress: Callable[[str], None]) -> None:
+def _run_rounds(rows: Sequence[VariantRun], settings: BenchmarkSettings, progress: Callable[[str], None]) -> None:
     rng = np.random.default_rng(settings.seed)
     rounds = max(settings.min_rounds, round(settings.seconds / settings.turn_s))
     for batch, callers in settings.points:
@@ -186,19 +197,19 @@ def _run_rounds(rows: Sequence[Row], settings: BenchmarkSettings, progress: Call
                     continue
                 try:
                     told = row.process.ask("turn", batch=batch, callers=callers, seconds=settings.turn_s)
-                except WayEndedError as ended:
+                except VariantEndedError as ended:
                     row.end(ended.status, f"{ended.reason}, at batch {batch} with {callers} at once")
                     continue
                 row.turns.setdefault((batch, callers), {})[number] = _Turn(**told)
 
 
-def _point(row: Row, base: Row, key: _Key, rng: np.random.Generator) -> Point:
+def _point(row: VariantRun, base: VariantRun, key: _Key, rng: np.random.Generator) -> LatencyPoint:
     batch, callers = key
     turns = row.turns[key]
     times = np.concatenate([turn.times_ms for turn in turns.values()])
     rates = [1e3 * batch * len(turn.times_ms) / turn.wall_ms for turn in turns.values()]
     ratio = Ratio(1.0, 1.0, 1.0) if row is base else _ratio(base, row, key, rng)
-    return Point(
+    return LatencyPoint(
         batch=batch,
         callers=callers,
         p50_ms=float(np.percentile(times, 50)),
@@ -213,8 +224,8 @@ def _point(row: Row, base: Row, key: _Key, rng: np.random.Generator) -> Point:
     )
 
 
-def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | None:
-    """Time of the baseline divided by that of the row, over the rounds in which both had a turn."""
+def _ratio(base: VariantRun, row: VariantRun, key: _Key, rng: np.random.Generator) -> Ratio | None:
+    """Time of the baseline divided by the time of the variant, over the rounds in which both had a turn."""
     before, after = base.turns.get(key, {}), row.turns.get(key, {})
     both = sorted(before.keys() & after.keys())
     if len(both) < 2:
@@ -223,7 +234,9 @@ def _ratio(base: Row, row: Row, key: _Key, rng: np.random.Generator) -> Ratio | 
     return median_ratio(of_base, of_row, rng)
 
 
-def _null(rows: Sequence[Row], base: Row, second: Row, rng: np.random.Generator) -> list[dict[str, Any]]:
+def _null(
+    rows: Sequence[VariantRun], base: VariantRun, second: VariantRun, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     points = []
     for key in second.turns:
         if (ratio := _ratio(base, second, key, rng)) is not None:
@@ -233,10 +246,10 @@ def _null(rows: Sequence[Row], base: Row, second: Row, rng: np.random.Generator)
     return points
 
 
-def _waiting(rows: Sequence[Row], key: _Key) -> float | None:
-    """Share of the time in which threads could have run for which others had the CPUs; ``None`` if it isn't known.
+def _waiting(rows: Sequence[VariantRun], key: _Key) -> float | None:
+    """Share of runnable time during which other processes occupied the CPUs; ``None`` if unknown.
 
-    Both ways of a null run suffer alike, so that its ratio doesn't show it. Several callers also wait for each other.
+    The ratio of a null run doesn't show it, since both processes are affected alike. Several callers also wait for each other.
     """
     turns = [turn for row in rows for turn in row.turns.get(key, {}).values()]
     ran, waited = sum(turn.ran_ms for turn in turns), sum(turn.waited_ms for turn in turns)

@@ -1,4 +1,4 @@
-"""Held-out samples in a comparison: what is fed, whether it fits, what the ways predict for it, and the result of it all."""
+"""Validate the held-out samples of a comparison, and compute accuracy and agreement from the outputs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison
-from lightning_accel.benchmarking.rounds import Measured, Row
+from lightning_accel.benchmarking.rounds import Measured, VariantRun
 from lightning_accel.benchmarking.scores import CLASSES, VALUES, r_squared
 from lightning_accel.engines.base import Runner
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.compare import Feeds
 
-KEPT = 512  # samples on which kernels are held against the file
-_SCORED = 2**24  # numbers of which an R² is made, at most; more samples than KEPT only up to here
+KEPT = 512  # samples on which kernels are compared with the file
+_SCORED = 2**24  # largest number of values for an R²; limits the samples beyond KEPT
 
 
 def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
-    """Random inputs, where nothing but speed is asked for; integers are zeros, which are in every vocabulary."""
+    """Random inputs for measurements of speed; integers are zeros, which are valid in every vocabulary."""
     rng = np.random.default_rng(0)
     feeds = {}
     for spec in runner.inputs:
@@ -34,14 +34,14 @@ def synthetic_samples(runner: Runner) -> dict[str, np.ndarray]:
     return feeds
 
 
-def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, scores: str | None = None) -> str:
-    """What doesn't fit is told before anything is measured.
+def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, output_kind: str | None = None) -> str:
+    """Validate samples and labels before the measurement.
 
     Args:
-        runner: the network.
+        runner: runner of the float32 network.
         feeds: samples.
         labels: classes, or the values that outputs should have.
-        scores: ``"classes"``, ``"values"``, or ``None``: as the labels are, else classes if there is more than one column.
+        output_kind: ``"classes"``, ``"values"``, or ``None``: as the labels are, else classes if there is more than one column.
 
     Returns:
         How outputs are scored: ``"classes"`` or ``"values"``.
@@ -56,10 +56,10 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
     outputs = next(iter(runner.run({name: array[:1] for name, array in feeds.items()}).values()))
     count = next(iter(counts.values()))
     if labels is None:
-        return scores or (CLASSES if outputs.ndim >= 2 and outputs.shape[1] > 1 else VALUES)
-    if scores is None:
-        scores = VALUES if np.issubdtype(labels.dtype, np.floating) else CLASSES
-    if scores == VALUES:
+        return output_kind or (CLASSES if outputs.ndim >= 2 and outputs.shape[1] > 1 else VALUES)
+    if output_kind is None:
+        output_kind = VALUES if np.issubdtype(labels.dtype, np.floating) else CLASSES
+    if output_kind == VALUES:
         shape = outputs.shape[1:]
         if not np.issubdtype(labels.dtype, np.number) or (
             labels.shape != (count, *shape) and (*labels.shape, 1) != (count, *shape)
@@ -68,7 +68,7 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
                 f"Argument `labels` must hold an integer for each of the {count} samples, or the values {(count, *shape)} that "
                 f"the first output should have, but got {labels.dtype} of shape {labels.shape}."
             )
-        return scores
+        return output_kind
     if not np.issubdtype(labels.dtype, np.integer) or not labels.ndim or len(labels) != count:
         raise InvalidArgumentError(
             f"Argument `labels` must hold an integer for each of the {count} samples, but got {labels.dtype} of shape "
@@ -85,20 +85,20 @@ def check_samples(runner: Runner, feeds: Feeds, labels: np.ndarray | None, score
             f"Argument `labels` must be from 0 to {outputs.shape[1] - 1}, the classes of the first output, but got "
             f"{labels.min()} to {labels.max()}."
         )
-    return scores
+    return output_kind
 
 
-def kept_samples(runner: Runner, feeds: Feeds, scores: str) -> int:
-    """Of how many samples the outputs are kept: enough to hold kernels against the file; for an R² as many as fit."""
-    if scores == CLASSES:
+def kept_samples(runner: Runner, feeds: Feeds, output_kind: str) -> int:
+    """Number of samples whose outputs are kept: enough to compare kernels with the file; for an R², as many as fit."""
+    if output_kind == CLASSES:
         return KEPT
     outputs = runner.run({name: array[:1] for name, array in feeds.items()}).values()
     return max(KEPT, _SCORED // max(1, sum(array.size for array in outputs)))
 
 
-def describe(row: Row, folder: Path) -> None:
-    """Name and size of what a way ran; only a file of the bundle has a name that means something later."""
-    file = row.way.file
+def describe(row: VariantRun, folder: Path) -> None:
+    """Store name and size of a variant's file; only files of the bundle get a name."""
+    file = row.variant.file
     if file is None or not file.is_file():
         return
     if file.is_relative_to(folder):
@@ -107,12 +107,12 @@ def describe(row: Row, folder: Path) -> None:
     row.result.file_bytes = file.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
-def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None, scores: str) -> None:
-    """Accuracy and agreement, from the classes that each way predicts or the values that it computes."""
-    if scores == VALUES:
+def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None, output_kind: str) -> None:
+    """Compute accuracy and agreement of each variant from its predicted classes or values."""
+    if output_kind == VALUES:
         _score_values(measured, baseline, wanted, labels)
         return
-    right = next((row.outputs.get("classes") for row in measured.rows if row.way.name == baseline), None)
+    right = next((row.outputs.get("classes") for row in measured.rows if row.variant.name == baseline), None)
     if wanted:
         logits = next(iter(wanted.values()))
         right = logits.argmax(1) if logits.ndim >= 2 and logits.shape[1] > 1 else None
@@ -120,18 +120,18 @@ def score(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray |
         classes = row.outputs.get("classes")
         if classes is None:
             continue
-        if right is not None and classes.shape == right.shape:  # not one for a sample and one for a pixel
+        if right is not None and classes.shape == right.shape:  # e.g. one class per sample against one per pixel
             row.result.agreement = float((classes == right).mean())
         if labels is not None:
             row.result.accuracy = float((classes == labels).mean())
 
 
 def _score_values(measured: Measured, baseline: str, wanted: Feeds, labels: np.ndarray | None) -> None:
-    """R² of the first output, against the labels and against what the trained network or the baseline computes."""
-    values = {row.way.name: next(iter(row.computed.values()), None) for row in measured.rows}
+    """R² of the first output against the labels, and against the trained network or the baseline."""
+    values = {row.variant.name: next(iter(row.computed.values()), None) for row in measured.rows}
     right = next(iter(wanted.values())) if wanted else values.get(baseline)
     for row in measured.rows:
-        got = values[row.way.name]
+        got = values[row.variant.name]
         if got is None:
             continue
         row.result.samples = len(got)
@@ -150,19 +150,19 @@ def assembled(
     machine: Mapping[str, Any],
     source: str | None,
     against: str,
-    scores: str = CLASSES,
+    output_kind: str = CLASSES,
 ) -> Comparison:
-    """Put what was measured together with how and on what; nothing is decided yet.
+    """Assemble the comparison from measurements, settings and machine; without a decision.
 
     Args:
-        measured: all rows, scored.
+        measured: measurements with scores.
         feeds: the samples.
         settings: how it was measured.
-        baseline: name of the way that speed-ups refer to.
-        machine: its description, from before the measurement.
-        source: where the samples come from; ``None`` for random ones.
-        against: what predictions were compared with.
-        scores: how outputs were scored, ``"classes"`` or ``"values"``.
+        baseline: name of the variant that speed-ups refer to.
+        machine: description of the machine, from before the measurement.
+        source: origin of the samples; ``None`` for random inputs.
+        against: reference of the predictions.
+        output_kind: ``"classes"`` or ``"values"``.
     """
     count = len(next(iter(feeds.values())))
     told = {
@@ -170,7 +170,7 @@ def assembled(
         "samples": 0 if source is None else count,
         "data": "random inputs" if source is None else f"{count:,} held-out samples, {source}",
         "agreement_with": against,
-        "scores": scores,
+        "output_kind": output_kind,
         "spinning": "off",
     }
     nulls = {key: pick((n[key] for n in measured.null), default=None) for key, pick in (("low", min), ("high", max))}
@@ -180,6 +180,6 @@ def assembled(
         baseline=baseline,
         null={"value": measured.null[0]["value"] if measured.null else None, **nulls, "points": measured.null},
         noisy=any(n["noisy"] for n in measured.null),
-        ways=[row.result for row in measured.rows],
+        variants=[row.result for row in measured.rows],
         interrupted=measured.interrupted,
     )

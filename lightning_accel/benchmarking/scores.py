@@ -1,4 +1,4 @@
-"""What outputs are held to: the largest logit where they are logits, the variance they explain where they are values."""
+"""Scores of outputs: top-1 accuracy of logits, coefficient of determination of values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 CLASSES, VALUES = "classes", "values"
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def score_titles(settings: Mapping[str, Any]) -> tuple[str, str]:
-    """What ``accuracy`` and ``agreement`` are called in a comparison with these settings."""
-    return ("R²", "R² of outputs") if settings.get("scores") == VALUES else ("accuracy", "agreement")
+    """Titles of ``accuracy`` and ``agreement`` for a comparison with these settings."""
+    return ("R²", "R² of outputs") if settings.get("output_kind") == VALUES else ("accuracy", "agreement")
 
 
 def r_squared(truth: np.ndarray, outputs: np.ndarray) -> float | None:
@@ -24,7 +25,7 @@ def r_squared(truth: np.ndarray, outputs: np.ndarray) -> float | None:
         outputs: of the same shape.
 
     Returns:
-        ``None`` where the truth doesn't vary, or something isn't finite.
+        ``None`` if the truth is constant, or a value isn't finite.
 
     Example:
         >>> r_squared(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 4.0]))

@@ -1,4 +1,4 @@
-"""The ways to run a program in PyTorch beside the one that ``load_runner`` takes; imported in their own processes only."""
+"""PyTorch variants other than the one of ``load_runner``; imported in worker processes only."""
 
 import shutil
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from lightning_accel.errors import MissingPackageError, UnsupportedError
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchWay(PyTorchRunner):
-    """Run a program saved with ``torch.export.save`` in one of several ways; calls may overlap.
+class TorchVariant(PyTorchRunner):
+    """Run a program saved with ``torch.export.save`` in one of several modes; calls may overlap.
 
     Args:
         path: the ``.pt2`` file.
@@ -28,7 +28,7 @@ class TorchWay(PyTorchRunner):
 
     Raises:
         MissingPackageError: torchao isn't installed.
-        UnsupportedError: the way doesn't apply to this network, or to this machine.
+        UnsupportedError: this network or machine doesn't support the mode.
     """
 
     def __init__(self, path: str | Path, *, mode: str, threads: int) -> None:
@@ -38,7 +38,7 @@ class TorchWay(PyTorchRunner):
         self._images = mode == "channels_last"
         if self._images:
             if not any(len(spec.shape) == 4 for spec in self.inputs):
-                raise UnsupportedError("no input has the four dimensions that channels_last orders anew")
+                raise UnsupportedError("channels_last needs an input with four dimensions, and the network has none")
             self._module.to(memory_format=torch.channels_last)
         elif mode == "compile":
             if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")):
@@ -49,7 +49,7 @@ class TorchWay(PyTorchRunner):
 
     def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         tensors = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in feeds.values()]
-        if self._images:  # a program gets its pixels in the usual order, so that this is part of the call
+        if self._images:  # inputs arrive in contiguous order, so the conversion is part of the call
             tensors = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
         args, kwargs = tree_unflatten(tensors, self._in_spec)
         with torch.inference_mode(self._mode != "eager"), self._autocast():
@@ -84,20 +84,20 @@ def _quantized(module: nn.Module, mode: str) -> nn.Module:
 
 
 def with_linear_modules_(module: Any) -> int:
-    """Give a captured program an ``nn.Linear`` for each linear operator, which is what torchao looks for.
+    """Replace each linear operator of a captured program by an ``nn.Linear``, which torchao quantizes.
 
     Args:
-        module: a ``torch.fx.GraphModule``; changed in place, and computing the same.
+        module: a ``torch.fx.GraphModule``; changed in place without a numerical effect.
 
     Returns:
-        How many there are.
+        Number of replaced operators.
     """
     count = 0
     for node in list(module.graph.nodes):
         if node.target is not torch.ops.aten.linear.default:
             continue
         taken = [one for one in node.args[1:] if one is not None]
-        if any(one.op != "get_attr" for one in taken):  # a weight that is computed, e.g. dequantized
+        if any(one.op != "get_attr" for one in taken):  # the weight is an intermediate result, e.g. dequantized
             continue
         weight, *bias = (_attribute(module, one.target) for one in taken)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(bias))

@@ -1,7 +1,7 @@
-"""The process of one way: loads it, and runs it when it is told that its turn has come.
+"""Worker process of one variant: loads it, and runs it on request.
 
 Requests come as lines of JSON on the standard input, replies go out as lines of JSON; between them the process sleeps.
-It imports what its engine needs and nothing else, so that memory and first inference are the engine's own.
+The process imports only what its engine needs, so that its memory and its first inference are the engine's.
 """
 
 import gc
@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import EngineSpec, engine_named, register_engine
 from lightning_accel.errors import UnsupportedError
 
-NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # what is missing is named in the message; it is no failure
+NOT_HERE = (ModuleNotFoundError, NotImplementedError)  # the message names what is missing; not counted as a failure
 
 
 class Worker:
-    """Answers the requests; each method whose name begins with ``do_`` is one."""
+    """Handler of the requests; each method with the prefix ``do_`` is a request."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, np.ndarray] = {}
@@ -33,23 +34,23 @@ class Worker:
         self.pools: dict[int, ThreadPoolExecutor] = {}
         self.feeds: dict[int, dict[str, np.ndarray]] = {}
 
-    def do_start(self, way: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any]:
-        """Load the way and run one sample; the time of both together is the first inference's."""
+    def do_start(self, variant: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any]:
+        """Load the variant and run one sample; returns the time of both together, in ms."""
         self.inputs = {name: np.load(path, mmap_mode="r") for name, path in inputs.items()}
         first = self._feeds(1)
         started = time.perf_counter()
-        self.run = _load(way, threads).run
+        self.run = _load(variant, threads).run
         self.run(first)
         return {"first_ms": 1e3 * (time.perf_counter() - started)}
 
     def do_warm(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
-        """Run for some time without counting."""
+        """Run for some time without timing."""
         return {"calls": len(self._turn(batch, callers, seconds)[0])}
 
     def do_turn(self, batch: int, callers: int, seconds: float) -> dict[str, Any]:
-        """Run for some time: latency of each call and time of all together; how long threads ran and waited for a CPU, in ms.
+        """Run for some time; returns the latency of each call, the duration, and the time that threads ran and waited for a CPU, in ms.
 
-        The first call of each caller isn't counted: it finds the caches full of what ran before it.
+        The first call of each caller isn't timed, since the CPU caches hold data of other processes.
         """
         ran, waited = _ran_and_waited_ms()
         times, wall = self._turn(batch, callers, seconds)
@@ -61,7 +62,7 @@ class Worker:
         return {"peak_memory_bytes": _peak_memory()}
 
     def do_predict(self, batch: int, keep: int, classify: bool, out: str) -> dict[str, Any]:
-        """Write the outputs of the first ``keep`` samples; if the outputs are logits to ``classify``, the classes of all."""
+        """Save the outputs of the first ``keep`` samples and, with ``classify``, the predicted classes of all samples."""
         total = len(next(iter(self.inputs.values())))
         total = total if classify else min(keep, total)
         kept: dict[str, list[np.ndarray]] = {}
@@ -82,15 +83,15 @@ class Worker:
         return {"samples": total}
 
     def _feeds(self, batch: int) -> dict[str, np.ndarray]:
-        """The first ``batch`` samples, from the beginning again if there are fewer."""
+        """The first ``batch`` samples, repeated if there are too few."""
         if batch not in self.feeds:
             self.feeds[batch] = {n: np.resize(a[:batch], (batch, *a.shape[1:])) for n, a in self.inputs.items()}
         return self.feeds[batch]
 
     def _turn(self, batch: int, callers: int, seconds: float) -> tuple[list[float], float]:
         feeds = self._feeds(batch)
-        self.run(feeds)  # what can't run at this size fails here, not in one of several threads
-        # Threads are kept: OpenMP makes a team for each thread that calls it, in that thread's first call.
+        self.run(feeds)  # errors at this batch size are raised here, not in one of several threads
+        # Threads are reused: OpenMP creates a thread team for each calling thread at its first call.
         pool = self.pools.setdefault(callers, ThreadPoolExecutor(callers))
         ready = threading.Barrier(callers)
 
@@ -103,13 +104,13 @@ class Worker:
             while True:
                 self.run(feeds)
                 now = time.perf_counter_ns()
-                times.append(max(now - before, 1) / 1e6)  # a clock may not see a very short call
+                times.append(max(now - before, 1) / 1e6)  # the clock's resolution may exceed a very short call
                 before = now
                 if now - started >= 1e9 * seconds:
                     return times, started, now
 
         gc.collect()
-        gc.disable()  # a collection would be charged to whichever call it falls on
+        gc.disable()  # a garbage collection would distort the timing of one call
         try:
             if callers == 1:  # in the main thread, as in most programs
                 parts = [call_until_the_end()]
@@ -121,14 +122,14 @@ class Worker:
         return [t for times, *_ in parts for t in times], wall / 1e6
 
 
-def _load(way: Mapping[str, Any], threads: int) -> Runner:
-    options = dict(way["options"])
-    if way["engine"] == "tensorrt":
-        return load_runner(way["file"], "tensorrt")
-    if way["mode"] not in ("", "inference_mode"):
-        from lightning_accel.benchmarking.torch_variants import TorchWay
+def _load(variant: Mapping[str, Any], threads: int) -> Runner:
+    options = dict(variant["options"])
+    if (record := variant.get("spec")) is not None:  # registered in the measuring process only
+        register_engine(EngineSpec.from_dict(record))
+    if variant["mode"] not in ("", "inference_mode"):
+        from lightning_accel.benchmarking.torch_variants import TorchVariant
 
-        return TorchWay(way["file"], mode=way["mode"], threads=threads)
+        return TorchVariant(variant["file"], mode=variant["mode"], threads=threads)
     if providers := options.get("providers"):
         import onnxruntime
 
@@ -137,13 +138,14 @@ def _load(way: Mapping[str, Any], threads: int) -> Runner:
                 f"this ONNX Runtime has no {', '.join(providers)}, only {', '.join(onnxruntime.get_available_providers())}: "
                 'pip install "lightning-accel[gpu]" instead of the extra `cpu`, on a machine with an NVIDIA GPU'
             )
-    return load_runner(way["file"], way["engine"], threads=threads, **options)
+    chosen = threads if engine_named(variant["engine"]).threads else None
+    return load_runner(variant["file"], variant["engine"], threads=chosen, **options)
 
 
 def _ran_and_waited_ms() -> tuple[float, float]:
-    """How long the threads of this process, all together, ran, and how long they could have but others had the CPUs.
+    """Total time that the threads of this process ran, and waited for a CPU while runnable, in ms.
 
-    Only Linux tells; elsewhere both are 0.
+    Available on Linux only; elsewhere both are 0.
     """
     ran = waited = 0.0
     for path in Path("/proc/self/task").glob("*/schedstat"):
@@ -154,7 +156,7 @@ def _ran_and_waited_ms() -> tuple[float, float]:
 
 
 def _peak_memory() -> int | None:
-    # `getrusage` would tell the memory of the process that started this one, where that was larger.
+    # `getrusage` would include the peak memory of the parent process.
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -163,9 +165,9 @@ def _peak_memory() -> int | None:
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Handle requests until the input ends."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not come between the replies
+    os.dup2(2, 1)  # output of libraries must not interfere with the replies
     worker = Worker()
     for line in sys.stdin:
         request = json.loads(line)
@@ -173,7 +175,7 @@ def main() -> None:
             reply = getattr(worker, f"do_{request.pop('do')}")(**request)
         except NOT_HERE as error:
             reply = {"not_here": str(error)}
-        except Exception as error:  # engines raise what they like; it becomes the row's reason
+        except Exception as error:  # engines raise unrelated types; the message becomes the reason
             reply = {"failed": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel import __version__
-from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, read_manifest, seal_of, sha256_of
+from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, manifest_digest, read_manifest, sha256_of
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.engines.tensorrt.library import EngineInfo, sidecar_of
 from lightning_accel.errors import FilePermissionError, InvalidArgumentError
@@ -142,7 +142,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         if file.is_file() and file != folder / MANIFEST
     }
     manifest = {"schema": SCHEMA, "version": __version__, **content, "files": files}
-    text = json.dumps({"sha256": seal_of(manifest), **manifest}, indent=2, allow_nan=False)
+    text = json.dumps({"sha256": manifest_digest(manifest), **manifest}, indent=2, allow_nan=False)
     temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
         temporary.write_text(text + "\n")

@@ -67,7 +67,7 @@ class CompressionCallback(L.Callback):
         raise NotImplementedError
 
     @property
-    def worth(self) -> str:
+    def benefit(self) -> str:
         """What it brings where the network runs, for plan and report."""
         return ""
 

@@ -45,7 +45,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ChangeHandler:
     """How changes of one kind are made and unmade.
 
     Args:
@@ -61,12 +61,12 @@ class Kind:
     resized: Callable[[Change], Resized] = lambda change: {}
 
 
-_KINDS: dict[str, Kind] = {}
+_HANDLERS: dict[str, ChangeHandler] = {}
 
 
-def register(name: str, kind: Kind) -> None:
+def register(name: str, handler: ChangeHandler) -> None:
     """Register a kind of change under its name."""
-    _KINDS[name] = kind
+    _HANDLERS[name] = handler
 
 
 def record_of(module: nn.Module) -> list[Change]:
@@ -74,32 +74,32 @@ def record_of(module: nn.Module) -> list[Change]:
     return module.__dict__.setdefault(_RECORD, [])
 
 
-def _kind(change: Change) -> Kind:
-    if change.kind not in _KINDS and change.kind in _ROOMS:
+def _handler_of(change: Change) -> ChangeHandler:
+    if change.kind not in _HANDLERS and change.kind in _ROOMS:
         import_module(_ROOMS[change.kind])
-    if change.kind not in _KINDS:
+    if change.kind not in _HANDLERS:
         raise InvalidArgumentError(
             f"The checkpoint must hold changes of a known kind ({sorted(_ROOMS)}), but got {change.kind!r}. "
             "It was written by a newer lightning-accel: update it."
         )
-    return _KINDS[change.kind]
+    return _HANDLERS[change.kind]
 
 
 def apply(module: nn.Module, change: Change) -> None:
     """Make a change and write it into the module's record."""
-    _kind(change).replay(module, change)
+    _handler_of(change).replay(module, change)
     record_of(module).append(change)
 
 
 def undo(module: nn.Module, change: Change) -> None:
     """Take back the newest change."""
-    _kind(change).undo(module, change)
+    _handler_of(change).undo(module, change)
     record_of(module).remove(change)
 
 
 def resized(change: Change) -> Resized:
     """What a change did to the shapes of parameters: ``{name: [[dimension, size before, kept indices], ...]}``."""
-    return _kind(change).resized(change)
+    return _handler_of(change).resized(change)
 
 
 def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
@@ -258,7 +258,7 @@ def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     states = checkpoint.get("callbacks", {})
     for change in record_of(module):
         if change.owner in states:
-            _kind(change).restore(module, change, states[change.owner])
+            _handler_of(change).restore(module, change, states[change.owner])
 
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:

@@ -1,1 +1,1 @@
-"""Distillation: losses, and the module that trains a student beside a frozen teacher."""
+"""Distillation: train a student with the outputs and features of a frozen teacher."""

@@ -1,4 +1,4 @@
-"""Where student and teacher features differ in channels: a trained 1x1 layer between them, which never ships."""
+"""Adapters: trained 1x1 layers that map student features to the teacher's channels, not exported."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

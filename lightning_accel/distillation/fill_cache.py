@@ -1,4 +1,4 @@
-"""Filling a TeacherCache before the first step: whatever is missing, shared by the ranks, with a progress bar."""
+"""Fill a TeacherCache before the first step, distributed over ranks."""
 
 from collections.abc import Callable
 from typing import Any

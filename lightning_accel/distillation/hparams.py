@@ -1,4 +1,4 @@
-"""Hyper-parameters of a student that was built from YAML inside of a :class:`DistillationModule`'s config."""
+"""Hyper-parameters of a student that is configured inside of a :class:`DistillationModule` in YAML."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Numbers that every training step logs."""
+"""Log the metrics of every training step at low cost."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A student that trains beside a frozen teacher and stays what it was."""
+"""LightningModule that trains a student with a teacher and leaves the student's own code unchanged."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext

@@ -1,4 +1,4 @@
-"""See what a method is called with and returns while somebody else's code runs."""
+"""Record the arguments and results of a method while other code runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

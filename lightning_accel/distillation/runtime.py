@@ -1,4 +1,4 @@
-"""All that a DistillationModule has beside its student. No Module, so that nothing in it gets registered."""
+"""State and computation of a distillation; not an ``nn.Module``, so that nothing in it is registered."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
@@ -18,9 +18,9 @@ from lightning_accel.distillation.adapters import (
     replace_parameters_,
     takes,
 )
-from lightning_accel.distillation.cache.teacher_cache import TeacherCache
+from lightning_accel.distillation.cache.teacher_cache import Signals, TeacherCache
 from lightning_accel.distillation.layers.paths import once, recorded
-from lightning_accel.distillation.layers.selection import logits_in, select, selection_of, split_path
+from lightning_accel.distillation.layers.selection import logits_in, select_tensor, selection_of, split_path
 from lightning_accel.distillation.losses.base import check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
 from lightning_accel.distillation.targets import Where, find, fits
@@ -30,7 +30,6 @@ from lightning_accel.distillation.terms import LossTerm, Pair
 from lightning_accel.errors import InvalidArgumentError
 
 LOGITS = ""
-Signals = dict[str, Tensor]  # path -> tensor; LOGITS for the logits
 Answer = tuple[Mapping[str, Any], Any]  # what layers returned in a call, and what the network did
 
 
@@ -269,4 +268,4 @@ def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
 
 def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:
     module, keys = split_path(path, argument)
-    return select(once(dict(found), module, argument) if module else output, keys, path, argument)
+    return select_tensor(once(dict(found), module, argument) if module else output, keys, path, argument)

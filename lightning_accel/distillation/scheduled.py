@@ -1,4 +1,4 @@
-"""A number that changes in the course of a run: alpha, a temperature, the weight of a loss."""
+"""Numbers that follow a schedule: alpha, a temperature, the weight of a loss."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +7,7 @@ import lightning as L
 
 from lightning_accel.core.callback import timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -77,7 +78,7 @@ def bounds(number: Number) -> tuple[float, float]:
 
 def move_all(numbers: Iterable[Scheduled], trainer: L.Trainer) -> None:
     """Take the values of the trainer's present optimizer step; a run of a batch or two is all beginning."""
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if not is_fast_dev_run(trainer):
         for number in numbers:
             number.move(trainer.global_step, timeline_of(trainer))
 

@@ -1,4 +1,4 @@
-"""What happens once, before the first step: layers are found, shapes compared, adapters made, a cache filled."""
+"""Checks and preparation before the first step: find layers, compare shapes, create adapters, fill the cache."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -20,6 +20,7 @@ from lightning_accel.calls.example import (
     transferred,
 )
 from lightning_accel.core.callback import CompressionCallback
+from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.distillation.adapters import replace_parameters_
 from lightning_accel.distillation.layers.graph import layer_node, without_graphs
 from lightning_accel.distillation.layers.paths import recorded
@@ -160,7 +161,7 @@ def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None
         InvalidArgumentError: a layer can't be told apart in such a graph.
     """
     names = {name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])}
-    callbacks = [c for c in module.trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    callbacks = callbacks_of(module.trainer, CompressionCallback)
     for callback in callbacks if names else ():
         prepare = getattr(callback, "prepare", None)
         for owner, forward in (prepare(module.trainer, module) if prepare is not None else {}).items():

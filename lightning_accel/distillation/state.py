@@ -1,4 +1,4 @@
-"""What of a distillation has to survive an interruption: adapters and an averaged teacher, in an entry of their own."""
+"""Checkpoint state of a distillation: adapters and an averaged teacher."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a plain ``nn.Module`` needs to be trained by Lightning, without a prefix on its keys."""
+"""Train a plain ``nn.Module`` with Lightning, without a prefix on its keys."""
 
 from collections.abc import Mapping
 from functools import cache

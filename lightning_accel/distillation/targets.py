@@ -1,4 +1,4 @@
-"""Targets and padding masks: where a loss that needs them finds them in a batch."""
+"""Find targets and padding masks in a batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

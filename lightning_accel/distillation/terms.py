@@ -1,10 +1,7 @@
-"""Which losses, how much of each, and between which layers."""
+"""Terms of a distillation loss: losses, weights, and the layers that they compare."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import import_module
-from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,32 +9,18 @@ from torch import Tensor, nn
 from lightning_accel.distillation.layers.paths import expand
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.losses.base import check_positive
+from lightning_accel.distillation.losses.registry import (
+    has_temperature,
+    layers_of,
+    loss_names,
+    name_of,
+    named_loss,
+)
 from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.scheduled import Number, Scheduled
 from lightning_accel.errors import InvalidArgumentError
 
 Layer = str | list[str] | None
-
-NAMED = {
-    "kd": "logits.SoftTargetLoss",
-    "hard": "logits.HardLabelLoss",
-    "mse": "logits.LogitMSELoss",
-    "multilabel": "logits.MultiLabelLoss",
-    "regression": "logits.RegressionLoss",
-    "dkd": "decoupled.DKDLoss",
-    "dist": "correlation.DISTLoss",
-    "standardized_kd": "correlation.StandardizedLoss",
-    "hint": "features.HintLoss",
-    "attention_transfer": "features.AttentionTransferLoss",
-    "similarity": "relations.SimilarityLoss",
-    "rkd": "relations.RKDLoss",
-    "hidden": "tokens.HiddenStateLoss",
-    "cosine": "tokens.CosineLoss",
-    "attention": "tokens.AttentionLoss",
-    "minilm": "tokens.MiniLMLoss",
-}
-_NEED_LAYERS = ("hint", "attention_transfer", "hidden", "attention", "minilm")
-_MAY_HAVE_LAYERS = (*_NEED_LAYERS, "similarity", "rkd", "cosine")
 
 
 class LossTerm:
@@ -76,7 +59,7 @@ class LossTerm:
             raise InvalidArgumentError(
                 f"Argument `student_layer` must be given with `teacher_layer`, but got None with {teacher_layer!r}."
             )
-        self.name = name or (loss if isinstance(loss, str) else _name_of(loss))
+        self.name = name or (loss if isinstance(loss, str) else name_of(loss))
         self.loss: Callable[..., Tensor] = named_loss(loss) if isinstance(loss, str) else loss
         if not callable(self.loss):
             raise InvalidArgumentError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
@@ -85,7 +68,7 @@ class LossTerm:
                 f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: no "
                 "optimizer would see them."
             )
-        if isinstance(loss, str) and loss in _NEED_LAYERS and student_layer is None:
+        if isinstance(loss, str) and layers_of(loss) == "required" and student_layer is None:
             raise InvalidArgumentError(
                 f"Argument `student_layer` must name a layer for the loss {loss!r}, but got None. "
                 f'Give it: `LossTerm("{loss}", student_layer="layer3", teacher_layer="layer3")`.'
@@ -128,36 +111,6 @@ def pairs_of(term: LossTerm, student: nn.Module, teacher: nn.Module) -> list[Pai
     return [Pair(a, b, f"{term.name}:{a}:{b}") for a, b in zip(ours, theirs, strict=True)]
 
 
-def named_loss(name: str, temperature: Number | None = None) -> Callable[..., Tensor]:
-    """The loss with a name, with its own settings but for the temperature.
-
-    Raises:
-        InvalidArgumentError: there is no such name, or the loss has no temperature.
-    """
-    if name not in NAMED:
-        near = get_close_matches(name, NAMED, n=3, cutoff=0.4)
-        raise InvalidArgumentError(
-            f"Argument `losses` must name one of {', '.join(NAMED)}, or be a callable, but got {name!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        )
-    module, _, cls = NAMED[name].partition(".")
-    make = getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls)
-    if temperature is None:
-        return make()
-    if name == "standardized_kd":
-        return make(named_loss("kd", temperature))
-    if not has_temperature(name):
-        raise InvalidArgumentError(f"Argument `temperature` must be left out for the loss {name!r}, which has none.")
-    return make(temperature=temperature)
-
-
-def has_temperature(name: str) -> bool:
-    """Whether the loss with a name has a temperature."""
-    module, _, cls = NAMED[name].partition(".")
-    make = getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls)
-    return name == "standardized_kd" or "temperature" in signature(make).parameters
-
-
 def make_terms(
     losses: Any, temperature: Number | None = None, student_layer: Layer = None, teacher_layer: Layer = None
 ) -> list[LossTerm]:
@@ -180,11 +133,11 @@ def make_terms(
             terms.append(loss)
             return
         layers: tuple[Layer, Layer] = (None, None)
-        if isinstance(loss, str) and loss in NAMED:
+        if isinstance(loss, str) and loss in loss_names():
             name = name or loss
-            if loss in _MAY_HAVE_LAYERS and student_layer is not None:
+            if layers_of(loss) != "none" and student_layer is not None:
                 layers, used["student_layer"] = (student_layer, teacher_layer), True
-            if loss in _NEED_LAYERS and layers[0] is None:
+            if layers_of(loss) == "required" and layers[0] is None:
                 LossTerm(loss)  # raises, and says what to write
             if temperature is not None and has_temperature(loss):
                 loss, used["temperature"] = named_loss(loss, temperature), True
@@ -235,9 +188,3 @@ def _check_terms(terms: list[LossTerm], used: dict[str, bool], *settings: Any) -
         if names.count(term.name) > 1:
             taken[term.name] = taken.get(term.name, 0) + 1
             term.name = f"{term.name}_{taken[term.name]}"
-
-
-def _name_of(loss: Any) -> str:
-    known = {path.partition(".")[2]: name for name, path in NAMED.items()}
-    name = getattr(loss, "__name__", type(loss).__name__)
-    return known.get(name, "loss" if name == "<lambda>" else name)

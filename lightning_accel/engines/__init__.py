@@ -1,1 +1,5 @@
-"""Engines: one call interface over ONNX Runtime and TensorRT; needs numpy and the engine, never torch."""
+"""Engines: one call interface over ONNX Runtime, OpenVINO, TensorRT and PyTorch; imports torch for PyTorch only."""
+
+from lightning_accel.engines.registry import EngineSpec, register_engine, unregister_engine
+
+__all__ = ["EngineSpec", "register_engine", "unregister_engine"]

@@ -1,17 +1,17 @@
-"""The integer arithmetic of a file, as far as an engine chooses its kernels by it."""
+"""Description of the integer arithmetic of a file, to select and probe kernels."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Integer arithmetic of a file, as far as it chooses kernels.
+    """Properties of a file's integer arithmetic that determine the kernels of an engine.
 
     Args:
         activations: ``"int8"`` with zero point 0, or ``"uint8"``.
         weight_max: largest integer of a weight.
         outputs: whether results of convolutions and sums are always quantized.
-        both_summands: whether both operands of a sum always are.
+        both_summands: whether both operands of a sum are always quantized.
     """
 
     activations: str

@@ -1,10 +1,9 @@
-"""One call interface over all engines: named numpy arrays in, named numpy arrays out."""
+"""Runner: the interface of all engines, from named numpy arrays to named numpy arrays."""
 
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -12,20 +11,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from lightning_accel.engines.manifest import resolve_bundle
+from lightning_accel.engines.registry import engine_named, engine_names, suffixes
 from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError, MissingFileError
-
-_RUNNERS = {
-    "onnxruntime": "onnxruntime:OnnxRuntimeRunner",
-    "openvino": "openvino:OpenVinoRunner",
-    "tensorrt": "tensorrt.runner:TensorRTRunner",
-    "pytorch": "pytorch:PyTorchRunner",
-}
-_ENGINE_OF_SUFFIX = {".onnx": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt", ".pt2": "pytorch"}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype and shape of one input or output; ``None`` in ``shape`` is a dimension that may change."""
+    """Name, dtype and shape of one input or output; ``None`` in ``shape`` is a dynamic dimension."""
 
     name: str
     dtype: np.dtype[Any]
@@ -46,7 +38,7 @@ class TensorSpec:
         if value.dtype != self.dtype:
             raise InvalidArgumentTypeError(
                 f"Argument `feeds` must give input `{self.name}` as {self.dtype}, but got {value.dtype}. "
-                f"If that is meant, convert it: `.astype(np.{self.dtype})`."
+                f"Convert it if this is intended: `.astype(np.{self.dtype})`."
             )
         shape = "(" + ", ".join("any" if size is None else str(size) for size in self.shape) + ")"
         if value.ndim != len(self.shape):
@@ -77,7 +69,7 @@ class Runner(ABC):
         self.path = Path(path)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._lock = threading.Lock()  # for the engines whose calls may not overlap
+        self._lock = threading.Lock()  # for engines without concurrent calls
         self._closed = False
 
     @property
@@ -119,7 +111,7 @@ class Runner(ABC):
         """Run with arrays by position, in the order of :attr:`input_names`, or by name.
 
         Returns:
-            The array where the network has one output, else a dict of all.
+            The array of a network with one output, otherwise a dict of all outputs.
 
         Raises:
             InvalidArgumentTypeError: more arrays than inputs, or an input given twice.
@@ -138,14 +130,14 @@ class Runner(ABC):
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def warm_up(self, feeds: Mapping[str, np.ndarray] | None = None, *, calls: int = 3) -> None:
-        """Run a few times, so that the first real call isn't the one in which an engine chooses kernels and memory.
+        """Run the network a few times, so that kernels and memory are selected before the first real call.
 
         Args:
             feeds: inputs as in :meth:`run`; default: zeros of one sample, for inputs whose other dimensions are fixed.
-            calls: how often.
+            calls: number of runs.
 
         Raises:
-            InvalidArgumentError: no feeds for inputs with open dimensions, or a number below 1.
+            InvalidArgumentError: no feeds for inputs with dynamic dimensions, or ``calls`` is below 1.
         """
         if calls < 1:
             raise InvalidArgumentError(f"Argument `calls` must be at least 1, but got {calls}.")
@@ -159,7 +151,7 @@ class Runner(ABC):
             self.run(feeds)
 
     def close(self) -> None:
-        """Free the engine's memory. Calls that are running finish first; closing twice is fine."""
+        """Release the engine's memory after running calls have finished; a second call has no effect."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -187,7 +179,7 @@ class Runner(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Drop what holds the engine's memory."""
+        """Release the engine's memory."""
 
 
 def load_runner(path: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Runner:
@@ -195,8 +187,8 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
 
     Args:
         path: a bundle (a directory with ``manifest.json``), or one file: ``.onnx``, ``.engine``, ``.xml``, ``.pt2``.
-        engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"pytorch"``. Default: the one the bundle's
-            manifest names, or the one that the file's suffix belongs to.
+        engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"pytorch"`` or another registered engine. Default: the one that
+            the bundle's manifest names, or the one that the file's suffix belongs to.
         threads: CPU threads of the engine. Default: the engine's own choice.
         options: further arguments of the engine's runner, e.g. ``providers=("CUDAExecutionProvider",)``.
 
@@ -211,24 +203,23 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
         (32, 10)
     """
     path = Path(path)
-    if engine is not None and engine not in _RUNNERS:
-        raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(_RUNNERS)}, but got {engine!r}.")
+    if engine is not None:
+        engine_named(engine)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InvalidArgumentError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
     if not path.exists():
         raise MissingFileError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
     if path.is_dir():
         engine, path = resolve_bundle(path, engine)
-        if engine not in _RUNNERS:
+        if engine not in engine_names():
             raise InvalidArgumentError(
-                f"The bundle's default engine must be one of {sorted(_RUNNERS)}, but it is {engine!r}."
+                f"The bundle's default engine must be one of {sorted(engine_names())}, but it is {engine!r}."
             )
     elif engine is None:
-        if path.suffix not in _ENGINE_OF_SUFFIX:
+        engine = suffixes().get(path.suffix)
+        if engine is None:
             raise InvalidArgumentError(
-                f"Argument `path` must end in one of {sorted(_ENGINE_OF_SUFFIX)}, but got {path.name!r}."
+                f"Argument `path` must end in one of {sorted(suffixes())}, but got {path.name!r}."
             )
-        engine = _ENGINE_OF_SUFFIX[path.suffix]
-    module, name = _RUNNERS[engine].split(":")
-    runner: type[Runner] = getattr(import_module(f"lightning_accel.engines.{module}"), name)
+    runner: type[Runner] = engine_named(engine).load_runner_class()
     return runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options

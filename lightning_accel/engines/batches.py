@@ -1,4 +1,4 @@
-"""Batches larger than an engine takes, split evenly and put together again."""
+"""Split a batch that is larger than an engine's limit, and concatenate the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,7 @@ from lightning_accel.errors import EngineError, InvalidArgumentError
 
 
 def split_sizes(total: int, smallest: int, largest: int) -> list[int]:
-    """Sizes of the fewest, nearly equal parts of a batch, each within what the engine takes.
+    """Sizes of the fewest, nearly equal parts of a batch within the limits of an engine.
 
     Args:
         total: samples.
@@ -43,13 +43,13 @@ def run_split(
         run: one call of the engine.
         feeds: inputs by name.
         sizes: samples of each part.
-        batched: inputs whose first dimension is the batch; the others go into each call whole.
+        batched: inputs whose first dimension is the batch; the others are passed unchanged to each call.
 
     Returns:
-        The outputs, put together along their first dimension.
+        The outputs, concatenated along their first dimension.
 
     Raises:
-        EngineError: an output whose first dimension isn't the batch.
+        EngineError: the first dimension of an output isn't the batch.
     """
     results: list[list[np.ndarray]] = []
     start = 0

@@ -1,4 +1,4 @@
-"""Small Q/DQ files, one for each form in which targets write integer arithmetic, and what each of them means exactly.
+"""Build small Q/DQ files with known exact results, one for each form of integer operator.
 
 A file holds several branches: channel counts and zero points for which engines choose different kernels. The reference is
 computed in float64, in which sums of products of 8-bit integers are exact. Needs onnx and numpy, and no torch.
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lightning_accel.engines.arithmetic import Arithmetic
 
-_CHANNELS = (4, 32)  # few, and a multiple of every vector width
+_CHANNELS = (4, 32)  # small, and a multiple of every vector width
 _SIZE, _BATCH = 8, 4
 _SCALE = 2.0**-6
 _TINY = (2.0**-30, 2.0**-35, 2.0**-40)  # 9e-10, 3e-11, 9e-13
@@ -23,7 +23,7 @@ _TINY = (2.0**-30, 2.0**-35, 2.0**-40)  # 9e-10, 3e-11, 9e-13
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the file, and what it holds: float64, or the integers of indices."""
+    """A tensor of the file and its exact values: float64, or integers for indices."""
 
     name: str
     real: np.ndarray
@@ -35,8 +35,8 @@ class Expected:
 
     Args:
         name: of the output.
-        real: what it is exactly.
-        step: distance of two neighbouring integers in the output's quantization.
+        real: exact values.
+        step: quantization step of the output.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Expected:
 
 
 class KernelFile:
-    """A Q/DQ file that is put together node by node, each with its exact result.
+    """Builder of a Q/DQ file and its exact results, node by node.
 
     Args:
         arithmetic: activations and weights.
-        spatial: whether it is about feature maps ``(N, C, H, W)``; else channels come last.
+        spatial: whether tensors are feature maps ``(N, C, H, W)``; otherwise channels are last.
     """
 
     def __init__(self, arithmetic: Arithmetic, *, spatial: bool = True) -> None:
@@ -61,7 +61,7 @@ class KernelFile:
         self._constants: list[onnx.TensorProto] = []
 
     def model(self) -> onnx.ModelProto:
-        """The file, with an open batch, as exported files have."""
+        """The ONNX model, with a dynamic batch."""
         kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
         inputs = [
             helper.make_tensor_value_info(name, kinds[array.dtype], ["n", *array.shape[1:]])
@@ -74,7 +74,7 @@ class KernelFile:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
     def node(self, kind: str, inputs: list[str], real: np.ndarray, **attributes: Any) -> Value:
-        """Add an operator and what it computes."""
+        """Add an operator and its exact result."""
         name = f"v{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, inputs, [name], name=f"n{len(self._nodes)}", **attributes))
         return Value(name, real)
@@ -92,7 +92,7 @@ class KernelFile:
         return Value(name, array if array.dtype == np.int64 else array.astype(np.float64))
 
     def activation(self, *shape: int, zero: int = 0, scale: float = _SCALE) -> Value:
-        """Add an input that is quantized: integers near the ends of their range, where sums are largest."""
+        """Add a quantized input with integers near the ends of their range, where sums are largest."""
         integers = self.rng.integers(64, 128, (_BATCH, *shape))  # of int8
         integers[1::2] = -1 - integers[1::2]
         if not self.signed:
@@ -102,7 +102,7 @@ class KernelFile:
         return self.quantized(given, scale, zero)
 
     def quantized(self, value: Value, scale: float | None = None, zero: int = 0) -> Value:
-        """Quantize and dequantize a tensor, by default with the range of what it holds."""
+        """Quantize and dequantize a tensor, by default with the range of its values."""
         low, high = min(value.real.min(), 0.0), max(value.real.max(), 0.0)
         if scale is None and self.signed:
             scale = max(-low, high) / 127
@@ -117,7 +117,7 @@ class KernelFile:
         return self.node("DequantizeLinear", [stored.name, *constants], (integers - zero) * float(step))
 
     def weight(self, *shape: int, axis: int) -> Value:
-        """Add int8 weights: most output channels hold the largest integers alone, the others any."""
+        """Add int8 weights: most output channels hold only the largest integers, the others random ones."""
         largest = self.arithmetic.weight_max
         integers = self.rng.integers(-largest, largest + 1, shape)
         channels = np.moveaxis(integers, axis, 0)
@@ -133,7 +133,7 @@ class KernelFile:
     def convolution(
         self, x: Value, channels: int, *, kernel: int = 3, group: int = 1, bias: float | None = None
     ) -> Value:
-        """A convolution that keeps the size; its bias is by default as large as its input."""
+        """A convolution with equal input and output size; the default bias has the magnitude of the input."""
         incoming = x.real.shape[1]
         w = self.weight(channels, incoming // group, kernel, kernel, axis=0)
         added = self._bias(channels, np.abs(x.real).max() if bias is None else bias)
@@ -180,9 +180,9 @@ class KernelFile:
         return self.node("Concat", [a.name, b.name], np.concatenate([a.real, b.real], 1), axis=1)
 
     def output(self, value: Value, *, quantized: bool) -> None:
-        """Make a tensor an output of the file; one that is quantized is read by a layer that leaves it as it is.
+        """Add a tensor to the outputs; a quantized one through a layer that computes the identity.
 
-        Exported networks end in no integers, and what engines fuse depends on what comes after.
+        The outputs of exported networks are not quantized, and the fusions of engines depend on the next operator.
         """
         span = max(value.real.max(), 0.0) - min(value.real.min(), 0.0)
         step = max(-value.real.min(), value.real.max()) / 127 if self.signed else span / 255
@@ -202,18 +202,18 @@ class KernelFile:
         return self.node("MatMul", [x.name, turned.name], x.real)
 
     def outputs(self, make: Callable[[], Value], *, always: bool | None = None) -> None:
-        """Make results outputs in each way that the target writes: in integers, and unless they always are, as they are.
+        """Add results to the outputs in each form of the target: quantized and, unless results always are, in float.
 
         Args:
-            make: adds the operator; called for each way, so that no result has two readers.
-            always: whether results are always quantized, by default as those of convolutions and sums are.
+            make: adds the operator; called for each form, so that no result has two readers.
+            always: whether results are always quantized; default: as those of convolutions and sums.
         """
         for quantized in (True,) if (self.arithmetic.outputs if always is None else always) else (True, False):
             self.output(make(), quantized=quantized)
 
     @property
     def zeros(self) -> tuple[int, ...]:
-        """Zero points: that of a tensor without negative values, and another."""
+        """Zero points of a tensor without negative values, and of another one."""
         return (0,) if self.signed else (0, 131)
 
     def _bias(self, channels: int, largest: float) -> np.ndarray:
@@ -306,7 +306,9 @@ def _attention(file: KernelFile) -> None:
 def _attended(file: KernelFile, channels: int, zero: int) -> Value:
     q, k, v = (file.activation(2, *s, zero=zero) for s in ((5, channels), (channels, 5), (5, channels)))
     scores = file.matmul(q, k)
-    factor = np.float32(2 / np.abs(scores.real).max())  # weights of all sizes, instead of a single large one
+    factor = np.float32(
+        2 / np.abs(scores.real).max()
+    )  # attention weights of all magnitudes, instead of a single large one
     scaled = file.node("Mul", [scores.name, file.constant(factor)], scores.real * float(factor))
     powers = np.exp(scaled.real - scaled.real.max(-1, keepdims=True))
     weights = file.node("Softmax", [scaled.name], powers / powers.sum(-1, keepdims=True), axis=-1)
@@ -346,7 +348,7 @@ def _embedding(file: KernelFile) -> None:
         taken = file.node("Gather", [file.constant(rows.astype(np.int8)), indices.name], rows[indices.real], axis=0)
         scale, zero = file.constant(np.float32(_SCALE)), file.constant(np.int8(0))
         x = file.node("DequantizeLinear", [taken.name, scale, zero], taken.real * _SCALE)
-        # The same grid again: a rounding on the way would be as large as one of the result.
+        # The same grid: a rounding in between would be as large as one of the result.
         requantized = file.quantized(x, _SCALE, 0 if file.signed else 128)
         file.output(file.linear(requantized, channels), quantized=False)
 
@@ -387,7 +389,7 @@ def _tiny(file: KernelFile) -> None:
     for scale in _TINY:
         x = file.activation(_CHANNELS[1], _SIZE, _SIZE, scale=scale)
         file.output(file.convolution(x, _CHANNELS[1]), quantized=True)
-        # A folded batch norm's bias, beside which the products vanish, is beyond int32 in their steps.
+        # The bias of a folded batch norm may exceed int32 in the steps of small products.
         file.output(file.convolution(x, _CHANNELS[1], bias=1.0), quantized=True)
 
 
@@ -414,7 +416,7 @@ _CHANNELS_LAST = ("linear", "dynamic linear", "matmul", "matmul also read in flo
 
 
 def kernel_file(form: str, arithmetic: Arithmetic) -> KernelFile:
-    """The file of a form.
+    """Build the file of a form.
 
     Args:
         form: one of :data:`BUILDERS`.

@@ -1,7 +1,7 @@
-"""Probe: whether an engine's integer kernels compute, on this machine, what a Q/DQ file says.
+"""Measure whether an engine's integer kernels reproduce a Q/DQ file on this machine.
 
-What an engine gets wrong depends on its version and on the CPU, which chooses the kernels: so it is measured, on small files
-whose results are known exactly, and remembered by engine, version and CPU in the user's cache folder.
+Errors depend on the engine's version and on the CPU, which determines the kernels. They are measured on small files with known
+exact results, and cached by engine, version and CPU in the user's cache folder.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ import numpy as np
 from lightning_accel.core.cpu import cpu_fields, cpu_name
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import load_runner
+from lightning_accel.engines.registry import engine_named, probed_engines
+from lightning_accel.errors import InvalidArgumentError
 
-ENGINES = ("onnxruntime", "openvino")  # engines with integer kernels for CPUs
 FORMS = (
     "convolution",
     "depthwise convolution",
@@ -40,26 +40,25 @@ FORMS = (
     "concatenation also read in float",
     "tiny scales",
 )
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
-_SCHEMA = 1  # raised when the files of the probe change, so that what was measured on others is forgotten
-_ONE_STEP = 1.01  # two right ways to compute a sum may round it to neighbouring integers
-# They choose the kernels of oneDNN, on which OpenVINO is built.
+_SCHEMA = 1  # incremented when the probe files change, which invalidates cached findings
+_ONE_STEP = 1.01  # two correct summation orders may round to neighbouring integers
+# They select the kernels of oneDNN, which OpenVINO uses.
 _ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
 
 Run = Callable[[Path, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What an engine makes of one form.
+class KernelFinding:
+    """Accuracy of an engine for one form.
 
     Args:
         engine: ``"onnxruntime"`` or ``"openvino"``.
         version: of the engine.
         form: one of :data:`FORMS`.
         arithmetic: of the file.
-        error: largest difference from the exact result, in steps of the output's quantization; ``None`` if there was no number.
-        reason: why there was none.
+        error: largest difference from the exact result, in steps of the output's quantization; ``None`` without a result.
+        reason: why there is no result.
     """
 
     engine: str
@@ -71,7 +70,7 @@ class Finding:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is right, up to one rounding."""
+        """Whether the error is at most one rounding."""
         return self.error is not None and self.error <= _ONE_STEP
 
     def __str__(self) -> str:
@@ -84,14 +83,14 @@ class Finding:
         return {**asdict(self), "exact": self.exact}
 
 
-def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> Finding:
-    """Measure what an engine's kernels make of a form of integer arithmetic on this machine, or remember it.
+def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | None = None) -> KernelFinding:
+    """Measure the error of an engine's kernels for a form of integer arithmetic on this machine, or read it from the cache.
 
     Args:
         engine: ``"onnxruntime"`` or ``"openvino"``.
         form: one of :data:`FORMS`.
         arithmetic: activations, weights, and what is quantized.
-        run: runs a file in the engine's place, given its path and inputs; nothing is remembered of that.
+        run: replaces the engine; called with the path of a file and its inputs. Its findings are not cached.
 
     Raises:
         InvalidArgumentError: an unknown engine or form.
@@ -101,10 +100,10 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         >>> probe_kernels("openvino", "concatenation", Arithmetic("int8", 63)).exact  # doctest: +SKIP
         True
     """
-    if engine not in ENGINES:
-        raise ValueError(f"Argument `engine` must be one of {ENGINES}, but got {engine!r}.")
+    if engine not in probed_engines():
+        raise InvalidArgumentError(f"Argument `engine` must be one of {probed_engines()}, but got {engine!r}.")
     if form not in FORMS:
-        raise ValueError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
+        raise InvalidArgumentError(f"Argument `form` must be one of {FORMS}, but got {form!r}.")
     if run is not None:
         return _measure(engine, form, arithmetic, run)
     place = cache_file(engine)
@@ -115,26 +114,21 @@ def probe_kernels(engine: str, form: str, arithmetic: Arithmetic, *, run: Run | 
         known[key] = (found.error, found.reason)
         _remember(place, {key: known[key]})
     error, reason = known[key]
-    return Finding(engine, engine_version(engine), form, arithmetic, error, reason)
+    return KernelFinding(engine, engine_version(engine), form, arithmetic, error, reason)
 
 
 def engine_version(engine: str) -> str:
     """Version of an engine's package; empty if it isn't installed."""
-    for package in _PACKAGES[engine]:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return ""
+    return engine_named(engine).version()
 
 
 def cache_file(engine: str) -> Path:
-    """Where findings about an engine are kept: one file for each engine, version, and CPU with its flags."""
+    """Path of the cached findings of an engine, by engine, version, CPU and CPU flags."""
     fields = cpu_fields()
     machine = [platform.system(), platform.machine(), cpu_name(), fields.get("flags") or fields.get("Features") or ""]
     machine += [os.environ.get(name, "") for name in _ISA_VARIABLES]
     digest = hashlib.sha256(json.dumps([_SCHEMA, *machine]).encode()).hexdigest()[:16]
-    folder = os.environ.get("XDG_CACHE_HOME", "")  # which must be absolute to count, by its specification
+    folder = os.environ.get("XDG_CACHE_HOME", "")  # relative paths are invalid, by its specification
     base = Path(folder) if Path(folder).is_absolute() else Path("~/.cache").expanduser()
     return base / "lightning-accel" / "kernels" / f"{engine}-{engine_version(engine)}-{digest}.json"
 
@@ -150,7 +144,7 @@ def _remembered(place: Path) -> _Known:
 
 
 def _read(place: Path) -> _Known:
-    """What a file holds; nothing of one that isn't there or that is damaged: it is measured again."""
+    """Read cached findings; empty for a missing or damaged file, so that they are measured again."""
     try:
         values = json.loads(place.read_text(encoding="utf-8"))
         return {key: _entry(*value) for key, value in values.items()}
@@ -165,13 +159,13 @@ def _entry(error: Any, reason: Any) -> tuple[float | None, str]:
 
 
 def _remember(place: Path, new: _Known) -> None:
-    """Add to the file in one step. Two processes at once may lose a finding of one, which is then measured again."""
+    """Add findings to the file atomically. Of two concurrent writers one may lose a finding, which is then measured again."""
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({**_read(place), **new}, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, place)
-    except OSError:  # a full or read-only disk: the next process measures again
+    except OSError:  # full or read-only disk: the next process measures again
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -184,7 +178,7 @@ def _engine(engine: str) -> Run:
     return run
 
 
-def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Finding:
+def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> KernelFinding:
     import onnx
 
     from lightning_accel.engines.kernel_forms import kernel_file
@@ -198,9 +192,9 @@ def _measure(engine: str, form: str, arithmetic: Arithmetic, run: Run) -> Findin
             got = run(path, file.feeds)
         except ImportError:
             raise
-        except Exception as error:  # engines have exceptions of their own for a file that they can't load or run
-            return Finding(*about, None, str(error).partition("\n")[0])
+        except Exception as error:  # engines raise unrelated types
+            return KernelFinding(*about, None, str(error).partition("\n")[0])
     errors = [float(np.abs(got[e.name] - e.real).max() / e.step) for e in file.expected]
     if not np.isfinite(errors).all():
-        return Finding(*about, None, "its result is not finite")
-    return Finding(*about, round(max(errors), 4))
+        return KernelFinding(*about, None, "its result is not finite")
+    return KernelFinding(*about, round(max(errors), 4))

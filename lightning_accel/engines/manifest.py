@@ -1,4 +1,4 @@
-"""The bundle as a reader sees it: which file an engine loads, and whether it is the one that was written."""
+"""Read the manifest of a bundle and check its files against their checksums."""
 
 import hashlib
 import json
@@ -13,15 +13,15 @@ SCHEMA = 1
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits, read in pieces so that a large file needs no memory."""
+    """SHA-256 of a file as 64 hexadecimal digits, computed in chunks, so that large files need little memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal_of(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's content without its own field ``sha256``, written as sorted JSON without blanks.
 
-    It finds damage, as all checksums here do; against someone who means to deceive only a signature helps.
+    It detects damage, not manipulation; that needs a signature.
     """
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -55,9 +55,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} must have a schema of at most {SCHEMA}, but got {schema}. "
             "It was written by a newer version of this library: pip install --upgrade lightning-accel"
         )
-    if manifest.get("sha256") != seal_of(manifest):
+    if manifest.get("sha256") != manifest_digest(manifest):
         raise InvalidArgumentError(
-            f"{path} must have the SHA-256 of its own content, {seal_of(manifest)}, but got {manifest.get('sha256')!r}. "
+            f"{path} must have the SHA-256 of its own content, {manifest_digest(manifest)}, but got {manifest.get('sha256')!r}. "
             "It changed after it was written: copy or export the bundle again."
         )
     for field in ("files", "engines"):

@@ -1,6 +1,7 @@
-"""ONNX Runtime: the engine on CPUs, and in float emulation the reference for what an ONNX file means."""
+"""ONNX Runtime engine; with graph optimizations off, the reference for the meaning of an ONNX file."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.engines.registry import EngineSpec, import_error
 from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 _DTYPES = {
@@ -19,6 +21,19 @@ _DTYPES = {
 }
 
 
+ENGINE = EngineSpec(
+    "onnxruntime",
+    "lightning_accel.engines.onnxruntime:OnnxRuntimeRunner",
+    requirements={"onnxruntime": "lightning-accel[cpu]", "onnxruntime-gpu": "lightning-accel[gpu]"},
+    modules=("onnxruntime",),
+    suffixes=(".onnx",),
+    status="lightning_accel.engines.onnxruntime:statuses",
+    probed=True,
+    shows_integers=True,
+    common=True,
+)
+
+
 class OnnxRuntimeRunner(Runner):
     """Run an ONNX file with ONNX Runtime.
 
@@ -27,9 +42,9 @@ class OnnxRuntimeRunner(Runner):
         threads: threads inside an operator. Default: ONNX Runtime's choice, one for each core.
         providers: execution providers in order of preference, each a name or ``(name, options)``.
         emulate: turn graph optimizations off, so that each QuantizeLinear and DequantizeLinear runs as written, in
-            float. That is what the file says; the integer kernels of a CPU may saturate where the file doesn't.
-        io_binding: hand inputs and outputs over as bound memory: with a provider on a GPU outputs stay there until the
-            call is done, and are copied once.
+            float. These are the semantics of the file; the integer kernels of a CPU may saturate where it doesn't.
+        io_binding: bind the memory of inputs and outputs, so that outputs of a provider on a GPU are copied once, at the end
+            of the call.
 
     Raises:
         MissingFileError: no file at ``path``.
@@ -58,11 +73,11 @@ class OnnxRuntimeRunner(Runner):
                 f"Argument `providers` must be among the available {available}, but got {wanted}."
             )
         options = ort.SessionOptions()
-        # Threads that spin while they wait slow down whatever else runs on the machine, benchmarks of others included.
+        # Spinning threads slow down other processes, including other variants of a benchmark.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # Where weights alone are integers, ONNX Runtime would round activations to int8 unless told otherwise; the
-        # precision is what the file says.
+        # By default ONNX Runtime rounds activations to int8 where only weights are integers; the precision must be that of
+        # the file.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -70,13 +85,13 @@ class OnnxRuntimeRunner(Runner):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             session = ort.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's exceptions have no common class but this one
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             raise EngineError(f"ONNX Runtime could not load `{Path(path).name}`: {error}") from error
-        # A provider whose libraries are missing is dropped with a printed warning, and the CPU takes over.
+        # ONNX Runtime replaces a provider with missing libraries by the CPU and only prints a warning.
         if lost := [name for name in wanted if name not in session.get_providers()]:
             raise EngineError(
                 f"ONNX Runtime could not start {lost} here, only {session.get_providers()}. "
-                "Install what the provider needs, or pass the providers that are left."
+                "Install the provider's dependencies, or pass the available providers."
             )
         session.disable_fallback()
         self._session: Any = session
@@ -84,7 +99,7 @@ class OnnxRuntimeRunner(Runner):
         super().__init__(path, _specs(session.get_inputs()), _specs(session.get_outputs()))
 
     def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        session = self._session  # a session may run in several threads, and lives on while one of them uses it
+        session = self._session  # a session may run in several threads; this reference keeps it alive during the call
         self._check_open()
         if not self._io_binding:
             return session.run(list(self.output_names), feeds)
@@ -98,6 +113,15 @@ class OnnxRuntimeRunner(Runner):
 
     def _release(self) -> None:
         self._session = None
+
+
+def statuses() -> dict[str, str]:
+    """Status for ``doctor``: the execution providers of the installed ONNX Runtime."""
+    if reason := import_error("onnxruntime"):
+        return {"onnxruntime": reason}
+    available = import_module("onnxruntime").get_available_providers()
+    providers = [provider.removesuffix("ExecutionProvider") for provider in available]
+    return {"onnxruntime": f"runs here ({', '.join(providers)})"}
 
 
 def _specs(tensors: Sequence[Any]) -> list[TensorSpec]:

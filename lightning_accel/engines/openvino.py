@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU; reads ONNX files as they are."""
+"""OpenVINO engine for CPUs; reads ONNX files directly."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,18 @@ import numpy as np
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
+from lightning_accel.engines.registry import EngineSpec
 from lightning_accel.errors import EngineError, MissingFileError
+
+ENGINE = EngineSpec(
+    "openvino",
+    "lightning_accel.engines.openvino:OpenVinoRunner",
+    requirements={"openvino": "lightning-accel[openvino]"},
+    modules=("openvino",),
+    suffixes=(".xml",),
+    probed=True,
+    common=True,
+)
 
 
 class OpenVinoRunner(Runner):
@@ -28,8 +39,8 @@ class OpenVinoRunner(Runner):
         ov = require("openvino", "openvino", "Engine `openvino`")
         if not Path(path).is_file():
             raise MissingFileError(f"Argument `path` must be a model file, but got {path}: nothing is there.")
-        # On CPUs with bf16 instructions OpenVINO runs float32 layers in bfloat16 unless told otherwise; the precision
-        # of a layer is what the file says.
+        # By default OpenVINO runs float32 layers in bfloat16 on CPUs with bf16 instructions; the precision must be that of
+        # the file.
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads

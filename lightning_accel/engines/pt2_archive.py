@@ -1,4 +1,4 @@
-"""What a ``.pt2`` archive may hold: tensors as bytes. Torch's own reader would also unpickle, and so run code of whoever wrote it."""
+"""Check that a ``.pt2`` archive holds tensors only; unpickling other objects could run foreign code."""
 
 import io
 import json
@@ -12,14 +12,14 @@ _PICKLED = ("custom_obj", "opaque_obj")
 
 
 def refuse_pickles(path: Path, torch: Any) -> None:
-    """Check that loading an archive will unpickle nothing.
+    """Raise if loading an archive would unpickle objects.
 
     Args:
         path: the archive.
         torch: the module; imported by the caller.
 
     Raises:
-        EngineError: it isn't an archive that ``torch.export.save`` writes today, or it holds pickled objects.
+        EngineError: it isn't an archive of the current ``torch.export.save``, or it holds pickled objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -43,9 +43,9 @@ def _check_entry(file: str, archive: zipfile.ZipFile, name: str, torch: Any) -> 
     elif place.suffix == ".pt" and "sample_inputs" in place.parts:
         try:
             torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-        except Exception as error:  # what torch raises depends on what is pickled
+        except Exception as error:  # torch raises unrelated types
             raise EngineError(
                 f"`{file}` must hold tensors only, but its example inputs are pickled objects."
             ) from error
     elif place.suffix == ".pt":
-        raise EngineError(f"`{file}` must be written by a torch of today, but `{name}` is pickled: export it again.")
+        raise EngineError(f"`{file}` must be written by a current torch, but `{name}` is pickled: export it again.")

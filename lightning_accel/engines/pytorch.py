@@ -1,4 +1,4 @@
-"""PyTorch: runs a ``torch.export`` program; the one engine that imports torch."""
+"""PyTorch engine for ``torch.export`` programs; the only engine that imports torch."""
 
 import json
 from importlib import import_module
@@ -10,15 +10,28 @@ import numpy as np
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, TensorSpec
 from lightning_accel.engines.pt2_archive import refuse_pickles
+from lightning_accel.engines.registry import EngineSpec
 from lightning_accel.errors import EngineError, MissingFileError
 
 NAMES_FILE = "names.json"
 
 
+ENGINE = EngineSpec(
+    "pytorch",
+    "lightning_accel.engines.pytorch:PyTorchRunner",
+    requirements={"torch": "lightning-accel"},
+    modules=("torch",),
+    suffixes=(".pt2",),
+    source="program",
+    precisions=("fp32", "int8"),
+    status="lightning_accel.engines.pytorch:statuses",
+)
+
+
 class PyTorchRunner(Runner):
     """Run a program saved with ``torch.export.save`` on the CPU.
 
-    The names are those of the program's graph. To have the same as the ONNX file, store them in the program:
+    Inputs and outputs are named as in the program's graph. To use the names of the ONNX file, store them in the program:
     ``torch.export.save(program, path, extra_files={"names.json": '{"inputs": ["images"], "outputs": ["logits"]}'})``.
 
     Args:
@@ -27,7 +40,7 @@ class PyTorchRunner(Runner):
 
     Raises:
         MissingFileError: no file at ``path``.
-        EngineError: torch can't load the file, it holds pickled objects, or its names don't fit the program.
+        EngineError: torch can't load the file, it holds pickled objects, or its stored names don't match the program.
     """
 
     engine = "pytorch"
@@ -42,7 +55,7 @@ class PyTorchRunner(Runner):
         extra = {NAMES_FILE: ""}
         try:
             program = torch.export.load(str(path), extra_files=extra)
-        except Exception as error:  # what torch raises depends on where the archive is damaged
+        except Exception as error:  # torch raises unrelated types
             raise EngineError(f"PyTorch could not load `{Path(path).name}`: {error}") from error
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         signature = program.graph_signature
@@ -65,10 +78,10 @@ class PyTorchRunner(Runner):
         import torch
         from torch.utils._pytree import tree_leaves, tree_unflatten
 
-        # torch warns about a view of a read-only array
+        # torch warns about views of read-only arrays
         tensors = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in feeds.values()]
         args, kwargs = tree_unflatten(tensors, self._in_spec)
-        with self._lock:  # the number of threads is one for the whole process
+        with self._lock:  # the number of threads is a setting of the whole process
             self._check_open()
             before = torch.get_num_threads()
             try:
@@ -82,6 +95,11 @@ class PyTorchRunner(Runner):
 
     def _release(self) -> None:
         self._module = None
+
+
+def statuses() -> dict[str, str]:
+    """Status for ``doctor``, found without importing torch, which takes seconds."""
+    return {"pytorch": "runs here (CPU)" if ENGINE.installed() else "not installed"}
 
 
 def _spec(name: str, value: Any) -> TensorSpec:

@@ -1,5 +1,6 @@
 """ModelExport: on fit end the trained network becomes a bundle that was proven to be it."""
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.held_out import held_out
 from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
-from lightning_accel.export.pipeline import ENGINES, write_bundle
+from lightning_accel.export.pipeline import write_bundle
 from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
 from lightning_accel.export.ptq_baseline import predictions_of
 from lightning_accel.export.spec import Order
@@ -50,7 +52,7 @@ class ModelExport(L.Callback):
         engines: ``"onnxruntime"``, ``"tensorrt"``, ``"openvino"``, ``"pytorch"``; ``None`` means the target's natural engine.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` (TensorRT only) or ``"int8"``; ``None`` means int8 if the network is
             trained quantization-aware. TensorRT's int8 engine computes the rest in fp16.
-        ckpt: ``"last"`` weights of the run, ``"best"`` by the run's ``ModelCheckpoint``, or a checkpoint's path.
+        ckpt_path: ``"last"`` weights of the run, ``"best"`` by the run's ``ModelCheckpoint``, or a checkpoint's path.
         data: held-out data: a loader, ``"test"`` or ``"val"`` (the default: the validation loader).
         inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
         incomplete: ``"refuse"`` or ``"mark"`` a network that hasn't reached its targets.
@@ -62,10 +64,10 @@ class ModelExport(L.Callback):
         dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
         keep_samples: how many held-out samples are shipped with the trained network's outputs, so that
             ``lightning-accel verify`` needs no data on another machine. They are part of your data.
-        budgets: run the network in the ways that matter, each in a process of its own, and let the fastest within these
+        budgets: run the network in the common runtime variants, each in a process of its own, and let the fastest within these
             budgets be the bundle's default, e.g. ``Budgets(max_drop=0.5)``; ``None`` measures and decides nothing more.
-        benchmark: how those ways are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
-        scores: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
+        benchmark: how those variants are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
+        output_kind: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
             metrics. ``None``: as the held-out targets tell, integers or floating point.
         name: the callback's name.
 
@@ -74,7 +76,7 @@ class ModelExport(L.Callback):
         VerificationError: on fit end, what was written isn't what was trained.
 
     Example:
-        >>> ModelExport("artifacts", engines=["tensorrt"]).ckpt
+        >>> ModelExport("artifacts", engines=["tensorrt"]).ckpt_path
         'last'
     """
 
@@ -83,7 +85,7 @@ class ModelExport(L.Callback):
         dirpath: str = "artifacts",
         engines: str | list[str] | None = None,
         precision: str | None = None,
-        ckpt: str = "last",
+        ckpt_path: str = "last",
         data: Any = None,
         inputs: InputsFunction | None = None,
         incomplete: str = "refuse",
@@ -95,13 +97,13 @@ class ModelExport(L.Callback):
         keep_samples: int = 0,
         budgets: Budgets | None = None,
         benchmark: BenchmarkSettings | None = None,
-        scores: str | None = None,
+        output_kind: str | None = None,
         name: str = "export",
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
         for engine in chosen or ():
-            if engine not in ENGINES:
-                raise InvalidArgumentError(f"Argument `engines` must be among {list(ENGINES)}, but got {engine!r}.")
+            if engine not in engine_names():
+                raise InvalidArgumentError(f"Argument `engines` must be among {engine_names()}, but got {engine!r}.")
         if chosen is not None and not chosen:
             raise InvalidArgumentError("Argument `engines` must name at least one engine, but got an empty list.")
         if precision not in (None, *_PRECISIONS):
@@ -110,9 +112,9 @@ class ModelExport(L.Callback):
             )
         if incomplete not in ("refuse", "mark"):
             raise InvalidArgumentError(f'Argument `incomplete` must be "refuse" or "mark", but got {incomplete!r}.')
-        if scores not in (None, CLASSES, VALUES):
+        if output_kind not in (None, CLASSES, VALUES):
             raise InvalidArgumentError(
-                f"Argument `scores` must be {CLASSES!r}, {VALUES!r} or None, but got {scores!r}."
+                f"Argument `output_kind` must be {CLASSES!r}, {VALUES!r} or None, but got {output_kind!r}."
             )
         if samples < 1:
             raise InvalidArgumentError(f"Argument `samples` must be at least 1, but got {samples}.")
@@ -122,18 +124,18 @@ class ModelExport(L.Callback):
             )
         if benchmark is not None and budgets is None:
             raise InvalidArgumentError(
-                "Argument `benchmark` must come with `budgets`, which the ways are measured for, but got none."
+                "Argument `benchmark` must come with `budgets`, which the variants are measured for, but got none."
             )
         if budgets is not None and budgets.batch not in (None, *(benchmark or BenchmarkSettings()).batches):
             sizes = (benchmark or BenchmarkSettings()).batches
             raise InvalidArgumentError(
                 f"Argument `budgets` must name a batch size that is measured {sizes}, but got {budgets.batch}."
             )
-        self.dirpath, self.engines, self.precision, self.ckpt = str(dirpath), chosen, precision, str(ckpt)
+        self.dirpath, self.engines, self.precision, self.ckpt_path = str(dirpath), chosen, precision, str(ckpt_path)
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
-        self.budgets, self.benchmark, self.scores = budgets, benchmark, scores
+        self.budgets, self.benchmark, self.output_kind = budgets, benchmark, output_kind
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
@@ -184,7 +186,7 @@ class ModelExport(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Before a first step there is nothing trained to quantize; an average of weights is no rival of single ones.
-        rivals = self.scores != VALUES and not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
+        rivals = self.output_kind != VALUES and not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
         waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
         self._quantizing = waiting if rivals and trainer.is_global_zero else []
 
@@ -229,18 +231,18 @@ class ModelExport(L.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
             return
-        self.export(trainer, pl_module, self.ckpt)
+        self.export(trainer, pl_module, self.ckpt_path)
         assert self.report is not None
         log_bundle(trainer.loggers, self.report, self.dirpath, trainer.global_step, self._exported)
         print(f"\n{summary(self.report, self.dirpath)}")
 
-    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str) -> dict[str, Any]:
+    def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt_path: str) -> dict[str, Any]:
         """Write the bundle now.
 
         Args:
             trainer: gives callbacks and loaders.
             pl_module: the module; takes over the checkpoint's weights and structure.
-            ckpt: ``"last"`` for the module as it is, ``"best"``, or a checkpoint's path.
+            ckpt_path: ``"last"`` for the module as it is, ``"best"``, or a checkpoint's path.
 
         Returns:
             The report.
@@ -251,14 +253,14 @@ class ModelExport(L.Callback):
             VerificationError: what was written isn't what was trained.
         """
         check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
-        if ckpt == "best":
-            ckpt = self._best(trainer)
-        self._exported = self.checkpoint_path if ckpt == "last" else ckpt
-        unfinished, did, told = self._load(trainer, pl_module, ckpt)
+        if ckpt_path == "best":
+            ckpt_path = self._best(trainer)
+        self._exported = self.checkpoint_path if ckpt_path == "last" else ckpt_path
+        unfinished, did, told = self._load(trainer, pl_module, ckpt_path)
         if unfinished and self.incomplete == "refuse":
             raise RunError(
                 f"The network must have reached its targets before it ships, but {'; '.join(unfinished)}. The checkpoint is safe: "
-                f'{self.checkpoint_path if ckpt == "last" else ckpt}. Train on, or mark the bundle with ModelExport(incomplete="mark").'
+                f'{self._exported}. Train on, or mark the bundle with ModelExport(incomplete="mark").'
             )
         if self._wanted_precision(trainer) == "int8" and not quantized_forwards(pl_module):
             raise RunError(
@@ -272,7 +274,7 @@ class ModelExport(L.Callback):
             teacher=_teacher_of(pl_module),
             history=did,
             compression=measured(trainer, pl_module),
-            command=self._command(ckpt),
+            command=self._command(ckpt_path),
             marks=[f"INCOMPLETE: {reason}." for reason in unfinished],
             **told,
         )
@@ -295,7 +297,7 @@ class ModelExport(L.Callback):
             keep_samples=self.keep_samples,
             budgets=self.budgets,
             benchmark=self.benchmark,
-            scores=self.scores,
+            output_kind=self.output_kind,
             **told,
         )
 
@@ -305,30 +307,30 @@ class ModelExport(L.Callback):
         kept = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
         if not any(kept):
             raise InvalidArgumentError(
-                'Argument `ckpt` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
+                'Argument `ckpt_path` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
             )
         return next(path for path in kept if path)
 
     def _load(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt: str
+        self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt_path: str
     ) -> tuple[list[str], list[str], dict[str, Any]]:
         """Bring the module to a checkpoint's weights.
 
         Returns:
             Why it isn't finished, what was done to it when, and what the report tells of the run, by the order's names.
         """
-        if ckpt == "last":
+        if ckpt_path == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
             unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
             return unfinished, history(states, trainer.global_step), self._told(self.state_dict(), states)
-        checkpoint = structure.read_checkpoint(ckpt)
+        checkpoint = structure.read_checkpoint(ckpt_path)
         states = checkpoint.get("callbacks", {})
         reasons = []
         for callback in compression_callbacks(trainer):
             if callback.state_key not in states:
-                reasons.append(f"{ckpt} holds no state of {type(callback).__name__}({callback.name!r})")
+                reasons.append(f"{ckpt_path} holds no state of {type(callback).__name__}({callback.name!r})")
             elif reason := states[callback.state_key].get("unfinished"):
-                reasons.append(f"in {ckpt} (epoch {checkpoint.get('epoch', '?')}) {reason}")
+                reasons.append(f"in {ckpt_path} (epoch {checkpoint.get('epoch', '?')}) {reason}")
         if not reasons or self.incomplete == "mark":
             structure.load_into(pl_module, checkpoint)
         told = self._told(states.get(self.state_key, {}), states)
@@ -346,14 +348,14 @@ class ModelExport(L.Callback):
             raise InvalidArgumentError(
                 f"ModelExport must see at most one QuantizationAwareTraining or PostTrainingQuantization, but got {len(qat)}."
             )
-        if self.ckpt != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
+        if self.ckpt_path != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
             raise InvalidArgumentError(
-                f'Argument `ckpt` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
-                f"{self.ckpt!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt-path`."
+                f'Argument `ckpt_path` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
+                f"{self.ckpt_path!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt-path`."
             )
-        if self.ckpt == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if self.ckpt_path == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise InvalidArgumentError(
-                'Argument `ckpt` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
+                'Argument `ckpt_path` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
                 "says what the best is."
             )
         if self.precision == "int8" and not qat:
@@ -364,13 +366,16 @@ class ModelExport(L.Callback):
             raise InvalidArgumentError(
                 f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
             )
-        if self.precision == "bf16" and (others := [e for e in self._wanted_engines(trainer) if e != "tensorrt"]):
+        wanted = self._wanted_engines(trainer)
+        others = [e for e in wanted if self.precision is not None and self.precision not in engine_named(e).precisions]
+        if self.precision == "bf16" and others:
+            able = json.dumps([spec.name for spec in all_engines() if "bf16" in spec.precisions])
             raise InvalidArgumentError(
-                f'Argument `engines` must be ["tensorrt"] for precision "bf16", but got {others}, which have no bf16 kernels.'
+                f'Argument `engines` must be {able} for precision "bf16", but got {others}, which have no bf16 kernels.'
             )
-        if self.precision in ("fp16", "bf16") and "pytorch" in self._wanted_engines(trainer):
+        if others:
             raise InvalidArgumentError(
-                f'Argument `engines` must not hold "pytorch" for precision "{self.precision}": `model.pt2` is what was trained.'
+                f'Argument `engines` must not hold "{others[0]}" for precision "{self.precision}", which it doesn\'t run.'
             )
         for callback in qat:
             for engine in self._wanted_engines(trainer):
@@ -410,10 +415,10 @@ class ModelExport(L.Callback):
             'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
         )
 
-    def _command(self, ckpt: str) -> str:
+    def _command(self, ckpt_path: str) -> str:
         if self.repeat:
             return self.repeat
-        path = self.checkpoint_path if ckpt == "last" else ckpt
+        path = self.checkpoint_path if ckpt_path == "last" else ckpt_path
         configs = [
             f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
         ]

@@ -15,10 +15,11 @@ from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.calls.example import Call
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line
-from lightning_accel.export.fp16_alternative import build_rival, decide, verify_rival
+from lightning_accel.export.fp16_alternative import build_rival, choose_precision, verify_rival
 from lightning_accel.export.ptq_baseline import beside_untrained
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
@@ -145,7 +146,7 @@ def run_all(made: LineUp, order: Order, files: Files, whole: nn.Module, folder: 
             check.raise_if_failed(order.command)
             files.checks.append(check)
         networks = {label: runner.run for label, runner in runners.items()}
-        counts = {} if order.scores == VALUES else count_correct(networks, files.shipped, whole, order.data)
+        counts = {} if order.output_kind == VALUES else count_correct(networks, files.shipped, whole, order.data)
         made.labelled = bool(counts)
         made.rows |= {label: replace(made.rows[label], correct=c, total=n) for label, (c, n) in counts.items()}
         if not made.labelled and order.bare:  # what else would say how good each is
@@ -164,7 +165,7 @@ def run_all(made: LineUp, order: Order, files: Files, whole: nn.Module, folder: 
 def _choose_engine(made: LineUp, rival: dict[str, Any], measured: BenchmarkResult) -> None:
     """int8 or fp16 on a GPU: the line of the manifest names the faster."""
     int8 = next(label for label, precision in made.precisions.items() if precision == "int8+fp16")
-    decision = decide(measured[RIVAL].samples, measured[int8].samples)
+    decision = choose_precision(measured[RIVAL].samples, measured[int8].samples)
     made.rows[RIVAL].note = decision.why
     line = next(line for line in made.lines if line["engine"] == "tensorrt")
     others = rival if decision.int8 else {key: line[key] for key in rival}
@@ -286,9 +287,8 @@ def _beside_first(made: LineUp, row: Row, file: Path, files: Files, order: Order
 
 
 def _load(file: Path, engine: str | None, threads: int) -> Runner:
-    return load_runner(
-        file, engine, threads=None if engine == "tensorrt" else threads
-    )  # a GPU has no threads to choose
+    chosen = threads if engine is None or engine_named(engine).threads else None
+    return load_runner(file, engine, threads=chosen)
 
 
 def _measure_latency(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,8 +21,7 @@ from torch import nn
 from lightning_accel.calls.example import Call, canonical_call, has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.engines.base import load_runner
-from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
-from lightning_accel.engines.tensorrt.library import LIBRARIES
+from lightning_accel.engines.registry import all_engines, engine_named, resolve
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx.export import OnnxExport, export_onnx, feeds_of
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
@@ -34,7 +32,6 @@ from lightning_accel.verification.file import prove_nodes
 from lightning_accel.verification.integers import check_integers
 
 _SAMPLES = 8
-_ENGINES = ("onnxruntime", "openvino", "tensorrt")
 _LOST_IN = ("__del__", "remove", "_remove")  # finalizers and callbacks of weak references: Python drops what they raise
 _AGAIN_S = 1.0  # after which the alarm rings again, should it have been dropped all the same
 
@@ -101,10 +98,11 @@ def check_module(
     """
     trained = list(quantized_forwards(module).values())
     wanted = trained[0].target if trained else target_of(target)
-    installed = [engine for engine in _ENGINES if _has(engine)]
+    buildable = {spec.name: spec for spec in all_engines() if spec.source != "program"}
+    installed = [name for name, spec in buildable.items() if spec.installed()]
     chosen = installed if engines is None else list(engines)
-    if unknown := [engine for engine in chosen if engine not in _ENGINES]:
-        raise InvalidArgumentError(f"Argument `engines` must be among {list(_ENGINES)}, but got {unknown}.")
+    if unknown := [engine for engine in chosen if engine not in buildable]:
+        raise InvalidArgumentError(f"Argument `engines` must be among {list(buildable)}, but got {unknown}.")
     if not (seconds > 0 and math.isfinite(seconds)):
         raise InvalidArgumentError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
     call = canonical_call(own_signature(module), *call)
@@ -233,10 +231,15 @@ def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> t
         raise InvalidArgumentError(cannot_reproduce(target, engine, forms=made["forms"]))
     export, call = made[needs]
     what = "int8" if needs == "quantize" else "fp32; int8 of this target isn't for this engine"
-    if engine == "tensorrt":
-        info = build_engine(export.path, folder / "model.engine")
-        run = "runs here" if has_gpu() else "built, not run: there is no GPU here"
-        return f"{what}, {info.library} {info.version}, {info.bytes:,} bytes, {run}", list(info.warnings)
+    spec = engine_named(engine)
+    if spec.source == "built":
+        out = folder / f"model.{engine}"
+        entries = resolve(spec.build)(export.path, out, "int8" if needs == "quantize" else "fp32")
+        reason = spec.why_unavailable()
+        run = f"built, not run: it {reason}" if reason else "runs here"
+        size = out.with_name(entries["file"]).stat().st_size
+        detail = f"{what}, {entries['library']} {entries['version']}, {size:,} bytes, {run}"
+        return detail, list(entries.get("warnings", ()))
     with load_runner(export.path, engine) as runner:
         runner.run(_samples(export, call))
     return f"{what}, runs here", []
@@ -258,10 +261,6 @@ def _arguments(module: nn.Module, call: Call) -> Any:
     """A call in the form that ``quantize`` takes from ``inputs``."""
     args, kwargs = call
     return dict(own_signature(module).bind(*args, **kwargs).arguments) if kwargs else tuple(args)
-
-
-def _has(engine: str) -> bool:
-    return any(find_spec(name) is not None for name in (LIBRARIES if engine == "tensorrt" else (engine,)))
 
 
 @contextmanager

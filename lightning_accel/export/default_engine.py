@@ -1,4 +1,4 @@
-"""The decision at the end of a run: the bundle's default is the fastest way within the budgets, on all held-out data."""
+"""The decision at the end of a run: the bundle's default is the fastest variant within the budgets, on all held-out data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.benchmarking.benchmark_bundle import compare_ways, shipped_line
+from lightning_accel.benchmarking.benchmark_bundle import compare_variants, shipped_line
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.bundle.writer import decided, write_comparison
@@ -15,7 +15,7 @@ from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import feeds_of
 
 
-def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
+def output_kind_of(order: Order, files: Files, *, labelled: bool) -> str | None:
     """How the network's first output is scored: as classes, as values, or ``None`` where nobody and no target tells.
 
     Args:
@@ -23,19 +23,19 @@ def scores_of(order: Order, files: Files, *, labelled: bool) -> str | None:
         files: the trained network.
         labelled: whether there are labels that are classes of the network's first output.
     """
-    if order.scores is not None or labelled:
-        return order.scores or CLASSES
+    if order.output_kind is not None or labelled:
+        return order.output_kind or CLASSES
     target = order.data.first_target(order.whole)
     feeds = feeds_of(order.data.first_call(order.whole), files.shipped.input_names)
     output = next(iter(files.network(feeds).values()))
-    return next((scores for scores in (VALUES, CLASSES) if _fits(target, output, scores)), None)
+    return next((output_kind for output_kind in (VALUES, CLASSES) if _fits(target, output, output_kind)), None)
 
 
-def _fits(target: np.ndarray | None, output: np.ndarray, scores: str) -> bool:
+def _fits(target: np.ndarray | None, output: np.ndarray, output_kind: str) -> bool:
     """Whether targets are the values that an output should have, or the classes of its logits."""
     if target is None:
         return False
-    if scores == VALUES:
+    if output_kind == VALUES:
         shaped = target.shape == output.shape or (*target.shape, 1) == output.shape
         return shaped and np.issubdtype(target.dtype, np.floating)
     shaped = output.ndim >= 2 and target.shape == (len(output), *output.shape[2:])
@@ -50,16 +50,16 @@ def decide_default(
     content: Mapping[str, Any],
     report: dict[str, Any],
 ) -> dict[str, Any]:
-    """Run the network in the ways that matter, and write ``comparison.json``.
+    """Run the network in the common variants, and write ``comparison.json``.
 
-    Where none of the engines asked for runs on this machine, the ways are measured and nothing is decided: a CPU's fastest way
+    Where none of the engines asked for runs on this machine, the variants are measured and nothing is decided: a CPU's fastest variant
     says nothing about the engine that the bundle is for, which stays the default.
 
     Args:
         order: what is shipped, its budgets, and the held-out data.
         files: the bundle's files and the trained network.
         folder: where they lie; no manifest is needed yet.
-        content: what the manifest will say of engines, file, precision, scores, inputs and outputs.
+        content: what the manifest will say of engines, file, precision, output_kind, inputs and outputs.
         report: gets the comparison, and a note on what was decided.
 
     Returns:
@@ -69,13 +69,13 @@ def decide_default(
     outputs = _outputs(files, feeds, order.batch_size)
     here = any(line["runs_here"] for line in content["engines"].values())
     written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}
-    comparison = compare_ways(
+    comparison = compare_variants(
         folder,
         {**content, "files": written},
         {**feeds, **outputs},
-        _labels(targets, next(iter(outputs.values())), content["scores"]),
+        _labels(targets, next(iter(outputs.values())), content["output_kind"]),
         source=f"the {order.data.source}",
-        scores=content["scores"],
+        output_kind=content["output_kind"],
         budgets=order.budgets if here else None,
         settings=order.benchmark,
     )
@@ -99,12 +99,12 @@ def _told(comparison: Comparison, order: Order, *, here: bool) -> str:
     )
 
 
-def _labels(targets: np.ndarray | None, output: np.ndarray, scores: str | None) -> np.ndarray | None:
+def _labels(targets: np.ndarray | None, output: np.ndarray, output_kind: str | None) -> np.ndarray | None:
     """Targets that outputs can be scored against."""
-    if targets is None or scores is None or not _fits(targets, output, scores):
+    if targets is None or output_kind is None or not _fits(targets, output, output_kind):
         return None
     # Values of 0 and 1 alone are what logits are trained towards, which are no such values themselves.
-    return None if scores == VALUES and np.isin(targets, (0, 1)).all() else targets
+    return None if output_kind == VALUES and np.isin(targets, (0, 1)).all() else targets
 
 
 def _outputs(files: Files, feeds: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:

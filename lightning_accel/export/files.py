@@ -14,8 +14,7 @@ from torch import nn
 from lightning_accel.calls.example import Call, own_forward
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
-from lightning_accel.engines.tensorrt.build import build_engine, has_gpu
-from lightning_accel.engines.tensorrt.command import equivalent_command
+from lightning_accel.engines.registry import engine_named, resolve
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
@@ -96,11 +95,13 @@ def write_files(order: Order, whole: nn.Module, call: Call, folder: Path) -> Fil
         _write_reference(order, whole, call, folder, files, options)
     if half:
         _lower(order, files, exported.path, folder / MODEL, order.precision, order.precision)
-    elif exported.trained and "tensorrt" in order.engines:  # what isn't int8 must not be slower than fp16 (law 7)
+    elif exported.trained and any(
+        engine_named(e).rest_in_fp16 for e in order.engines
+    ):  # what isn't int8 must not be slower than fp16 (law 7)
         (folder / HALF_MODEL).parent.mkdir(exist_ok=True)
         _lower(order, files, exported.path, folder / HALF_MODEL, "fp16", "int8+fp16")
         files.engine_file, files.engine_precision = HALF_MODEL, "int8+fp16"
-    if "pytorch" in order.engines:
+    if any(engine_named(e).source == "program" for e in order.engines):
         assert exported.captured is not None
         names = {"inputs": exported.input_names, "outputs": exported.output_names}
         torch.export.save(exported.captured, folder / PROGRAM, extra_files={NAMES_FILE: json.dumps(names)})
@@ -160,23 +161,18 @@ def _lower(order: Order, files: Files, source: Path, out: Path, half: str, preci
 
 def build_line(engine: str, files: Files, folder: Path) -> dict[str, Any]:
     """Build what an engine needs; returns the report's line."""
-    precision = files.engine_precision if engine == "tensorrt" else files.engine_precision.partition("+")[0]
-    if engine != "tensorrt":
-        file = PROGRAM if engine == "pytorch" else MODEL
+    spec = engine_named(engine)
+    precision = files.engine_precision if spec.rest_in_fp16 else files.engine_precision.partition("+")[0]
+    if spec.source != "built":
+        file = PROGRAM if spec.source == "program" else MODEL
         status = "verified and measured here"
         return {"engine": engine, "status": status, "file": file, "precision": precision, "runs_here": True}
-    source = folder / files.engine_file
-    info = build_engine(source, folder / "engines" / "model.engine")
-    runs = has_gpu()
-    return {
-        "engine": engine,
-        "status": "built, verified and measured here" if runs else "built here, not run",
-        "file": f"engines/{info.path.name}",
-        "built_from": files.engine_file,
-        "runs_here": runs,
-        "library": info.library,
-        "version": info.version,
-        "precision": precision,
-        "sparse_layers": info.sparse_layers,
-        "command": equivalent_command(info, source).replace(f"{folder}/", ""),
-    }
+    built_from = files.engine_file if spec.rest_in_fp16 else MODEL
+    out = folder / "engines" / f"model{next(iter(spec.suffixes), f'.{engine}')}"
+    out.parent.mkdir(exist_ok=True)
+    entries = resolve(spec.build)(folder / built_from, out, precision)
+    entries.pop("warnings", None)
+    if "command" in entries:
+        entries["command"] = entries["command"].replace(f"{folder}/", "")
+    status, file = entries.pop("status"), f"engines/{entries.pop('file')}"
+    return {"engine": engine, "status": status, "file": file, "built_from": built_from, **entries}

@@ -33,7 +33,7 @@ class Decision:
     why: str
 
 
-def decide(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Decision:
+def choose_precision(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Decision:
     """Int8 must be faster than fp16 beyond the interval, or fp16 ships: it is nearer to what was trained.
 
     Args:

@@ -37,6 +37,6 @@ def measured(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]
     tables: dict[str, Any] = {}
     for callback in compression_callbacks(trainer):
         tables |= callback.measured(pl_module)
-        if callback.worth:
-            tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.worth
+        if callback.benefit:
+            tables.setdefault("what it brings", {})[f"{type(callback).__name__} ({callback.name})"] = callback.benefit
     return tables

@@ -14,13 +14,11 @@ from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.example import mode
 from lightning_accel.export.bundle_reports import REPORT_SCHEMA, kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import LineUp, line_up, row_that_ships, run_all
-from lightning_accel.export.default_engine import decide_default, scores_of
+from lightning_accel.export.default_engine import decide_default, output_kind_of
 from lightning_accel.export.files import MODEL, Files, write_files
 from lightning_accel.export.spec import Order
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
-
-ENGINES = ("onnxruntime", "openvino", "tensorrt", "pytorch")
 
 
 def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def write_bundle(order: Order, dirpath: str | Path) -> dict[str, Any]:
             "model": MODEL,
             "precision": order.precision,
             "trained": "int8" if order.precision == "int8" and not quantized_after_training(order.module) else "fp32",
-            "scores": scores_of(order, files, labelled=made.labelled),
+            "output_kind": output_kind_of(order, files, labelled=made.labelled),
             "inputs": list(files.shipped.input_names),
             "outputs": list(files.shipped.output_names),
         }

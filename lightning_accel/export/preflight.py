@@ -13,7 +13,7 @@ import torch
 from lightning_accel.calls.example import mode
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
-from lightning_accel.engines.tensorrt.build import build_engine
+from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
 from lightning_accel.export.spec import Order
 from lightning_accel.onnx.export import OnnxExport, export_onnx
@@ -22,7 +22,7 @@ from lightning_accel.quantization.arithmetic.targets import Target, cannot_repro
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 from lightning_accel.verification.file import check_repeatable, prove_nodes
 from lightning_accel.verification.integers import check_integers
-from lightning_accel.verification.kernels import ENGINES, check_kernels
+from lightning_accel.verification.kernels import check_kernels
 from lightning_accel.verification.network import ModuleNetwork
 
 _SAMPLES = 8
@@ -36,12 +36,8 @@ def check_installed(engines: Sequence[str]) -> None:
     """
     require("onnxruntime", "cpu", "ModelExport (verification)")
     require("matplotlib", "report", "ModelExport (the report's plot)")
-    if "openvino" in engines:
-        require("openvino", "openvino", "Engine `openvino`")
-    if "tensorrt" in engines:
-        from lightning_accel.engines.tensorrt.library import load_library
-
-        load_library(None)
+    for engine in engines:
+        engine_named(engine).require()
 
 
 def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None:
@@ -107,13 +103,15 @@ def try_out(order: Order, forwards: Mapping[str, QuantizedForward]) -> None:
         prove_nodes(export, samples, "the untrained network's file")
         for engine in order.engines:
             _try_engine(order, export, engine, samples)
-        tensorrt = "tensorrt" in order.engines
-        half = "fp16" if export.trained and tensorrt else order.precision
+        built = [spec for spec in map(engine_named, order.engines) if spec.source == "built"]
+        half = "fp16" if export.trained and any(spec.rest_in_fp16 for spec in built) else order.precision
         if half in HALVES:
             lower_precision(export.path, folder / "half.onnx", half, samples=samples)
             check_lowered(export.path, folder / "half.onnx", half)
-        if tensorrt:
-            build_engine(folder / "half.onnx" if half in HALVES else export.path, folder / "preflight.engine")
+        for spec in built:
+            lowered = order.precision in HALVES or (half in HALVES and spec.rest_in_fp16)
+            source = folder / "half.onnx" if lowered else export.path
+            resolve(spec.build)(source, folder / f"preflight_{spec.name}", half)
 
 
 def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
@@ -125,7 +123,7 @@ def _try_engine(order: Order, export: OnnxExport, engine: str, samples: Mapping[
         VerificationError: its integer kernels compute something else.
         RunError: it can't load or run the file.
     """
-    if engine not in ENGINES:  # TensorRT is built below; PyTorch runs the program that was captured
+    if not runs_onnx(engine):  # TensorRT is built below; PyTorch runs the program that was captured
         return
     try:
         with load_runner(export.path, engine) as runner:

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lightning_accel.benchmarking.scores import Z95
 from lightning_accel.calls.example import class_labels, mode
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.spec import Order
 from lightning_accel.reports.run_report import Row
-
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, flo
     gained, lost, count = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
     b, c, n = gained + 0.5, lost + 0.5, count + 2
     center = (b - c) / n
-    half = _Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    half = Z95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return (gained - lost) / count, center - half, center + half
 
 

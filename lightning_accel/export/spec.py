@@ -36,9 +36,9 @@ class Order:
         metadata: notes that travel in the file.
         dynamic: axes beyond the batch that may change.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
-        budgets: run the network in all common ways and decide within these which one is the default; ``None`` for not.
-        benchmark: how those ways are measured; ``None`` for the defaults.
-        scores: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: as held-out targets tell.
+        budgets: run the network in all common variants and decide within these which one is the default; ``None`` for not.
+        benchmark: how those variants are measured; ``None`` for the defaults.
+        output_kind: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: as held-out targets tell.
         timeline: ``phase``, ``start`` and ``end`` (optimizer steps; ``None``: no end of its own) of each callback.
         curves: what the run logged, once an epoch, for the report.
         run: the command and configuration of the run, for the report.
@@ -64,7 +64,7 @@ class Order:
     keep_samples: int = 0
     budgets: Budgets | None = None
     benchmark: BenchmarkSettings | None = None
-    scores: str | None = None
+    output_kind: str | None = None
     timeline: Sequence[Mapping[str, Any]] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     run: Mapping[str, Any] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""What a run will do, computed before it trains: the plan, and conflicts between its phases."""
+"""Plan a run before training: layers, sizes, phases, and conflicts between phases."""

@@ -1,6 +1,6 @@
-"""Conflicts: phases of a run that work against each other, though each alone is in order; each with what mends it.
+"""Detect phases of a run that counteract each other, and suggest a fix.
 
-What can't run at all is an error in ``setup`` and isn't repeated here.
+Errors that prevent a run are raised in ``setup`` and not repeated here.
 """
 
 import math
@@ -9,23 +9,24 @@ from collections.abc import Iterator
 import lightning as L
 
 from lightning_accel.core.callback import compression_callbacks, timeline_of
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.distillation.scheduled import bounds
 from lightning_accel.pruning.weights.callback import WeightPruning
 from lightning_accel.quantization.qat import QuantizationAwareTraining
 
 
 def conflicts(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    """What the run's callbacks do to each other's work, and how to mend it; empty if nothing is wrong.
+    """Describe conflicts between the run's callbacks and their fixes; empty if there are none.
 
     Args:
-        trainer: once training has begun, so that steps are known.
+        trainer: a Trainer in training, so that steps are known.
         pl_module: its module.
     """
     return [*_pruned_too_late(trainer), *_never_trained(trainer), *_distilled_for_nothing(pl_module)]
 
 
 def _pruned_too_late(trainer: L.Trainer) -> Iterator[str]:
-    """Weights that become zero after what depends on them was settled."""
+    """Pruning that ends after ranges or batch norm were frozen."""
     length = timeline_of(trainer).steps_per_epoch
     callbacks = compression_callbacks(trainer)
     for qat in (c for c in callbacks if isinstance(c, QuantizationAwareTraining)):
@@ -41,20 +42,20 @@ def _pruned_too_late(trainer: L.Trainer) -> Iterator[str]:
 
 
 def _never_trained(trainer: L.Trainer) -> Iterator[str]:
-    """Fake-quant that begins when no step is left."""
+    """Fake-quantization without a training step left."""
     total = timeline_of(trainer).total_steps
     for qat in (c for c in compression_callbacks(trainer) if isinstance(c, QuantizationAwareTraining)):
         begins = qat.fake_quant_step(trainer)
-        if begins >= total and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if begins >= total and not is_fast_dev_run(trainer):
             yield (
-                f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]}, watches "
-                f"{qat.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it earlier, lower "
-                "`calibration_batches`, or take PostTrainingQuantization, which needs no training."
+                f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]}, observes "
+                f"{qat.settings.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it "
+                "earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
             )
 
 
 def _distilled_for_nothing(pl_module: L.LightningModule) -> Iterator[str]:
-    """A teacher that runs at each step and whose loss doesn't count, or a student that learns from its own copy."""
+    """A teacher whose loss has weight zero."""
     distillation = getattr(pl_module, "_distillation", None)
     if distillation is None:
         return

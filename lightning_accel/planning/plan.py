@@ -1,4 +1,4 @@
-"""Plan: what a run will do to which layer and when, found out by everything but training."""
+"""Dry run of ``fit``: report the changes of each callback to each layer, without training."""
 
 import copy
 import warnings
@@ -19,24 +19,24 @@ from lightning_accel.errors import RunError
 from lightning_accel.planning.conflicts import conflicts
 from lightning_accel.quantization.base_callback import QuantizingCallback
 
-_HIGH = 0.1  # share of the peak learning rate above which what is learned late starts too early
-_LOW = 0.01  # share below which what is pruned last is hardly made up for
+_HIGH = 0.1  # share of the peak learning rate above which quantization starts too early
+_LOW = 0.01  # share of the peak learning rate below which the network hardly recovers from pruning
 _BYTES = "bytes of weights"
-_LONGEST = 500_000  # steps over which learning rates are simulated
+_LONGEST = 500_000  # largest number of steps for which learning rates are simulated
 
 
 @dataclass
 class Phase:
-    """What one callback will do.
+    """Phase of one callback.
 
     Args:
         callback: its class and name.
         steps: first and last optimizer step.
         epochs: the same in epochs.
-        lr: learning rate of the first parameter group at the first step; ``None`` where it can't be known.
+        lr: learning rate of the first parameter group at the first step; ``None`` if unknown.
         lr_share: the same as a share of the run's highest.
-        worth: what it brings where the network runs; empty if nothing is to be said.
-        layers: layer or weight -> what will be done to it, or why nothing is.
+        benefit: effect on the deployed network; may be empty.
+        layers: layer or weight -> its change, or the reason why it isn't changed.
     """
 
     callback: str
@@ -44,21 +44,21 @@ class Phase:
     epochs: tuple[float, float]
     lr: float | None
     lr_share: float | None
-    worth: str
+    benefit: str
     layers: dict[str, str]
 
 
 @dataclass
 class Plan:
-    """A dry run of ``fit``.
+    """Result of a dry run of ``fit``.
 
     Args:
         steps_per_epoch: optimizer steps.
         total_steps: of the run.
-        sizes: parameters, MACs for one sample and bytes of weights, today and as predicted for the end, by name.
-        phases: what each callback will do, in order of time.
-        warnings: what is worth a second look.
-        conflicts: phases that work against each other, and what mends it.
+        sizes: parameters, MACs of one sample and bytes of weights, at present and predicted for the end.
+        phases: phases in chronological order.
+        warnings: settings that may be unintended.
+        conflicts: phases that counteract each other, and fixes.
     """
 
     steps_per_epoch: float
@@ -81,7 +81,7 @@ class Plan:
             until = f" to epoch {end:g} (step {last})" if last > first else ""
             rate = "" if phase.lr is None else f", learning rate {phase.lr:.3g} ({phase.lr_share:.0%} of the highest)"
             lines += ["", f"{phase.callback}: from epoch {begin:g} (step {first}){until}{rate}"]
-            lines += [f"  brings: {phase.worth}"] if phase.worth else []
+            lines += [f"  brings: {phase.benefit}"] if phase.benefit else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
         told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
@@ -97,23 +97,23 @@ def plan(
     val_dataloaders: Any = None,
     ckpt_path: str | None = None,
 ) -> Plan:
-    """Run everything of ``fit`` up to the first training step, and say what the callbacks would do from there.
+    """Run ``fit`` up to the first training step, and predict the changes of the callbacks from there.
 
-    What can't work is found here: every preflight runs. Nothing is trained, logged or written.
+    All checks before training run. Nothing is trained, logged or written.
 
     Args:
-        trainer: with the callbacks in question.
+        trainer: Trainer with the callbacks.
         model: as for ``fit``.
         datamodule: as for ``fit``.
         train_dataloaders: as for ``fit``.
         val_dataloaders: as for ``fit``.
-        ckpt_path: plan the rest of a run from its checkpoint.
+        ckpt_path: checkpoint to plan the rest of a run from.
 
     Returns:
         The plan; ``print`` it.
 
     Raises:
-        InvalidArgumentError: what ``fit`` would raise before its first step.
+        InvalidArgumentError: as ``fit`` would raise before its first step.
     """
     stop = _BeforeTheFirstStep()
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def plan(
 
 
 class _NoEnd(Callback):
-    """Ends a run that has no step left, before other callbacks take it for one that trained and ship it."""
+    """Ends a run without a training step before other callbacks export it."""
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,7 +138,7 @@ class _NoEnd(Callback):
 
 
 class _BeforeTheFirstStep(Callback):
-    """Makes the plan once the loaders, optimizers and schedules of the run exist, then ends it."""
+    """Creates the plan once loaders, optimizers and schedulers exist, then ends the run."""
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
@@ -146,7 +146,7 @@ class _BeforeTheFirstStep(Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.plan = _plan(trainer, pl_module)
-        raise _TunerExitException  # Lightning's own way to end a run that isn't one: no callback takes it for a failure
+        raise _TunerExitException  # Lightning's exception for the end of a dry run, which isn't reported as a failure
 
 
 def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
@@ -168,16 +168,16 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
         share = rate / max(rates) if rate is not None and max(rates) > 0 else None
         share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
         layers = callback.plan(trainer, pl_module)
-        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.worth, layers))
-        # Pruning is no exception to be warned of: it wants a rate at which the network learns anew.
+        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.benefit, layers))
+        # Pruning needs a high rate, to recover.
         if callback.wants_low_rate and share is not None and share > _HIGH:
             made.warnings.append(
-                f"{who} starts at {share:.0%} of the highest learning rate; what it changes is learned best below {_HIGH:.0%}."
+                f"{who} starts at {share:.0%} of the highest learning rate; train with fake-quantization below {_HIGH:.0%}."
             )
         if not callback.wants_low_rate and share_at_end is not None and share_at_end < _LOW:
             made.warnings.append(
-                f"{who} ends at {share_at_end:.1%} of the highest learning rate; too little is left to make up for what went. "
-                "End it earlier."
+                f"{who} ends at {share_at_end:.1%} of the highest learning rate; the network must recover from pruning, so the "
+                "learning rate must still be high. End it earlier."
             )
     return made
 
@@ -185,12 +185,12 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
 def _add_bytes(
     sizes: dict[str, dict[str, int]], pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]
 ) -> None:
-    """Size of the weights in a file: 4 bytes for each parameter, 1 for those that are stored as int8."""
+    """Add the size of the weights in a file: 4 bytes for each parameter, 1 byte for int8."""
     for size in sizes.values():
         if "parameters" in size:
             size[_BYTES] = 4 * size["parameters"]
     entries = {name: p.numel() for name, p in pl_module.named_parameters()}
-    for callback in callbacks:  # channels leave first
+    for callback in callbacks:  # channels are removed first
         after = callback.predicted_entries(pl_module)
         entries = {name: min(count, after.get(name, count)) for name, count in entries.items()}
     for callback in callbacks:
@@ -200,7 +200,7 @@ def _add_bytes(
 
 
 def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[CompressionCallback]) -> dict[str, int]:
-    """MACs of one sample of the forward that the callbacks look into; empty if there is none."""
+    """MACs of one sample of the ``forward`` that the callbacks use; empty if there is none."""
     looking = [
         (getattr(c, "module", None) or getattr(c, "paths", [""])[0], c.inputs)
         for c in callbacks
@@ -215,7 +215,7 @@ def _macs(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[
 
 
 def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:
-    """The first parameter group's learning rate before each optimizer step; empty where it can't be known beforehand."""
+    """Learning rate of the first parameter group before each optimizer step; empty if unpredictable."""
     configs = trainer.lr_scheduler_configs
     total = timeline.total_steps
     if len(trainer.optimizers) != 1 or total > _LONGEST or any(config.reduce_on_plateau for config in configs):
@@ -224,7 +224,7 @@ def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:
     optimizer, schedulers = copy.deepcopy((trainer.optimizers[0], [c.scheduler for c in configs]), dict(kept))
     rates = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer step came before: there is none
+        warnings.simplefilter("ignore")  # no optimizer step precedes the scheduler's
         for step in range(trainer.global_step, int(total)):
             rates.append(float(optimizer.param_groups[0]["lr"]))
             for config, scheduler in zip(configs, schedulers, strict=True):

@@ -1,1 +1,1 @@
-"""Pruning: criteria that score weights, masks that zero them, and the callback that schedules both."""
+"""Pruning: zero weights under masks, or remove channels, on a schedule."""

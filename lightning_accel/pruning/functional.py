@@ -1,4 +1,4 @@
-"""Pruning without a Trainer: what the callbacks schedule, done once on any module."""
+"""One-shot pruning of any module, without a Trainer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from lightning_accel.core import structure
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
-from lightning_accel.pruning.weights.criteria import Criterion
+from lightning_accel.pruning.criterion import Criterion, WeightScores
 from lightning_accel.pruning.weights.masks import apply_masks_, prune_masks
-from lightning_accel.pruning.weights.targets import Choice
+from lightning_accel.pruning.weights.targets import SparsityTargets
 
 
 def prune_weights_(
     module: torch.nn.Module,
     sparsity: float | Mapping[str, float] | None = None,
     *,
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | WeightScores = "l1",
     granularity: str = "weight",
     scope: str = "global",
     include: str | Sequence[str] | None = None,
@@ -50,10 +50,10 @@ def prune_weights_(
         >>> masks["weight"].reshape(-1, 4).sum(1).unique()
         tensor([2])
     """
-    choice = Choice(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
-    chosen = choice.weights(module)
+    targets = SparsityTargets(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
+    chosen = targets.weights(module)
     masks: dict[str, torch.Tensor] = {}
-    for target, names in choice.groups(chosen):
+    for target, names in targets.groups(chosen):
         weights = {name: chosen[name] for name in names}
         masks |= prune_masks(
             weights, target, criterion=criterion, granularity=granularity, scope=scope, generator=generator
@@ -68,7 +68,7 @@ def prune_channels_(
     *,
     pruning_ratio: float | None = None,
     macs_reduction: float | None = None,
-    importance: str = "group_norm",
+    criterion: str | Criterion | WeightScores = "group_norm",
     scope: str = "global",
     round_to: int = 1,
     limits: Mapping[str, float] | None = None,
@@ -83,7 +83,7 @@ def prune_channels_(
             one argument. Only shapes, integers and masks matter.
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1.
-        importance: as for :class:`ChannelPruning`; ``"taylor"`` reads the gradients that the parameters have.
+        criterion: as for :class:`ChannelPruning`; those that need gradients read the present ones.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
         limits: by glob of layers, the share of a group's channels that may leave at most.
@@ -103,32 +103,32 @@ def prune_channels_(
         torch.Size([4, 4])
     """
     chosen = as_patterns("include", include), as_patterns("exclude", exclude)
-    target = ChannelTarget(pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen)
+    target = ChannelTarget(pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen)
     plan = ChannelPlan(module, "", call_from_batch(module, None, lambda _: example_inputs), target)
-    taylor = plan.collect(module) if importance == "taylor" else {}
-    change = plan.change(module, plan.choose(module, taylor=taylor), owner="")
+    collected = plan.collect(module) if target.method.needs_gradients else {}
+    change = plan.change(module, plan.choose(module, collected=collected), owner="")
     structure.apply(module, change)
     return change
 
 
 def plan_channels(
-    module: nn.Module, example_inputs: Any, target: ChannelTarget, path: str = ""
+    model: nn.Module, example_inputs: Any, target: ChannelTarget, *, module: str = ""
 ) -> list[dict[str, Any]]:
-    """What a channel pruning would do to each group with the weights as they are; nothing is changed.
+    """Predict how many channels each group would lose with the present weights; nothing is changed.
 
     Args:
-        module: any module.
+        model: any module.
         example_inputs: as for :func:`prune_channels_`.
-        target: what to reach.
-        path: of the submodule whose ``forward`` is looked into.
+        target: pruning ratio or MACs reduction, and the rules.
+        module: dotted path of the submodule whose ``forward`` is traced; empty means the model itself.
 
     Returns:
         A row for each group: ``layers``, ``before`` and ``after`` (channels), and why it is ``kept`` (empty if it isn't).
-        With importance ``"taylor"``, which depends on gradients to come, the numbers are those of ``"group_norm"``.
+        With a criterion that needs gradients, which are not known yet, the numbers are those of ``"group_norm"``.
     """
-    part = module.get_submodule(path)
-    plan = ChannelPlan(module, path, call_from_batch(part, None, lambda _: example_inputs), target)
-    chosen, _ = plan.foresee(module)
+    submodule = model.get_submodule(module)
+    plan = ChannelPlan(model, module, call_from_batch(submodule, None, lambda _: example_inputs), target)
+    chosen, _ = plan.foresee(model)
     return [
         {
             "layers": list(group.layers),

@@ -1,1 +1,1 @@
-"""Quantization-aware training: targets, fake-quant with their arithmetic, capture, convert, and the callback."""
+"""Quantization: targets, fake-quantization with their arithmetic, capture, conversion, and callbacks."""

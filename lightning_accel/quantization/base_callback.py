@@ -1,4 +1,4 @@
-"""What the callbacks that quantize share: which parts of the network they capture, and the checks before training."""
+"""Base of the quantizing callbacks: capture before training, checks, and state."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,76 +11,58 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from typing_extensions import override
 
 from lightning_accel.calls.example import InputsFunction, builds_layers_late, has_forward, owner_and_call
-from lightning_accel.calls.names import Axes, described
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
-from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import CaptureError, InvalidArgumentError
-from lightning_accel.quantization.arithmetic.observers import METHODS
-from lightning_accel.quantization.arithmetic.targets import Target, target_of
+from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantize_change, quantized_forwards
+from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
 
 class QuantizingCallback(CompressionCallback):
-    """Base of the callbacks that put fake-quant into ``forward``.
+    """Base of the callbacks that put fake-quantization into ``forward``.
 
     Args:
-        target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target` of your own.
-        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
-        include: globs of operators to quantize; ``None`` means all.
-        exclude: globs of operators that stay float.
-        calibration_batches: training batches that are only watched.
-        ranges: how ranges are learned.
-        inputs: maps a batch to the arguments of ``forward``.
-        dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``.
+        settings: parts of the network, target, and calibration.
         name: the state's name in the checkpoint.
-        start: epoch or share of the run at which it begins.
-        activations: ``"static"``, ``"dynamic"`` or ``"float"``.
+        start: epoch (int) or share of the run (float) at which fake-quantization begins.
     """
 
     captures = True
 
-    def __init__(
-        self,
-        *,
-        target: str | Target,
-        module: str | list[str] | None,
-        include: str | list[str] | None,
-        exclude: str | list[str] | None,
-        calibration_batches: int,
-        ranges: str,
-        inputs: InputsFunction | None,
-        dynamic: Axes | None,
-        name: str,
-        start: int | float,
-        activations: str = "static",
-    ) -> None:
+    def __init__(self, settings: QuantizationSettings, *, name: str, start: int | float) -> None:
         super().__init__(name=name, start=start)
-        if calibration_batches < 1:
-            raise InvalidArgumentError(
-                f"Argument `calibration_batches` must be at least 1, but got {calibration_batches}."
-            )
-        if ranges not in METHODS:
-            raise InvalidArgumentError(f"Argument `ranges` must be one of {METHODS}, but got {ranges!r}.")
-        self.target = target_of(target)
-        self.paths = list(as_patterns("module", module)) or [""]
-        self.include, self.exclude = as_patterns("include", include), as_patterns("exclude", exclude)
-        self.calibration_batches, self.ranges, self.inputs = calibration_batches, ranges, inputs
-        self.dynamic, self.activations = dynamic or {}, activations
-        self._prepared: dict[str, QuantizedForward] = {}  # captured in preflight, placed at `start`
+        self.settings = settings
+        self._prepared: dict[str, QuantizedForward] = {}  # captured before training, put in place at `start`
         self._placed: dict[str, QuantizedForward] = {}
+
+    @property
+    def target(self) -> Target:
+        """The arithmetic that the network is quantized for."""
+        return self.settings.arithmetic
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the submodules that are quantized; ``[""]`` for the whole module."""
+        return self.settings.paths
+
+    @property
+    def inputs(self) -> InputsFunction | None:
+        """Maps a batch to the arguments of ``forward``."""
+        return self.settings.inputs
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # A callback may be used for another module, in a cross-validation, say.
+        # The callback may be reused for another module, e.g. in a cross-validation.
         parts = dict(pl_module.named_modules())
         self._prepared = {p: f for p, f in self._prepared.items() if f.module is parts.get(p)}
         self.structure_replayed(pl_module)
         if stage != "fit":
             return
         who = type(self).__name__
-        check_apart("module", [p for c in trainer.callbacks if isinstance(c, QuantizingCallback) for p in c.paths])  # type: ignore[attr-defined]
+        check_apart("module", [p for c in callbacks_of(trainer, QuantizingCallback) for p in c.paths])
         if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
             raise InvalidArgumentError(
                 f"Argument `precision` must keep float32 weights with {who}, but got {trainer.precision!r}. "
@@ -94,69 +76,60 @@ class QuantizingCallback(CompressionCallback):
 
     @property
     def quantizing(self) -> bool:
-        """Whether the network computes with fake-quant by now."""
+        """Whether fake-quantization is active."""
         return bool(self._placed) and all(forward.bank.active for forward in self._placed.values())
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
-        self._prepared = {}  # captured with the shapes of before: captured again where it is needed
+        self._prepared = {}  # captured with the old shapes
 
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
         self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
         for forward in self._placed.values():
-            wanted = (self.target.name, self.include, self.exclude)
+            wanted = (self.target.name, self.settings.includes, self.settings.excludes)
             if (forward.target.name, forward.include, forward.exclude) != wanted:
                 raise InvalidArgumentError(
                     f"Arguments `target`, `include` and `exclude` must be those that the network was quantized with "
                     f"({forward.target.name!r}, {list(forward.include)}, {list(forward.exclude)}), but got "
-                    f"{self.target.name!r}, {list(self.include)}, {list(self.exclude)}."
+                    f"{self.target.name!r}, {list(self.settings.includes)}, {list(self.settings.excludes)}."
                 )
         record = structure.record_of(pl_module)
         for i, change in enumerate(record):
             if change.kind == "quantize" and change.args["module"] in self._placed:
-                record[i] = replace(change, owner=self.state_key)  # who keeps the ranges from now on
+                record[i] = replace(change, owner=self.state_key)  # owner of the ranges from now on
         self._prepared = {p: f for p, f in self._prepared.items() if p not in self._placed}
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if _exchanges_norms(trainer):  # since setup: batch norms are other modules now
+        if _exchanges_norms(trainer):  # batch norms were replaced since `setup`
             self._prepared = {}
-            self._capture_anew()
+            self._forget_graphs()
         self.prepare(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if _exchanges_norms(trainer):  # back, before `on_fit_end`
-            self._capture_anew()
+        if _exchanges_norms(trainer):  # batch norms are restored before `on_fit_end`
+            self._forget_graphs()
 
-    def _capture_anew(self) -> None:
+    def _forget_graphs(self) -> None:
         for forward in self._placed.values():
             forward.forget_graphs()
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
-        """Capture the untrained network now: what can't be captured must not fail in the middle of the run.
+        """Capture the untrained network, so that errors occur before the run.
 
         Returns:
-            The forwards that are, or at ``start`` will be, in place, by path. A second call does nothing.
+            Quantized forwards by path, in place now or from ``start`` on. A second call does nothing.
         """
         for path in self.paths:
             if path in self._placed or path in self._prepared:
                 continue
             owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
             try:
-                forward = QuantizedForward(
-                    owner,
-                    described(owner, call, self.dynamic),
-                    self.target,
-                    self.include,
-                    self.exclude,
-                    path,
-                    self.ranges,
-                    self.activations,
-                )
+                forward = self.settings.prepare(owner, call, path)
             except CaptureError as error:
                 if path and not has_forward(pl_module):
                     error.add_note(
@@ -179,7 +152,7 @@ class QuantizingCallback(CompressionCallback):
         return lines
 
     def int8_weights(self, pl_module: L.LightningModule) -> list[str]:
-        """Names of the module's parameters that are stored as integers in the end."""
+        """Names of the parameters that are exported as integers."""
         stored: set[int] = set()
         for path, forward in {**self._prepared, **self._placed}.items():
             part = dict((pl_module.get_submodule(path) if path else pl_module).named_modules())
@@ -188,7 +161,7 @@ class QuantizingCallback(CompressionCallback):
         return [name for name, parameter in pl_module.named_parameters() if id(parameter) in stored]
 
     def place(self, pl_module: L.LightningModule) -> None:
-        """Let the captured graphs take over from now on, and write it into the record."""
+        """Replace ``forward`` by the captured graphs, and record the change."""
         for path, forward in self._prepared.items():
             pl_module.get_submodule(path).__dict__["forward"] = forward
             structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
@@ -213,27 +186,12 @@ class QuantizingCallback(CompressionCallback):
 
 
 def _exchanges_norms(trainer: L.Trainer) -> bool:
-    """Whether Lightning exchanges batch norms for synchronized ones while it trains: ``Trainer(sync_batchnorm=True)``."""
+    """Whether Lightning replaces batch norms by synchronized ones during training: ``Trainer(sync_batchnorm=True)``."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
-def check_apart(argument: str, paths: list[str]) -> None:
-    """No part of the network is quantized by two callbacks, or twice by one.
-
-    Raises:
-        InvalidArgumentError: one is.
-    """
-    for i, path in enumerate(paths):
-        for other in paths[:i]:
-            if not path or not other or path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
-                raise InvalidArgumentError(
-                    f"Argument `{argument}` must name parts of the network that don't overlap, but got {other or 'the whole forward'!r} "
-                    f"and {path or 'the whole forward'!r}. Name each part once."
-                )
-
-
 class AllRanks:
-    """The ranks of a distributed run, so that every rank learns the same ranges."""
+    """Reductions over the ranks of a distributed run, so that every rank learns the same ranges."""
 
     def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest ``low`` and largest ``high`` of all ranks."""
@@ -249,5 +207,5 @@ class AllRanks:
 
 
 def ranks_of(trainer: L.Trainer) -> AllRanks | None:
-    """The ranks of a run; ``None`` if there is one."""
+    """Reductions over the ranks of a run; ``None`` for a single process."""
     return AllRanks() if trainer.world_size > 1 else None

@@ -1,4 +1,4 @@
-"""A look at one training batch: what is called, and how."""
+"""Check in one training batch that the modules to quantize are called with the captured inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +11,9 @@ from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 
 class CallWatch:
-    """Sees, for one training batch, whether the modules to quantize are called, and with inputs that were captured.
+    """Checks during one training batch that the modules to quantize are called with the captured kinds of inputs.
 
-    A call that doesn't fit the graphs fails in the first steps, not when they are placed half a run later.
+    A mismatch is raised in the first step instead of at ``start``, which may be half a run later.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CallWatch:
                 self._prepared[path].checked(args, kwargs)
             return forward(*args, **kwargs)
 
-        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # for whoever looks for a captured graph
+        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # to find a captured graph behind it
         module.__dict__["forward"] = seen
 
         def restore() -> None:
@@ -49,22 +49,22 @@ class CallWatch:
         self._undo.append(restore)
 
     def remove(self) -> None:
-        """Look no more."""
+        """Remove all hooks."""
         while self._undo:
             self._undo.pop()()
 
     def check(self) -> None:
-        """Raise if a module wasn't called.
+        """Raise unless all modules were called.
 
         Raises:
-            InvalidArgumentError: it wasn't; the message names the ones that were.
+            InvalidArgumentError: one was not called; the message names the submodules that were.
         """
         for path in self._paths:
             if path not in self._called:
                 what = f"`{path}`" if path else "the module's `forward`"
                 called = sorted(name for name in self._called if name not in self._paths)
                 raise InvalidArgumentError(
-                    f"Argument `module` must name what `training_step` calls, but got {what}, which it did not call. "
+                    f"Argument `module` must name a module that `training_step` calls, but got {what}, which it did not call. "
                     f"It called: {', '.join(called) or 'no submodule'}. "
                     + (f'Use QuantizationAwareTraining(module="{called[0]}").' if called else "")
                 )

@@ -1,4 +1,4 @@
-"""Post-training quantization: ranges from a few batches, no training."""
+"""Post-training quantization: learn ranges from a few batches, without training."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,17 +23,17 @@ from lightning_accel.calls.example import (
     peek,
     submodule_call,
 )
-from lightning_accel.calls.names import Axes, described
+from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
-from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.quantization.arithmetic.targets import Target, target_of
-from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, check_apart, ranks_of
+from lightning_accel.quantization.arithmetic.targets import Target
+from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, ranks_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
+from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
 
-def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
-    """A copy of a module, quantized without training; the arguments of :func:`quantize_`.
+def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
+    """Return a copy of a model, quantized without training; takes the arguments of :func:`quantize_`.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -41,114 +41,106 @@ def quantize(module: nn.Module, data: Iterable[Any], **options: Any) -> nn.Modul
         >>> small(torch.zeros(1, 4)).shape
         torch.Size([1, 2])
     """
-    trainer = module.__dict__.pop("_trainer", None)  # a run isn't part of the network
+    trainer = model.__dict__.pop("_trainer", None)  # the Trainer must not be copied
     try:
-        made = copy.deepcopy(module)
+        made = copy.deepcopy(model)
     finally:
         if trainer is not None:
-            module.__dict__["_trainer"] = trainer
+            model.__dict__["_trainer"] = trainer
     return quantize_(made, data, **options)
 
 
 @isolated_random()
 def quantize_(
-    module: nn.Module,
+    model: nn.Module,
     data: Iterable[Any],
     *,
     target: str | Target = "onnxruntime",
-    batches: int = 32,
+    calibration_batches: int = 32,
     ranges: str = "mse",
-    part: str | list[str] | None = None,
+    module: str | list[str] | None = None,
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
     activations: str = "static",
     inputs: InputsFunction | None = None,
     dynamic: Axes | None = None,
 ) -> nn.Module:
-    """Quantize a trained module in place, without training.
+    """Quantize a trained model in place, without training.
 
     Args:
-        module: any module; in eval mode afterwards, and ``forward`` computes what ships. Parameters and keys stay.
-        data: batches of training data as its loader yields them; looked at in eval mode.
+        model: any model; afterwards in eval mode, with a quantized ``forward``. Parameters and state_dict keys don't change.
+        data: batches of training data as the loader yields them; run in eval mode.
         target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
-        batches: so many batches at most.
+        calibration_batches: largest number of batches that ranges are learned from.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
-        part: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
+        module: dotted path(s) of submodules to quantize; ``None`` means ``forward`` as a whole.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
-        activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: linear layers alone are quantized, their inputs
-            by the range of the moment in each call, and of the batches only the first is looked at, for its shapes;
-            ``"float"``: weights are stored as integers, computed is in float: a file a quarter as large, no speed-up.
+        activations: ``"static"``: ranges are learned from the batches; ``"dynamic"``: only linear layers are quantized, their inputs
+            by the range of each call; only the first batch is used, for its shapes; ``"float"``: weights are stored as integers and
+            computation is in float, for a file of a quarter of the size without a speed-up.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
 
     Returns:
-        The module.
+        The model.
 
     Raises:
-        CaptureError: the module can't be captured.
-        InvalidArgumentError: it is quantized already, there is no data, a glob matches nothing, or values that aren't finite.
+        CaptureError: the model can't be captured.
+        InvalidArgumentError: the model is already quantized, there is no data, a glob matches nothing, or a value isn't finite.
     """
-    if taken := sorted(quantized_forwards(module)):
-        raise InvalidArgumentError(f"Argument `module` must be a float network, but {taken} is quantized already.")
+    if taken := sorted(quantized_forwards(model)):
+        raise InvalidArgumentError(f"Argument `model` must be a float network, but {taken} is quantized already.")
     if isinstance(data, torch.Tensor):
         raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
-    if batches < 1:
-        raise InvalidArgumentError(f"Argument `batches` must be at least 1, but got {batches}.")
-    paths = list(as_patterns("part", part)) or [""]
-    check_apart("part", paths)
+    settings = QuantizationSettings(
+        target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
+    )
+    paths = settings.paths
+    check_apart("module", paths)
     shown: Iterable[Any] = data
-    if isinstance(data, Iterator):  # it can be read once: what is looked at for its shapes also calibrates
+    if isinstance(data, Iterator):  # it can be read only once: the first batch is used for shapes and for calibration
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call = call_of(module, paths, shown, inputs)
+    caller, call = calibration_call(model, paths, shown, inputs)
     forwards = {}
     for path in paths:
-        owner = find_submodule(module, path, "part") if path else module
-        own = call if owner is caller else submodule_call(module, path, call)
-        forwards[path] = QuantizedForward(
-            owner,
-            described(owner, own, dynamic),
-            target_of(target),
-            as_patterns("include", include),
-            as_patterns("exclude", exclude),
-            path,
-            ranges,
-            activations=activations,
-        )
+        owner = find_submodule(model, path, "module") if path else model
+        own = call if owner is caller else submodule_call(model, path, call)
+        forwards[path] = settings.prepare(owner, own, path)
     for forward in forwards.values():
         forward.module.__dict__["forward"] = forward
     try:
-        batches = batches if activations == "static" else 1
-        calls = (call_from_batch(caller, on_device_of(batch, module), inputs) for batch in islice(data, batches))
+        count = calibration_batches if activations == "static" else 1
+        calls = (call_from_batch(caller, on_device_of(batch, model), inputs) for batch in islice(data, count))
         calibrate_(list(forwards.values()), caller, calls)
     except BaseException:
         for forward in forwards.values():
             forward.module.__dict__.pop("forward", None)
         raise
-    return module.eval()
+    return model.eval()
 
 
-def call_of(
-    module: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
+def calibration_call(
+    model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
-    """Whom the batches are given to, and how the first is."""
-    caller = module
-    if isinstance(module, L.LightningModule) and not has_forward(module):
+    """The module that is called with the batches, and its arguments for the first batch."""
+    caller = model
+    if isinstance(model, L.LightningModule) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
             raise InvalidArgumentError(
-                f"Argument `part` must name the submodule to quantize, but got {list(paths)}, and "
-                f"`{type(module).__name__}` has no `forward`."
+                f"Argument `module` must name the submodule to quantize, but got {list(paths)}, and "
+                f"`{type(model).__name__}` has no `forward`."
             )
-        caller = find_submodule(module, paths[0], "part")
-    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), module), inputs)
+        caller = find_submodule(model, paths[0], "module")
+    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), model), inputs)
 
 
-def on_device_of(batch: Any, module: nn.Module) -> Any:
-    """The batch on the module's device."""
-    tensor = next(module.parameters(), None)
+def on_device_of(batch: Any, model: nn.Module) -> Any:
+    """Move a batch to the model's device."""
+    tensor = next(model.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
 
@@ -156,16 +148,16 @@ def on_device_of(batch: Any, module: nn.Module) -> Any:
 def calibrate_(
     forwards: Sequence[QuantizedForward], caller: nn.Module, calls: Iterable[Call], ranks: AllRanks | None = None
 ) -> None:
-    """Learn the ranges of prepared forwards from calls, in eval mode, and switch fake-quant on.
+    """Learn the ranges of prepared forwards from calls in eval mode, and activate fake-quantization.
 
     Args:
-        forwards: in place of their modules' ``forward``.
-        caller: what is called.
-        calls: from training data.
-        ranks: the other ranks of a distributed run, each of which calls this with as many calls.
+        forwards: quantized forwards that are in place.
+        caller: module that is called.
+        calls: arguments of each call, from training data.
+        ranks: reductions over the ranks of a distributed run; each rank must make the same number of calls.
 
     Raises:
-        InvalidArgumentError: there is no call, or none of a part, or a value isn't finite (the tensor is named).
+        InvalidArgumentError: there is no call, a quantized part is never called, or a value isn't finite (the message names the tensor).
     """
     count = 0
     with mode(caller, False), torch.no_grad():
@@ -191,20 +183,20 @@ def calibrate_(
 
 
 def quantized_after_training(module: nn.Module) -> bool:
-    """Whether a LightningModule was quantized by :class:`PostTrainingQuantization` alone: no step was trained in integers."""
+    """Whether a LightningModule was quantized by :class:`PostTrainingQuantization` only, without training."""
     owners = [change.owner for change in structure.record_of(module) if change.kind == "quantize"]
     return bool(owners) and all(f".{PostTrainingQuantization.__name__}." in owner for owner in owners)
 
 
 class PostTrainingQuantization(QuantizingCallback):
-    """Quantize when training ends, without training for it: ranges come from batches of the training loader.
+    """Quantize at the end of training, with ranges from batches of the training loader.
 
-    The network trains in float as if the callback weren't there; ``Trainer.test`` after ``fit``, and ``ModelExport``, see the
-    quantized one. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
+    The network trains in float, unaffected by the callback; ``Trainer.test`` after ``fit`` and ``ModelExport`` use the
+    quantized network. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
 
     Args:
         target: name, or a ``Target`` of your own.
-        calibration_batches: batches of the training loader, at most.
+        calibration_batches: largest number of batches of the training loader.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
         include: globs of operators to quantize; ``None`` means all.
@@ -236,19 +228,10 @@ class PostTrainingQuantization(QuantizingCallback):
         activations: str = "static",
         name: str = "ptq",
     ) -> None:
-        super().__init__(
-            target=target,
-            module=module,
-            include=include,
-            exclude=exclude,
-            calibration_batches=calibration_batches,
-            ranges=ranges,
-            inputs=inputs,
-            dynamic=dynamic,
-            activations=activations,
-            name=name,
-            start=1.0,
+        settings = QuantizationSettings(
+            target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
         )
+        super().__init__(settings, name=name, start=1.0)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -274,7 +257,7 @@ class PostTrainingQuantization(QuantizingCallback):
         super().on_train_end(trainer, pl_module)
 
     def quantize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Quantize the module now, with batches of the run's training loader.
+        """Quantize the module with batches of the run's training loader.
 
         Raises:
             InvalidArgumentError: the loader is empty, or a value isn't finite.
@@ -286,11 +269,11 @@ class PostTrainingQuantization(QuantizingCallback):
             loader = trainer.fit_loop._data_source.dataloader()
             batches = (
                 trainer.strategy.batch_to_device(batch, pl_module.device)
-                for batch in islice(loader, self.calibration_batches)
+                for batch in islice(loader, self.settings.calibration_batches)
             )
             calls = (call_from_batch(caller, batch, self.inputs) for batch in batches)
             calibrate_(list(self._placed.values()), caller, calls, ranks_of(trainer))
 
     @override
     def unfinished(self) -> str:
-        return ""  # until training has ended there is nothing to wait for
+        return ""  # quantization happens at the end of training only

@@ -1,4 +1,4 @@
-"""QuantizationAwareTraining: trains the network with the integer arithmetic it will ship with."""
+"""Callback for quantization-aware training."""
 
 import math
 from typing import Any
@@ -10,39 +10,41 @@ from typing_extensions import override
 from lightning_accel.calls.example import InputsFunction
 from lightning_accel.core.callback import check_one_optimizer, timeline_of
 from lightning_accel.core.schedules import check_position
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import QuantizingCallback, ranks_of
 from lightning_accel.quantization.call_watch import CallWatch
+from lightning_accel.quantization.settings import QuantizationSettings
 
-_STEP_RATE = 1e-3  # relative change of a learned step in one optimizer step, by Adam
+_STEP_RATE = 1e-3  # learning rate of Adam for the logarithm of learned scales
 
 
 class QuantizationAwareTraining(QuantizingCallback):
-    """Train with fake-quant of a target's arithmetic, so that the integers that ship are the ones that were trained.
+    """Train with fake-quantization in a target's arithmetic; the exported integers equal the trained ones.
 
-    From ``start`` on, ``forward`` of the module (or of the submodules named) is a captured graph over the same parameters:
-    ranges are learned from the first training batches in float, then activations and weights are rounded as the target
-    will round them (https://arxiv.org/abs/1712.05877). Towards the end batch norm keeps its statistics, then ranges are
-    final, so that what is trained last is what ships. After ``fit`` the module still computes what ships.
+    From ``start`` on, ``forward`` of the module (or of the named submodules) is a captured graph over the same parameters.
+    Ranges are learned from the first training batches in float, then activations and weights are rounded as on the target
+    (https://arxiv.org/abs/1712.05877). Towards the end of the run the statistics of batch norm are frozen, then the ranges.
+    After ``fit`` the module computes the quantized network.
 
     Args:
         target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
-        start: epoch (int) or share of the run (float) at which it begins.
+        start: epoch (int) or share of the run (float) at which fake-quantization begins.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``. Name them
             if ``training_step`` calls them instead of ``forward``.
         include: globs of operators to quantize (module paths); ``None`` means all.
         exclude: globs of operators that stay float.
-        calibration_batches: training batches that are only watched before the first fake-quant step.
-        ranges: ``"moving_average"`` and ``"min_max"`` go on learning until ranges are frozen; ``"percentile"`` and ``"mse"`` stay as
-            calibration found them; ``"lsq"`` learns the step by gradient (https://arxiv.org/abs/1902.08153).
-        freeze_batch_norm: epoch or share of the run from which batch norm keeps its statistics; ``None``: after two thirds of
-            the phase, once the learning rate has fallen to a tenth of its highest (at a high rate training needs the
-            batch's own statistics); ``1.0``: never.
-        freeze_ranges: epoch or share of the run from which ranges are final; ``None``: after five sixths of the phase;
+        calibration_batches: number of training batches to learn ranges from before the first step with fake-quantization.
+        ranges: ``"moving_average"`` and ``"min_max"`` are updated until ranges are frozen; ``"percentile"`` and ``"mse"`` are fixed
+            by the calibration; ``"lsq"`` learns the step by gradient (https://arxiv.org/abs/1902.08153).
+        freeze_batch_norm: epoch or share of the run at which the statistics of batch norm are frozen; ``None``: after two thirds of
+            the phase, once the learning rate has fallen to a tenth of its peak (training at a high rate needs the statistics of
+            the batch); ``1.0``: never.
+        freeze_ranges: epoch or share of the run at which ranges are frozen; ``None``: after five sixths of the phase;
             ``1.0``: never.
-        lr_scale: factor on the learning rate from ``start`` on; the schedule itself goes on as it is.
-        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        lr_scale: factor on the learning rate from ``start`` on; the scheduler is not modified.
+        inputs: maps a batch to the arguments of ``forward``; needed only if they can't be derived from its signature.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
         name: the state's name in the checkpoint.
 
@@ -71,18 +73,8 @@ class QuantizationAwareTraining(QuantizingCallback):
         dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "qat",
     ) -> None:
-        super().__init__(
-            target=target,
-            module=module,
-            include=include,
-            exclude=exclude,
-            calibration_batches=calibration_batches,
-            ranges=ranges,
-            inputs=inputs,
-            dynamic=dynamic,
-            name=name,
-            start=start,
-        )
+        settings = QuantizationSettings(target, calibration_batches, ranges, module, include, exclude, inputs, dynamic)
+        super().__init__(settings, name=name, start=start)
         self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
         for argument, value in self.freezes.items():
             check_position(argument, value)
@@ -96,7 +88,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._freeze_steps: dict[str, float] = {}
         self._watch: CallWatch | None = None
         self._checked = False
-        self._stepped = 0  # optimizer steps that learned steps have followed
+        self._stepped = 0  # `global_step` at the last update of learned scales
         self._peak = 0.0  # highest learning rate so far
         self._hooks: list[Any] = []
 
@@ -118,14 +110,14 @@ class QuantizationAwareTraining(QuantizingCallback):
         length = timeline.total_steps - self._start_step
         for (argument, value), share in zip(self.freezes.items(), (2 / 3, 5 / 6), strict=True):
             early = self._start_step + share * length
-            step = timeline.step(argument, value) if value is not None and not trainer.fast_dev_run else early  # type: ignore[attr-defined]
+            step = timeline.step(argument, value) if value is not None and not is_fast_dev_run(trainer) else early
             self._freeze_steps[argument] = step
         self._stepped = trainer.global_step
         self._scale_rate(trainer.optimizers[0])
 
     def _scale_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale the rate for the length of a step: schedulers, and whoever logs it, go on with their own."""
-        own: list[list[float]] = []  # a subclass whose `step` calls that of its base runs the hooks of both
+        """Scale the learning rate during each optimizer step only, so that schedulers and loggers see the original one."""
+        own: list[list[float]] = []  # nested: a subclass whose `step` calls its base's runs the hooks twice
 
         def before(*_: Any) -> None:
             own.append([group["lr"] for group in optimizer.param_groups])
@@ -152,23 +144,23 @@ class QuantizationAwareTraining(QuantizingCallback):
         settled = self.freezes["freeze_batch_norm"] is not None or rate <= 0.1 * self._peak
         for forward in self._placed.values():
             bank = forward.bank
-            if bank.active:  # what is frozen must have been learned
+            if bank.active:  # ranges must be learned before they are frozen
                 bank.norms_frozen = bank.norms_frozen or (settled and step >= self._freeze_steps["freeze_batch_norm"])
                 bank.frozen = bank.frozen or step >= self._freeze_steps["freeze_ranges"]
             bank.learning = True
-        self._unwatch()  # a batch that was skipped ended without its hook
+        self._unwatch()  # a skipped batch ends without `on_train_batch_end`
         if self._prepared or not self._checked:
             self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
 
     def fake_quant_step(self, trainer: L.Trainer) -> int:
-        """Optimizer step that is the first with fake-quant; known once training has begun."""
-        return self._start_step + math.ceil(self.calibration_batches / trainer.accumulate_grad_batches)
+        """First optimizer step with fake-quantization; available after the start of training."""
+        return self._start_step + math.ceil(self.settings.calibration_batches / trainer.accumulate_grad_batches)
 
     def settles(self) -> dict[str, float]:
-        """What becomes final, and the optimizer step in which it does; known once training has begun."""
-        fixed = self.ranges in ("mse", "percentile")  # as calibration found them
+        """Optimizer steps at which ranges and batch norm are frozen; available after the start of training."""
+        fixed = self.settings.ranges in ("mse", "percentile")  # fixed by the calibration
         settled = {"ranges": float(self._start_step) if fixed else self._freeze_steps["freeze_ranges"]}
-        if self.freezes["freeze_batch_norm"] is not None:  # else it also waits for a low learning rate
+        if self.freezes["freeze_batch_norm"] is not None:  # otherwise it also depends on the learning rate
             settled["batch norm's statistics"] = self._freeze_steps["freeze_batch_norm"]
         return settled
 
@@ -188,7 +180,9 @@ class QuantizationAwareTraining(QuantizingCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         watch = self._unwatch()
-        if watch is not None and outputs is not None and not self._checked:  # a step that returned None says nothing
+        if (
+            watch is not None and outputs is not None and not self._checked
+        ):  # a step that returned None may have called nothing
             watch.check()
             self._checked = True
         stepped, self._stepped = self._stepped != trainer.global_step, trainer.global_step
@@ -197,7 +191,7 @@ class QuantizationAwareTraining(QuantizingCallback):
             forward.bank.update(ranks_of(trainer))
             if stepped:
                 forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
-            if not forward.bank.active and forward.bank.batches >= self.calibration_batches:
+            if not forward.bank.active and forward.bank.batches >= self.settings.calibration_batches:
                 forward.bank.activate()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -241,5 +235,5 @@ class QuantizationAwareTraining(QuantizingCallback):
         seen = min((f.bank.batches for f in self._placed.values()), default=0)
         return (
             f"QuantizationAwareTraining({self.name!r}) hasn't trained with fake-quant yet: it starts at {self.start} and has "
-            f"seen {seen} of {self.calibration_batches} calibration batches"
+            f"seen {seen} of {self.settings.calibration_batches} calibration batches"
         )

@@ -1,4 +1,4 @@
-"""Sensitivity: what it costs to quantize each operator alone, and which ones to keep in float for a given budget."""
+"""Measure the cost of quantizing each operator alone, and select operators to keep in float."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from torch.utils import _pytree as pytree
 from lightning_accel.calls.example import InputsFunction, call_from_batch, isolated_random
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.quantization.ptq import call_of, on_device_of, quantize
+from lightning_accel.quantization.ptq import calibration_call, on_device_of, quantize
 
-Loss = Callable[[Any, Any], torch.Tensor]
+OutputLoss = Callable[[Any, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What each operator costs when it alone is quantized.
+    """Cost of quantizing each operator alone.
 
     Args:
-        costs: by operator, the dearest first.
-        total: with all of them quantized.
-        what: what is counted.
+        costs: cost by operator, in descending order.
+        total: cost of quantizing all operators.
+        what: description of the cost.
     """
 
     costs: Mapping[str, float]
@@ -31,9 +31,9 @@ class Sensitivity:
     what: str
 
     def keep_float(self, budget: float) -> list[str]:
-        """The operators to keep in float (give it to ``exclude``) so that the costs of the rest add up to at most ``budget``.
+        """Operators to keep in float (pass them as ``exclude``) so that the costs of the others add up to at most ``budget``.
 
-        Costs of single operators add up only roughly: measure the network that comes out.
+        Costs of single operators are only approximately additive: measure the resulting network.
 
         Raises:
             InvalidArgumentError: a negative budget.
@@ -55,22 +55,22 @@ class Sensitivity:
 
 
 def sensitivity(
-    module: nn.Module,
+    model: nn.Module,
     data: Iterable[Any],
     *,
-    loss: Loss | None = None,
-    batches: int = 8,
+    loss: OutputLoss | None = None,
+    calibration_batches: int = 8,
     inputs: InputsFunction | None = None,
     **options: Any,
 ) -> Sensitivity:
-    """Rank the operators of a module by what quantizing each of them alone costs.
+    """Rank the operators of a model by the cost of quantizing each of them alone.
 
     Args:
-        module: a trained module; stays as it is.
-        data: training batches, as its loader yields them; the same ones calibrate and score.
-        loss: ``(result, batch) -> scalar``: the cost is how much its mean grows; ``None``: the noise in the results, their mean
-            squared difference from the float network's divided by the variance of those.
-        batches: so many batches at most.
+        model: a trained module; not changed.
+        data: training batches as the loader yields them; used for calibration and for the cost.
+        loss: ``(result, batch) -> scalar``: the cost is the increase of its mean; ``None``: noise-to-signal ratio of the results, i.e.
+            their mean squared difference from the float network's results divided by the variance of those.
+        calibration_batches: largest number of batches to read.
         inputs: maps a batch to the arguments of ``forward``.
         options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`.
 
@@ -83,17 +83,17 @@ def sensitivity(
         ['0', '2']
     """
     with isolated_random():
-        kept = [batch for batch, _ in zip(data, range(batches), strict=False)]
-    copy = quantize(module, kept, batches=batches, inputs=inputs, **options)
+        kept = [batch for batch, _ in zip(data, range(calibration_batches), strict=False)]
+    copy = quantize(model, kept, calibration_batches=calibration_batches, inputs=inputs, **options)
     forwards = quantized_forwards(copy)
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    caller, _ = call_of(copy, list(forwards), kept, inputs)
+    caller, _ = calibration_call(copy, list(forwards), kept, inputs)
     calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:
-        """Results with only these operators quantized."""
+        """Results of the network with only these operators quantized."""
         for path, forward in forwards.items():
             forward.bank.off = frozenset(
                 name for whole, (where, name) in names.items() if where == path and whole not in on
@@ -123,6 +123,6 @@ def sensitivity(
 
 
 def _values(results: list[Any]) -> torch.Tensor:
-    """All floats of some results, as one vector."""
+    """All floating-point values of the results as one vector."""
     leaves = [v for v in pytree.tree_leaves(results) if isinstance(v, torch.Tensor) and v.is_floating_point()]
     return torch.cat([leaf.flatten().float() for leaf in leaves])

@@ -64,7 +64,7 @@ def facts(report: Mapping[str, Any]) -> list[Fact]:
 
 
 def decision_of(report: Mapping[str, Any]) -> str:
-    """What the comparison of ways says to ship, and why; empty without a decision."""
+    """What the comparison of variants says to ship, and why; empty without a decision."""
     decision = (report.get("comparison") or {}).get("decision")
     if not decision:
         return ""

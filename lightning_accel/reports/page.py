@@ -10,7 +10,7 @@ from lightning_accel.reports.markup import Markup, join, tag
 
 _SECTIONS = {
     "comparison": ("Before and after", sections.before_after),
-    "ways": ("Ways to run it", sections.ways),
+    "variants": ("Runtime variants", sections.variants),
     "verification": ("Is it what was trained?", sections.verification),
     "layers": ("Layer by layer", sections.layers),
     "training": ("Training", sections.training),

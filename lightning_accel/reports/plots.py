@@ -22,7 +22,7 @@ def plot_comparison(rows: Sequence[Row], path: str | Path) -> Path:
     A row without accuracy or latency is left out of the first panel and named below it.
 
     Args:
-        rows: the ways; at least one with accuracy and latency, or with a size.
+        rows: the variants; at least one with accuracy and latency, or with a size.
         path: the ``.png`` file; written atomically.
 
     Returns:

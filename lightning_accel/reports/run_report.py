@@ -8,15 +8,14 @@ from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
+from lightning_accel.benchmarking.scores import Z95
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.comparison_text import render_comparison
-
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass
 class Row:
-    """One way in the comparison; ``None`` is a value that was not measured.
+    """One variant in the comparison; ``None`` is a value that was not measured.
 
     Attributes:
         name: e.g. ``"student int8"``.
@@ -94,9 +93,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
         raise InvalidArgumentError(f"Argument `total` must be at least 1, but got {total}.")
     if not 0 <= correct <= total:
         raise InvalidArgumentError(f"Argument `correct` must be from 0 to {total}, but got {correct}.")
-    share, z2 = correct / total, _Z95**2
+    share, z2 = correct / total, Z95**2
     center = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
     return (0.0 if correct == 0 else center - half), (1.0 if correct == total else center + half)
 
 
@@ -104,7 +103,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     """One line for each row, readable as plain text and as Markdown; notes below.
 
     Args:
-        rows: the ways; the first is the one that speed-ups refer to.
+        rows: the variants; the first is the one that speed-ups refer to.
 
     Raises:
         InvalidArgumentError: no rows.
@@ -154,7 +153,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         if entries := report.get(key):
             parts += [f"## {title}", _records(entries)]
     if comparison := report.get("comparison"):
-        parts += ["## Ways to run it", render_comparison(Comparison.from_dict(comparison))]
+        parts += ["## Runtime variants", render_comparison(Comparison.from_dict(comparison))]
     if compression := report.get("compression"):
         parts += ["## Compression, measured", _nested(compression)]
     if quantization := report.get("quantization"):

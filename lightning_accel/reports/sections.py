@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_accel.benchmarking.comparison import null_line
-from lightning_accel.benchmarking.pareto import Point, pareto_front
+from lightning_accel.benchmarking.pareto import ParetoPoint, pareto_front
 from lightning_accel.benchmarking.scores import score_titles
 from lightning_accel.reports.facts import size
 from lightning_accel.reports.layers import layers_of, totals_of
@@ -45,27 +45,27 @@ def before_after(report: Mapping[str, Any]) -> Markup | None:
     return join([shown, _plots(_points_of_rows(rows, ships_name), "networks")])
 
 
-def ways(report: Mapping[str, Any]) -> Markup | None:
-    """The comparison of ways to run the network."""
+def variants(report: Mapping[str, Any]) -> Markup | None:
+    """The comparison of runtime variants."""
     comparison = report.get("comparison")
     if not comparison:
         return None
-    found = comparison["ways"]
-    ran = [way for way in found if way["status"] == "ran"]
+    found = comparison["variants"]
+    ran = [variant for variant in found if variant["status"] == "ran"]
     decision = comparison.get("decision") or {}
     parts: list[Any] = []
     parts += [tag("p", f"{null_line(point)}.", class_="lead") for point in comparison["null"]["points"]]
     lines: list[list[Any]] = []
     marked: list[int] = []
-    for way in ran:
-        for place, point in enumerate(way.get("points") or [{}]):
-            marked += [len(lines)] if way["name"] == decision.get("ship") else []
+    for variant in ran:
+        for place, point in enumerate(variant.get("points") or [{}]):
+            marked += [len(lines)] if variant["name"] == decision.get("ship") else []
             once = place == 0  # what doesn't depend on batch and callers stands in the first line
-            itself = way["name"] == comparison["baseline"]
+            itself = variant["name"] == comparison["baseline"]
             ends = (None, None) if itself else (point.get("speedup_low"), point.get("speedup_high"))
             lines.append(
                 [
-                    way["name"],
+                    variant["name"],
                     point.get("batch"),
                     point.get("callers"),
                     _number(point.get("p50_ms"), ".3f"),
@@ -73,27 +73,29 @@ def ways(report: Mapping[str, Any]) -> Markup | None:
                     _number(point.get("p99_ms"), ".3f"),
                     _number(point.get("throughput"), ",.0f"),
                     under(_times(point.get("speedup")), None if None in ends else _interval(*ends)),
-                    under(share(way.get("accuracy")), _of(way.get("samples"))) if once else "",
-                    share(way.get("agreement")) if once else "",
-                    size(way["file_bytes"]) if once and way.get("file_bytes") else "",
-                    size(way["peak_memory_bytes"]) if once and way.get("peak_memory_bytes") else "",
-                    _number(way.get("first_ms"), ".0f") if once else "",
+                    under(share(variant.get("accuracy")), _of(variant.get("samples"))) if once else "",
+                    share(variant.get("agreement")) if once else "",
+                    size(variant["file_bytes"]) if once and variant.get("file_bytes") else "",
+                    size(variant["peak_memory_bytes"]) if once and variant.get("peak_memory_bytes") else "",
+                    _number(variant.get("first_ms"), ".0f") if once else "",
                 ]
             )
-    titles = ["way", "batch", "callers", "p50, ms", "p90, ms", "p99, ms", "samples/s", "speed-up"]
+    titles = ["variant", "batch", "callers", "p50, ms", "p90, ms", "p99, ms", "samples/s", "speed-up"]
     scores = score_titles(comparison["settings"])
     titles += [*scores, "size", "memory, peak", "first call, ms"]
     if lines:
         caption = f"Speed-ups are over {comparison['baseline']}."
         parts += [
             table(caption, titles, lines, marked=marked),
-            _plots(_points_of_ways(ran, comparison), "ways", scores[0]),
+            _plots(_points_of_variants(ran, comparison), "variants", scores[0]),
         ]
-    if left := [way for way in found if way["status"] != "ran"]:
-        rows = [[way["name"], way["status"], way.get("reason")] for way in left]
-        parts.append(table("Ways without numbers, and why.", ["way", "status", "reason"], rows, text=(1,), wide=(2,)))
+    if left := [variant for variant in found if variant["status"] != "ran"]:
+        rows = [[variant["name"], variant["status"], variant.get("reason")] for variant in left]
+        parts.append(
+            table("Variants without numbers, and why.", ["variant", "status", "reason"], rows, text=(1,), wide=(2,))
+        )
     if refused := decision.get("refused"):
-        parts.append(table("Ways that don't ship, and why.", ["way", "reason"], refused.items(), wide=(1,)))
+        parts.append(table("Variants that don't ship, and why.", ["variant", "reason"], refused.items(), wide=(1,)))
     return join(parts)
 
 
@@ -223,7 +225,7 @@ def machine(report: Mapping[str, Any]) -> Markup | None:
     return join(parts) if parts else None
 
 
-def _plots(points: Mapping[str, Sequence[Point]], what: str, score: str = "accuracy") -> Markup | None:
+def _plots(points: Mapping[str, Sequence[ParetoPoint]], what: str, score: str = "accuracy") -> Markup | None:
     """The two Pareto plots with their keys; a plot needs two points."""
     figures = []
     for cost, of in points.items():
@@ -247,12 +249,12 @@ def _plots(points: Mapping[str, Sequence[Point]], what: str, score: str = "accur
     return tag("div", *figures, class_="plots") if figures else None
 
 
-def _on(point: Point, front: Sequence[Point]) -> str:
+def _on(point: ParetoPoint, front: Sequence[ParetoPoint]) -> str:
     return " (front)" if point in front else ""
 
 
-def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {"latency, ms (p50)": [], "size, bytes": []}
+def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[ParetoPoint]]:
+    found: dict[str, list[ParetoPoint]] = {"latency, ms (p50)": [], "size, bytes": []}
     for number, row in enumerate(rows, 1):
         if row.accuracy is None:
             continue
@@ -260,27 +262,31 @@ def _points_of_rows(rows: Sequence[Row], ships: str) -> dict[str, list[Point]]:
         name = f"{row.name}, {row.engine}" if row.engine and row.engine not in row.name else row.name
         for title, cost in zip(found, (row.p50_ms, row.file_bytes), strict=True):
             if cost:
-                found[title].append(Point(str(number), name, cost, row.accuracy, low, high, row.name == ships))
+                found[title].append(ParetoPoint(str(number), name, cost, row.accuracy, low, high, row.name == ships))
     return found
 
 
-def _points_of_ways(ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]) -> dict[str, list[Point]]:
+def _points_of_variants(
+    ran: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]
+) -> dict[str, list[ParetoPoint]]:
     """At the batch size that the decision counts at, or else the largest; with the fewest callers."""
     decision = comparison.get("decision") or {}
-    measured = [(point["batch"], point["callers"]) for way in ran for point in way.get("points") or ()]
+    measured = [(point["batch"], point["callers"]) for variant in ran for point in variant.get("points") or ()]
     batch, callers = max(measured, key=lambda key: (key[0], -key[1]), default=(1, 1))
     batch = (decision.get("budgets") or {}).get("batch") or batch
-    found: dict[str, list[Point]] = {f"latency, ms (p50, batch {batch})": [], "size, bytes": []}
-    for number, way in enumerate(ran, 1):
-        accuracy = way.get("accuracy")
-        points = [p for p in way.get("points") or () if (p["batch"], p["callers"]) == (batch, callers)]
+    found: dict[str, list[ParetoPoint]] = {f"latency, ms (p50, batch {batch})": [], "size, bytes": []}
+    for number, variant in enumerate(ran, 1):
+        accuracy = variant.get("accuracy")
+        points = [p for p in variant.get("points") or () if (p["batch"], p["callers"]) == (batch, callers)]
         if accuracy is None or not points:
             continue
-        costs = (points[0].get("p50_ms"), way.get("file_bytes"))
+        costs = (points[0].get("p50_ms"), variant.get("file_bytes"))
         for title, cost in zip(found, costs, strict=True):
             if cost:
-                ships = way["name"] == decision.get("ship")
-                found[title].append(Point(str(number), way["name"], cost, accuracy, accuracy, accuracy, ships))
+                ships = variant["name"] == decision.get("ship")
+                found[title].append(
+                    ParetoPoint(str(number), variant["name"], cost, accuracy, accuracy, accuracy, ships)
+                )
     return found
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_accel.benchmarking.pareto import Point, pareto_front
+from lightning_accel.benchmarking.pareto import ParetoPoint, pareto_front
 from lightning_accel.reports.axes import Axis, axis_of, short
 from lightning_accel.reports.markup import Markup, join, tag
 
@@ -13,7 +13,7 @@ _NEAR = 11.0  # markers closer than this share a number
 _FEW = 30.0  # a factor between costs beyond which the axis is logarithmic
 
 
-def pareto_plot(points: Sequence[Point], title: str, cost: str, score: str = "accuracy") -> Markup:
+def pareto_plot(points: Sequence[ParetoPoint], title: str, cost: str, score: str = "accuracy") -> Markup:
     """Accuracy against a cost, with the front marked; filled points are on it.
 
     Args:
@@ -95,9 +95,9 @@ def bar(share: float, label: str) -> Markup:
     return tag("span", tag("span", filled, class_="bar", aria_hidden="true"), " ", label, class_="barred")
 
 
-def _groups(points: Sequence[Point], x: Axis, y: Axis) -> list[tuple[str, list[Point]]]:
+def _groups(points: Sequence[ParetoPoint], x: Axis, y: Axis) -> list[tuple[str, list[ParetoPoint]]]:
     """Points whose markers would cover each other, with the numbers of all."""
-    groups: list[list[Point]] = []
+    groups: list[list[ParetoPoint]] = []
     for point in points:
         place = (x(point.cost), y(100 * point.accuracy))
         near = (g for g in groups if math.dist(place, (x(g[0].cost), y(100 * g[0].accuracy))) < _NEAR)
@@ -110,7 +110,7 @@ def _groups(points: Sequence[Point], x: Axis, y: Axis) -> list[tuple[str, list[P
 
 
 def _steps(places: Sequence[tuple[float, float]], end: float) -> str:
-    """The front as a staircase: what is left of it or above it, no way reaches."""
+    """The front as a staircase: what is left of it or above it, no variant reaches."""
     path = f"M{places[0][0]:.1f},{places[0][1]:.1f}"
     for px, py in places[1:]:
         path += f"H{px:.1f}V{py:.1f}"

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_accel.engines.base import Runner
+from lightning_accel.engines.registry import runs_onnx
 from lightning_accel.verification.compare import Feeds, Network, Verification, verify
-from lightning_accel.verification.kernels import ENGINES, KernelCheck, check_kernels
+from lightning_accel.verification.kernels import KernelCheck, check_kernels
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.tolerances import Tolerance
 
@@ -53,7 +54,7 @@ def prove_engine(
         axes=axes,
     )
     isolated = None
-    if precision == "int8" and kernels and runner.engine in ENGINES:
+    if precision == "int8" and kernels and runs_onnx(runner.engine):
         isolated = check_kernels(file, runner.engine, samples)
     if isolated is not None and isolated.diverging:
         check.failures.append("a kernel computes something else than the file")

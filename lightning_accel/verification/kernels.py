@@ -22,9 +22,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, load_runner
+from lightning_accel.engines.registry import engine_named
 from lightning_accel.onnx.file import reads
 
-ENGINES = ("onnxruntime", "openvino")  # run regions of an ONNX file on this CPU
 DRIFT = 0.25  # steps: average by which values that are rounded may be moved; rounding moves them both ways, cutting off by a half
 _ROUNDED = 1e-3  # steps: a value nearer to an integer isn't rounded, nor is one beyond the largest integer
 FLOATS = 1e-3  # of a tensor's range: integer kernels round biases to the product of two scales
@@ -127,9 +127,7 @@ def _isolated(
 def _in_place(
     engine: str, cut: "_Cut", feeds: Mapping[str, np.ndarray], folder: Path, options: Mapping[str, Any]
 ) -> KernelCheck:
-    integers = (
-        engine == "onnxruntime"
-    )  # which fuses a DequantizeLinear only where its result isn't shown; OpenVINO has no others
+    integers = engine_named(engine).shows_integers
     cut.show(folder / "whole.onnx", integers)
     with load_runner(folder / "whole.onnx", engine, **options) as runner:
         found = dict(zip(cut.shows, _run(runner, feeds), strict=True))

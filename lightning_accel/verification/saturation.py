@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, probe_kernels
+from lightning_accel.engines.kernel_probe import probe_kernels
+from lightning_accel.engines.registry import probed_engines
 from lightning_accel.quantization.arithmetic.targets import Probe, saturation
 
 _WEIGHTED = {
@@ -31,7 +32,7 @@ def saturates(
             inferred; one that doesn't tell isn't suspected. ``None``: of this machine, where it is measured.
         probe: measures it.
     """
-    if engine not in ENGINES:
+    if engine not in probed_engines():
         return ""
     if cpu_flags is not None:
         wide = not cpu_flags.get("avx2") or bool(cpu_flags.get("avx512_vnni") or cpu_flags.get("avx_vnni"))

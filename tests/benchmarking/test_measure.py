@@ -16,8 +16,8 @@ def spin(seconds):
 
 
 def test_ratios_are_those_of_the_work():
-    ways = {"one": lambda: spin(1e-3), "two": lambda: spin(2e-3), "half": lambda: spin(0.5e-3)}
-    result = benchmark(ways, rounds=60, warmup_s=0.01)
+    variants = {"one": lambda: spin(1e-3), "two": lambda: spin(2e-3), "half": lambda: spin(0.5e-3)}
+    result = benchmark(variants, rounds=60, warmup_s=0.01)
     assert [measurement.name for measurement in result.measurements] == ["one", "two", "half"]
     assert result.baseline == "one"
     assert result.rounds == 60
@@ -32,7 +32,7 @@ def test_ratios_are_those_of_the_work():
         assert measurement.speedup.low <= measurement.speedup.value <= measurement.speedup.high
 
 
-def test_every_round_calls_every_way_once_in_shuffled_order():
+def test_every_round_calls_every_variant_once_in_shuffled_order():
     order = []
     benchmark({name: lambda name=name: order.append(name) for name in "abc"}, rounds=30, warmup_s=0, seed=1)
     assert order[:3] == ["a", "b", "c"]  # warm-up of no length: one call each
@@ -84,9 +84,9 @@ def test_garbage_collection_is_off_inside_and_restored():
 
     def fail():
         if not gc.isenabled():
-            raise KeyError("way")
+            raise KeyError("variant")
 
-    with pytest.raises(KeyError, match="way"):
+    with pytest.raises(KeyError, match="variant"):
         benchmark({"a": fail}, warmup_s=0)
     assert gc.isenabled()
 
@@ -108,7 +108,7 @@ def test_median_ratio_is_paired_and_its_interval_covers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ways": {}}, "Argument `ways` must have at least one way"),
+        ({"variants": {}}, "Argument `variants` must have at least one variant"),
         ({"baseline": "b"}, r"Argument `baseline` must be one of \['a'\], but got 'b'"),
         ({"min_rounds": 1}, r"Argument `min_rounds` must be from 2 to `rounds` \(200\), but got 1"),
         ({"rounds": 5}, r"from 2 to `rounds` \(5\), but got 20"),
@@ -118,17 +118,17 @@ def test_median_ratio_is_paired_and_its_interval_covers():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        benchmark(**{"ways": {"a": lambda: None}, **arguments})
+        benchmark(**{"variants": {"a": lambda: None}, **arguments})
 
 
-def test_result_is_json_and_finds_ways_by_name():
+def test_result_is_json_and_finds_variants_by_name():
     result = benchmark({"a": lambda: spin(1e-4), "b": lambda: spin(1e-4)}, rounds=3, min_rounds=3, warmup_s=0)
     values = json.loads(json.dumps(result.to_dict()))
     assert [one["name"] for one in values["measurements"]] == ["a", "b"]
     assert values["null"].keys() == {"value", "low", "high"}
     assert values["environment"] == json.loads(json.dumps(result.environment))
     assert json.loads(json.dumps(result["b"].to_dict()))["samples"] == result["b"].samples
-    with pytest.raises(KeyError, match="No way 'c'"):
+    with pytest.raises(KeyError, match="No variant 'c'"):
         result["c"]
 
 

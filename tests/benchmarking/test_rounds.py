@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
-from lightning_accel.benchmarking.process import WayEndedError, WayProcess
-from lightning_accel.benchmarking.rounds import measure_ways
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.process import VariantEndedError, VariantProcess
+from lightning_accel.benchmarking.rounds import measure_variants
+from lightning_accel.benchmarking.variants import RuntimeVariant
 from tests.support.onnx_models import linear, save
 
 QUICK = BenchmarkSettings(
@@ -23,8 +23,8 @@ ONE = BenchmarkSettings(batches=(2,), callers=(1,), seconds=0.04, turn_s=0.005, 
 X = {"x": np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)}
 
 
-def way(name, file, engine="onnxruntime", **kwargs):
-    return Way(name, engine, "fp32", file, **kwargs)
+def variant(name, file, engine="onnxruntime", **kwargs):
+    return RuntimeVariant(name, engine, "fp32", file, **kwargs)
 
 
 def deep(path: Path, times: int) -> Path:
@@ -64,9 +64,9 @@ def endless(path: Path) -> Path:
     )
 
 
-def test_each_way_is_measured_at_each_batch_size_and_number_of_callers(tmp_path):
-    short, long = way("short", linear(tmp_path / "s.onnx")), way("long", deep(tmp_path / "l.onnx", 600))
-    measured = measure_ways([short, long], X, QUICK, baseline="short")
+def test_each_variant_is_measured_at_each_batch_size_and_number_of_callers(tmp_path):
+    short, long = variant("short", linear(tmp_path / "s.onnx")), variant("long", deep(tmp_path / "l.onnx", 600))
+    measured = measure_variants([short, long], X, QUICK, baseline="short")
     quick, slow = (row.result for row in measured.rows)
     for result in (quick, slow):
         assert result.status == "ran", result.reason
@@ -87,9 +87,9 @@ def test_each_way_is_measured_at_each_batch_size_and_number_of_callers(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system doesn't tell a process's peak memory")
-def test_memory_is_that_of_the_way_alone(tmp_path):
+def test_memory_is_that_of_the_variant_alone(tmp_path):
     ballast = np.ones(60_000_000)  # 480 MB here; a child that counted its parent's memory would show it
-    zeros = np.zeros((4_000_000, 3), np.float32)  # 48 MB in the file of one way
+    zeros = np.zeros((4_000_000, 3), np.float32)  # 48 MB in the file of one variant
     weight = save(
         tmp_path / "large.onnx",
         [helper.make_node("Gather", ["table", "i"], ["row"]), helper.make_node("Add", ["x", "row"], ["y"])],
@@ -97,8 +97,8 @@ def test_memory_is_that_of_the_way_alone(tmp_path):
         [("y", TensorProto.FLOAT, ["n", 3])],
         [("table", zeros), ("i", np.array(7))],
     )
-    ways = [way("small", linear(tmp_path / "s.onnx")), way("large", weight)]
-    small, large = (row.result.peak_memory_bytes for row in measure_ways(ways, X, ONE, baseline="small").rows)
+    variants = [variant("small", linear(tmp_path / "s.onnx")), variant("large", weight)]
+    small, large = (row.result.peak_memory_bytes for row in measure_variants(variants, X, ONE, baseline="small").rows)
     assert small < ballast.nbytes
     assert large - small > 0.9 * zeros.nbytes
 
@@ -106,17 +106,17 @@ def test_memory_is_that_of_the_way_alone(tmp_path):
 def test_what_cannot_run_is_a_row_with_the_reason_and_the_others_go_on(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
     good = linear(tmp_path / "good.onnx")
-    ways = [
-        way("good", good),
-        way("broken", tmp_path / "broken.onnx"),
-        way("cuda", good, options={"providers": ["CUDAExecutionProvider"]}),
-        way("absent", None, missing="no file of it"),
-        way("endless", endless(tmp_path / "endless.onnx")),
+    variants = [
+        variant("good", good),
+        variant("broken", tmp_path / "broken.onnx"),
+        variant("cuda", good, options={"providers": ["CUDAExecutionProvider"]}),
+        variant("absent", None, missing="no file of it"),
+        variant("endless", endless(tmp_path / "endless.onnx")),
     ]
     settings = BenchmarkSettings(
         batches=(2,), callers=(1,), seconds=0.04, turn_s=0.005, warmup_s=0.0, threads=1, limit_s=8
     )
-    results = {row.result.name: row.result for row in measure_ways(ways, X, settings, baseline="good").rows}
+    results = {row.result.name: row.result for row in measure_variants(variants, X, settings, baseline="good").rows}
     assert {name: result.status for name, result in results.items()} == {
         "good": "ran",
         "broken": "failed",
@@ -127,15 +127,15 @@ def test_what_cannot_run_is_a_row_with_the_reason_and_the_others_go_on(tmp_path)
     assert "ONNX Runtime could not load `broken.onnx`" in results["broken"].reason
     assert "has no CUDAExecutionProvider, only" in results["cuda"].reason
     assert results["absent"].reason == "no file of it"
-    assert results["endless"].reason == "`start` reached the limit of 8 s for a way"
+    assert results["endless"].reason == "`start` reached the limit of 8 s for a variant"
     assert results["good"].points
     assert not any(result.points for name, result in results.items() if name != "good")
 
 
 def test_a_baseline_that_fails_leaves_the_others_without_ratios(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"not a network")
-    ways = [way("broken", tmp_path / "broken.onnx"), way("good", linear(tmp_path / "good.onnx"))]
-    measured = measure_ways(ways, X, ONE, baseline="broken")
+    variants = [variant("broken", tmp_path / "broken.onnx"), variant("good", linear(tmp_path / "good.onnx"))]
+    measured = measure_variants(variants, X, ONE, baseline="broken")
     good = measured.rows[1].result
     assert good.point(2).speedup is None
     assert good.point(2).p50_ms > 0
@@ -158,8 +158,8 @@ def test_a_process_that_dies_is_a_row_and_keeps_what_it_measured(tmp_path):
         if text == "batch 8, 1 caller":  # batch 1 has been measured
             os.kill(started[1], signal.SIGKILL)
 
-    ways = [way("one", linear(tmp_path / "1.onnx")), way("two", linear(tmp_path / "2.onnx"))]
-    measured = measure_ways(ways, X, QUICK, baseline="one", progress=progress)
+    variants = [variant("one", linear(tmp_path / "1.onnx")), variant("two", linear(tmp_path / "2.onnx"))]
+    measured = measure_variants(variants, X, QUICK, baseline="one", progress=progress)
     one, two = (row.result for row in measured.rows)
     assert (one.status, two.status) == ("ran", "failed")
     assert two.reason == "its process died with signal SIGKILL, at batch 8 with 1 at once"
@@ -175,8 +175,8 @@ def test_ctrl_c_keeps_what_is_measured(tmp_path):
         if text == "batch 8, 1 caller":
             signal.raise_signal(signal.SIGINT)
 
-    ways = [way("one", linear(tmp_path / "1.onnx")), way("two", linear(tmp_path / "2.onnx"))]
-    measured = measure_ways(ways, X, QUICK, baseline="one", progress=progress)
+    variants = [variant("one", linear(tmp_path / "1.onnx")), variant("two", linear(tmp_path / "2.onnx"))]
+    measured = measure_variants(variants, X, QUICK, baseline="one", progress=progress)
     assert measured.interrupted
     for row in measured.rows:
         assert [(p.batch, p.callers) for p in row.result.points] == [(1, 1), (1, 3)]
@@ -186,28 +186,28 @@ def test_ctrl_c_keeps_what_is_measured(tmp_path):
         if text == "start two":
             signal.raise_signal(signal.SIGINT)
 
-    measured = measure_ways(ways, X, QUICK, baseline="one", progress=at_once)
+    measured = measure_variants(variants, X, QUICK, baseline="one", progress=at_once)
     assert [row.result.status for row in measured.rows] == ["out of time", "out of time"]
     assert measured.rows[1].result.reason == "interrupted before it was measured"
 
 
 def test_names_are_checked(tmp_path):
-    one = way("one", linear(tmp_path / "1.onnx"))
-    with pytest.raises(ValueError, match="Argument `ways` must have different names"):
-        measure_ways([one, one], X, ONE, baseline="one")
+    one = variant("one", linear(tmp_path / "1.onnx"))
+    with pytest.raises(ValueError, match="Argument `variants` must have different names"):
+        measure_variants([one, one], X, ONE, baseline="one")
     with pytest.raises(ValueError, match=r"Argument `baseline` must be one of \['one'\], but got 'two'"):
-        measure_ways([one], X, ONE, baseline="two")
+        measure_variants([one], X, ONE, baseline="two")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of a process in /proc")
 def test_threads_are_fixed_and_idle_ones_sleep_in_a_process():
-    process = WayProcess(threads=3, limit_s=20)
+    process = VariantProcess(threads=3, limit_s=20)
     try:
         environment = Path(f"/proc/{process._process.pid}/environ").read_bytes().decode().split("\0")
         assert {"OMP_NUM_THREADS=3", "MKL_NUM_THREADS=3", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=0"} <= set(
             environment
         )
-        with pytest.raises(WayEndedError, match="has no attribute 'do_dance'"):
+        with pytest.raises(VariantEndedError, match="has no attribute 'do_dance'"):
             process.ask("dance")
     finally:
         process.close()
@@ -221,8 +221,8 @@ import sys
 from lightning_accel.benchmarking.worker import Worker
 worker = Worker()
 for engine in ("onnxruntime", "openvino"):
-    way = dict(engine=engine, mode="", file=r"{tmp_path / "m.onnx"}", options=dict())
-    worker.do_start(way, dict(x=r"{tmp_path / "x.npy"}"), 1)
+    variant = dict(engine=engine, mode="", file=r"{tmp_path / "m.onnx"}", options=dict())
+    worker.do_start(variant, dict(x=r"{tmp_path / "x.npy"}"), 1)
     worker.do_turn(2, 2, 0.01)
 print(*{{name.split(".")[0] for name in sys.modules}})
 """
@@ -238,14 +238,14 @@ def test_the_loop_of_the_test_is_a_valid_network(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a process waited for a CPU")
 def test_other_processes_that_take_the_cpus_are_noticed(tmp_path):
-    ways = [way("one", deep(tmp_path / "1.onnx", 600))]
+    variants = [variant("one", deep(tmp_path / "1.onnx", 600))]
     core = min(os.sched_getaffinity(0))
     settings = BenchmarkSettings(batches=(8,), callers=(1,), seconds=0.6, turn_s=0.03, warmup_s=0.0, threads=1)
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})  # its children inherit it: all of them share one core
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
-        (null,) = measure_ways(ways, X, settings, baseline="one").null
+        (null,) = measure_variants(variants, X, settings, baseline="one").null
     finally:
         os.sched_setaffinity(0, before)
         for process in busy:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_accel.benchmarking.variants import BASELINE, ways_of
+from lightning_accel.benchmarking.variants import BASELINE, variants_of
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 
 FOLDER = Path("bundle")
@@ -14,11 +14,11 @@ def line(engine, precision, file="model.onnx", **kwargs):
 
 def named(precision, *lines, files=("model.onnx", "reference.onnx")):
     engines = {one["engine"]: one for one in lines}
-    ways = ways_of(
+    variants = variants_of(
         FOLDER, {"engines": engines, "model": "model.onnx", "precision": precision, "files": dict.fromkeys(files)}
     )
-    assert len({way.name for way in ways}) == len(ways)
-    return {way.name: way for way in ways}
+    assert len({variant.name for variant in variants}) == len(variants)
+    return {variant.name: variant for variant in variants}
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,24 @@ def named(precision, *lines, files=("model.onnx", "reference.onnx")):
         ("fp16", ["fp32", "fp16", "int8"]),
     ],
 )
-def test_the_default_ways_are_those_that_matter(precision, common):
-    ways = named(precision, line("onnxruntime", precision))
+def test_the_default_variants_are_those_that_matter(precision, common):
+    variants = named(precision, line("onnxruntime", precision))
     of_engines = [f"{engine} {one}" for engine in ("onnxruntime", "openvino") for one in common]
-    assert [name for name, way in ways.items() if way.common] == ["pytorch eager", *of_engines, "tensorrt int8"]
+    assert [name for name, variant in variants.items() if variant.common] == [
+        "pytorch eager",
+        *of_engines,
+        "tensorrt int8",
+    ]
 
 
-def test_which_file_a_way_runs():
-    ways = named("int8", line("onnxruntime", "int8"), line("pytorch", "int8", "model.pt2"))
-    assert ways[BASELINE].file == ways["openvino fp32"].file == FOLDER / "reference.onnx"
-    assert ways["onnxruntime int8"].file == ways["openvino int8"].file == FOLDER / "model.onnx"
-    assert ways["pytorch inference_mode"].file == FOLDER / "model.pt2"
-    assert ways["onnxruntime dynamic int8"].file == FOLDER / "reference.onnx"  # which it is made of
-    assert ways["onnxruntime cuda int8"].options == {"providers": ["CUDAExecutionProvider"]}
-    assert ways["onnxruntime tensorrt fp32"].options == {"providers": ["TensorrtExecutionProvider"]}
+def test_which_file_a_variant_runs():
+    variants = named("int8", line("onnxruntime", "int8"), line("pytorch", "int8", "model.pt2"))
+    assert variants[BASELINE].file == variants["openvino fp32"].file == FOLDER / "reference.onnx"
+    assert variants["onnxruntime int8"].file == variants["openvino int8"].file == FOLDER / "model.onnx"
+    assert variants["pytorch inference_mode"].file == FOLDER / "model.pt2"
+    assert variants["onnxruntime dynamic int8"].file == FOLDER / "reference.onnx"  # which it is made of
+    assert variants["onnxruntime cuda int8"].options == {"providers": ["CUDAExecutionProvider"]}
+    assert variants["onnxruntime tensorrt fp32"].options == {"providers": ["TensorrtExecutionProvider"]}
     plain = named("fp32", line("onnxruntime", "fp32"), files=("model.onnx",))
     assert plain[BASELINE].file == FOLDER / "model.onnx"
     assert plain["onnxruntime int8"].file is None
@@ -50,8 +54,8 @@ def test_which_file_a_way_runs():
 
 
 def test_what_a_bundle_can_load_can_ship():
-    ways = named("int8", line("onnxruntime", "int8"), line("pytorch", "int8", "model.pt2"))
-    loads = {name for name, way in ways.items() if not way.unshippable and way.file is not None}
+    variants = named("int8", line("onnxruntime", "int8"), line("pytorch", "int8", "model.pt2"))
+    loads = {name for name, variant in variants.items() if not variant.unshippable and variant.file is not None}
     assert loads == {
         "pytorch inference_mode",
         "onnxruntime fp32",
@@ -64,21 +68,23 @@ def test_what_a_bundle_can_load_can_ship():
 @pytest.mark.skipif(has_gpu(), reason="tells what is known without a GPU")
 def test_engines_of_tensorrt_in_the_bundle_and_built_for_the_comparison():
     rival = line("tensorrt", "fp16", "engines/fp16.engine")
-    ways = named("int8", line("tensorrt", "int8+fp16", "engines/model.engine", alternative=rival))
-    assert ways["tensorrt int8"].file == FOLDER / "engines" / "model.engine"
-    assert ways["tensorrt int8"].precision == "int8+fp16"
-    assert ways["tensorrt int8"].unshippable == ""
-    assert ways["tensorrt int8"].common
-    assert ways["tensorrt fp16"].file == FOLDER / "engines" / "fp16.engine"
-    assert ways["tensorrt fp16"].unshippable == "the manifest names the faster of TensorRT's engines"
-    assert ways["tensorrt fp32"].make == "tensorrt fp32"
-    assert ways["tensorrt fp32"].unshippable.startswith("built for the comparison")
+    variants = named("int8", line("tensorrt", "int8+fp16", "engines/model.engine", alternative=rival))
+    assert variants["tensorrt int8"].file == FOLDER / "engines" / "model.engine"
+    assert variants["tensorrt int8"].precision == "int8+fp16"
+    assert variants["tensorrt int8"].unshippable == ""
+    assert variants["tensorrt int8"].common
+    assert variants["tensorrt fp16"].file == FOLDER / "engines" / "fp16.engine"
+    assert variants["tensorrt fp16"].unshippable == "the manifest names the faster of TensorRT's engines"
+    assert variants["tensorrt fp32"].make == "tensorrt fp32"
+    assert variants["tensorrt fp32"].unshippable.startswith("built for the comparison")
     for precision in ("fp32", "fp16", "int8"):
-        assert ways[f"tensorrt {precision}"].missing == "needs an NVIDIA GPU and its driver, and this machine has none"
+        assert (
+            variants[f"tensorrt {precision}"].missing == "needs an NVIDIA GPU and its driver, and this machine has none"
+        )
 
 
 def test_bf16_has_no_kernels_on_a_cpu():
-    ways = named("bf16", line("tensorrt", "bf16", "engines/model.engine"))
-    assert ways["onnxruntime bf16"].missing == "onnxruntime has no bf16 kernels on a CPU"
-    assert ways["tensorrt bf16"].common
-    assert not ways["tensorrt int8"].common
+    variants = named("bf16", line("tensorrt", "bf16", "engines/model.engine"))
+    assert variants["onnxruntime bf16"].missing == "onnxruntime has no bf16 kernels on a CPU"
+    assert variants["tensorrt bf16"].common
+    assert not variants["tensorrt int8"].common

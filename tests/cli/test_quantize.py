@@ -84,7 +84,13 @@ def test_errors_are_told_in_one_line_and_leave_nothing(checkpoint, tmp_path, cap
 
 def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
     path, _ = checkpoint
-    settings = {"dirpath": "trained", "engines": ["onnxruntime"], "precision": "fp16", "ckpt": "best", "data": "test"}
+    settings = {
+        "dirpath": "trained",
+        "engines": ["onnxruntime"],
+        "precision": "fp16",
+        "ckpt_path": "best",
+        "data": "test",
+    }
     settings |= {"metadata": {"class_names": ["a", "b"]}, "keep_samples": 8}
     export = {"class_path": "lightning_accel.ModelExport", "init_args": settings}
     overlay = tmp_path / "export.yaml"
@@ -150,8 +156,8 @@ def test_the_callback_and_model_export_in_one_fit(tmp_path):
     trainer.fit(Classifier(), Data())
     kinds = [row["name"] for row in export.report["rows"]]
     assert "network int8" in kinds
-    with pytest.raises(ValueError, match='Argument `ckpt` must be "last" with PostTrainingQuantization'):
+    with pytest.raises(ValueError, match='Argument `ckpt_path` must be "last" with PostTrainingQuantization'):
         L.Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path,
-            callbacks=[la.PostTrainingQuantization(), la.ModelExport(str(tmp_path / "b"), ckpt="best")],
+            callbacks=[la.PostTrainingQuantization(), la.ModelExport(str(tmp_path / "b"), ckpt_path="best")],
         ).fit(Classifier(), Data())  # fmt: skip

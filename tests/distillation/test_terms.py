@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 
 from lightning_accel import DistillationModule, DKDLoss, LossTerm, Scheduled, SoftTargetLoss, StandardizedLoss
 from lightning_accel.core.schedules import Timeline
+from lightning_accel.distillation.losses.registry import named_loss
 from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.targets import find, fits
-from lightning_accel.distillation.terms import make_terms, named_loss
+from lightning_accel.distillation.terms import make_terms
 from tests.distillation.models import Net, Plain, Student, loader
 
 

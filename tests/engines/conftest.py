@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from lightning_accel.engines.manifest import seal_of
+from lightning_accel.engines.manifest import manifest_digest
 from tests.support import onnx_models as models
 
 
@@ -30,7 +30,7 @@ def bundle(tmp_path):
 
     def write(**changes):
         changed = {**manifest, **changes}
-        (folder / "manifest.json").write_text(json.dumps({**changed, "sha256": seal_of(changed)}))
+        (folder / "manifest.json").write_text(json.dumps({**changed, "sha256": manifest_digest(changed)}))
         return folder
 
     write()

@@ -12,8 +12,9 @@ import pytest
 from lightning_accel.engines import kernel_probe
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_forms import BUILDERS, kernel_file
-from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, cache_file, probe_kernels
+from lightning_accel.engines.kernel_probe import FORMS, KernelFinding, cache_file, probe_kernels
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.engines.registry import probed_engines
 
 ROOT = Path(__file__).parents[2]
 FORMATS = [
@@ -61,7 +62,7 @@ def test_files_hold_sums_that_saturate_without_vnni(form):
         assert bool(2 * x.max() * largest > 2**15 - 1) is overflows
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", probed_engines())
 def test_what_is_measured_is_what_the_engine_computes_in_another_process(engine, fresh):
     here = [probe_kernels(engine, form, Arithmetic("int8", 63)) for form in ("linear", "concatenation")]
     code = "import sys; from lightning_accel.engines.arithmetic import Arithmetic; "
@@ -171,7 +172,7 @@ def test_the_cache_lies_where_the_specification_says(monkeypatch, tmp_path):
 
 def test_arguments_are_checked():
     with pytest.raises(
-        ValueError, match=r"Argument `engine` must be one of \('onnxruntime', 'openvino'\), but got 'tvm'"
+        ValueError, match=r"Argument `engine` must be one of \['onnxruntime', 'openvino'\], but got 'tvm'"
     ):
         probe_kernels("tvm", "linear", FORMATS[0])
     with pytest.raises(ValueError, match=r"Argument `form` must be one of .*, but got 'rnn'"):
@@ -180,4 +181,8 @@ def test_arguments_are_checked():
 
 def test_a_finding_in_words():
     made = ("openvino", "1.0", "linear", FORMATS[0])
-    assert [str(Finding(*made, error)) for error in (0.0, 1.0, 1.5)] == ["exact", "exact", "WRONG by up to 1.5 steps"]
+    assert [str(KernelFinding(*made, error)) for error in (0.0, 1.0, 1.5)] == [
+        "exact",
+        "exact",
+        "WRONG by up to 1.5 steps",
+    ]

@@ -4,14 +4,14 @@ import torch
 
 from lightning_accel import export_onnx, load_runner
 from lightning_accel.engines.tensorrt.library import read_info
-from lightning_accel.export.fp16_alternative import build_rival, decide, verify_rival
+from lightning_accel.export.fp16_alternative import build_rival, choose_precision, verify_rival
 from tests.support.models import Residual
 
 
 @pytest.mark.parametrize(("int8", "faster"), [(0.5, True), (1.0, False), (1.5, False)])
 def test_int8_ships_only_if_it_is_faster_beyond_the_interval(int8, faster):
     noise = np.random.default_rng(0).uniform(0.9, 1.1, size=(2, 100))
-    decision = decide(list(noise[0]), list(noise[1] * int8))
+    decision = choose_precision(list(noise[0]), list(noise[1] * int8))
     assert decision.int8 is faster
     assert decision.ratio.value == pytest.approx(1 / int8, rel=0.1)
     assert decision.why.startswith("int8 is the default" if faster else "fp16 is the default")

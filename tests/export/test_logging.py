@@ -52,7 +52,7 @@ def test_tensorboard_gets_numbers_plot_and_text(report, tmp_path):
     (image,) = events.Images("report")
     assert image.width > 1000
     (text,) = events.Tensors("report/text_summary")
-    assert b"Ways to run it" in text.tensor_proto.string_val[0]
+    assert b"Runtime variants" in text.tensor_proto.string_val[0]
 
 
 def test_a_csv_logger_gets_numbers_and_the_page(report, tmp_path):

@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[2]
 EPOCHS, STEPS = 5, 4  # of 8 images
 
 
-def callbacks(importance="group_norm", start=0):
+def callbacks(criterion="group_norm", start=0):
     return [
         la.ExactResume(),
         la.QuantizationAwareTraining("portable", start=3, calibration_batches=2),
         la.WeightPruning(0.5, start=0, end=4, every=1),
-        la.ChannelPruning(0.5, importance=importance, start=start, end=3),
+        la.ChannelPruning(0.5, criterion=criterion, start=start, end=3),
     ]
 
 
@@ -148,7 +148,7 @@ def test_best_from_before_the_removal_is_refused(trainer, tmp_path):
 
     def fit(*more):
         best = ModelCheckpoint(tmp_path / "best", monitor="score", mode="max")
-        calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt="best"), best, *more]
+        calls = [la.ChannelPruning(0.5, start=2, end=2), la.ModelExport(tmp_path / "b", ckpt_path="best"), best, *more]
         # Every other epoch is validated: the only time comes before the removal.
         trainer(*calls, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=2).fit(First(), *data())
 
@@ -183,7 +183,7 @@ trainer = L.Trainer(
     max_epochs=4, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
     enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder, accumulate_grad_batches=2,
     callbacks=[
-        la.ExactResume(), la.ChannelPruning(0.5, importance="taylor", start=1, end=2),
+        la.ExactResume(), la.ChannelPruning(0.5, criterion="taylor", start=1, end=2),
         la.QuantizationAwareTraining("portable", start=3, calibration_batches=2), EMAWeightAveraging(decay=0.9), Gradients(),
     ],
 )

@@ -22,14 +22,14 @@ QUICK = la.BenchmarkSettings(
 )
 
 
-def test_the_run_ends_with_the_fastest_way_within_the_budgets_as_the_default(trainer, tmp_path, capsys):
+def test_the_run_ends_with_the_fastest_variant_within_the_budgets_as_the_default(trainer, tmp_path, capsys):
     torch.manual_seed(0)
     export = la.ModelExport(
         tmp_path / "bundle",
         engines=["onnxruntime", "openvino"],
         budgets=la.Budgets(
             max_drop=100, max_bytes=12_000
-        ),  # the float32 file is larger, so that an int8 way has to ship
+        ),  # the float32 file is larger, so that an int8 variant has to ship
         benchmark=QUICK,
     )
     qat = la.QuantizationAwareTraining("portable", start=1)
@@ -38,13 +38,13 @@ def test_the_run_ends_with_the_fastest_way_within_the_budgets_as_the_default(tra
     assert (bundle / "reference.onnx").stat().st_size > 12_000 > (bundle / "model.onnx").stat().st_size
     found = Comparison.from_dict(json.loads((bundle / "comparison.json").read_text()))
     report, manifest = json.loads((bundle / "report.json").read_text()), read_manifest(bundle)
-    assert Comparison.from_dict(report["comparison"]).ways == found.ways
+    assert Comparison.from_dict(report["comparison"]).variants == found.variants
     ship = found.decision["ship"]
     assert ship in ("onnxruntime int8", "openvino int8")
     assert resolve_bundle(bundle, None) == (ship.split()[0], bundle / "model.onnx")
     assert manifest["decision"] == found.decision
     assert "its file has" in found.decision["refused"]["onnxruntime fp32"]
-    # All of the held-out data, whose accuracy the report counted in another process and another way.
+    # All of the held-out data, whose accuracy the report counted in another process and by another count.
     rows = {(row["engine"], row["name"].partition(",")[0]): row for row in report["rows"]}
     assert found["onnxruntime fp32"].accuracy == rows["onnxruntime", "network fp32"]["accuracy"]
     assert found["onnxruntime int8"].accuracy == rows["onnxruntime", "network int8"]["accuracy"]
@@ -54,11 +54,11 @@ def test_the_run_ends_with_the_fastest_way_within_the_budgets_as_the_default(tra
     assert found.settings["data"] == "96 held-out samples, the validation loader"
     assert f"Decision: {found.decision['why']}" in capsys.readouterr().out
     text = (bundle / "report.md").read_text()
-    assert "## Ways to run it" in text
+    assert "## Runtime variants" in text
     assert found.decision["why"] in text
 
 
-def test_the_report_names_a_way_that_ships_though_the_run_asked_for_no_such_engine(trainer, tmp_path):
+def test_the_report_names_a_variant_that_ships_though_the_run_asked_for_no_such_engine(trainer, tmp_path):
     folder = tmp_path / "bundle"
     budgets = la.Budgets(max_drop=100, max_bytes=12_000)  # the PyTorch program, the only engine asked for, is larger
     export = la.ModelExport(folder, engines=["pytorch"], budgets=budgets, benchmark=QUICK)
@@ -116,19 +116,19 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
     held_out = values(600, 1)
     trainer(qat, export, max_epochs=8).fit(Regressor(), values(512, 2), held_out)
     bundle = tmp_path / "bundle"
-    assert (read_manifest(bundle)["scores"], read_manifest(bundle)["trained"]) == ("values", "int8")
+    assert (read_manifest(bundle)["output_kind"], read_manifest(bundle)["trained"]) == ("values", "int8")
     found = Comparison.from_dict(json.loads((bundle / "comparison.json").read_text()))
-    assert found.settings["scores"] == "values"
-    way = found["onnxruntime int8"]
-    assert way.samples == 600  # more than kernels are held against the file on
+    assert found.settings["output_kind"] == "values"
+    variant = found["onnxruntime int8"]
+    assert variant.samples == 600  # more than kernels are held against the file on
     x, y = (array.numpy() for array in held_out.dataset.tensors)
     with la.load_runner(bundle / "model.onnx") as runner:
         runner_outputs = runner(x)
     expected = R2Score(multioutput="variance_weighted")(torch.from_numpy(runner_outputs), torch.from_numpy(y))
-    assert way.accuracy == pytest.approx(float(expected), abs=1e-4)
-    assert way.accuracy > 0.8
+    assert variant.accuracy == pytest.approx(float(expected), abs=1e-4)
+    assert variant.accuracy > 0.8
     assert 0.99 < found["onnxruntime fp32"].agreement < 1
-    assert way.agreement > 0.99999
+    assert variant.agreement > 0.99999
     rows = {row["name"]: row for row in export.report["rows"]}
     mse = float(((torch.from_numpy(runner_outputs) - torch.from_numpy(y)) ** 2).mean())
     assert rows["network int8"]["metrics"]["val_loss"] == pytest.approx(mse, rel=1e-3)
@@ -139,8 +139,8 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
     assert "<th" in (page := (bundle / "report.html").read_text())
     assert "R² of outputs" in page
     # Without labels, from what the bundle says and keeps; from the command line, with labels.
-    again = la.benchmark_bundle(bundle, ways=["onnxruntime int8"], settings=QUICK, record=False)
-    assert (again.settings["scores"], again["onnxruntime int8"].accuracy) == ("values", None)
+    again = la.benchmark_bundle(bundle, variants=["onnxruntime int8"], settings=QUICK, record=False)
+    assert (again.settings["output_kind"], again["onnxruntime int8"].accuracy) == ("values", None)
     assert again["onnxruntime int8"].agreement > 0.99999
     np.savez(tmp_path / "held.npz", **{read_manifest(bundle)["inputs"][0]: x})
     np.save(tmp_path / "values.npy", y)
@@ -149,14 +149,14 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
         str(bundle),
         "--data",
         str(tmp_path / "held.npz"),
-        "--way",
+        "--variant",
         "onnxruntime int8",
         "--seconds",
         "0.05",
     ]
     assert main([*arguments, "--labels", str(tmp_path / "values.npy"), "--json", str(tmp_path / "found.json")]) == 0
     told = Comparison.from_dict(json.loads((tmp_path / "found.json").read_text()))
-    assert told["onnxruntime int8"].accuracy == pytest.approx(way.accuracy, abs=1e-6)
+    assert told["onnxruntime int8"].accuracy == pytest.approx(variant.accuracy, abs=1e-6)
     capsys.readouterr()
     np.save(tmp_path / "values.npy", y[:, :1])
     assert main([*arguments, "--labels", str(tmp_path / "values.npy")]) == 1
@@ -164,7 +164,7 @@ def test_values_are_decided_by_their_r_squared(trainer, tmp_path, capsys):
         "or the values (600, 2) that the first output should have, but got float32 of shape (600, 1)"
         in capsys.readouterr().err
     )
-    assert main([*arguments, "--scores", "classes"]) == 0
+    assert main([*arguments, "--output-kind", "classes"]) == 0
     assert "R²" not in capsys.readouterr().out
 
 
@@ -172,9 +172,9 @@ def test_zeros_and_ones_are_no_values_for_logits(trainer, tmp_path):
     loader = DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), (torch.arange(64)[:, None] % 2).float()), 32)
     export = la.ModelExport(tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK)
     trainer(export).fit(Regressor(1), loader, loader)
-    way = Comparison.from_dict(export.report["comparison"])["onnxruntime fp32"]
-    assert way.accuracy is None
-    assert way.agreement == pytest.approx(1, abs=1e-6)
+    variant = Comparison.from_dict(export.report["comparison"])["onnxruntime fp32"]
+    assert variant.accuracy is None
+    assert variant.agreement == pytest.approx(1, abs=1e-6)
 
 
 class Reconstructing(Regressor):
@@ -190,17 +190,19 @@ class Reconstructing(Regressor):
 def test_the_user_says_what_outputs_are(trainer, tmp_path):
     data = DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), torch.arange(64) % 4), 32)
     qat = la.QuantizationAwareTraining("portable", start=1, calibration_batches=1)
-    export = la.ModelExport(tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK, scores="values")
+    export = la.ModelExport(
+        tmp_path / "bundle", budgets=la.Budgets(max_drop=100), benchmark=QUICK, output_kind="values"
+    )
     trainer(qat, export).fit(Reconstructing(), data, data)
     rows = export.report["rows"]
     assert [(row["name"], row["accuracy"]) for row in rows] == [("network fp32", None), ("network int8", None)]
     assert all(row["metrics"]["val_loss"] > 0 for row in rows)
     found = Comparison.from_dict(export.report["comparison"])
-    assert found.settings["scores"] == read_manifest(tmp_path / "bundle")["scores"] == "values"
+    assert found.settings["output_kind"] == read_manifest(tmp_path / "bundle")["output_kind"] == "values"
     assert found["onnxruntime int8"].accuracy is None
     assert 0.9 < found["onnxruntime fp32"].agreement < 1
-    with pytest.raises(ValueError, match=r"Argument `scores` must be 'classes', 'values' or None, but got 'r2'"):
-        la.ModelExport(scores="r2")
+    with pytest.raises(ValueError, match=r"Argument `output_kind` must be 'classes', 'values' or None, but got 'r2'"):
+        la.ModelExport(output_kind="r2")
 
 
 class Segmenter(L.LightningModule):
@@ -228,7 +230,7 @@ def test_a_class_for_each_pixel(trainer, tmp_path):
     module = Segmenter()
     trainer(export).fit(module, loader)
     found = Comparison.from_dict(export.report["comparison"])
-    assert read_manifest(tmp_path / "bundle")["scores"] == "classes"
+    assert read_manifest(tmp_path / "bundle")["output_kind"] == "classes"
     with torch.no_grad():
         expected = float((module.cpu().eval()(x).argmax(1) == y).float().mean())
     assert found["onnxruntime fp32"].accuracy == pytest.approx(expected, abs=1e-6)
@@ -238,7 +240,7 @@ def test_what_was_quantized_without_training_is_held_against_float32(trainer, tm
     ptq, export = la.PostTrainingQuantization("onnxruntime"), la.ModelExport(tmp_path / "bundle", keep_samples=64)
     trainer(ptq, export).fit(Classifier(), loader(64), DataLoader(images(96, 77), 32))
     assert read_manifest(tmp_path / "bundle")["trained"] == "fp32"
-    found = la.benchmark_bundle(tmp_path / "bundle", ways=["onnxruntime int8"], settings=QUICK, record=False)
+    found = la.benchmark_bundle(tmp_path / "bundle", variants=["onnxruntime int8"], settings=QUICK, record=False)
     assert found.settings["agreement_with"] == "onnxruntime fp32"
     assert found["onnxruntime fp32"].agreement == 1
     assert found["onnxruntime int8"].agreement <= 1

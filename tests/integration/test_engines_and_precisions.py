@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel as la
 from lightning_accel.cli.main import main
 from lightning_accel.engines.manifest import read_manifest
+from lightning_accel.engines.registry import engine_names
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.export.logging import scalars
-from lightning_accel.export.pipeline import ENGINES
 
+ENGINES = engine_names()
 SUBSETS = [list(engines) for count in range(1, len(ENGINES) + 1) for engines in combinations(ENGINES, count)]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8 by QAT", "int8 by PTQ")
 QUICK = la.BenchmarkSettings(
@@ -154,7 +155,7 @@ def check_report(folder, report, engines, runs, precision) -> None:
 @only_builds
 @pytest.mark.parametrize("precision", ["fp32", "int8 by PTQ"])
 def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_path, capsys, precision):
-    """A CPU's fastest way says nothing about TensorRT, so that the engine asked for stays the default."""
+    """A CPU's fastest variant says nothing about TensorRT, so that the engine asked for stays the default."""
     folder = tmp_path / "bundle"
     made = callbacks(folder, ["tensorrt"], precision, budgets=la.Budgets(max_drop=100), benchmark=QUICK)
     trainer(*made, max_epochs=1).fit(Tiny(), loader(), loader())
@@ -163,7 +164,7 @@ def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_pat
     assert "decision" not in manifest
     comparison = json.loads((folder / "comparison.json").read_text())
     assert comparison["decision"] is None
-    assert {way["name"] for way in comparison["ways"] if way["status"] == "ran"} >= {
+    assert {variant["name"] for variant in comparison["variants"] if variant["status"] == "ran"} >= {
         "onnxruntime fp32",
         "openvino fp32",
     }
@@ -176,7 +177,7 @@ def test_nothing_is_decided_for_an_engine_that_only_builds_here(trainer, tmp_pat
     arguments = ["benchmark", str(folder), "--batch", "4", "--callers", "1", "--seconds", "0.05", "--max-drop", "100"]
     assert main([*arguments, "--no-record"]) == 0
     out = capsys.readouterr().out
-    assert "took no part, not being able to run here" in out
+    assert "was excluded because it can.t run on this machine" in out
     assert read_manifest(folder) == manifest
     assert main(arguments) == 0
     assert read_manifest(folder)["default"]["engine"] in ("onnxruntime", "openvino")

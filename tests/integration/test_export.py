@@ -137,7 +137,7 @@ def test_best_checkpoint_only_if_it_was_compressed(trainer, tmp_path):
 
     def run(best, folder, start=1, **kwargs):
         checkpoint = ModelCheckpoint(tmp_path / folder, monitor="score", mode="max")
-        export = la.ModelExport(tmp_path / folder / "bundle", ckpt="best")
+        export = la.ModelExport(tmp_path / folder / "bundle", ckpt_path="best")
         callbacks = [
             la.WeightPruning(0.5, end=1),
             la.QuantizationAwareTraining("portable", start=start),

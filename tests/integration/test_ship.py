@@ -127,7 +127,7 @@ def test_bf16_is_proven_against_its_float_file_and_built(trainer, tmp_path):
             [la.QuantizationAwareTraining("portable"), la.ModelExport("b", precision="fp16")],
             'must be "int8" or None with QuantizationAwareTraining, but got "fp16"',
         ),
-        ([la.ModelExport("b", ckpt="best")], 'must be "last" or a path without a ModelCheckpoint, but got "best"'),
+        ([la.ModelExport("b", ckpt_path="best")], 'must be "last" or a path without a ModelCheckpoint, but got "best"'),
         (
             [la.QuantizationAwareTraining("portable"), la.ModelExport("b", dynamic={"x": {2: "h"}})],
             "Argument `dynamic` must hold axes that the quantized `forward` was captured with",

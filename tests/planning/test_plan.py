@@ -68,7 +68,7 @@ def test_each_layer_is_named_with_what_happens_or_why_not(trainer):
     integers = 8 * 27 + 8 * 72  # the weights of two convolutions; the head is excluded
     parameters = made.sizes["today"]["parameters"]
     assert made.sizes["after QuantizationAwareTraining"] == {"bytes of weights": 4 * parameters - 3 * integers}
-    assert "sparse kernels" in made.phases[0].worth
+    assert "sparse kernels" in made.phases[0].benefit
     text = str(made)
     assert "WeightPruning: from epoch 1 (step 8) to epoch 2 (step 16), learning rate 0.05 (100% of the highest)" in text
     assert "warning: QuantizationAwareTraining starts at 100% of the highest learning rate" in text

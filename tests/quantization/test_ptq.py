@@ -112,7 +112,7 @@ def test_a_dynamic_network_can_be_trained_on_and_says_what_it_cannot():
 
 def test_a_submodule_alone():
     module = Classifier()
-    copy = la.quantize(module, [images(16).tensors[0]], part="net", target="portable")
+    copy = la.quantize(module, [images(16).tensors[0]], module="net", target="portable")
     assert list(quantized_forwards(copy)) == ["net"]
 
 
@@ -122,7 +122,7 @@ def test_an_iterator_calibrates_with_all_it_yields():
     bank = quantized_forwards(la.quantize(module, iter(batches), target="portable", ranges="min_max"))[""].bank
     assert (bank.batches, bank.high.tolist()) == (3, [5.0])
     left = iter(batches)
-    la.quantize(module, left, target="portable", batches=2)
+    la.quantize(module, left, target="portable", calibration_batches=2)
     assert torch.equal(next(left), batches[2])  # no more is taken than was asked for
     drawn, state = [], torch.get_rng_state()
     la.quantize(module, (drawn.append(x) or x for x in (torch.randn(2, 4) for _ in range(3))), target="portable")
@@ -189,18 +189,18 @@ def test_parts_that_nothing_calls_are_refused(tmp_path):
 
     module = Once()
     with pytest.raises(ValueError, match="must be called while ranges are learned, but `part` wasn't"):
-        la.quantize(module, [torch.randn(8, 4)], part=["part", "head"])
+        la.quantize(module, [torch.randn(8, 4)], module=["part", "head"])
     assert "forward" not in vars(module.part)
 
 
 def test_parts_that_overlap_are_refused():
     module = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="Argument `part` must name parts of the network that don't overlap"):
-        la.quantize(module, [torch.randn(8, 4)], part=["0", "0.0"])
+    with pytest.raises(ValueError, match="Argument `module` must name parts of the network that don't overlap"):
+        la.quantize(module, [torch.randn(8, 4)], module=["0", "0.0"])
 
 
 def test_sensitivity_of_a_part_without_a_forward_around_it():
-    found = la.sensitivity(Steps(), [[torch.randn(8, 4)]], part="backbone", target="portable")
+    found = la.sensitivity(Steps(), [[torch.randn(8, 4)]], module="backbone", target="portable")
     assert set(found.costs) == {"backbone.linear1"}
 
 
@@ -240,14 +240,14 @@ def test_errors_leave_the_module_as_it_was():
     done = la.quantize(module, [x])
     with pytest.raises(ValueError, match=r"must be a float network, but .* is quantized already"):
         la.quantize(done, [x])
-    with pytest.raises(ValueError, match="Argument `batches` must be at least 1, but got 0"):
-        la.quantize(module, [x], batches=0)
+    with pytest.raises(ValueError, match="Argument `calibration_batches` must be at least 1, but got 0"):
+        la.quantize(module, [x], calibration_batches=0)
     with pytest.raises(
         ValueError, match=r"Argument `data` must be a loader or a list of batches, but got a Tensor \(8, "
     ):
         la.quantize(module, x[0])
-    with pytest.raises(ValueError, match="Argument `part` must be the path of a submodule, but got 'neck'"):
-        la.quantize(module, [x], part="neck")
+    with pytest.raises(ValueError, match="Argument `module` must be the path of a submodule, but got 'neck'"):
+        la.quantize(module, [x], module="neck")
 
 
 def trainer(folder, *callbacks):

@@ -153,7 +153,7 @@ def test_what_cannot_be_captured_fails_in_setup(trainer):
             return y if y.sum() > 0 else -y
 
     watch = Ranges()
-    with pytest.raises(CaptureError, match=r"test_callback.py:\d+\).*Its submodule `net` can be captured"):
+    with pytest.raises(CaptureError, match=r"test_qat.py:\d+\).*Its submodule `net` can be captured"):
         trainer(QuantizationAwareTraining("portable"), watch).fit(Dynamic(), loader())
     assert watch.seen == []
 

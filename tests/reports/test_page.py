@@ -11,7 +11,7 @@ from lightning_accel.reports.page import render_html
 from lightning_accel.reports.run_report import render_markdown
 from tests.reports.whole import NASTY, Page, comparison, whole_report
 
-SECTIONS = ["summary", "comparison", "ways", "verification", "layers", "training", "engines", "making", "machine"]
+SECTIONS = ["summary", "comparison", "variants", "verification", "layers", "training", "engines", "making", "machine"]
 
 
 def test_the_whole_page_is_well_formed_and_fetches_nothing():
@@ -66,7 +66,7 @@ def test_only_what_there_is_to_say_is_said():
     assert (page.problems, page.ids) == ([], ["summary"])
     report = whole_report()
     del report["comparison"], report["curves"]
-    assert Page(render_html(report)).ids == [s for s in SECTIONS if s not in ("ways", "training")]
+    assert Page(render_html(report)).ids == [s for s in SECTIONS if s not in ("variants", "training")]
 
 
 def test_the_summary_comes_first_and_says_what_is_measured():
@@ -83,8 +83,8 @@ def test_the_summary_comes_first_and_says_what_is_measured():
     assert said["Not run here"].value == "tensorrt"
     assert not said["Noise"].good
     assert decision_of(report) == "Ship openvino int8: the fastest within 0.5 points of the baseline."
-    report["comparison"]["decision"] |= {"ship": None, "why": "No way fits the budgets."}
-    assert decision_of(report) == "No way fits the budgets."
+    report["comparison"]["decision"] |= {"ship": None, "why": "No variant fits the budgets."}
+    assert decision_of(report) == "No variant fits the budgets."
     report = whole_report()
     text = render_html(report)
     assert text.index("Ship openvino int8") < text.index('id="comparison"')
@@ -102,9 +102,9 @@ def test_what_is_not_proven_or_not_complete_is_said_first():
     assert "proven: what ships" not in render_html(report)
 
 
-def test_each_way_has_its_numbers_or_its_reason():
+def test_each_variant_has_its_numbers_or_its_reason():
     text = render_html(whole_report())
-    section = text[text.index('id="ways"') : text.index('id="verification"')]
+    section = text[text.index('id="variants"') : text.index('id="verification"')]
     for said in ("2.00x", "1.90 to 2.10", "10,000", "99.20 %", "81 MB", "no NVIDIA GPU", "took over 20 s"):
         assert said in section
     assert "slower than openvino int8" in section
@@ -133,25 +133,25 @@ def test_phases_stand_behind_the_curves():
     assert 'aria-label="val/accuracy: from 0.5 to 0.8 in epoch 4."' in section
 
 
-def test_markdown_has_the_same_beginning_and_the_ways():
+def test_markdown_has_the_same_beginning_and_the_variants():
     report = {**whole_report(), "title": "Net", "summary": ["Ships: student int8"]}
     text = render_markdown(report)
     assert text.startswith("# Net\n\n- Ships: student int8\n\n")
-    assert "## Ways to run it\n\n| way " in text
+    assert "## Runtime variants\n\n| variant " in text
     assert "not here: no NVIDIA GPU" in text
     assert "lstm: float: no integer kernel" in text
     assert "```\nlightning-accel fit -c run.yaml\n```" in text
-    assert len(comparison()["ways"]) == 4
+    assert len(comparison()["variants"]) == 4
 
 
-def test_ways_are_drawn_at_the_batch_size_that_is_decided_at_and_values_by_their_r_squared():
+def test_variants_are_drawn_at_the_batch_size_that_is_decided_at_and_values_by_their_r_squared():
     report = whole_report()
     comparison = report["comparison"]
-    comparison["settings"]["scores"] = "values"
-    for way in comparison["ways"][:2]:
-        way["points"] = [{**way["points"][0], "batch": 8, "p50_ms": 7.125}, *way["points"]]
+    comparison["settings"]["output_kind"] = "values"
+    for variant in comparison["variants"][:2]:
+        variant["points"] = [{**variant["points"][0], "batch": 8, "p50_ms": 7.125}, *variant["points"]]
     page = render_html(report)
-    assert "R² against latency of the ways" in page
+    assert "R² against latency of the variants" in page
     assert "latency, ms (p50, batch 8)" in page
     comparison["decision"]["budgets"]["batch"] = 1
     assert "latency, ms (p50, batch 1)" in render_html(report)

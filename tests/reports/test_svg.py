@@ -5,13 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from lightning_accel.benchmarking.pareto import Point, pareto_front
+from lightning_accel.benchmarking.pareto import ParetoPoint, pareto_front
 from lightning_accel.reports.axes import Axis, axis_of, short
 from lightning_accel.reports.svg import bar, curve, pareto_plot
 
 
 def point(number, cost, accuracy, **more):
-    return Point(number, f"way {number}", cost, accuracy, accuracy - 0.01, accuracy + 0.01, **more)
+    return ParetoPoint(number, f"variant {number}", cost, accuracy, accuracy - 0.01, accuracy + 0.01, **more)
 
 
 def test_the_front_is_that_of_a_count_of_who_beats_whom():
@@ -56,7 +56,7 @@ def test_numbers_are_short():
 def test_points_stand_where_their_values_are_and_share_a_marker_where_they_meet():
     points = [point("1", 4.0, 0.9), point("2", 2.0, 0.8), point("3", 2.0, 0.8), point("4", 5.0, 0.7, ships=True)]
     text = pareto_plot(points, "Accuracy against latency", "ms")
-    assert 'aria-label="Accuracy against latency. On the front: way 2, way 3, way 1."' in text
+    assert 'aria-label="Accuracy against latency. On the front: variant 2, variant 3, variant 1."' in text
     markers = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)".*?class="point (.*?)"></rect><text.*?>(.*?)</text>', text)
     assert [(kind, number) for _, _, kind, number in markers] == [("on", "1"), ("on", "2,3"), ("off ships", "4")]
     left, lower = (float(markers[0][i]) - float(markers[1][i]) for i in (0, 1))

@@ -6,7 +6,7 @@ NASTY = '<script>alert("x")</script> & "quotes"'
 
 
 def comparison() -> dict:
-    """Ways as a bundle's ``comparison.json`` has them: two that ran, two that didn't."""
+    """Variants as a bundle's ``comparison.json`` has them: two that ran, two that didn't."""
     point = {"p90_ms": 0.5, "p99_ms": 0.8, "rounds": 5, "calls": 500}
     fp32 = {
         "name": "onnxruntime fp32",
@@ -67,7 +67,7 @@ def comparison() -> dict:
             ]
         },
         "noisy": True,
-        "ways": [
+        "variants": [
             fp32,
             int8,
             {**fp32, **nothing, "name": "tensorrt fp16", "status": "not here", "reason": "no NVIDIA GPU", "points": []},

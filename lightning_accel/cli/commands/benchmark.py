@@ -1,9 +1,9 @@
-"""Measure every way to run a bundle, each in its own process, and select the one that ships; or compare several files.
+"""Measure all runtime variants of a bundle, each in its own process, and select the one that ships; or compare several files.
 
-One bundle: latency, throughput, memory and accuracy of each way. Several bundles or files: their latency, in one process. In both cases
+One bundle: latency, throughput, memory and accuracy of each variant. Several bundles or files: their latency, in one process. In both cases
 the order is shuffled in each round, and a null run of the baseline against itself shows the measurement error of this machine.
 
-Exit code for one bundle: 0; 1 if no way meets the budgets, or for an error; 130 after Ctrl-C, which prints the measurements so far.
+Exit code for one bundle: 0; 1 if no variant meets the budgets, or for an error; 130 after Ctrl-C, which prints the measurements so far.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from lightning_accel.reports.comparison_text import render_comparison
 
 _OF_ONE_BUNDLE = {
     "all": False,
-    "way": None,
+    "variant": None,
     "labels": None,
-    "scores": None,
+    "output_kind": None,
     "callers": None,
     "limit": 60.0,
     "max_drop": None,
@@ -58,25 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="one bundle: time for each way, batch size and number of callers, default 2; several models: total, default 10",
+        help="one bundle: time for each variant, batch size and number of callers, default 2; several models: total, default 10",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     _add_arguments_of_one_bundle(parser.add_argument_group("one bundle"))
 
 
 def _add_arguments_of_one_bundle(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--all", action="store_true", help="measure all ways, not only the half dozen default ones")
-    add_list_option(group, "--way", help="name of a way to measure")
+    group.add_argument("--all", action="store_true", help="measure all variants, not only the common ones")
+    add_list_option(group, "--variant", help="name of a variant to measure")
     group.add_argument(
         "--labels", type=Path, help=".npy file with the class, or the output values, of each sample of --data"
     )
     group.add_argument(
-        "--scores",
+        "--output-kind",
         choices=(CLASSES, VALUES),
         help="whether the first output holds logits of classes, or values that are scored by R²; default: as in the labels or the run",
     )
     add_list_option(group, "--callers", int, help="number of threads that call at the same time; default 1,4")
-    group.add_argument("--limit", type=float, default=60.0, help="time limit for each way in seconds; default 60")
+    group.add_argument("--limit", type=float, default=60.0, help="time limit for each variant in seconds; default 60")
     group.add_argument(
         "--max-drop", type=float, help="budget: accuracy that may be lost against fp32, in percentage points; default 1"
     )
@@ -110,10 +110,10 @@ def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
         bundle,
         samples,
         None if arguments.labels is None else load_labels(arguments.labels),
-        scores=arguments.scores,
+        output_kind=arguments.output_kind,
         budgets=_budgets(arguments),
         everything=arguments.all,
-        ways=arguments.way,
+        variants=arguments.variant,
         settings=settings_of(arguments),
         record=not arguments.no_record,
         progress=show,
@@ -166,7 +166,7 @@ def _budgets(arguments: argparse.Namespace) -> Budgets | None:
 def _ending(bundle: Path, comparison: Comparison, *, recorded: bool) -> str:
     where = f"Recorded in {bundle / 'comparison.json'}." if recorded else "The bundle was not changed."
     if comparison.decision is None:
-        return where if comparison.interrupted else f"{where} Pass --max-drop 0.5 to select the way that ships."
+        return where if comparison.interrupted else f"{where} Pass --max-drop 0.5 to select the variant that ships."
     if comparison.decision["ship"] is None:
         return f"{where} Its default was not changed."
     return f"{where} {MANIFEST} names {comparison.decision['ship']} as the default." if recorded else where
@@ -185,17 +185,17 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
         )
     batch = arguments.batch[0] if arguments.batch else 32
     with ExitStack() as stack:
-        ways = {}
+        variants = {}
         for text in arguments.models:
             path, _, engine = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
             runner = stack.enter_context(load_runner(path, engine or None, threads=arguments.threads))
-            ways[text] = partial(runner.run, _feeds(runner, batch, arguments.data))
-        result = benchmark(ways, max_seconds=10.0 if arguments.seconds is None else arguments.seconds)
+            variants[text] = partial(runner.run, _feeds(runner, batch, arguments.data))
+        result = benchmark(variants, max_seconds=10.0 if arguments.seconds is None else arguments.seconds)
     for name, value in environment().items():
         print(f"{name}: {value}")
-    for way in result.measurements:
-        speedup = f"{way.speedup.value:.3f}x [{way.speedup.low:.3f}, {way.speedup.high:.3f}]"
-        print(f"{way.name}: p50 {way.p50_ms:.3f} ms, p90 {way.p90_ms:.3f} ms, {speedup}, batch {batch}")
+    for variant in result.measurements:
+        speedup = f"{variant.speedup.value:.3f}x [{variant.speedup.low:.3f}, {variant.speedup.high:.3f}]"
+        print(f"{variant.name}: p50 {variant.p50_ms:.3f} ms, p90 {variant.p90_ms:.3f} ms, {speedup}, batch {batch}")
     null = result.null
     print(f"null run: {null.value:.3f}x [{null.low:.3f}, {null.high:.3f}]{', a noisy machine' if result.noisy else ''}")
     if arguments.json is not None:

@@ -44,4 +44,4 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     if found.comparison.interrupted:
         return INTERRUPTED
-    return 0 if all(way.status == "ran" for way in found.comparison.ways) else 1
+    return 0 if all(variant.status == "ran" for variant in found.comparison.variants) else 1

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,16 @@ from typing import Any
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.int8_probe import int8_speed
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, FORMS, Finding, probe_kernels
-from lightning_accel.engines.tensorrt.build import has_gpu
-from lightning_accel.engines.tensorrt.library import LIBRARIES, load_library
+from lightning_accel.engines.kernel_probe import FORMS, KernelFinding, probe_kernels
+from lightning_accel.engines.registry import UNLOADABLE, all_engines, probed_engines, requirements
 
-_EXTRAS = {
-    "onnxruntime": "cpu",
-    "onnxruntime-gpu": "gpu",
-    "openvino": "openvino",
-    "tensorrt": "gpu",
-    "tensorrt-rtx-cu12": "tensorrt-rtx",
-    "wandb": "wandb",
-    "transformers": "transformers",
-    "matplotlib": "report",
+_REPORTS = {
+    "wandb": "lightning-accel[wandb]",
+    "transformers": "lightning-accel[transformers]",
+    "matplotlib": "lightning-accel[report]",
 }
 
 _FORMATS = (("uint8", 127), ("uint8", 63), ("int8", 127), ("int8", 63))  # activations, largest weight
-_UNLOADABLE = "installed, but can't be loaded"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +51,9 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
         each engine and format), ``kernels`` (error, for each engine, form of operators and format), ``broken`` (what must be
         fixed).
     """
-    extras = {package: _version(package) or f'pip install "lightning-accel[{e}]"' for package, e in _EXTRAS.items()}
-    installed = {package for package in _EXTRAS if _version(package)}
+    packages = {package: needs for package, needs in {**requirements(), **_REPORTS}.items() if package != "torch"}
+    extras = {package: _version(package) or f'pip install "{needs}"' for package, needs in packages.items()}
+    installed = {package for package in packages if _version(package)}
     broken = []
     if {"onnxruntime", "onnxruntime-gpu"} <= installed:
         broken.append(
@@ -68,9 +61,9 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
         )
     if not {"onnxruntime", "onnxruntime-gpu"} & installed:
         broken.append('ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]"')
-    engines = {name: _engine(name) for name in ("onnxruntime", "openvino", *LIBRARIES)}
-    broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(_UNLOADABLE)]
-    runs = [engine for engine in ENGINES if probe and engines[engine].startswith("runs")]
+    engines = {name: status for spec in all_engines() for name, status in spec.statuses().items()}
+    broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(UNLOADABLE)]
+    runs = [engine for engine in probed_engines() if probe and engines[engine].startswith("runs")]
     kernels = [
         probe_kernels(engine, form, Arithmetic(*of)).to_dict() for engine in runs for form in FORMS for of in _FORMATS
     ]
@@ -90,28 +83,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _engine(name: str) -> str:
-    """Status of an engine."""
-    if name in LIBRARIES:
-        try:
-            load_library(name)
-        except ModuleNotFoundError:
-            return "not installed"
-        except (ImportError, OSError, RuntimeError) as error:
-            return f"{_UNLOADABLE}: {error}"
-        return "builds and runs here" if has_gpu() else "builds here, runs on an NVIDIA GPU"
-    try:
-        module = import_module(name)
-    except ModuleNotFoundError as error:
-        return "not installed" if error.name == name else f"{_UNLOADABLE}: {error}"
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{_UNLOADABLE}: {error}"
-    if name == "onnxruntime":
-        providers = [p.removesuffix("ExecutionProvider") for p in module.get_available_providers()]
-        return f"runs here ({', '.join(providers)})"
-    return "runs here (CPU)"
 
 
 def _screen(found: dict[str, Any]) -> str:
@@ -151,4 +122,4 @@ def _format(values: dict[str, Any]) -> str:
 
 def _words(values: dict[str, Any]) -> str:
     given = {name: value for name, value in values.items() if name != "exact"}
-    return str(Finding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))
+    return str(KernelFinding(**{**given, "arithmetic": Arithmetic(**values["arithmetic"])}))

@@ -1,1 +1,1 @@
-"""Teacher outputs computed once for each sample and kept on disk."""
+"""Teacher outputs, computed once for each sample and stored on disk."""

@@ -1,4 +1,4 @@
-"""How a teacher's outputs become bytes: float32, float16, or the largest logits and the mass of the rest."""
+"""Encode teacher outputs as bytes: float32, float16, or the largest logits and the probability mass of the rest."""
 
 import math
 from abc import ABC, abstractmethod

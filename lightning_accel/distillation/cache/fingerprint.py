@@ -1,4 +1,4 @@
-"""Whether a teacher and a data set are still those that a cache was made of."""
+"""Fingerprints that detect a changed teacher or data set."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which samples a batch is made of: index and batch travel together until just before ``training_step``."""
+"""Attach sample indices to batches until just before ``training_step``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Rows of bytes in a memory-mapped file, each with a checksum of its own."""
+"""Memory-mapped file of rows, each with a checksum."""
 
 import zlib
 from pathlib import Path

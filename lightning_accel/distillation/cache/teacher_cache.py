@@ -1,4 +1,4 @@
-"""TeacherCache: the teacher's outputs, computed once for each sample and kept on disk."""
+"""Cache of teacher outputs on disk."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _STORAGES = ("float32", "float16", "topk")
 _MANIFEST = "cache.json"
 _TOLERANCE = 0.05  # relative error of a batch that half precision and another batch size don't reach
 
-Signals = dict[str, Tensor]
+Signals = dict[str, Tensor]  # path of a layer -> its output; "" -> the logits
 
 
 class TeacherCache:

@@ -1,1 +1,1 @@
-"""Addresses of layers and of tensors in what they return."""
+"""Paths of layers, and of tensors in their outputs."""

@@ -1,4 +1,4 @@
-"""A layer's output where a captured graph computes it: quantization-aware training runs no submodules, so no hooks fire."""
+"""Locate a layer's output in a captured graph, where submodules don't run and hooks don't fire."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

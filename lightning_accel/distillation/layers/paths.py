@@ -1,4 +1,4 @@
-"""Layers by path: ``"net.layer3"``, ``"encoder.*.attention"``, ``"bert[hidden_states][-1]"``."""
+"""Resolve layer paths such as ``"net.layer3"``, ``"encoder.*.attention"`` or ``"bert[hidden_states][-1]"``."""
 
 import re
 from collections.abc import Iterator, Sequence

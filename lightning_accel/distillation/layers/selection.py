@@ -1,4 +1,4 @@
-"""Selections: which tensor is meant of what a network or layer returned, as in ``"encoder[0]"`` or ``"[logits]"``."""
+"""Select a tensor from the output of a network or layer, as in ``"encoder[0]"`` or ``"[logits]"``."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def split_path(path: str, argument: str) -> tuple[str, tuple[int | str, ...]]:
     return match["module"], tuple(int(k) if re.fullmatch(r"-?\d+", k) else k.strip("'\"") for k in keys)
 
 
-def select(output: Any, keys: Sequence[int | str], path: str, argument: str) -> Tensor:
+def select_tensor(output: Any, keys: Sequence[int | str], path: str, argument: str) -> Tensor:
     """The tensor in what a layer returned: behind ``keys``, or the only one there is.
 
     Raises:
@@ -71,7 +71,7 @@ def logits_in(output: Any, where: Any, argument: str) -> Tensor:
         InvalidArgumentError: there is no telling; the message says how to select.
     """
     if isinstance(where, str):
-        return select(output, split_path(where, argument)[1], where, argument)
+        return select_tensor(output, split_path(where, argument)[1], where, argument)
     return _find_logits(where(output) if callable(where) else output, argument)
 
 

@@ -1,1 +1,1 @@
-"""Distillation losses. Each file is one family; ``base`` holds what they share."""
+"""Distillation losses, one family in each file."""

@@ -1,4 +1,4 @@
-"""What every loss does first: float32 whatever the precision of the run, and logits of any layout as rows."""
+"""Base of the losses: computation in float32, and logits of any layout as rows."""
 
 import math
 from collections.abc import Callable
@@ -115,11 +115,13 @@ class Loss:
 
     Attributes:
         adapts: whether student features are brought to the teacher's channels before the loss sees them.
-        needs_all_logits: whether it looks at more than the probabilities of a few classes and the mass of the rest.
+        needs_all_logits: whether it needs more than the probabilities of a few classes and the sum of the rest.
+        layers: whether it compares layers: ``"none"`` (logits alone), ``"optional"`` or ``"required"``.
     """
 
     adapts = True
     needs_all_logits = False
+    layers = "none"
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

@@ -1,4 +1,4 @@
-"""Losses that forgive the scale of logits: DIST compares by correlation, standardization takes mean and scale away."""
+"""Losses that are invariant to the scale of logits: DIST, and standardized logits."""
 
 from collections.abc import Callable
 

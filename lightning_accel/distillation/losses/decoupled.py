@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: the target class and the others weighed apart."""
+"""Decoupled knowledge distillation: separate weights for the target class and the other classes."""
 
 import torch
 import torch.nn.functional as F

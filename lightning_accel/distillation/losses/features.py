@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's features, layer by layer."""
+"""Losses between features of student and teacher layers."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +55,8 @@ class HintLoss(Loss):
         tensor(5.)
     """
 
+    layers = "required"
+
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features, a scalar."""
         return hint_loss(student, teacher)
@@ -107,6 +109,7 @@ class AttentionTransferLoss(Loss):
         tensor(1.)
     """
 
+    layers = "required"
     adapts = False
 
     def __init__(self, power: float = 2.0) -> None:

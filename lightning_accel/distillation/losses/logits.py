@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's logits: soft targets, hard labels, the logits themselves."""
+"""Losses between logits: soft targets, hard labels, and differences of the logits."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a student learns from how a teacher relates the samples of a batch; channels and sizes may differ."""
+"""Losses between the relations of samples in a batch; channels and sizes of features may differ."""
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,7 @@ class SimilarityLoss(Loss):
         tensor(0.2929)
     """
 
+    layers = "optional"
     adapts = False
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -128,6 +129,7 @@ class RKDLoss(Loss):
         1.0
     """
 
+    layers = "optional"
     adapts = False
 
     def __init__(self, distance_weight: float = 1.0, angle_weight: float = 2.0) -> None:

@@ -1,4 +1,4 @@
-"""What a loss asks for beside student and teacher: the target, the mask, the batch."""
+"""Inspect which of ``target``, ``mask`` and ``batch`` a loss takes."""
 
 from collections.abc import Callable
 from inspect import Parameter, signature

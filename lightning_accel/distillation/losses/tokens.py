@@ -1,4 +1,4 @@
-"""What a transformer learns from a larger one: hidden states, attention, relations of tokens."""
+"""Losses for transformers: hidden states, attention, and relations of tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ class HiddenStateLoss(Loss):
         tensor(5.)
     """
 
+    layers = "required"
+
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of hidden states ``(N, T, D)``, a scalar."""
         return hidden_state_loss(student, teacher, mask)
@@ -75,6 +77,8 @@ class CosineLoss(Loss):
         >>> CosineLoss()(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
         tensor(1.)
     """
+
+    layers = "optional"
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of hidden states ``(N, T, D)``, a scalar."""
@@ -118,6 +122,7 @@ class AttentionLoss(Loss):
         tensor(1.)
     """
 
+    layers = "required"
     adapts = False
 
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -203,6 +208,7 @@ class MiniLMLoss(Loss):
         tensor(0.0601)
     """
 
+    layers = "required"
     adapts = False
 
     def __init__(self, heads: int = 12) -> None:

@@ -1,4 +1,4 @@
-"""A teacher: frozen, in eval, where and how it likes to compute."""
+"""Base of the teachers: a frozen module in eval mode, with its own device and precision."""
 
 from collections.abc import Callable
 from pathlib import Path

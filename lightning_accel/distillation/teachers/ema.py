@@ -1,4 +1,4 @@
-"""A teacher that is the average of the student over steps."""
+"""Teacher that is an exponential moving average of the student."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Ensemble of teachers with averaged outputs."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_accel.distillation.layers.selection import select, split_path
+from lightning_accel.distillation.layers.selection import select_tensor, split_path
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -53,7 +53,7 @@ class TeacherEnsemble(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Logits of all teachers, averaged."""
-        logits = [select(t(*args, **kwargs), self._keys, self._outputs, "outputs") for t in self.teachers]
+        logits = [select_tensor(t(*args, **kwargs), self._keys, self._outputs, "outputs") for t in self.teachers]
         if self.average == "probabilities":
             logs = [F.log_softmax(x.float(), dim=1) + math.log(w) for x, w in zip(logits, self.weights, strict=True)]
             return torch.logsumexp(torch.stack(logs), dim=0)

@@ -1,4 +1,4 @@
-"""A pretrained teacher of ``transformers``."""
+"""Teacher from a pretrained model of ``transformers``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A teacher in a file, run by an engine."""
+"""Teacher from an ONNX file, run by an engine."""
 
 from pathlib import Path
 from typing import Any

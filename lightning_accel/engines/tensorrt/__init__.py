@@ -1,1 +1,1 @@
-"""TensorRT: building engines, running them, and reading their layers."""
+"""TensorRT: build engines, run them, and read their layers."""

@@ -1,4 +1,4 @@
-"""TensorRT: one path from an ONNX file to an engine for TensorRT 10, TensorRT 11 and TensorRT for RTX."""
+"""Build engines from ONNX files with TensorRT 10, TensorRT 11 and TensorRT for RTX."""
 
 import json
 import os
@@ -44,29 +44,29 @@ def build_engine(
 ) -> EngineInfo:
     """Build a TensorRT engine from an ONNX file.
 
-    The network is strongly typed: each layer runs in the precision the file says (casts, QuantizeLinear and
-    DequantizeLinear), on every version of TensorRT. TensorRT for RTX builds on machines without a GPU. Both files,
-    the engine and its record ``<engine>.json``, are written only when the build succeeded.
+    The network is strongly typed: each layer runs in the precision of the file (casts, QuantizeLinear and
+    DequantizeLinear), on every version of TensorRT. TensorRT for RTX builds on machines without a GPU. The engine and its
+    record ``<engine>.json`` are written only after a successful build.
 
     Args:
         onnx_path: the ONNX file.
-        engine_path: where the engine goes. Default: ``<name>.<library>.engine`` beside the ONNX file.
+        engine_path: destination of the engine. Default: ``<name>.<library>.engine`` beside the ONNX file.
         library: ``"tensorrt"`` or ``"tensorrt_rtx"``. Default: the first of the two that is installed.
         profile: ``{input: (smallest, optimal, largest)}`` shapes of dynamic inputs. Default for an input whose
             first dimension alone is dynamic: batches of 1, 8 and 64.
         workspace_bytes: memory a layer may use for intermediate results. Default: all of the GPU's.
         level: optimization level, 0 (builds fast) to 5 (runs fast). Default: TensorRT's, 3.
-        timing_cache: file that keeps the timings of layers from one build to the next; made if missing.
+        timing_cache: file that keeps the timings of layers from one build to the next; created if missing.
             TensorRT for RTX has none.
         sparse: let TensorRT use kernels that skip zeros where weights are 2:4 sparse. Default: if any are.
-        compatibility: GPUs that can run the engine beside the one at hand: ``"ampere_plus"`` or
-            ``"same_compute_capability"``. Default: none. TensorRT for RTX's engines need no such choice.
-        progress: called with the phase of the build and the share of it that is done; what it raises stops the build.
+        compatibility: further GPUs that can run the engine: ``"ampere_plus"`` or
+            ``"same_compute_capability"``. Default: none. Not supported by TensorRT for RTX.
+        progress: called with the phase of the build and its progress in [0, 1]; an exception stops the build.
 
     Raises:
         MissingPackageError: neither library is installed; the message names the extra.
         MissingFileError: no ONNX file.
-        InvalidArgumentError: not a valid ONNX file, a profile that doesn't fit its inputs, or an option that doesn't fit the library.
+        InvalidArgumentError: not a valid ONNX file, a profile that doesn't fit its inputs, or an option that the library doesn't support.
         EngineError: TensorRT can't parse or build it; the message holds its errors with the names of the nodes.
 
     Example:
@@ -101,16 +101,16 @@ def build_engine(
     with collected_messages(trt, warnings) as (logger, errors):
         try:
             builder = trt.Builder(logger)
-        except (TypeError, RuntimeError) as error:  # raised where there is no GPU but the library wants one
+        except (TypeError, RuntimeError) as error:  # raised by a library that needs a GPU, on a machine without one
             raise EngineError(f"{library} {trt.__version__} can't build here:\n{explain(errors)}") from error
-        # TensorRT 11 has only strongly typed networks, and may drop the flag that asks for them.
+        # TensorRT 11 has only strongly typed networks, and may remove the flag.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, logger)
         if not parser.parse_from_file(str(onnx_path)):
             nodes = [parser.get_error(index) for index in range(parser.num_errors)]
             lines = [f"node `{node.node_name()}` ({node.node_operator()}): {node.desc()}" for node in nodes]
-            raise EngineError(f"{library} can't take `{onnx_path.name}`:\n{explain(lines or errors)}")
+            raise EngineError(f"{library} can't parse `{onnx_path.name}`:\n{explain(lines or errors)}")
         config = builder.create_builder_config()
         shapes = _profile_of([network.get_input(index) for index in range(network.num_inputs)], profile or {})
         if shapes:
@@ -174,12 +174,12 @@ def build_engine(
 
 
 def _checked_model(path: Path) -> Any:
-    """Read and check an ONNX file, with the weights beside it."""
+    """Read and check an ONNX file, including external weights."""
     onnx = require("onnx", "cpu", "`build_engine`")
     if not path.is_file():
         raise MissingFileError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
     try:
-        # TensorRT's parser takes some files that are no ONNX at all without a word.
+        # TensorRT's parser silently accepts some files that aren't ONNX.
         onnx.checker.check_model(str(path))
         return onnx.load(str(path))
     except Exception as error:  # a damaged file raises protobuf's and the checker's own errors
@@ -189,7 +189,7 @@ def _checked_model(path: Path) -> Any:
 
 
 def _precision_of(model: Any) -> str:
-    """The precision that is written in a model: that of its integers, else of its weights."""
+    """Precision of a model: of its integers if it has Q/DQ nodes, otherwise of its weights."""
     types, graph = require("onnx", "cpu", "`build_engine`").TensorProto.DataType, model.graph
     constants = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
     kinds = {types.Name(tensor.data_type) for tensor in (*graph.initializer, *constants)}
@@ -233,7 +233,7 @@ def _profile_of(inputs: Sequence[Any], given: Mapping[str, Sequence[Sequence[int
 
 
 def _write(path: Path, data: Any) -> None:
-    """Write all or nothing: a crash leaves the old file or the new one, never half of one."""
+    """Write a file atomically: a crash leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)

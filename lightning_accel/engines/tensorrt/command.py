@@ -1,4 +1,4 @@
-"""The command of TensorRT's own tool that does what :func:`build_engine` did, for those who know it or have no Python."""
+"""Equivalent command line of NVIDIA's own tool for a build."""
 
 import shlex
 from pathlib import Path
@@ -10,13 +10,13 @@ def equivalent_command(info: EngineInfo, onnx_path: str | Path) -> str:
     """``trtexec``, or ``tensorrt_rtx`` of TensorRT for RTX, with the arguments of a build.
 
     Args:
-        info: what was built, and with which library.
+        info: record of the build.
         onnx_path: the ONNX file.
     """
     words = ["tensorrt_rtx" if info.library == "tensorrt_rtx" else "trtexec"]
     words += [f"--onnx={onnx_path}", f"--saveEngine={info.path}"]
     if info.library == "tensorrt" and int(info.version.split(".")[0]) < 11:
-        words.append("--stronglyTyped")  # from 11 on there is nothing else
+        words.append("--stronglyTyped")  # the only mode from version 11 on
     for place, option in enumerate(("minShapes", "optShapes", "maxShapes")):
         shapes = [f"{name}:{'x'.join(map(str, of_input[place]))}" for name, of_input in info.profile.items()]
         words += [f"--{option}={','.join(shapes)}"] if shapes else []

@@ -1,6 +1,6 @@
-"""The few calls of the CUDA driver that running an engine takes, through ctypes: no torch, no further package.
+"""Minimal bindings of the CUDA driver through ctypes, without torch or other packages.
 
-The driver's library comes with every NVIDIA driver, in one version, so unlike the CUDA runtime's it has not to be
+The driver's library is part of every NVIDIA driver, in one version, unlike the CUDA runtime, which would have to be
 searched for. TensorRT uses the device's primary context, and so does this file.
 """
 
@@ -76,14 +76,14 @@ def make_current() -> None:
 
 
 class DeviceArray:
-    """Memory on the GPU that holds one array and grows when a larger one comes."""
+    """GPU memory for one array, which grows on demand."""
 
     def __init__(self) -> None:
         self._pointer = _POINTER()
         self._capacity = 0
 
     def reserve(self, size: int) -> int:
-        """Have room for ``size`` bytes; returns the address."""
+        """Allocate at least ``size`` bytes; returns the address."""
         if size > self._capacity:
             self.free()
             _call("cuMemAlloc_v2", ctypes.byref(self._pointer), size)
@@ -105,7 +105,7 @@ class DeviceArray:
         return array
 
     def free(self) -> None:
-        """Give the memory back; freeing twice is fine."""
+        """Free the memory; a second call has no effect."""
         if self._capacity:
             _call("cuMemFree_v2", self._pointer)
             self._pointer, self._capacity = _POINTER(), 0
@@ -129,19 +129,19 @@ class Stream:
 
 
 class Graph:
-    """Work recorded once from a stream and launched as a whole: one call instead of one for each kernel.
+    """CUDA graph: work recorded from a stream and launched with one call instead of one for each kernel.
 
     Args:
-        stream: the stream that the work goes to.
-        work: enqueues it there; must neither wait nor allocate. Whatever it returns is looked at by the caller.
+        stream: stream of the work.
+        work: enqueues the work; must neither synchronize nor allocate. Its result is not checked here.
     """
 
     def __init__(self, stream: Stream, work: Callable[[], None]) -> None:
         recorded, executable = _HANDLE(), _HANDLE()
-        _call("cuStreamBeginCapture_v2", stream.handle, 1)  # 1: calls of other threads don't disturb
+        _call("cuStreamBeginCapture_v2", stream.handle, 1)  # 1: calls of other threads are allowed
         try:
             work()
-        finally:  # a capture that is left open would swallow the stream's next work
+        finally:  # an open capture would record the stream's next work
             _call("cuStreamEndCapture", stream.handle, ctypes.byref(recorded))
         _call("cuGraphInstantiateWithFlags", ctypes.byref(executable), recorded, 0)
         _call("cuGraphDestroy", recorded)
@@ -162,7 +162,7 @@ def _device() -> int:
     return device.value
 
 
-@functools.cache  # retained once and kept for the life of the process, like the CUDA runtime does
+@functools.cache  # retained for the lifetime of the process, as in the CUDA runtime
 def _primary_context() -> int:
     context = _HANDLE()
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), _device())

@@ -1,4 +1,4 @@
-"""What TensorRT's inspector tells about an engine's layers, mapped to the modules they come from."""
+"""Map the layers in TensorRT's inspector to the modules that they come from."""
 
 import json
 import re
@@ -9,7 +9,7 @@ _NODE = re.compile(r"([A-Za-z_][\w.]*)/(node_\w+)")  # `body.0.conv/node_Conv_12
 
 
 def describe_layers(text: str, sparse: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Layers of an engine.
+    """Describe the layers of an engine.
 
     Args:
         text: the inspector's JSON; its details depend on how the engine was built.
@@ -17,8 +17,8 @@ def describe_layers(text: str, sparse: Sequence[str] = ()) -> list[dict[str, Any
 
     Returns:
         For each layer: ``name``, ``modules`` (paths of the modules that were fused into it), ``precision`` (of its first
-        output), ``kernel`` (name of the tactic), ``sparse`` (``None`` where no weights are 2:4 sparse, else whether the
-        kernel skips zeros, as its name tells). What the inspector doesn't tell is ``""``.
+        output), ``kernel`` (name of the tactic), ``sparse`` (``None`` without 2:4 sparse weights, otherwise whether the
+        kernel's name marks it as sparse). Unknown values are ``""``.
     """
     layers = json.loads(text).get("Layers", [])
     return [_described(layer, set(sparse)) for layer in layers]

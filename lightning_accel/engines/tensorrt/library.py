@@ -1,4 +1,4 @@
-"""Which TensorRT is here, what it says, and the record kept beside each engine it builds."""
+"""Import TensorRT, read its messages, and store a record beside each engine file."""
 
 import functools
 import json
@@ -15,20 +15,20 @@ from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.errors import EngineError, InvalidArgumentError, MissingFileError
 
 LIBRARIES = {"tensorrt": "gpu", "tensorrt_rtx": "tensorrt-rtx"}
-_LOCK = threading.Lock()  # TensorRT keeps one logger for the whole process; one caller at a time reads from it
+_LOCK = threading.Lock()  # TensorRT has one logger for the whole process; one caller at a time reads from it
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is known about an engine file; written beside it as ``<engine file>.json``.
+    """Record of an engine file; written beside it as ``<engine file>.json``.
 
     Attributes:
         path: the engine file. Its record holds only the name, so a bundle can be moved.
         library: ``"tensorrt"`` or ``"tensorrt_rtx"``.
         version: version of the library. An engine runs on exactly that version.
-        onnx: the ONNX file it was built from, as seen from the engine.
+        onnx: path of its ONNX file, relative to the engine.
         onnx_sha256: SHA-256 of that file.
         sha256: SHA-256 of the engine file.
         profile: smallest, optimal and largest shape of each dynamic input.
@@ -36,10 +36,10 @@ class EngineInfo:
         bytes: size of the engine file.
         precision: ``"int8"``, ``"fp8"``, ``"int4"``, ``"fp16"``, ``"bf16"`` or ``"fp32"``, read from the ONNX file.
         gpu: name of the GPU of the machine that built it; ``None`` without one.
-        options: what else the build was asked for: workspace, level, timing cache, sparse weights, compatibility.
+        options: further options of the build: workspace, level, timing cache, sparse weights, compatibility.
         sparse_layers: names of the nodes whose weights are 2:4 sparse.
-        warnings: what TensorRT warned of, each once.
-        ran: whether the engine has been run here. Building does not run it.
+        warnings: TensorRT's warnings, without duplicates.
+        ran: whether the engine has been run on this machine; building doesn't run it.
     """
 
     path: Path
@@ -100,10 +100,10 @@ def read_info(path: str | Path) -> EngineInfo:
 
 
 def check_source(info: EngineInfo) -> None:
-    """Refuse an engine that is no longer the one of its ONNX file, as far as the file is still where it was.
+    """Raise if the ONNX file of an engine changed after the build; a missing file is not checked.
 
     Raises:
-        InvalidArgumentError: it is another file now.
+        InvalidArgumentError: the file changed.
     """
     source = info.path.parent / info.onnx
     if source.is_file() and (found := sha256_of(source)) != info.onnx_sha256:
@@ -114,7 +114,7 @@ def check_source(info: EngineInfo) -> None:
 
 
 def check_machine(info: EngineInfo, version: str, gpu: str | None) -> None:
-    """Refuse an engine that was built for another library or GPU than those at hand.
+    """Raise if an engine was built for another library version or GPU.
 
     Args:
         info: its record.
@@ -130,7 +130,7 @@ def check_machine(info: EngineInfo, version: str, gpu: str | None) -> None:
             f"`{info.path.name}` needs {info.library} {info.version}, but {version} is installed. An engine runs on the "
             f"version that built it: {again}."
         )
-    # Engines of TensorRT for RTX fit every RTX GPU; standard ones fit the one that they were built on, unless asked otherwise.
+    # Engines of TensorRT for RTX run on every RTX GPU; standard ones on the GPU of the build, unless `compatibility` is set.
     fixed = info.library == "tensorrt" and not info.options.get("compatibility")
     if fixed and info.gpu is not None and gpu != info.gpu:
         raise EngineError(
@@ -142,7 +142,7 @@ def load_library(library: str | None) -> Any:
     """Import TensorRT.
 
     Args:
-        library: ``"tensorrt"`` or ``"tensorrt_rtx"``. ``None`` takes the first of the two that is installed.
+        library: ``"tensorrt"`` or ``"tensorrt_rtx"``. ``None`` imports the first installed one.
 
     Raises:
         InvalidArgumentError: another name.
@@ -162,9 +162,9 @@ def load_library(library: str | None) -> Any:
 
 @contextmanager
 def collected_messages(trt: Any, warnings: list[str] | None = None) -> Iterator[tuple[Any, list[str]]]:
-    """Give TensorRT's logger and the list that its errors go to while this block runs; warnings go to the list given.
+    """Context of TensorRT's logger and a list that collects its errors; warnings are added to the given list.
 
-    TensorRT returns ``None`` where it fails; the reason reaches only the logger.
+    TensorRT returns ``None`` on failure and passes the reason to the logger only.
     """
     with _LOCK:
         logger = _logger(trt)
@@ -174,7 +174,7 @@ def collected_messages(trt: Any, warnings: list[str] | None = None) -> Iterator[
 
 
 def explain(errors: list[str]) -> str:
-    """Join TensorRT's error lines, each once, without the follow-up lines of a missing GPU."""
+    """Join TensorRT's distinct error lines, without the follow-up errors of a missing GPU."""
     unique = list(dict.fromkeys(line.strip() for line in errors))
     causes = [line for line in unique if "catchCudaError" not in line]
     return "\n".join(f"  {line}" for line in causes or unique) or "  TensorRT gave no reason"
@@ -198,7 +198,7 @@ def _logger(trt: Any) -> Any:
 
 
 def progress_monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
-    """TensorRT's monitor of a build that tells ``progress`` the phase and the share of it that is done.
+    """Create a TensorRT progress monitor that calls ``progress`` with the phase of a build and its progress in [0, 1].
 
     An exception in ``progress``, a KeyboardInterrupt included, stops the build and is kept in ``stopped_by``.
     """
@@ -224,7 +224,7 @@ def progress_monitor(trt: Any, progress: Callable[[str, float], None]) -> Any:
             if self.stopped_by is None:
                 try:
                     progress(phase, share)
-                except BaseException as error:  # it can't pass through TensorRT's own code
+                except BaseException as error:  # exceptions can't propagate through TensorRT
                     self.stopped_by = error
 
     return Monitor()

@@ -1,4 +1,4 @@
-"""Running a TensorRT engine on an NVIDIA GPU: numpy in, numpy out, through the CUDA driver."""
+"""Run TensorRT engines on an NVIDIA GPU through the CUDA driver."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class TensorRTRunner(Runner):
     Args:
         path: the engine file, with its record ``<engine>.json`` beside it.
         threads: must be ``None``; the GPU does the work.
-        cuda_graph: record the kernels of each shape once and launch them as a whole; helps where kernels are short.
+        cuda_graph: record the kernels of each shape as a CUDA graph; faster for short kernels.
 
     Raises:
         MissingFileError: the engine or its record is missing.
@@ -80,7 +80,7 @@ class TensorRTRunner(Runner):
 
     def _spec(self, trt: Any, name: str) -> TensorSpec:
         if self._engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
-            raise EngineError(f"Tensor `{name}` holds a shape and lies on the CPU; this runner can't bind it.")
+            raise EngineError(f"Tensor `{name}` is a shape tensor on the CPU, which this runner doesn't support.")
         dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
         return TensorSpec(name, dtype, tuple(None if n < 0 else n for n in self._engine.get_tensor_shape(name)))
 
@@ -108,7 +108,7 @@ class TensorRTRunner(Runner):
         shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
         for spec in self.outputs:
             if min(shapes[spec.name], default=0) < 0:
-                raise EngineError(f"Output `{spec.name}` has a shape that depends on data: not supported.")
+                raise EngineError(f"Output `{spec.name}` has a data-dependent shape, which isn't supported.")
             size = int(np.prod(shapes[spec.name], dtype=np.int64)) * spec.dtype.itemsize
             self._context.set_tensor_address(spec.name, self._buffers[spec.name].reserve(max(size, 1)))
         self._launch(tuple(array.shape for array in feeds.values()))
@@ -116,16 +116,16 @@ class TensorRTRunner(Runner):
         return [self._buffers[spec.name].download(shapes[spec.name], spec.dtype) for spec in self.outputs]
 
     def _launch(self, shapes: tuple[tuple[int, ...], ...]) -> None:
-        """Enqueue the kernels, one by one or, from the second call of a shape on, as a recorded graph."""
+        """Enqueue the kernels one by one or, from the second call with a shape on, as a CUDA graph."""
         if not self._with_graphs:
             self._enqueue()
             return
-        addresses = tuple(buffer.reserve(1) for buffer in self._buffers.values())  # a graph holds them
+        addresses = tuple(buffer.reserve(1) for buffer in self._buffers.values())  # a graph stores the addresses
         key = (shapes, addresses)
         if key in self._graphs:
             self._graphs[key].launch(self._stream)
             return
-        self._enqueue()  # TensorRT sets up for new shapes in the first call, which can't be recorded
+        self._enqueue()  # the first call with new shapes includes setup, which can't be recorded
         self._graphs[key] = Graph(self._stream, self._enqueue)
 
     def _enqueue(self) -> None:
@@ -133,9 +133,9 @@ class TensorRTRunner(Runner):
             raise EngineError(f"TensorRT could not run `{self.path.name}`.")
 
     def layers(self) -> list[dict[str, Any]]:
-        """The engine's layers as TensorRT's inspector tells them: name, precision, kernel, and the module each is of.
+        """Layers from TensorRT's inspector: name, precision, kernel, and modules.
 
-        Nodes carry the path of their module in their names, and TensorRT names layers after the nodes it fused.
+        Names of nodes contain the path of their module, and names of layers those of the fused nodes.
         """
         with self._lock:
             self._check_open()

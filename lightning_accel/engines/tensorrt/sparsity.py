@@ -1,4 +1,4 @@
-"""2:4 sparsity in an ONNX file: weights that NVIDIA's sparse tensor cores can skip."""
+"""Find 2:4 sparse weights in an ONNX file, which NVIDIA's sparse tensor cores run faster."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def sparse_2_to_4(model: Any) -> tuple[list[str], list[str]]:
-    """Which convolutions and matrix products have at least 2 zeros in every 4 weights along their input channels.
+    """Find convolutions and matrix products with at least 2 zeros in every 4 weights along their input channels.
 
     Args:
         model: an ``onnx.ModelProto`` with its weights.
@@ -31,16 +31,16 @@ def sparse_2_to_4(model: Any) -> tuple[list[str], list[str]]:
             transposed ^= producer[name].op_type == "Transpose"
             name = producer[name].input[0]
         if name not in constants:
-            continue  # a product of two activations
+            continue  # a product of activations
         weight = numpy_helper.to_array(constants[name])
-        # Input channels: the second axis of a kernel and of a transposed matrix, the last but one of others.
+        # Input channels: second axis of a convolution kernel or transposed matrix, otherwise the second to last axis.
         axis = 1 if node.op_type == "Conv" or transposed else weight.ndim - 2
         (sparse if _holds(np.moveaxis(weight, axis, -1)) else dense).append(node.name)
     return sparse, dense
 
 
 def _holds(weight: np.ndarray) -> bool:
-    """Whether each group of 4 along the last axis has at least 2 zeros; a rest of fewer than 4 doesn't count."""
+    """Whether each complete group of 4 along the last axis has at least 2 zeros."""
     channels = weight.shape[-1] // 4 * 4
     groups = weight[..., :channels].reshape(-1, 4)
     return channels > 0 and bool(((groups == 0).sum(1) >= 2).all())

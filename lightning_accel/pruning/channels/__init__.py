@@ -1,1 +1,1 @@
-"""Channel pruning: coupled channels are removed, so that tensors become smaller."""
+"""Channel pruning: remove coupled channels, so that tensors become smaller."""

@@ -1,4 +1,4 @@
-"""Attention: modules whose channels are heads, recognised by the number of heads that they keep."""
+"""Find attention modules, whose channels are grouped into heads."""
 
 from dataclasses import dataclass
 

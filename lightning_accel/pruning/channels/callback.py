@@ -1,6 +1,6 @@
-"""ChannelPruning: removes channels while training goes on, so that tensors become smaller."""
+"""Callback that removes channels during training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, isinf
 from typing import Any
 
@@ -16,9 +16,12 @@ from lightning_accel.core.callback import CompressionCallback, change_structure,
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.schedules import check_schedule, fraction
 from lightning_accel.core.structure import Change
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
+from lightning_accel.pruning.channels.criteria import label
 from lightning_accel.pruning.channels.equivalence import NOT_RUN
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
+from lightning_accel.pruning.criterion import Criterion
 
 
 class ChannelPruning(CompressionCallback):
@@ -31,7 +34,9 @@ class ChannelPruning(CompressionCallback):
     Args:
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1. Exactly one of the two.
-        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
+            :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, whose scores are
+            added up for each channel, or the import path of either.
         scope: ``"global"`` compares all channels with each other, ``"layer"`` removes the same share from each group.
         schedule: ``"linear"``, ``"cubic"``, ``"cosine"``, ``"exponential"`` or ``"constant"`` (one-shot at ``start``).
         start: epoch (int) or share of the run (float) at whose first epoch boundary the first channels leave.
@@ -60,7 +65,7 @@ class ChannelPruning(CompressionCallback):
         self,
         pruning_ratio: float | None = None,
         macs_reduction: float | None = None,
-        importance: str = "group_norm",
+        criterion: str | Criterion | Callable = "group_norm",
         scope: str = "global",
         schedule: str = "linear",
         start: int | float = 0,
@@ -76,7 +81,7 @@ class ChannelPruning(CompressionCallback):
         super().__init__(name=name, start=start, end=end)
         chosen = as_patterns("include", include), as_patterns("exclude", exclude)
         self.target = ChannelTarget(
-            pruning_ratio, macs_reduction, importance, scope, round_to, dict(limits or {}), *chosen
+            pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen
         )
         self.resizes = round_to
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
@@ -86,7 +91,7 @@ class ChannelPruning(CompressionCallback):
             None  # what would leave now, what would stay
         )
         self._epochs = (0, 0)  # of the first and the last removal
-        self._taylor: dict[str, torch.Tensor] = {}
+        self._collected: dict[str, torch.Tensor] = {}
         self._macs: int | None = None  # of the module as it is now; None: not counted yet
         self._seen: nn.Module | None = None
         self._retargeted = False  # resumed with another target than the checkpoint's
@@ -102,14 +107,14 @@ class ChannelPruning(CompressionCallback):
             )
         self._retargeted = False
         if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
-            self.reached, self._taylor = 0.0, {}
+            self.reached, self._collected = 0.0, {}
         self._seen, self._plan, self._foreseen = pl_module, None, None
         if not builds_layers_late(pl_module):
             self._prepare(trainer, pl_module)
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
-        self._macs, self._taylor, self._foreseen = None, {}, None
+        self._macs, self._collected, self._foreseen = None, {}, None
         if self._plan is not None:
             self._plan.follow(change.args)
 
@@ -130,7 +135,7 @@ class ChannelPruning(CompressionCallback):
 
     @property
     @override
-    def worth(self) -> str:
+    def benefit(self) -> str:
         return "fewer operations and smaller tensors; engines that work in blocks of 8 or 16 channels gain less than the MACs say"
 
     @override
@@ -188,11 +193,11 @@ class ChannelPruning(CompressionCallback):
         if self._retargeted:
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
         self._epochs = self._boundaries(trainer)
-        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.target.importance == "taylor" and begins:
+        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not is_fast_dev_run(trainer)
+        if self.target.method.needs_gradients and begins:
             raise InvalidArgumentError(
-                f'Argument `start` must be at least 1 with importance "taylor", but got {self.start}: gradients must be seen '
-                "before the first removal. Start later or choose another importance."
+                f'Argument `start` must be at least 1 with criterion "{label(self.target.criterion)}", but got {self.start}: it needs '
+                "gradients before the first removal. Start later or choose another criterion."
             )
 
     def _boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
@@ -201,7 +206,7 @@ class ChannelPruning(CompressionCallback):
         Raises:
             InvalidArgumentError: the run has no such epochs, or something captures the network's shapes before the last one.
         """
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer):
             return 0, 0
         timeline = timeline_of(trainer)
         length = timeline.steps_per_epoch
@@ -226,8 +231,8 @@ class ChannelPruning(CompressionCallback):
             )
         if not isinf(length):
             self._start_step, self._end_step = first * int(length), last * int(length)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, CompressionCallback) and callback.captures:
+        for callback in callbacks_of(trainer, CompressionCallback):
+            if callback.captures:
                 begins = epoch("start", callback.start)
                 if begins < last or (
                     isinstance(callback.start, float) and timeline.step("start", callback.start) < self._end_step
@@ -247,16 +252,18 @@ class ChannelPruning(CompressionCallback):
             due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
             if due > self.reached:
                 self._remove(trainer, pl_module, due)
-        self._taylor = {}  # the steps of one epoch are seen
+        self._collected = {}  # the steps of one epoch are seen
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
         plan = self._prepare(trainer, pl_module)
-        taylor = self._taylor
-        if self.target.importance == "taylor" and not taylor:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise RunError('Importance "taylor" must have seen gradients before channels leave, but got none.')
-            taylor = {g.name: torch.zeros(g.units) for g in plan.groups}
-        chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, taylor))  # identical on every rank
+        collected = self._collected
+        if self.target.method.needs_gradients and not collected:
+            if not is_fast_dev_run(trainer):
+                raise RunError(
+                    f'Criterion "{label(self.target.criterion)}" needs gradients before the first channels are removed, but got none.'
+                )
+            collected = {g.name: torch.zeros(g.units) for g in plan.groups}
+        chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, collected))  # identical on every rank
         self.reached = due
         if chosen:
             change_structure(trainer, pl_module, plan.change(pl_module, chosen, self.state_key))
@@ -265,12 +272,14 @@ class ChannelPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.target.importance != "taylor" or self.reached >= 1 or self._plan is None:
+        if not self.target.method.needs_gradients or self.reached >= 1 or self._plan is None:
             return
         if trainer.current_epoch < self._epochs[0] - 1:
             return  # no removal at the end of this epoch
         for name, scores in self._plan.collect(pl_module).items():
-            self._taylor[name] = self._taylor[name].to(scores.device) + scores if name in self._taylor else scores
+            self._collected[name] = (
+                self._collected[name].to(scores.device) + scores if name in self._collected else scores
+            )
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -303,14 +312,14 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        taylor = {name: scores.cpu() for name, scores in self._taylor.items()}
+        collected = {name: scores.cpu() for name, scores in self._collected.items()}
         target = [self.target.pruning_ratio, self.target.macs_reduction]
-        return {"reached": self.reached, "taylor": taylor, "target": target, **self.phase_state()}
+        return {"reached": self.reached, "collected": collected, "target": target, **self.phase_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.reached, self._taylor = state_dict["reached"], dict(state_dict["taylor"])
+        self.reached, self._collected = state_dict["reached"], dict(state_dict["collected"])
         if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
             self.reached, self._retargeted = 0.0, True  # targets are absolute: the next boundary goes on to this one
 

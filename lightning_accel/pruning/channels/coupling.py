@@ -1,4 +1,4 @@
-"""Coupling: which channels of which layers can't be parted, from the operations that a forward runs.
+"""Find channels of different layers that depend on each other, by tracing the operations of a forward pass.
 
 torch-pruning reads a dependency graph off the autograd graph (DepGraph, https://arxiv.org/abs/2301.12900). Its edges are
 followed here channel by channel, all at once, so that each set of channels that depend on each other is found.

@@ -1,64 +1,120 @@
-"""Importance of channels: which units of a group matter least."""
+"""Criteria of channel pruning: importance of each unit of a group of channels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
+from lightning_accel.pruning.criterion import Criterion, WeightScores, find_criterion, over_others, unit_sums
 
-IMPORTANCES = ("magnitude", "group_norm", "bn_scale", "taylor")
+
+class Magnitude(Criterion):
+    """Sum of absolute values of the weights that compute the unit's channels (https://arxiv.org/abs/1608.08710)."""
+
+    def unit_scores(self, group: Any, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores ``(units,)`` of a group."""
+        return unit_sums(group, lambda n: parameters[n].detach().abs(), _present(group.produced, parameters))
+
+
+class GroupNorm(Criterion):
+    """L2 norm of all parameters that are removed with the unit.
+
+    They are those of the layers that compute its channels, of norms, and of the layers that read them (DepGraph,
+    https://arxiv.org/abs/2301.12900, eq. 5).
+    """
+
+    def unit_scores(self, group: Any, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores ``(units,)`` of a group."""
+        keys = _present(frozenset(group.slices), parameters, dims=1)
+        return unit_sums(group, lambda n: parameters[n].detach().square(), keys).sqrt()
+
+
+class BatchNormScale(Criterion):
+    """Sum of absolute scales of the unit's batch norms (network slimming, https://arxiv.org/abs/1708.06519)."""
+
+    def unit_scores(self, group: Any, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores ``(units,)`` of a group.
+
+        Raises:
+            InvalidArgumentError: the group has no batch norm.
+        """
+        if not group.scales:
+            raise InvalidArgumentError(
+                f'Argument `criterion` must be readable from every group, but got "bn_scale" for `{group.name}`, which has no '
+                "batch norm. Exclude it or choose another criterion."
+            )
+        return unit_sums(group, lambda n: parameters[n].detach().abs(), _present(group.scales, parameters, dims=1))
+
+
+class Taylor(Criterion):
+    """Mean over steps of ``(sum of weight · gradient)²`` over the parameters that compute the unit's channels.
+
+    Source: https://arxiv.org/abs/1906.10771, eq. 8.
+    """
+
+    needs_gradients = True
+
+    def unit_scores(self, group: Any, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Scores ``(units,)`` of a group from the present gradients; ``None`` without any."""
+        return taylor_scores(group, parameters)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Magnitude(),
+    "group_norm": GroupNorm(),
+    "bn_scale": BatchNormScale(),
+    "taylor": Taylor(),
+}
+
+
+def channel_criterion(criterion: str | Criterion | WeightScores) -> Criterion:
+    """Look up a criterion of channels: a key of ``CRITERIA``, an import path, a :class:`Criterion` or a function of single weights.
+
+    Raises:
+        InvalidArgumentError: none of these.
+    """
+    return find_criterion(criterion, CRITERIA)
 
 
 def unit_scores(
     group: Group,
     parameters: Mapping[str, torch.Tensor],
-    importance: str = "group_norm",
-    taylor: torch.Tensor | None = None,
+    criterion: str | Criterion | WeightScores = "group_norm",
+    collected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each unit of a group, divided by the group's mean, so that groups of all sizes can be compared.
 
-    - ``"magnitude"``: sum of absolute values of the weights that make the unit's channels (https://arxiv.org/abs/1608.08710).
-    - ``"group_norm"``: L2 norm of all parameters that would leave with the unit, in the layers that make its channels, in
-      norms, and in the layers that read them (DepGraph, https://arxiv.org/abs/2301.12900, eq. 5).
-    - ``"bn_scale"``: sum of absolute scales of its batch norms (network slimming, https://arxiv.org/abs/1708.06519).
-    - ``"taylor"``: mean over steps of ``(sum of weight · gradient)²`` over the parameters that make its channels
-      (https://arxiv.org/abs/1906.10771, eq. 8), collected with :func:`taylor_scores`.
-
     Args:
-        group: its slices say which parameters are meant.
+        group: its slices name the parameters.
         parameters: by name, at their present size.
-        importance: one of ``IMPORTANCES``.
-        taylor: for ``"taylor"``, the collected scores, ``(units,)``.
+        criterion: as for :func:`channel_criterion`.
+        collected: for criteria that need gradients, their scores added up over steps, ``(units,)``.
 
     Returns:
         Shape ``(units,)``, float64, on the CPU; mean 1, or all zero.
 
     Raises:
-        InvalidArgumentError: the importance isn't known, or the group has nothing that it could be read from.
+        InvalidArgumentError: the criterion isn't known, doesn't apply to the group, needs gradients and has none, or returned scores
+            of another shape or NaN.
     """
-    check_importance(importance)
-    if importance == "taylor":
-        if taylor is None:
-            raise InvalidArgumentError('Importance "taylor" must have seen gradients, but got none.')
-        scores = taylor.detach().double().cpu()
-    elif importance == "magnitude":
-        scores = _sums(group, parameters, group.produced, lambda t: t.abs())
-    elif importance == "bn_scale":
-        if not group.scales:
-            raise InvalidArgumentError(
-                f'Argument `importance` must be readable from every group, but got "bn_scale" for `{group.name}`, which has no '
-                "batch norm. Exclude it or choose another importance."
-            )
-        scores = _sums(group, parameters, group.scales, lambda t: t.abs(), least=1)
-    else:
-        scores = _sums(group, parameters, frozenset(group.slices), lambda t: t.square(), least=1).sqrt()
+    method = channel_criterion(criterion)
+    raw = collected if method.needs_gradients else method.unit_scores(group, parameters)
+    if raw is None:
+        raise InvalidArgumentError(f'Criterion "{label(criterion)}" needs gradients, but got none.')
+    if raw.shape != (group.units,) or bool(raw.isnan().any()):
+        raise InvalidArgumentError(
+            f'Criterion "{label(criterion)}" must give a number for each of the {group.units} units of `{group.name}`, but got '
+            f"shape {tuple(raw.shape)}{' with NaN' if bool(raw.isnan().any()) else ''}."
+        )
+    scores = raw.detach().double().cpu()
     mean = scores.mean()
     return scores / mean if mean > 0 else scores
 
 
 def taylor_scores(group: Group, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """``(sum of weight · gradient)²`` of each unit, ``(units,)``, from the gradients that are there; ``None`` without any."""
+    """``(sum of weight · gradient)²`` of each unit, ``(units,)``, from the present gradients; ``None`` without any."""
     products = {name: parameters[name] for name, _ in group.produced if parameters[name].grad is not None}
     if not products:
         return None
@@ -66,40 +122,19 @@ def taylor_scores(group: Group, parameters: Mapping[str, torch.Tensor]) -> torch
     for (name, dim), (index, unit) in group.slices.items():
         if (name, dim) in group.produced and name in products:
             parameter = products[name]
-            part = _over_others(parameter.detach() * parameter.grad, dim)  # type: ignore[operator]
+            part = over_others(parameter.detach() * parameter.grad, dim)  # type: ignore[operator]
             total = torch.zeros(group.units, dtype=part.dtype, device=part.device) if total is None else total
             total.index_add_(0, unit.to(part.device), part[index.to(part.device)])
     return None if total is None else total.square()
 
 
-def check_importance(importance: str) -> str:
-    """Return ``importance`` if it is known.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
-    if importance not in IMPORTANCES:
-        raise InvalidArgumentError(f"Argument `importance` must be one of {list(IMPORTANCES)}, but got {importance!r}.")
-    return importance
+def label(criterion: Any) -> str:
+    """Name of a criterion for messages."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def _sums(
-    group: Group,
-    parameters: Mapping[str, torch.Tensor],
-    keys: frozenset[tuple[str, int]],
-    function: Callable[[torch.Tensor], torch.Tensor],
-    least: int = 2,
-) -> torch.Tensor:
-    """Sum of a function of the entries that belong to each unit, over tensors of ``least`` dimensions or more."""
-    total = torch.zeros(group.units, dtype=torch.float64)
-    for (name, dim), (index, unit) in group.slices.items():
-        if (name, dim) in keys and name in parameters and parameters[name].ndim >= least:
-            part = _over_others(function(parameters[name].detach()), dim).cpu()
-            total.index_add_(0, unit, part[index])
-    return total
-
-
-def _over_others(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sum over all dimensions but one, in float64."""
-    others = [d for d in range(tensor.ndim) if d != dim]
-    return tensor.sum(dim=others, dtype=torch.float64) if others else tensor.double()
+def _present(
+    keys: frozenset[tuple[str, int]], parameters: Mapping[str, torch.Tensor], dims: int = 2
+) -> frozenset[tuple[str, int]]:
+    """The keys whose parameter exists and has at least ``dims`` dimensions."""
+    return frozenset(key for key in keys if key[0] in parameters and parameters[key[0]].ndim >= dims)

@@ -1,4 +1,4 @@
-"""Proof: channels leave only where leaving is shown to compute what zeroing computed.
+"""Verify for each group that removing channels computes the same as zeroing them.
 
 On a copy with random weights in float64: everything that would leave is set to zero, then it is removed. The outputs must
 be the same. What fails is kept and the reason told, whatever went wrong: an operation that normalises over channels, a

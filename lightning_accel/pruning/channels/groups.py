@@ -1,4 +1,4 @@
-"""Groups: channels that leave together, in which layers, and which groups are kept and why."""
+"""Groups of channels that are removed together, and the reasons why a group is kept."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

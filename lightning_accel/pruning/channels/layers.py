@@ -1,4 +1,4 @@
-"""Layers: what each kind of layer loses with a channel, in its tensors and in the numbers that describe it."""
+"""Effect of removing a channel on the tensors and attributes of each kind of layer."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The plan of a channel pruning: which groups there are, what the target is, which units leave to reach it."""
+"""Plan of a channel pruning: groups, target, and the units to remove."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +13,12 @@ from lightning_accel.calls.example import Call
 from lightning_accel.core import structure
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError, RunError
-from lightning_accel.pruning.channels.criteria import check_importance, taylor_scores, unit_scores
+from lightning_accel.pruning.channels.criteria import channel_criterion, unit_scores
 from lightning_accel.pruning.channels.equivalence import find_groups
 from lightning_accel.pruning.channels.groups import channel_count
 from lightning_accel.pruning.channels.selection import Block, fewest, removal_order, shares_of, units_of
 from lightning_accel.pruning.channels.slices import Removal, follow, removal_of, removed
+from lightning_accel.pruning.criterion import Criterion, WeightScores
 from lightning_accel.pruning.weights.masks import check_scope
 
 KIND = "remove_channels"
@@ -30,7 +31,8 @@ class ChannelTarget:
     Args:
         pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
         macs_reduction: factor by which MACs shrink, above 1.
-        importance: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"`` or ``"taylor"``.
+        criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
+            :class:`~lightning_accel.pruning.criterion.Criterion`, or a function ``(name, parameter, grad) -> scores``.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
         limits: by glob of layers, the share of a group's channels that may leave at most.
@@ -43,7 +45,7 @@ class ChannelTarget:
 
     pruning_ratio: float | None = None
     macs_reduction: float | None = None
-    importance: str = "group_norm"
+    criterion: str | Criterion | WeightScores = "group_norm"
     scope: str = "global"
     round_to: int = 1
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class ChannelTarget:
             raise InvalidArgumentError(
                 f"Argument `macs_reduction` must be a factor above 1, but got {reduction!r}. Write 2.0 for half of the MACs."
             )
-        check_importance(self.importance)
+        channel_criterion(self.criterion)
         check_scope(self.scope)
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
             raise InvalidArgumentError(
@@ -78,6 +80,11 @@ class ChannelTarget:
                 raise InvalidArgumentError(
                     f"Argument `limits` must map globs to shares in [0, 1], but got {share!r} for {glob!r}."
                 )
+
+    @property
+    def method(self) -> Criterion:
+        """The criterion that ``criterion`` names."""
+        return channel_criterion(self.criterion)
 
 
 class ChannelPlan:
@@ -111,9 +118,9 @@ class ChannelPlan:
                 "; ".join(f"`{g.name}`: {g.kept}" for g in self.groups[:8]) or "it has no convolution or linear layer"
             )
             raise InvalidArgumentError(f"Channel pruning must find channels that may leave, but got none ({kept}).")
-        if self.target.importance == "bn_scale":
+        if not self.target.method.needs_gradients:  # raises if the criterion doesn't apply to one of the groups
             for group in open_:
-                unit_scores(group, dict(module.named_parameters()), "bn_scale")
+                unit_scores(group, dict(module.named_parameters()), self.target.criterion)
         scores = [torch.zeros(g.units) for g in self.groups]
         most = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
         if self._reached(module, 1.0)(most):
@@ -157,24 +164,22 @@ class ChannelPlan:
         return self._counter(module)(())
 
     def choose(
-        self, module: nn.Module, fraction: float = 1.0, taylor: Mapping[str, torch.Tensor] | None = None
+        self, module: nn.Module, fraction: float = 1.0, collected: Mapping[str, torch.Tensor] | None = None
     ) -> dict[int, list[int]]:
         """Units that leave next, by position of their group; empty if the target is reached as it is.
 
         Args:
             module: as it is now; not changed.
             fraction: of the way from the original module to the target, in [0, 1].
-            taylor: for that importance, scores by group name.
+            collected: for criteria that need gradients, scores added up over steps, by group name.
 
         Raises:
             RunError: the target can't be reached any more.
         """
         parameters = dict(module.named_parameters())
-        collected = taylor or {}
+        known = collected or {}
         scores = [
-            torch.zeros(g.units)
-            if g.kept
-            else unit_scores(g, parameters, self.target.importance, collected.get(g.name))
+            torch.zeros(g.units) if g.kept else unit_scores(g, parameters, self.target.criterion, known.get(g.name))
             for g in self.groups
         ]
         blocks = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
@@ -188,11 +193,11 @@ class ChannelPlan:
     def foresee(self, module: nn.Module) -> tuple[dict[int, list[int]], dict[str, int]]:
         """What would leave if all of it left now, and the parameters and MACs of what would stay; nothing is changed.
 
-        With importance ``"taylor"``, which depends on gradients to come, units are those of ``"group_norm"``.
+        With a criterion that needs gradients, which are not known yet, units are those of ``"group_norm"``.
         """
         target = self.target
-        if target.importance == "taylor":
-            self.target = replace(target, importance="group_norm")
+        if target.method.needs_gradients:
+            self.target = replace(target, criterion="group_norm")
         try:
             chosen = self.choose(module)
         finally:
@@ -213,9 +218,10 @@ class ChannelPlan:
         return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})
 
     def collect(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """Scores of importance ``"taylor"`` from the gradients that are there, by group name."""
+        """Scores from the present gradients by group name, for criteria that need gradients."""
         parameters = dict(module.named_parameters())
-        found = {g.name: taylor_scores(g, parameters) for g in self.groups if not g.kept}
+        method = self.target.method
+        found = {g.name: method.unit_scores(g, parameters) for g in self.groups if not g.kept}
         return {name: scores for name, scores in found.items() if scores is not None}
 
     def follow(self, removal: Removal) -> None:

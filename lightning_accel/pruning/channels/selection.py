@@ -1,4 +1,4 @@
-"""Selection: which units leave to reach a target, least important first, and not one more than needed."""
+"""Select the fewest, least important units whose removal reaches a target."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The record of removed channels, and how it is made again: slices of tensors and a few attributes, no tracing.
+"""Record of removed channels as slices of tensors, and its replay without tracing.
 
 ``{"parameters": {name: [[dimension, size before, kept indices], ...]}, "buffers": ..., "attributes": {path: {name: value}}}``
 """
@@ -171,7 +171,7 @@ def _undo(module: nn.Module, change: Change) -> None:
 
 structure.register(
     "remove_channels",
-    structure.Kind(
+    structure.ChangeHandler(
         replay=lambda module, change: remove_(module, change.args),
         undo=_undo,
         restore=lambda module, change, state: None,

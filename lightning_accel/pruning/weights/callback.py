@@ -1,4 +1,4 @@
-"""WeightPruning: zeroes weights under masks, on a schedule, to an absolute target."""
+"""Callback that zeroes weights under masks, on a schedule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,10 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.pruning.weights.criteria import check_criterion, taylor
+from lightning_accel.pruning.criterion import Criterion
+from lightning_accel.pruning.weights.criteria import weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.masks import (
     apply_masks_,
@@ -27,10 +29,10 @@ from lightning_accel.pruning.weights.masks import (
     sparsity_by_name,
 )
 from lightning_accel.pruning.weights.rewind import rewind_, snapshot
-from lightning_accel.pruning.weights.targets import Choice
+from lightning_accel.pruning.weights.targets import SparsityTargets
 
 _UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
-_MEMORY = 0.9  # share of the earlier steps in the average of Taylor scores
+_MEMORY = 0.9  # weight of the earlier steps in the moving average of scores that need gradients
 _WORTH = {
     "weight": "smaller when compressed; no speed-up in dense engines",
     "2:4": "up to 2x in TensorRT's sparse kernels on GPUs that have them; no speed-up elsewhere",
@@ -51,7 +53,8 @@ class WeightPruning(CompressionCallback):
         sparsity: share of zeros among the chosen weights at the end, in [0, 1); or one for each name glob,
             ``{"layer4.*": 0.9, "head.*": 0.5}``; ``None`` for the share that an N:M pattern has.
         criterion: ``"l1"`` (``"magnitude"``), ``"l2"``, ``"taylor"`` (weight times gradient, averaged over steps),
-            ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+            ``"random"``, a :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, or
+            the import path of either.
         granularity: ``"weight"``; ``"2:4"`` and other N:M (N of M *kept*); ``"4x4"`` blocks of output by input channels;
             ``"channel"`` or ``"input_channel"``: whole ones as masks, tensors keep their size.
         scope: ``"global"`` compares all chosen weights with each other, ``"layer"`` prunes the same share of each.
@@ -83,7 +86,7 @@ class WeightPruning(CompressionCallback):
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,
-        criterion: str | Callable = "l1",
+        criterion: str | Criterion | Callable = "l1",
         granularity: str = "weight",
         scope: str = "global",
         schedule: str | Callable = "cubic",
@@ -96,8 +99,10 @@ class WeightPruning(CompressionCallback):
         name: str = "weights",
     ) -> None:
         super().__init__(name=name, start=start, end=end)
-        self.choice = Choice(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
-        self.sparsity = self.choice.targets if isinstance(sparsity, dict) else self.choice.targets["*"]
+        self.targets = SparsityTargets(
+            sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude)
+        )
+        self.sparsity = self.targets.shares if isinstance(sparsity, dict) else self.targets.shares["*"]
         check_scope(scope)
         if every is not None and every < 1:
             raise InvalidArgumentError(f"Argument `every` must be a number of steps >= 1, but got {every}.")
@@ -107,7 +112,8 @@ class WeightPruning(CompressionCallback):
             raise InvalidArgumentError(
                 "Argument `every` must be the steps of a round with `rewind`, but got None: weights would go back a hundred times."
             )
-        self.criterion, self.granularity, self.scope = check_criterion(criterion), granularity, scope
+        self.criterion, self.granularity, self.scope = criterion, granularity, scope
+        self._method = weight_criterion(criterion)
         self.schedule, self.every, self.rewind = check_schedule(schedule), every, rewind
         self._clear()
         self._weights: dict[str, torch.nn.Parameter] = {}
@@ -138,18 +144,20 @@ class WeightPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         self._choose(trainer, pl_module)  # layers may have come since setup
-        if self.end is None and self.schedule != "constant" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.end is None and self.schedule != "constant" and not is_fast_dev_run(trainer):
             last = timeline_of(trainer).step("end", 1.0)
             self._end_step = self._start_step + (last - self._start_step + 1) // 2
         self._check_zeros()
         if not self.masks:
-            for name, reason in self.choice.left_dense(pl_module).items():
+            for name, reason in self.targets.left_dense(pl_module).items():
                 rank_zero_info(f"WeightPruning: `{name}` stays dense: {reason}.")
         self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
         # Right after the update, before any other callback (EMA, a checkpoint) sees the weights.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
-        back = 0 if self.rewind is None or trainer.fast_dev_run else timeline_of(trainer).step("rewind", self.rewind)  # type: ignore[attr-defined]
+        back = (
+            0 if self.rewind is None or is_fast_dev_run(trainer) else timeline_of(trainer).step("rewind", self.rewind)
+        )
         if back > self._start_step:
             raise InvalidArgumentError(
                 f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
@@ -165,11 +173,11 @@ class WeightPruning(CompressionCallback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.criterion != "taylor" or self.reached == 1.0:
+        if not self._method.needs_gradients or self.reached == 1.0:
             return
         for name, weight in self._weights.items():
             if weight.grad is not None:
-                score = taylor(name, weight, weight.grad)
+                score = self._method.scores(name, weight, weight.grad)
                 known = self._importance.get(name)
                 self._importance[name] = score if known is None else known.lerp_(score, 1.0 - _MEMORY)
 
@@ -221,7 +229,7 @@ class WeightPruning(CompressionCallback):
             "reached": self.reached,
             "importance": {name: score.cpu() for name, score in self._importance.items()},
             "rewound": self._rewound,
-            "targets": self.choice.targets,
+            "targets": self.targets.shares,
             "last_step": self._last_step,
             **self.phase_state(),
         }
@@ -236,7 +244,7 @@ class WeightPruning(CompressionCallback):
 
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
         """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
-        weights = self._of(module) if self._chosen else self.choice.weights(module)
+        weights = self._of(module) if self._chosen else self.targets.weights(module)
         return sparsity_by_name(weights)
 
     @override
@@ -260,7 +268,7 @@ class WeightPruning(CompressionCallback):
 
     @property
     @override
-    def worth(self) -> str:
+    def benefit(self) -> str:
         return _WORTH["2:4" if self.granularity == "2:4" else "weight"]
 
     @override
@@ -269,11 +277,11 @@ class WeightPruning(CompressionCallback):
         units = {"weight": "weights", "channel": "output channels", "input_channel": "input channels"}.get(
             self.granularity, f"{self.granularity} units"
         )
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             for name in names:
                 where = "" if self.scope == "layer" or len(names) == 1 else f", with {len(names) - 1} others together"
                 lines[name] = f"{share:.0%} of its {units} become zero{where}"
-        return lines | {name: f"stays dense: {reason}" for name, reason in self.choice.left_dense(pl_module).items()}
+        return lines | {name: f"stays dense: {reason}" for name, reason in self.targets.left_dense(pl_module).items()}
 
     @property
     def _log_name(self) -> str:
@@ -286,7 +294,7 @@ class WeightPruning(CompressionCallback):
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fix which weights are meant: those of the checkpoint, if one was loaded, since what is frozen may have changed."""
         if not self._chosen:
-            self._weights = self.choice.weights(pl_module)
+            self._weights = self.targets.weights(pl_module)
         elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
             raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
@@ -294,15 +302,11 @@ class WeightPruning(CompressionCallback):
             )
         else:
             self._weights = self._of(pl_module)
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
         self._check_resizing(trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if (
-                isinstance(other, WeightPruning)
-                and other is not self
-                and (both := self._weights.keys() & other._weights.keys())
-            ):
+        for other in callbacks_of(trainer, WeightPruning):
+            if other is not self and (both := self._weights.keys() & other._weights.keys()):
                 raise InvalidArgumentError(
                     f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
                     "Use globs that don't overlap, or one callback with a dict of targets."
@@ -310,8 +314,8 @@ class WeightPruning(CompressionCallback):
 
     def _check_resizing(self, trainer: L.Trainer) -> None:
         """Units must still fit once another callback has made the tensors smaller."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(other, CompressionCallback) or not other.resizes:
+        for other in callbacks_of(trainer, CompressionCallback):
+            if not other.resizes:
                 continue
             who = type(other).__name__
             if self.rewind is not None:
@@ -327,9 +331,9 @@ class WeightPruning(CompressionCallback):
 
     def _check_zeros(self) -> None:
         """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
-        if self.masks and self._loaded_targets == self.choice.targets:
+        if self.masks and self._loaded_targets == self.targets.shares:
             return  # resumed as it was; where channels left, what stays may be sparser than its target
-        for share, names in self.choice.groups(self._weights):
+        for share, names in self.targets.groups(self._weights):
             for part in [names] if self.scope == "global" else [[name] for name in names]:
                 held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in part]
                 zeros = measured_sparsity(held)
@@ -344,7 +348,7 @@ class WeightPruning(CompressionCallback):
 
     def _pruned_shares(self) -> dict[float, float]:
         """What the masks in force prune, as a fraction of each target."""
-        groups = [(share, names) for share, names in self.choice.groups(self.masks) if share]
+        groups = [(share, names) for share, names in self.targets.groups(self.masks) if share]
         return {share: measured_sparsity(self.masks[name] for name in names) / share for share, names in groups}
 
     @property
@@ -365,14 +369,15 @@ class WeightPruning(CompressionCallback):
         due = step >= self._end_step or (step - self._start_step) % every == 0
         if share <= self.reached or not due:
             return
-        if self.criterion == "taylor" and not self._importance:
+        gradients = self._method.needs_gradients
+        if gradients and not self._importance:
             raise InvalidArgumentError(
-                f"Argument `start` must leave a step before the first pruning with criterion 'taylor', but got {self.start}: there "
-                "is no gradient yet."
+                f"Argument `start` must leave a step before the first pruning with criterion {self.criterion!r}, but got {self.start}: "
+                "there is no gradient yet."
             )
-        criterion = self.criterion if self.criterion != "taylor" else lambda name, weight, grad: self._importance[name]
+        criterion = self.criterion if not gradients else lambda name, weight, grad: self._importance[name]
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
-        for target, names in self.choice.groups(self._weights):
+        for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(
                 {name: self._weights[name] for name in names},
                 target * share,

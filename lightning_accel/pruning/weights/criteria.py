@@ -1,21 +1,18 @@
-"""Criteria: how much each weight matters. The least important ones are pruned first."""
-
-from collections.abc import Callable
+"""Criteria of weight pruning: importance of each weight."""
 
 import torch
 
 from lightning_accel.errors import InvalidArgumentError
-
-Criterion = Callable[..., torch.Tensor]  # (name, parameter, gradient or None) -> scores of the parameter's shape
+from lightning_accel.pruning.criterion import Criterion, FunctionCriterion, WeightScores, checked_scores, find_criterion
 
 
 def l1(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
     """Absolute value of each weight (https://arxiv.org/abs/1506.02626); a group's score is its L1 norm.
 
     Args:
-        name: of the parameter; not looked at.
+        name: of the parameter; not used.
         parameter: any shape.
-        grad: not looked at.
+        grad: not used.
 
     Returns:
         Scores of the same shape; larger is more important.
@@ -24,12 +21,14 @@ def l1(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> 
 
 
 def l2(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
-    """Square of each weight: single weights in the order of :func:`l1`, a group by its L2 norm."""
+    """Square of each weight: orders single weights as :func:`l1` does, and groups by their L2 norm."""
     return parameter.detach().square()
 
 
 def taylor(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
-    """``(weight * gradient)^2``: first-order estimate of the loss without the weight (https://arxiv.org/abs/1906.10771, eq. 8).
+    """``(weight * gradient)^2``: first-order estimate of the squared change of the loss when the weight is removed.
+
+    Source: https://arxiv.org/abs/1906.10771, eq. 8.
 
     Raises:
         InvalidArgumentError: there is no gradient.
@@ -42,12 +41,35 @@ def taylor(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None)
     return (parameter.detach() * grad.detach()).square()
 
 
-CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2, "taylor": taylor, "magnitude": l1}
+class Random(Criterion):
+    """Random importance, drawn from the global generator; :func:`scores_of` takes a generator of the caller's."""
+
+    def scores(self, name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
+        """Values in (0, 1], drawn again in each call."""
+        return _drawn(parameter, None)
+
+
 RANDOM = "random"
+CRITERIA: dict[str, Criterion] = {
+    "l1": FunctionCriterion(l1),
+    "l2": FunctionCriterion(l2),
+    "taylor": FunctionCriterion(taylor, needs_gradients=True),
+    "magnitude": FunctionCriterion(l1),
+    RANDOM: Random(),
+}
+
+
+def weight_criterion(criterion: str | Criterion | WeightScores) -> Criterion:
+    """Look up a criterion of weights: a key of ``CRITERIA``, an import path, a :class:`Criterion` or a function.
+
+    Raises:
+        InvalidArgumentError: none of these.
+    """
+    return find_criterion(criterion, CRITERIA)
 
 
 def scores_of(
-    criterion: str | Criterion,
+    criterion: str | Criterion | WeightScores,
     name: str,
     parameter: torch.Tensor,
     grad: torch.Tensor | None = None,
@@ -56,7 +78,7 @@ def scores_of(
     """Scores of one parameter's weights in float32.
 
     Args:
-        criterion: a key of ``CRITERIA``, ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+        criterion: as for :func:`weight_criterion`.
         name: of the parameter.
         parameter: any shape.
         grad: its gradient, if there is one.
@@ -66,34 +88,15 @@ def scores_of(
         A tensor of the parameter's shape; the lowest are pruned first.
 
     Raises:
-        InvalidArgumentError: a function returned another shape, or NaN.
+        InvalidArgumentError: the criterion returned another shape.
     """
     if criterion == RANDOM:
-        drawn = torch.rand(
-            parameter.shape, generator=generator, device="cpu" if generator is not None else parameter.device
-        )
-        return (1.0 - drawn).to(
-            parameter.device
-        )  # exact: the same order as torch.nn.utils.prune, which prunes the largest
-    function = criterion if callable(criterion) else CRITERIA[criterion]
-    scores = function(name, parameter, grad)
-    if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
-        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise InvalidArgumentError(
-            f"Argument `criterion` must return scores of the parameter's shape {tuple(parameter.shape)}, but got {got} for `{name}`."
-        )
-    return scores.detach().float()
+        return _drawn(parameter, generator)
+    return checked_scores(weight_criterion(criterion), name, parameter, grad)
 
 
-def check_criterion(criterion: str | Criterion) -> str | Criterion:
-    """Return ``criterion`` if it is known.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
-    if not callable(criterion) and criterion not in (*CRITERIA, RANDOM):
-        raise InvalidArgumentError(
-            f"Argument `criterion` must be one of {sorted([*CRITERIA, RANDOM])} or a function `(name, parameter, grad) -> scores`, "
-            f"but got {criterion!r}."
-        )
-    return criterion
+def _drawn(parameter: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    device = "cpu" if generator is not None else parameter.device
+    drawn = torch.rand(parameter.shape, generator=generator, device=device)
+    # The same order as torch.nn.utils.prune, which prunes the largest of these numbers; the difference is exact.
+    return (1.0 - drawn).to(parameter.device)

@@ -1,4 +1,4 @@
-"""Granularity: what is pruned together. Single weights, N of M, blocks, or whole channels, all as masks.
+"""Granularity of weight pruning: single weights, N:M patterns, blocks, or whole channels.
 
 A tensor is divided into units. Each unit has one score, and is pruned or kept as one; an N:M unit is "pruned" by keeping its
 N most important weights.

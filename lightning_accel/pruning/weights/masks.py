@@ -1,4 +1,4 @@
-"""Masks: which weights stay. Plain functions over ``{name: tensor}``, usable without a Trainer."""
+"""Compute and apply masks; pure functions over ``{name: tensor}``."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.pruning.weights.criteria import RANDOM, Criterion, check_criterion, scores_of
+from lightning_accel.pruning.criterion import Criterion, WeightScores
+from lightning_accel.pruning.weights.criteria import RANDOM, scores_of, weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.threshold import keep_highest
 
@@ -17,7 +18,7 @@ def prune_masks(
     weights: Mapping[str, torch.Tensor],
     sparsity: float,
     *,
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | WeightScores = "l1",
     granularity: str = "weight",
     scope: str = "global",
     masks: Mapping[str, torch.Tensor] | None = None,
@@ -33,7 +34,8 @@ def prune_masks(
     Args:
         weights: tensors by name; any shape for single weights, ``(O, I, ...)`` else.
         sparsity: share of zeros in [0, 1]; at most that of the pattern for N:M.
-        criterion: a key of ``CRITERIA``, ``"random"``, or a function ``(name, parameter, grad) -> scores``.
+        criterion: ``"l1"``, ``"l2"``, ``"taylor"``, ``"random"``, a :class:`~lightning_accel.pruning.criterion.Criterion`, or a function
+            ``(name, parameter, grad) -> scores``.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
         scope: ``"layer"`` or ``"global"``.
         masks: masks in force, as returned by an earlier call.
@@ -52,7 +54,7 @@ def prune_masks(
     """
     check_sparsity(sparsity)
     check_scope(scope)
-    check_criterion(criterion)
+    weight_criterion(criterion)
     units = granularity_of(granularity)
     if units.sparsity is not None and sparsity > units.sparsity + 1e-9:
         raise InvalidArgumentError(

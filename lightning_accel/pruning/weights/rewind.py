@@ -1,4 +1,4 @@
-"""Rewinding: the weights that survive pruning go back to an earlier state (https://arxiv.org/abs/1903.01611)."""
+"""Rewind weights to an earlier state after pruning (https://arxiv.org/abs/1903.01611)."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Choice: which weights of a module are pruned, and how much of each."""
+"""Weights that a pruning may zero, and the share of zeros that each must reach."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -56,7 +56,7 @@ def left_dense(
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-class Choice:
+class SparsityTargets:
     """Name globs and their targets.
 
     Args:
@@ -78,9 +78,9 @@ class Choice:
     ) -> None:
         self.granularity, self.include, self.exclude = granularity, include, exclude
         self.by_glob = isinstance(sparsity, Mapping)
-        self.targets = _targets(sparsity, granularity, include)
+        self.shares = _targets(sparsity, granularity, include)
         if self.by_glob:
-            self.include = tuple(self.targets)
+            self.include = tuple(self.shares)
 
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights of a module that are pruned, by name.
@@ -90,7 +90,7 @@ class Choice:
         """
         chosen = prunable_parameters(module, self.include, self.exclude, self.granularity)
         for name in chosen if self.by_glob else ():
-            mine = {glob: share for glob, share in self.targets.items() if fnmatchcase(name, glob)}
+            mine = {glob: share for glob, share in self.shares.items() if fnmatchcase(name, glob)}
             if len(set(mine.values())) > 1:
                 raise InvalidArgumentError(
                     f"Argument `sparsity` must give each weight one target, but got {mine} for `{name}`. Use globs that don't overlap."
@@ -104,7 +104,7 @@ class Choice:
     def groups(self, names: Iterable[str]) -> list[tuple[float, list[str]]]:
         """Chosen names by target: those of one glob are compared with each other."""
         left, groups = list(names), []
-        for glob, share in self.targets.items():
+        for glob, share in self.shares.items():
             mine = [name for name in left if not self.by_glob or fnmatchcase(name, glob)]
             left = [name for name in left if name not in mine]
             groups += [(share, mine)] if mine else []

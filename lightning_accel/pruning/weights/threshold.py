@@ -1,4 +1,4 @@
-"""Threshold: the lowest of very many scores, without putting them all into one tensor or sorting them."""
+"""Exact k-th smallest of very many scores, without concatenating or sorting all of them."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,18 +1,18 @@
-"""The operator ``lightning_accel::dynamic_linear``: a linear layer whose input is quantized by the range of the moment.
+"""Operator ``lightning_accel::dynamic_linear``: a linear layer with dynamically quantized input.
 
-Importing this file registers it, which is what a saved program that holds it needs.
+Importing this module registers it, which saved programs with this operator need.
 """
 
 import torch
 
-_EXACT = 2**24 // (255 * 127)  # products that float32 adds without rounding
+_EXACT = 2**24 // (255 * 127)  # number of products that float32 adds without rounding
 
 
 @torch.library.custom_op("lightning_accel::dynamic_linear", mutates_args=())
 def dynamic_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """DynamicQuantizeLinear, MatMulInteger, scales and bias, operation by operation as ONNX defines them.
+    """Linear layer with DynamicQuantizeLinear and MatMulInteger, operation by operation as ONNX defines them.
 
     https://onnx.ai/onnx/operators/onnx__DynamicQuantizeLinear.html
 

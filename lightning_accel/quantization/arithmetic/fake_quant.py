@@ -1,7 +1,7 @@
-"""Fake-quant: QuantizeLinear and DequantizeLinear in one, with a straight-through gradient.
+"""Fake-quantization: QuantizeLinear and DequantizeLinear in one, with a straight-through gradient.
 
-The forward is, operation by operation, what the ONNX operators are defined to do (division by the scale, round half to
-even, saturate, multiply by the scale), so what is trained is bit for bit what is written into the file.
+The forward pass follows the definition of the ONNX operators operation by operation (divide by the scale, round half to
+even, saturate, multiply by the scale), so the trained values equal the exported ones bit for bit.
 https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from lightning_accel.quantization.arithmetic.targets import Target
 
-TINY = 2.0**-126  # the smallest normal float32: a scale below it would lose bits, or be zero
+TINY = 2.0**-126  # smallest normal float32: a smaller scale would lose bits, or be zero
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -28,12 +28,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        # hardtanh's own kernel is one pass over memory; a mask would be three.
+        # hardtanh_backward is one pass over memory; a mask would be three.
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
-    """The same, with the gradient of the scale (https://arxiv.org/abs/1902.08153, equation 3)."""
+    """Fake-quantization with a gradient of the scale (https://arxiv.org/abs/1902.08153, equation 3)."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         x, error = ctx.saved_tensors
         grad = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges)
-        outside = grads[0] - grad  # there the result is `low` or `high` times the scale
+        outside = grads[0] - grad  # clamped: the result is `low` or `high` times the scale
         step = (grad * error).sum() + (outside * ctx.clamped).sum()
         return grad, step, None, None, None
 
@@ -58,7 +58,7 @@ class _LearnedStep(torch.autograd.Function):
 def straight_through(
     x: torch.Tensor, scale: torch.Tensor, low: int, high: int, edges: tuple[float, float], learn: bool = False
 ) -> torch.Tensor:
-    """Round to a grid whose integers lie around 0; the gradient passes between ``edges``, to ``scale`` too if it is learned."""
+    """Round to a grid around 0 with a straight-through gradient between ``edges``, and a gradient of a learned ``scale``."""
     rounding = _LearnedStep if learn else _StraightThrough
     return rounding.apply(x, scale, low, high, edges)
 
@@ -69,7 +69,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, low: in
     Args:
         x: float32 of any shape.
         scale: one positive element, on the device of ``x`` (a CPU scalar would be applied as a reciprocal on CUDA).
-        zero_point: integer that stands for 0.
+        zero_point: integer that represents 0.
         low: smallest integer, e.g. -128.
         high: largest integer, e.g. 127.
 
@@ -87,9 +87,9 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: int, low: in
 
 
 def stored(scale: torch.Tensor, target: Target) -> torch.Tensor:
-    """Scales as the target's file stores them: where the rest of the network is float16, they are too.
+    """Scales as stored in the target's file: rounded to float16 if the rest of the network is float16.
 
-    One that float16 can't hold with all its bits (below 2**-14, above 65504) stays float32.
+    Scales outside of float16's normal range (below 2**-14, above 65504) stay float32.
     """
     if target.rest != "float16":
         return scale
@@ -103,11 +103,11 @@ def activation_qparams(low: torch.Tensor, high: torch.Tensor, target: Target) ->
     Args:
         low: smallest values seen, shape ``(K,)``, one per tensor.
         high: largest values seen, shape ``(K,)``.
-        target: says symmetric or affine, and the integers.
+        target: determines symmetric or affine quantization, and the integer range.
 
     Returns:
-        Scales (float32) and zero points (int64), each ``(K,)``. Zero is always exactly representable. A range without
-        width gets scale 1.
+        Scales (float32) and zero points (int64), each ``(K,)``. Zero is always exactly representable. An empty range
+        has scale 1.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     smallest, largest = target.limits
@@ -126,10 +126,10 @@ def quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> t
     Args:
         weight: float32, channels along ``axis``.
         axis: output channels; ``None``: one scale for all.
-        target: says the largest integer, and how scales are stored.
+        target: determines the largest integer, and the type of the scales.
 
     Returns:
-        Integers (still in float, shape of ``weight``) and scales ``(C,)``, or ``(1,)``. A channel of zeros gets scale 1.
+        Integers (still in float, shape of ``weight``) and scales ``(C,)``, or ``(1,)``. A channel of zeros has scale 1.
     """
     weight, largest = weight.detach(), target.weight_max
     extreme = weight.abs().amax() if axis is None else weight.abs().amax(_others(weight.ndim, axis))

@@ -1,4 +1,4 @@
-"""Ranges: which values of each activation the integers cover, learned from training data."""
+"""Observers: learn the ranges of activations from training data."""
 
 import math
 from typing import Any, Protocol
@@ -11,12 +11,12 @@ from lightning_accel.quantization.arithmetic.targets import Target
 
 METHODS = ("moving_average", "min_max", "percentile", "mse", "lsq")
 PERCENTILE = 99.99
-_SAMPLE = 2**16  # values of a tensor that percentile and mse look at
+_SAMPLE = 2**16  # sample size of percentile and mse
 _NO_CLIP = (-torch.inf, torch.inf)
 
 
 def _stride(count: int) -> int:
-    """Distance between the values of a sample: one that shares no factor with the tensor's size, else it skips whole channels."""
+    """Stride of a sample of values, coprime to the tensor's size, so that no channel is skipped."""
     stride = max(1, count // _SAMPLE)
     while math.gcd(stride, count) > 1:
         stride += 1
@@ -24,7 +24,7 @@ def _stride(count: int) -> int:
 
 
 class Ranks(Protocol):
-    """What the ranks of a distributed run agree on."""
+    """Reductions over the ranks of a distributed run."""
 
     def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest ``low`` and largest ``high`` of all ranks."""
@@ -34,17 +34,17 @@ class Ranks(Protocol):
 
 
 class RangeBank:
-    """The ranges of all activations of one captured module, updated together once a step.
+    """Ranges of all activations of one captured module, updated together once per step.
 
-    They lie in vectors outside the module: nothing is added to its ``state_dict``.
+    They are stored in vectors outside of the module, whose ``state_dict`` is not changed.
 
     Args:
         keys: names of the quantized tensors, e.g. ``"layer1.0.conv1:input"``.
         target: arithmetic to simulate.
-        method: how a range follows from the values: ``"moving_average"`` of each batch's smallest and largest; ``"min_max"``
-            of all batches; ``"percentile"``: what 99.99 % of a batch lie within, averaged over batches; ``"mse"``: the
-            range with the smallest squared rounding error, averaged over batches; ``"lsq"``: begins as ``"mse"``, then the
-            step is learned by gradient (https://arxiv.org/abs/1902.08153).
+        method: how a range is computed: ``"moving_average"`` of each batch's smallest and largest; ``"min_max"``
+            of all batches; ``"percentile"``: range of 99.99 % of a batch, averaged over batches; ``"mse"``: the
+            range with the smallest squared rounding error, averaged over batches; ``"lsq"``: starts as ``"mse"``, then the
+            scale is learned by gradient (https://arxiv.org/abs/1902.08153).
         momentum: weight of a new batch in the moving average.
     """
 
@@ -58,24 +58,24 @@ class RangeBank:
         if method not in METHODS:
             raise InvalidArgumentError(f"Argument `ranges` must be one of {METHODS}, but got {method!r}.")
         self.keys, self.target, self.method, self.momentum = keys, target, method, momentum
-        self.active = False  # fake-quant happens
-        self.learning = False  # training forwards are watched
-        self.calibrating = False  # forwards in eval mode are watched too
-        self.frozen = False  # ranges are final
-        self.norms_frozen = False  # batch norms keep their statistics in training
-        self.off: frozenset[str] = frozenset()  # operators that compute in float for now
+        self.active = False  # fake-quantization is active
+        self.learning = False  # forwards in train mode are observed
+        self.calibrating = False  # forwards in eval mode are observed too
+        self.frozen = False  # ranges are fixed
+        self.norms_frozen = False  # batch norms use their running statistics in training
+        self.off: frozenset[str] = frozenset()  # operators that temporarily compute in float
         self.low = torch.zeros(len(keys))
         self.high = torch.zeros(len(keys))
         self.batches = 0  # batches seen so far
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._steps: torch.Tensor | None = None  # scales that are learned
+        self._steps: torch.Tensor | None = None  # logarithms of learned scales
         self._moments: list[torch.Tensor] = []
         self._updates = 0
         self.refresh()
 
     @property
     def watches(self) -> bool:
-        """Whether training batches still change the ranges by what is seen of them."""
+        """Whether training batches still update the ranges."""
         return not self.frozen and not (self.active and self.method in ("percentile", "mse", "lsq"))
 
     def refresh(self) -> None:
@@ -87,7 +87,7 @@ class RangeBank:
         self._values = (self.scales.tolist(), self.zero_points.tolist())
 
     def _grid(self, index: int, clip: tuple[float, float]) -> tuple[torch.Tensor, int, int, tuple[float, float]]:
-        """Scale, smallest and largest integer relative to the zero point, and where the gradient ends."""
+        """Scale, smallest and largest integer relative to the zero point, and the limits of the gradient."""
         found = self._grids.get((index, clip))
         if found is None:
             step, zero = self._values[0][index], self._values[1][index]
@@ -114,13 +114,13 @@ class RangeBank:
     def quantize(
         self, index: int, x: torch.Tensor, training: bool, clip: tuple[float, float] = _NO_CLIP
     ) -> torch.Tensor:
-        """Fake-quant of tensor ``index``; in training its range is noted down first.
+        """Fake-quantize tensor ``index``; in training its range is recorded first.
 
         Args:
             index: row of the tensor.
             x: any shape.
-            training: whether it belongs to a training forward.
-            clip: values to clip ``x`` to first, with zero gradient outside: an activation that was taken over.
+            training: whether the forward pass is in train mode.
+            clip: limits to clip ``x`` to first, with zero gradient outside; replaces a fused activation.
         """
         if (training or self.calibrating) and self.learning and self.watches:
             self._note(index, x.detach(), clip)
@@ -148,7 +148,7 @@ class RangeBank:
         self._seen[index] = (low, high)
 
     def _least_error(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range, of 40 that are shrunk evenly, with the smallest mean squared rounding error."""
+        """The range with the smallest mean squared rounding error among 40 proportionally shrunk ranges."""
         shrunk = torch.linspace(0.2, 1.0, 40, device=values.device)
         low, high = (bound * shrunk for bound in values.aminmax())
         scales, zeros = activation_qparams(low, high, self.target)
@@ -161,10 +161,10 @@ class RangeBank:
         return low[best], high[best]
 
     def update(self, ranks: Ranks | None = None) -> None:
-        """Take the ranges noted since the last call into those in force.
+        """Merge the ranges recorded since the last call into the current ranges.
 
         Args:
-            ranks: the other ranks of a distributed run; each calls this.
+            ranks: reductions over the ranks of a distributed run; every rank must call this.
 
         Raises:
             InvalidArgumentError: a range isn't finite; the message names the tensor.
@@ -197,18 +197,18 @@ class RangeBank:
         self.refresh()
 
     def activate(self) -> None:
-        """From now on fake-quant happens."""
+        """Activate fake-quantization."""
         self.active = True
         if self.method == "lsq" and self._steps is None:
             self._steps = self.scales.clone().requires_grad_()
             self._moments = [torch.zeros_like(self.scales), torch.zeros_like(self.scales)]
 
     def learn_steps(self, lr: float, ranks: Ranks | None = None) -> None:
-        """One step of Adam (https://arxiv.org/abs/1412.6980) on the logarithms of the scales, by the gradients noted so far.
+        """One step of Adam (https://arxiv.org/abs/1412.6980) on the logarithms of the scales, with the recorded gradients.
 
         Args:
             lr: relative change of a scale in one step.
-            ranks: the other ranks of a distributed run; each calls this.
+            ranks: reductions over the ranks of a distributed run; every rank must call this.
         """
         if self._steps is None or self.frozen:
             return
@@ -216,7 +216,7 @@ class RangeBank:
         grad = grad if ranks is None else ranks.mean(grad)
         self._steps.grad = None
         if not bool(torch.isfinite(grad).all()):
-            return  # a step that a gradient scaler skips for the weights too
+            return  # a gradient scaler skips this step for the weights too
         grad = grad * self._steps.detach()
         first, second = self._moments
         first.lerp_(grad, 0.1)
@@ -228,7 +228,7 @@ class RangeBank:
         self.refresh()
 
     def forget(self) -> None:
-        """Drop what was noted since the last update."""
+        """Discard the ranges recorded since the last update."""
         self._seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class RangeBank:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved ranges.
+        """Restore saved ranges.
 
         Raises:
             InvalidArgumentError: they belong to other tensors.

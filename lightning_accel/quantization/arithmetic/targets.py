@@ -1,7 +1,7 @@
-"""Targets: the integer arithmetic of the runtime that will execute the network (law 8).
+"""Targets: integer arithmetic of the runtimes that execute a network.
 
-INT8 is not one arithmetic. A :class:`Target` says which one: training simulates it, export writes it, verification runs
-it. Dequantized value = ``(integer - zero_point) * scale``. Needs no torch: a machine that only runs bundles asks here, too.
+INT8 arithmetic differs between runtimes. A :class:`Target` describes one: training simulates it, export writes it, verification
+runs it. Dequantized value = ``(integer - zero_point) * scale``. Doesn't import torch, so it is available where bundles run.
 """
 
 import platform
@@ -11,39 +11,42 @@ from functools import cache
 from pathlib import Path
 
 from lightning_accel.core.cpu import cpu_name
+from lightning_accel.core.entry_points import entry_point_names, load_entry_point
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import ENGINES, Finding, engine_version, probe_kernels
+from lightning_accel.engines.kernel_probe import KernelFinding, engine_version, probe_kernels
+from lightning_accel.engines.registry import engine_named, engine_names, probed_engines, resolve
 from lightning_accel.errors import InvalidArgumentError
 
-Probe = Callable[[str, str, Arithmetic], Finding]
+ENTRY_POINTS = "lightning_accel.targets"
+Probe = Callable[[str, str, Arithmetic], KernelFinding]
 
 # Kinds of operators that a target may compute in integers.
 CONVOLUTION, TRANSPOSED, LINEAR, MATMUL = "convolution", "transposed convolution", "linear", "matmul"
 ATTENTION, SUM, POOLING, EMBEDDING = "attention", "sum", "pooling", "embedding"
 OPERATORS = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, ATTENTION, SUM, POOLING, EMBEDDING)
 ACTIVATIONS = ("int8", "uint8")
-_LARGEST_UNSATURATED = 64  # two products with uint8 stay within int16: 2 * 255 * 64 = 32,640
+_LARGEST_UNSATURATED = 64  # two products with uint8 fit into int16: 2 * 255 * 64 = 32,640
 
 
 @dataclass(frozen=True)
 class Target:
-    """Arithmetic of one runtime, and what it computes in it. A new one is a new instance: no code depends on the name.
+    """Integer arithmetic of one runtime and the operators that it supports. A new target is a new instance; no code depends on the name.
 
     Args:
-        name: what the user writes.
+        name: name in ``target=...``.
         activations: ``"int8"``: zero point 0 (symmetric); ``"uint8"``: any zero point (affine).
         weight_max: largest integer of a weight; weights are int8, symmetric, per output channel.
-        engines: engines whose kernels reproduce this arithmetic, the natural one first.
-        why: one sentence for the report.
+        engines: engines whose kernels reproduce this arithmetic, the default one first.
+        why: explanation in one sentence, for the report.
         operators: kinds of operators for which the runtime has integer kernels.
-        outputs: whether it computes a convolution or sum in integers only if the result is quantized too.
-        both_summands: whether both operands of a residual sum must be integers; else the sum is part of the convolution before
-            it, whose accumulator is added to as it is.
-        rest: what is not int8: ``"float32"``, or ``"float16"`` by casts in the file.
-        opset: ONNX opset of the file: the lowest that carries all this and that the parser accepts.
+        outputs: whether convolutions and sums are computed in integers only if their result is quantized too.
+        both_summands: whether both operands of a residual sum must be integers; otherwise the sum is fused into the
+            preceding convolution, in its accumulator.
+        rest: type of all other operators: ``"float32"``, or ``"float16"`` by casts in the file.
+        opset: ONNX opset of the file: the lowest that supports all operators and that the parser accepts.
 
     Raises:
-        InvalidArgumentError: a value that isn't one of those above.
+        InvalidArgumentError: a field is out of its range.
 
     Example:
         >>> Target("dsp", "int8", 127, ("onnxruntime",), "8 bits throughout", operators=("convolution",)).rest
@@ -90,7 +93,7 @@ class Target:
 def cpu_has_vnni() -> bool:
     """Whether this CPU multiplies 8-bit integers without saturating 16-bit sums (VNNI on x86, dot product on ARM).
 
-    Source: the kernel's list of CPU flags; where there is none (macOS, Windows), only ARM is taken to have it.
+    Source: the CPU flags in ``/proc/cpuinfo``; on other systems (macOS, Windows) only ARM is assumed to have it.
     """
     if platform.machine().lower() in ("arm64", "aarch64"):
         return True
@@ -100,7 +103,7 @@ def cpu_has_vnni() -> bool:
 
 
 def _full_range(vnni: bool) -> tuple[int, str]:
-    """Largest weight that no kernel of this CPU saturates with, and why."""
+    """Largest weight that doesn't saturate in any kernel of this CPU, and the reason."""
     if vnni:
         return 127, "full-range weights: this CPU has VNNI"
     return 63, "7-bit weights: without VNNI this CPU's kernels add pairs of products in saturating int16"
@@ -121,56 +124,92 @@ def _openvino(vnni: bool) -> Target:
     return Target("openvino", "uint8", weight_max, ("openvino",), why, kinds)
 
 
-def target_of(name: str | Target, vnni: bool | None = None) -> Target:
-    """The target of that name; one that is a :class:`Target` already is returned as it is.
+def _tensorrt(vnni: bool) -> Target:
+    why = "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16"
+    kinds = (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM)
+    return Target("tensorrt", "int8", 127, ("tensorrt",), why, kinds, rest="float16")
+
+
+def _portable(vnni: bool) -> Target:
+    why = "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it"
+    return Target("portable", "int8", 63, ("onnxruntime", "tensorrt", "openvino"), why)
+
+
+_BUILTIN: dict[str, Callable[[bool], Target]] = {
+    "tensorrt": _tensorrt,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "portable": _portable,
+}
+_registered: dict[str, Target] = {}
+
+
+def register_target(target: Target) -> None:
+    """Make a target known under its name in this process.
+
+    A distribution declares its targets as entry points of the group ``lightning_accel.targets`` instead.
 
     Args:
-        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"`` or ``"portable"``.
+        target: the arithmetic. Registering an equal target again does nothing.
+
+    Raises:
+        InvalidArgumentError: another target has this name.
+    """
+    if target.name in target_names() and _registered.get(target.name) != target:
+        raise InvalidArgumentError(
+            f"Argument `target` must have a name that no other target has, but got {target.name!r}."
+        )
+    _registered[target.name] = target
+
+
+def unregister_target(name: str) -> None:
+    """Remove a target that :func:`register_target` added.
+
+    Raises:
+        InvalidArgumentError: there is none of that name.
+    """
+    if name not in _registered:
+        raise InvalidArgumentError(f"Argument `name` must be one of {sorted(_registered)}, but got {name!r}.")
+    del _registered[name]
+
+
+def target_names() -> list[str]:
+    """Names of all targets: those of this package, those of entry points, and those registered in this process."""
+    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+
+
+def target_of(name: str | Target, vnni: bool | None = None) -> Target:
+    """Look up a target by its name; a :class:`Target` is returned as it is.
+
+    Args:
+        name: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"`` or the name of another target, see :func:`target_names`.
         vnni: whether the CPU that will run it has VNNI; ``None`` means this machine's.
 
     Raises:
-        InvalidArgumentError: there is none.
+        InvalidArgumentError: no target has this name.
     """
     if isinstance(name, Target):
         return name
-    has_vnni = cpu_has_vnni() if vnni is None else vnni
-    known = {
-        "tensorrt": lambda: Target(
-            "tensorrt",
-            "int8",
-            127,
-            ("tensorrt",),
-            "int8 with zero point 0, the only form TensorRT's parser accepts; the rest in float16",
-            (CONVOLUTION, TRANSPOSED, LINEAR, MATMUL, SUM),
-            rest="float16",
-        ),
-        "onnxruntime": lambda: _onnxruntime(has_vnni),
-        "openvino": lambda: _openvino(has_vnni),
-        "portable": lambda: Target(
-            "portable",
-            "int8",
-            63,
-            ("onnxruntime", "tensorrt", "openvino"),
-            "int8 with zero point 0 and 7-bit weights: no kernel saturates, and every parser accepts it",
-        ),
-    }
-    if name not in known:
-        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(known)}, but got {name!r}.")
-    return known[name]()
+    if name in _BUILTIN:
+        return _BUILTIN[name](cpu_has_vnni() if vnni is None else vnni)
+    found: Target | None = _registered.get(name) or load_entry_point(ENTRY_POINTS, name, Target)
+    if found is None:
+        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(target_names())}, but got {name!r}.")
+    return found
 
 
 def saturation(weight: int, engine: str, vnni: bool) -> str:
-    """Why int8 weights overflow in an engine's kernels; empty if they can't.
+    """Reason why int8 weights can overflow in an engine's kernels; empty if they can't.
 
     Args:
-        weight: the largest magnitude among the integers.
-        engine: ``"onnxruntime"`` or ``"openvino"``; others have other kernels.
+        weight: largest magnitude of the integers.
+        engine: ``"onnxruntime"`` or ``"openvino"``; other engines have different kernels.
         vnni: whether its CPU has VNNI.
 
     Source: AVX2's ``vpmaddubsw`` adds two products of uint8 and int8 in saturating int16: with weights up to 127 the sum
     reaches 2 * 255 * 127 = 64,770, with weights up to 63 it stays at 32,130, below 32,767. VNNI adds in int32.
     """
-    if vnni or weight <= _LARGEST_UNSATURATED or engine not in ("onnxruntime", "openvino"):
+    if vnni or weight <= _LARGEST_UNSATURATED or engine not in probed_engines():
         return ""
     return (
         f"weights up to {weight} saturate in the int8 kernels of a CPU without VNNI; "
@@ -179,7 +218,7 @@ def saturation(weight: int, engine: str, vnni: bool) -> str:
 
 
 def arithmetic_of(target: Target) -> Arithmetic:
-    """What of a target chooses an engine's kernels."""
+    """Properties of a target that determine an engine's kernels."""
     return Arithmetic(target.activations, target.weight_max, target.outputs, target.both_summands)
 
 
@@ -191,30 +230,34 @@ def cannot_reproduce(
     vnni: bool | None = None,
     probe: Probe = probe_kernels,
 ) -> str:
-    """Why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
+    """Reason why an engine's kernels can't reproduce a target's arithmetic; empty if they can.
 
-    For this machine that is measured, on the forms that the network holds. Of another CPU no more is known than its flags say.
+    Measured on this machine for the forms of the network; for another CPU, inferred from its flags.
 
     Args:
-        target: what was trained for.
-        engine: what is to run it.
-        forms: of the network's operators, see :data:`~lightning_accel.engines.kernel_probe.FORMS`.
+        target: target of the quantization.
+        engine: name of the engine.
+        forms: forms of the network's operators, see :data:`~lightning_accel.engines.kernel_probe.FORMS`.
         vnni: whether another CPU has VNNI; ``None`` means this machine, on which the engine is probed.
-        probe: measures what an engine makes of a form.
+        probe: measures the error of an engine for a form.
     """
-    if engine == "tensorrt" and not target.signed_activations:
-        return "its parser refuses uint8; the targets `tensorrt` and `portable` are int8 throughout"
+    spec = engine_named(engine) if engine in engine_names() else None
+    if spec is not None and spec.refuses and (reason := resolve(spec.refuses)(arithmetic_of(target))):
+        return str(reason)
     if vnni is not None:
         return saturation(target.weight_max, engine, vnni)
-    if engine not in ENGINES or not engine_version(engine):  # the error of a missing engine names its extra
+    if (
+        spec is None or not spec.probed or not engine_version(engine)
+    ):  # a missing engine is reported elsewhere, with its extra
         return ""
     wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
     return _refusal(target, engine, wrong, forms, probe) if wrong else ""
 
 
-def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Iterable[str], probe: Probe) -> str:
-    """What was measured, and the target whose arithmetic the engine reproduces."""
-    others = map(target_of, dict.fromkeys((engine, "portable", "onnxruntime", "openvino")))
+def _refusal(target: Target, engine: str, wrong: Sequence[KernelFinding], forms: Iterable[str], probe: Probe) -> str:
+    """The measured errors, and a target that the engine reproduces."""
+    names = dict.fromkeys((engine, "portable", "onnxruntime", "openvino"))
+    others = [target_of(name) for name in names if name in target_names()]
     right = (
         other.name
         for other in others
@@ -225,10 +268,10 @@ def _refusal(target: Target, engine: str, wrong: Sequence[Finding], forms: Itera
     mend = "no target of this library is exact there" if name is None else f"the target `{name}` is exact there"
     told = "; ".join(f"{found.form}: {found}" for found in wrong)
     return (
-        f"with {target.activations} activations and weights up to {target.weight_max} {engine} {wrong[0].version} computes something else "
-        f"than the file says on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({told}); {mend}"
+        f"with {target.activations} activations and weights up to {target.weight_max} {engine} {wrong[0].version} diverges "
+        f"from the file on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({told}); {mend}"
     )
 
 
-def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[Finding]:
+def _probed(target: Target, engine: str, forms: Iterable[str], probe: Probe) -> list[KernelFinding]:
     return [probe(engine, form, arithmetic_of(target)) for form in sorted(forms)]

@@ -1,1 +1,1 @@
-"""Captured graphs: where fake-quantization is inserted, and how it becomes integers."""
+"""Captured graphs: insertion of fake-quantization, and conversion to integers."""

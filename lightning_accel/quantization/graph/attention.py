@@ -1,4 +1,4 @@
-"""Fused attention taken apart into the products and the softmax that engines compute in integers."""
+"""Decompose fused attention into the matrix products and the softmax that engines compute in integers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 def take_apart_attention(graph_module: GraphModule) -> None:
     """Replace ``scaled_dot_product_attention`` by its definition (https://arxiv.org/abs/1706.03762, equation 1), in place.
 
-    Attention that is causal, or whose heads share keys, stays as it is.
+    Causal attention, and attention whose heads share keys, is not changed.
     """
     for node in list(graph_module.graph.nodes):
         if node.target is not FUSED_ATTENTION:
@@ -53,7 +53,7 @@ def _attention(
             else call(aten.add.Tensor, scores, mask)
         )
     shares = call(aten.softmax.int, scores, -1)
-    if boolean:  # the fused kernel gives zeros to a query that may see nothing
+    if boolean:  # the fused kernel returns zeros for a fully masked query
         nothing = call(aten.logical_not.default, call(aten.any.dim, mask, -1, True))
         shares = call(aten.masked_fill.Scalar, shares, nothing, 0.0)
     if dropout:

@@ -1,7 +1,7 @@
-"""Capture: a module's ``forward`` as a graph that shares the module's parameter and buffer objects.
+"""Capture a module's ``forward`` as a graph that shares the module's parameters and buffers.
 
-The module itself is left alone: the graph lies outside ``_modules`` and looks its tensors up in the module at each call,
-so optimizers, EMA, checkpoints and device moves keep working on the module.
+The module is not changed: the graph is stored outside of ``_modules`` and reads the module's tensors at each call, so that
+optimizers, EMA, checkpoints and device moves work as before.
 """
 
 import inspect
@@ -33,14 +33,14 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
     Args:
         module: the module; neither its mode, its tensors nor the random generators change.
         description: inputs, from :func:`describe_inputs`.
-        training: mode in which it is captured; ``None``: each submodule in the mode it is in.
+        training: mode in which it is captured; ``None``: the present mode of each submodule.
         path: the module's name, for the error message.
 
     Returns:
         A graph of ``aten`` operators; its parameters and buffers are the module's own objects.
 
     Raises:
-        CaptureError: ``torch.export`` can't; the message names the user's file and line, and a submodule for which it works.
+        CaptureError: ``torch.export`` fails; the message names the user's file and line, and a submodule that can be captured.
     """
     cumulative = [
         name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.momentum is None
@@ -52,13 +52,13 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
         )
     try:
         return _export(module, description, training)
-    except Exception as error:  # torch.export documents no common base
+    except Exception as error:  # torch.export raises unrelated types
         raise CaptureError(_explain(module, description, training, path, error)) from error
 
 
 @contextmanager
 def no_logs() -> Iterator[None]:
-    """Without the log lines that torch.export writes for its own developers; errors are raised all the same."""
+    """Suppress torch.export's developer logs; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -78,7 +78,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
         nullcontext() if training is None else mode(module, training),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # notes of torch.export to its own developers, as are its logs
+        warnings.simplefilter("ignore")  # developer notes of torch.export
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
                 shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
@@ -86,7 +86,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
                 graph_module = program.module()
             finally:
                 torch.set_rng_state(keep)
-    for node in list(graph_module.graph.nodes):  # we check the inputs ourselves, in microseconds and in words
+    for node in list(graph_module.graph.nodes):  # inputs are checked by InputGuard, faster and with better messages
         if node.op == "call_module" and node.target == "_guards_fn":
             graph_module.graph.erase_node(node)
     _out_of_place(graph_module)
@@ -96,10 +96,10 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
 
 
 def _out_of_place(graph_module: GraphModule) -> None:
-    """``relu_`` becomes ``relu``: a fake-quant may keep the tensor that an operator in place would overwrite.
+    """Replace in-place operators such as ``relu_``, since a fake-quantization may keep the tensor that they overwrite.
 
-    In a captured graph every later reader reads the operator's own node, so values stay. Operators on inputs, parameters,
-    buffers and views write into something that is seen elsewhere; they are left alone.
+    Later readers in a captured graph read the operator's own node, so values don't change. Operators that write to inputs,
+    parameters, buffers and views have effects elsewhere and are not replaced.
     """
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.args:
@@ -143,7 +143,7 @@ def _explain(
 
 
 def taken_name(error: BaseException, module: nn.Module) -> str:
-    """What to say where a submodule's name is one that torch's captured graphs use themselves; empty where that isn't it."""
+    """Explanation if a submodule's name is reserved by torch's captured graphs; otherwise empty."""
     missed = re.search(r"target (\w+)\.\S+ references nonexistent attribute", str(error))
     taken = set(dir(GraphModule(nn.Module(), Graph()))) - set(dir(nn.Module()))
     if missed is None or missed[1] not in taken:
@@ -155,7 +155,7 @@ def taken_name(error: BaseException, module: nn.Module) -> str:
 
 
 def fixed_batch(error: BaseException, what: str) -> str:
-    """What to say where the code makes the number of samples a constant; empty where that isn't it."""
+    """Explanation if the code fixes the batch size as a constant; otherwise empty."""
     fixed = re.search(
         r"You marked batch as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
     )
@@ -168,7 +168,7 @@ def fixed_batch(error: BaseException, what: str) -> str:
 
 
 def user_line(error: BaseException, module: nn.Module) -> str:
-    """The innermost line of the traceback that lies in no installed package."""
+    """Innermost line of the traceback outside of installed packages."""
     installed = sysconfig.get_paths()["purelib"]
     here = str(Path(__file__).parents[2])
     found = ""
@@ -186,7 +186,7 @@ def user_line(error: BaseException, module: nn.Module) -> str:
 
 
 def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> str:
-    """The largest submodule, at most two levels down, that can be captured with the inputs it gets; empty if none."""
+    """Largest submodule, at most two levels deep, that can be captured with its inputs; empty if there is none."""
     calls: dict[str, dict[str, Any]] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -210,7 +210,7 @@ def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], tra
     try:
         with own_forward(module), mode(module, False), torch.no_grad():
             module(*args, **kwargs)
-    except Exception:  # the forward fails on zeros: the submodules called before that are still candidates
+    except Exception:  # the forward fails on zeros: submodules called before the failure are still candidates
         pass
     finally:
         torch.set_rng_state(keep)
@@ -219,14 +219,14 @@ def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], tra
     for name in sorted(calls, key=lambda n: -sum(p.numel() for p in candidates[n].parameters()))[:6]:
         try:
             _export(candidates[name], calls[name], training)
-        except Exception:  # this one can't be captured either
+        except Exception:  # can't be captured either
             continue
         return name
     return ""
 
 
 class Bindings:
-    """Keeps a captured graph's tensors those of the module, also after ``.to(device)`` has replaced buffer objects."""
+    """Keeps the tensors of a captured graph identical to the module's, also after ``.to(device)`` replaces buffer objects."""
 
     def __init__(self, graph_module: GraphModule, module: nn.Module) -> None:
         self._links: list[tuple[dict[str, Any], dict[str, Any], str]] = []
@@ -236,7 +236,7 @@ class Bindings:
             prefix, _, key = node.target.rpartition(".")
             try:
                 owner = module.get_submodule(prefix)
-            except AttributeError:  # a constant that torch.export lifted: it belongs to the graph alone
+            except AttributeError:  # a constant lifted by torch.export, owned by the graph
                 continue
             inner = graph_module.get_submodule(prefix)
             for theirs, ours in ((owner._parameters, inner._parameters), (owner._buffers, inner._buffers)):
@@ -244,7 +244,7 @@ class Bindings:
                     self._links.append((theirs, ours, key))
 
     def sync(self) -> None:
-        """Point the graph at the module's present tensors."""
+        """Set the graph's tensors to the module's present ones."""
         for theirs, ours, key in self._links:
             if ours[key] is not theirs[key]:
                 ours[key] = theirs[key]

@@ -1,7 +1,7 @@
-"""Convert: fake-quants become quantize/dequantize operators, weights become stored integers.
+"""Convert fake-quantization to quantize/dequantize operators and weights to stored integers.
 
-Nothing is computed anew here: integers, scales, zero points and biases come from the same objects that training and
-evaluation use, so what is written is what was simulated.
+Nothing is recomputed: integers, scales, zero points and biases come from the objects that training and evaluation use, so the
+file equals the simulation.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from torch.fx import GraphModule, Node
 
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
-from lightning_accel.quantization.graph.modules import ActivationFakeQuant
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, free_name
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 _qd = torch.ops.quantized_decomposed
-_STORED = ("weight_int8", "weight_scale", "weight_zero_point", "bias")  # what is stored for an operator
+_STORED = ("_weight_int8", "_weight_scale", "_weight_zero_point", "_bias")  # suffixes of an operator's stored tensors
 
 
 @dataclass(frozen=True)
 class TrainedIntegers:
-    """What training ended with, to hold the exported file against.
+    """Integers and scales at the end of training, to compare with the exported file.
 
     Args:
         weights: name of the stored weight -> (integers int8, scales float32 ``(C,)``, axis).
@@ -35,16 +35,16 @@ class TrainedIntegers:
 
 
 def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
-    """A snapshot of the quantized network as a graph of integers, scales and float operators.
+    """Convert the quantized network to a graph of integers, scales and float operators.
 
     Args:
-        forward: with ranges that have seen data; it and its module stay as they are.
+        forward: quantized forward with learned ranges; not changed.
 
     Returns:
-        The graph, on the module's device, and the integers it was built from.
+        The graph, on the module's device, and its integers and scales.
 
     Raises:
-        InvalidArgumentError: ranges have seen no data.
+        InvalidArgumentError: no ranges were learned.
     """
     bank = forward.bank
     if bank.batches == 0 and bank.keys:
@@ -59,12 +59,12 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         part = graph_module.get_submodule(node.target)
         if isinstance(part, ActivationFakeQuant):
             key, (scale, zero_point) = bank.keys[part.index], part.qparams()
-            while key in trained.activations:  # tensors that are concatenated have one range
+            while key in trained.activations:  # concatenated tensors share one range
                 key += "'"
             trained.activations[key] = (scale, zero_point)
             _quantize_activation(graph_module, node, part, scale, zero_point)
         elif write := _WRITERS.get(type(part)):
-            name = _free_name(graph_module, node.target.removeprefix("folded_"))
+            name = free_name(graph_module, node.target.removeprefix("folded_"), _STORED)
             trained.weights[f"{name}_weight_int8"] = write(graph_module, node, part, name)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
@@ -72,13 +72,6 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, trained
-
-
-def _free_name(graph_module: GraphModule, name: str) -> str:
-    """The operator's name, or one behind which no tensor of the user's has a name that convert gives: ``head_bias``."""
-    while any(hasattr(graph_module, f"{name}_{kind}") for kind in _STORED):
-        name += "_"
-    return name
 
 
 def _quantize_activation(
@@ -171,7 +164,7 @@ _WRITERS: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor, int]]] = {
 
 
 def _drop_unused_tensors(graph_module: GraphModule) -> None:
-    """Float weights have no reader any more; they must not travel."""
+    """Remove float weights, which have no reader any more."""
     read = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
     for name, owner in list(graph_module.named_modules(remove_duplicate=False)):
         for store in (owner._parameters, owner._buffers):

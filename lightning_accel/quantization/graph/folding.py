@@ -1,4 +1,4 @@
-"""Folding: a convolution or linear layer with its batch norm as one operator with integer weights."""
+"""Fold a convolution or linear layer and its batch norm into one operator with integer weights."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ aten = torch.ops.aten
 
 
 class FoldedOperator(nn.Module):
-    """A convolution or linear layer with quantized weight, and the batch norm behind it folded into scales and bias.
+    """A convolution or linear layer with quantized weight, and the following batch norm folded into scales and bias.
 
     Scaling an output channel scales its step: ``norm(conv(x, q * s)) = conv(x, q * (s * f)) + b`` with
-    ``f = gamma / sqrt(var + eps)``, so the integers stay what was trained. A negative ``f`` flips their sign; a zero one
-    makes them zeros.
+    ``f = gamma / sqrt(var + eps)``, so the integers don't change. A negative ``f`` flips their sign; a zero one
+    sets them to zero.
 
     Args:
-        bank: says whether fake-quant is active, and the weight's integers.
+        bank: ranges and target, and whether fake-quantization is active.
         name: of the operator in the plan.
         operator: an ``aten`` convolution or linear.
         axis: output channels of the weight.
@@ -44,7 +44,7 @@ class FoldedOperator(nn.Module):
     def fold(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` that ship."""
+        """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` for export."""
         integers, scale = quantize_weight(weight, self.axis, self.bank.target)
         if self.epsilon is None:
             return integers, scale, bias
@@ -57,7 +57,7 @@ class FoldedOperator(nn.Module):
         folded = scale * factor.abs()
         scale = stored(
             torch.where(folded < TINY, scale, folded), self.bank.target
-        )  # gamma 0: any scale will do for zeros
+        )  # gamma 0: the scale of zeros is arbitrary
         shift = -mean if bias is None else bias - mean
         return integers, scale, shift * factor if beta is None else beta + shift * factor
 
@@ -76,14 +76,14 @@ class FoldedOperator(nn.Module):
 
 
 class DynamicLinear(nn.Module):
-    """A linear layer with integer weights whose input is quantized by the range of the moment, in each call anew."""
+    """A linear layer with integer weights whose input is quantized by its range in each call."""
 
     def __init__(self, bank: RangeBank, name: str) -> None:
         super().__init__()
         self.bank, self.name = bank, name
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers ``(in, out)``, int8, and scales ``(out,)`` that ship."""
+        """Integers ``(in, out)``, int8, and scales ``(out,)`` for export."""
         integers, scale = quantize_weight(weight, 0, self.bank.target)
         return integers.t().contiguous().to(torch.int8), scale
 
@@ -98,14 +98,14 @@ class DynamicLinear(nn.Module):
 
 
 class FoldedEmbedding(nn.Module):
-    """An embedding whose table is stored as integers with one scale: rows are looked up as integers, then scaled."""
+    """An embedding whose table is stored as integers with one scale: lookup in integers, then scaling."""
 
     def __init__(self, bank: RangeBank, name: str) -> None:
         super().__init__()
         self.bank, self.name = bank, name
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers (in float, the table's shape) and the scale ``(1,)`` that ship."""
+        """Integers (in float, the table's shape) and the scale ``(1,)`` for export."""
         return quantize_weight(weight, None, self.bank.target)
 
     def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

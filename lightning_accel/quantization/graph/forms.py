@@ -1,20 +1,20 @@
-"""Forms: in which arrangements of integer operators a network is written, by which its engines are probed."""
+"""Forms of integer operators in a network, for which engines are probed."""
 
 from torch.fx import Node
 
 from lightning_accel.quantization.arithmetic.targets import MATMUL, POOLING
 from lightning_accel.quantization.graph.operators import CONVOLUTIONS, JOINS
-from lightning_accel.quantization.graph.plan import PAIRED, POOLED, WEIGHTED, Plan, Point, aten
+from lightning_accel.quantization.graph.plan import PAIRED, POOLED, WEIGHTED, QuantizationPlan, QuantizationPoint, aten
 
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 
 
-def forms_of(plan: Plan, activations: str = "static") -> frozenset[str]:
-    """Names of the probe's forms that a plan's file will hold.
+def forms_of(plan: QuantizationPlan, activations: str = "static") -> frozenset[str]:
+    """Forms of integer operators in the file of a plan.
 
     Args:
         plan: of the eval graph.
-        activations: ``"static"``, ``"dynamic"``, or ``"float"``, which leaves nothing to integer kernels.
+        activations: ``"static"``, ``"dynamic"``, or ``"float"``, which uses no integer kernels.
     """
     if activations != "static":
         return frozenset({"dynamic linear"} if activations == "dynamic" and plan.points else ())
@@ -35,7 +35,7 @@ def forms_of(plan: Plan, activations: str = "static") -> frozenset[str]:
     return frozenset(forms)
 
 
-def _form(point: Point) -> str:
+def _form(point: QuantizationPoint) -> str:
     node = point.node
     if node.target in CONVOLUTIONS:
         groups = node.args[6] if len(node.args) > 6 else 1
@@ -49,5 +49,5 @@ def _form(point: Point) -> str:
 
 
 def _also_in_float(result: Node, quantized: set[Node], readers: set[Node]) -> bool:
-    """Whether a result is quantized for one reader, and read by another as it is."""
+    """Whether a result is quantized for one reader, and read in float by another."""
     return result in quantized and bool(set(result.users) - readers)

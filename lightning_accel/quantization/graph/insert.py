@@ -1,4 +1,4 @@
-"""Placing: the fake-quants of a plan in a captured graph."""
+"""Insert the fake-quantization modules of a plan into a captured graph."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,21 @@ from torch.fx import GraphModule, Node
 
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
-from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant, free_name
 from lightning_accel.quantization.graph.operators import clip_of, writes
-from lightning_accel.quantization.graph.plan import Plan, Point, aten
+from lightning_accel.quantization.graph.plan import QuantizationPlan, QuantizationPoint, aten
 from lightning_accel.quantization.graph.sync_norm import SyncedNorm
 
-DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators of networks whose ranges are those of the moment
+DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators that dynamic quantization supports
 
 
 def place_fake_quants(
-    graph_module: GraphModule, plan: Plan, tensors: Mapping[str, str], bank: RangeBank, training: bool
+    graph_module: GraphModule, plan: QuantizationPlan, tensors: Mapping[str, str], bank: RangeBank, training: bool
 ) -> None:
     """Insert the fake-quants of a plan into a captured graph, in place, one for each tensor.
 
-    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier that only a fake-quant
-    reads becomes part of it: that clips as well, and costs one pass over the tensor instead of two.
+    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier whose only reader is a
+    fake-quantization is fused into it: one pass over the tensor instead of two.
 
     Args:
         graph_module: the captured graph.
@@ -54,7 +54,7 @@ def place_fake_quants(
                 if source is root:
                     reader.replace_input_with(root, placed[at])
     fakes = set(placed.values())
-    for point in plan.points:  # once every operator has its own, whoever else reads an integer tensor reads it too
+    for point in plan.points:  # afterwards all other readers of an integer tensor read the quantized one too
         for root in point.roots if point.shared else ():
             fake_node = placed[root, rows[tensors[point.key]], point.version]
             for user in [u for u in root.users if u not in fakes and u.op != "output"]:
@@ -72,17 +72,16 @@ def place_fake_quants(
     graph_module.recompile()
 
 
-def _is_dynamic_linear(plan: Plan, point: Point) -> bool:
+def _is_dynamic_linear(plan: QuantizationPlan, point: QuantizationPoint) -> bool:
     return plan.dynamic and point.node.target is aten.linear.default
 
 
-def _insert(graph_module: GraphModule, point: Point, root: Node, name: str, fake: nn.Module) -> Node:
-    """A node that applies a fake-quant to a tensor, before the first of its readers that may read it."""
-    while hasattr(graph_module, name):
-        name += "_"
+def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, name: str, fake: nn.Module) -> Node:
+    """Insert a node that applies a fake-quantization to a tensor, before its first reader."""
+    name = free_name(graph_module, name)
     graph_module.add_module(name, fake)
     users = set(root.users)
-    # A tensor that is overwritten in place has, at each version, its own readers.
+    # Each version of a tensor that is overwritten in place has its own readers.
     before = point.node if point.version or any(writes(user) for user in users) else _first(root, users)
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.call_module(name, (root,))
@@ -106,7 +105,7 @@ def _after(first: Node, second: Node) -> bool:
     return False
 
 
-def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
+def _place_weight(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
     name = f"fake_quant_of_{point.operand.name}" + ("" if point.axis is None else f"_{point.axis}")
     if not hasattr(graph_module, name):
         graph_module.add_module(name, WeightFakeQuant(bank, point.axis))
@@ -118,19 +117,16 @@ def _place_weight(graph_module: GraphModule, point: Point, bank: RangeBank) -> N
     point.node.update_arg(point.index, made)  # type: ignore[arg-type]  # a weight is an operand, not a result
 
 
-def _make_dynamic(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
-    name = _free_name(graph_module, point)
+def _make_dynamic(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
+    name = _folded_name(graph_module, point)
     graph_module.add_module(name, DynamicLinear(bank, point.operator))
     bias = point.node.args[2] if len(point.node.args) > 2 else None
     with graph_module.graph.inserting_before(point.node):
         _replace(point.node, graph_module.graph.call_module(name, (*point.node.args[:2], bias)))
 
 
-def _free_name(graph_module: GraphModule, point: Point) -> str:
-    name = "folded_" + point.operator.replace(".", "_")
-    while hasattr(graph_module, name):  # `a.b` and `a_b` are two modules
-        name += "_"
-    return name
+def _folded_name(graph_module: GraphModule, point: QuantizationPoint) -> str:
+    return free_name(graph_module, "folded_" + point.operator.replace(".", "_"))
 
 
 def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
@@ -143,9 +139,9 @@ def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
     graph_module.graph.erase_node(source)
 
 
-def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
-    """Replace an operator, and the batch norm that alone reads it, by one with integer weights."""
-    node, name = point.node, _free_name(graph_module, point)
+def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
+    """Replace an operator, and a batch norm that is its only reader, by one with integer weights."""
+    node, name = point.node, _folded_name(graph_module, point)
     graph = graph_module.graph
     if node.target is aten.embedding.default:
         graph_module.add_module(name, FoldedEmbedding(bank, point.operator))
@@ -157,7 +153,7 @@ def _fold(graph_module: GraphModule, point: Point, bank: RangeBank) -> None:
     norm = next(iter(node.users)) if len(node.users) == 1 else None
     value = node.meta.get("val")
     if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
-        norm = None  # there batch norm's channels are not the linear layer's outputs
+        norm = None  # the channels of batch norm aren't the outputs of the linear layer
     if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
         norm = None
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
@@ -179,10 +175,12 @@ def _replace(node: Node, other: Node) -> None:
 
 
 def freeze_norms(graph_module: GraphModule) -> None:
-    """Let the batch norms of a train graph use, and keep, the statistics they have; in place."""
+    """Freeze the batch norms of a train graph at their running statistics, in place."""
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:  # else it keeps none
+        if (
+            node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None
+        ):  # otherwise there are no running statistics
             node.update_arg(5, False)
         if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
             norm.frozen = True

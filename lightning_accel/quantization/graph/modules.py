@@ -1,4 +1,6 @@
-"""The modules that stand in a captured graph for a fake-quant."""
+"""Fake-quantization modules of a captured graph, and free names for added modules and tensors."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -8,10 +10,10 @@ from lightning_accel.quantization.arithmetic.observers import RangeBank
 
 
 class WeightFakeQuant(nn.Module):
-    """Fake-quant of a weight with the range of the moment; no state. All values lie within it, so the gradient is 1.
+    """Fake-quantization of a weight with its present range; stateless. All values lie within the range, so the gradient is 1.
 
     Args:
-        bank: says whether fake-quant is active, and the weight's integers.
+        bank: ranges and target, and whether fake-quantization is active.
         axis: output channels; ``None``: one scale for all of the weight.
     """
 
@@ -20,7 +22,7 @@ class WeightFakeQuant(nn.Module):
         self.bank, self.axis = bank, axis
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weight on the grid, same shape."""
+        """Quantized weight, of the same shape."""
         if not self.bank.active:
             return weight
         integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target)
@@ -33,9 +35,9 @@ class ActivationFakeQuant(nn.Module):
     Args:
         bank: holds its range.
         index: its row in the bank.
-        training: whether it stands in the train graph.
-        operators: the operators that read it; if all of them compute in float for now, so does it.
-        clip: values that an activation it took over clips to.
+        training: whether it is part of the train graph.
+        operators: the operators that read it; inactive while all of them compute in float.
+        clip: limits of a fused activation.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class ActivationFakeQuant(nn.Module):
         self.bank, self.index, self.training_graph, self.operators, self.clip = bank, index, training, operators, clip
 
     def qparams(self) -> tuple[float, int]:
-        """Scale (exactly representable in float32) and zero point in force."""
+        """Present scale (exactly representable in float32) and zero point."""
         return float(self.bank.scales[self.index]), int(self.bank.zero_points[self.index])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,3 +60,18 @@ class ActivationFakeQuant(nn.Module):
         if self.bank.off and self.operators <= self.bank.off:
             return x
         return self.bank.quantize(self.index, x, self.training_graph, self.clip)
+
+
+def free_name(graph_module: nn.Module, name: str, suffixes: Sequence[str] = ("",)) -> str:
+    """Append underscores to ``name`` until the graph has no attribute ``name + suffix``, for any of the suffixes.
+
+    Operators ``a.b`` and ``a_b`` would otherwise share a name, and a user's own ``head_bias`` would be overwritten.
+
+    Args:
+        graph_module: the graph to add an attribute to.
+        name: the preferred name.
+        suffixes: endings that are appended to the name, e.g. ``("_weight_int8", "_bias")``.
+    """
+    while any(hasattr(graph_module, name + suffix) for suffix in suffixes):
+        name += "_"
+    return name

@@ -1,4 +1,4 @@
-"""What the operators of a captured graph do to their data: move it, rectify it, overwrite it."""
+"""Properties of graph operators: whether they move, rectify or overwrite their data."""
 
 from collections import Counter
 from typing import Any, cast
@@ -16,7 +16,7 @@ CONVOLUTIONS = {
     aten.conv3d.default,
     aten.conv3d.padding,
 }
-# Operators that only move data, or choose from it: the result lies on the grid on which the operand lies.
+# Operators that only move or select data: the result is on the operand's grid.
 _MOVES = {
     aten.max_pool1d.default,
     aten.max_pool2d.default,
@@ -38,7 +38,7 @@ _MOVES = {
     aten.clone.default,
     aten.contiguous.default,
 }
-# The same, but they take a tensor apart: convolutions read on the grid, products of matrices keep a range for each part.
+# Operators that split a tensor: convolutions share its range, matrix products have a range for each part.
 _SPLITS = {
     aten.split.Tensor,
     aten.split_with_sizes.default,
@@ -65,14 +65,14 @@ def is_view(node: Node) -> bool:
 
 
 def memory_of(node: Any) -> Node:
-    """The node whose memory a chain of views shows."""
+    """The node that owns the memory of a chain of views."""
     while is_view(node) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def clip_of(node: Node) -> tuple[float, float] | None:
-    """Between which values an activation that rectifies clips, ``None`` if it isn't one: ``(0, inf)`` for ReLU."""
+    """Limits of a clipping activation, e.g. ``(0, inf)`` for ReLU; ``None`` for other nodes."""
     if node.op != "call_function" or node.kwargs:
         return None
     if node.target in (aten.relu.default, aten.relu_.default):
@@ -90,7 +90,7 @@ def clip_of(node: Node) -> tuple[float, float] | None:
 
 
 def activation_of(node: Any) -> Node | None:
-    """What a rectifying activation rectifies; ``None`` if the node isn't one."""
+    """Input of a clipping activation; ``None`` for other nodes."""
     return cast(Node, node.args[0]) if isinstance(node, Node) and clip_of(node) is not None else None
 
 
@@ -109,7 +109,7 @@ def reads_of(node: Node, op: str) -> bool:
 
 
 def _moved(node: Node, spatial: bool) -> list[Node]:
-    """The operands whose values are all that a node holds; empty if it computes."""
+    """Operands of a node that only moves data; empty if it computes."""
     if node.op != "call_function" or not node.args:
         return []
     if node.target in JOINS:
@@ -130,13 +130,13 @@ def _moved(node: Node, spatial: bool) -> list[Node]:
 def roots_of(
     operand: Node, reader: Node, spatial: bool, written: Counter[Node]
 ) -> tuple[tuple[Node, ...], tuple[tuple[Node, Node], ...]]:
-    """The tensors whose data an operand holds, and the edges along which it was moved.
+    """The tensors that an operand's data come from, and the edges along which they were moved.
 
     Args:
-        operand: what an operator reads.
+        operand: operand of an operator.
         reader: the operator.
-        spatial: whether to look through operators that take a tensor apart.
-        written: how often each tensor's memory is overwritten: such tensors are left where they are.
+        spatial: whether to follow operators that split a tensor.
+        written: how often each tensor's memory is overwritten; such tensors are not followed.
     """
     parts = [] if written[memory_of(operand)] else _moved(operand, spatial)
     parts = [p for p in parts if isinstance(p.meta.get("val"), torch.Tensor | list | tuple)]

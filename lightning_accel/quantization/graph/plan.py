@@ -1,8 +1,8 @@
-"""Quantizer: which tensors of a captured graph are quantized, and what stays float and why.
+"""Plan which tensors of a captured graph are quantized, and why others stay float.
 
-Operators that the target computes in integers get integer operands. Where exactly a tensor is quantized is the engines'
-business too: before data that is only moved (pooling by maximum, padding, concatenation), once for all readers, with one
-scale for all tensors that are concatenated, and not between a convolution and the sum that engines fuse into it.
+Operators that the target computes in integers get integer operands. Tensors are quantized where engines expect it: before data
+movement (max pooling, padding, concatenation), once for all readers, with one scale for all concatenated tensors, and not
+between a convolution and a sum that engines fuse into it.
 """
 
 from collections import Counter
@@ -55,7 +55,7 @@ PAIRED: dict[Any, str] = {
 }
 # Operators of one.
 POOLED = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
-# Operators one would expect to be quantized, but which no target computes in integers.
+# Operators that no target computes in integers; reported as kept in float.
 _FLOAT_ONLY = {
     aten.lstm.input: "LSTM",
     aten.gru.input: "GRU",
@@ -73,7 +73,7 @@ _KNOWN = {*WEIGHTED, *PAIRED, *POOLED, *_FLOAT_ONLY, FUSED_ATTENTION}
 
 
 @dataclass(frozen=True)
-class Point:
+class QuantizationPoint:
     """One quantized operand or result of an operator.
 
     Args:
@@ -86,7 +86,7 @@ class Point:
         version: how often the operand was overwritten in place before.
         roots: where it is quantized: the tensors whose data it holds.
         moved: edges from the roots to the operator, ``(source, reader)``.
-        shared: whether engines compute the tensor in integers, so that all of its readers read them.
+        shared: whether engines produce the tensor in integers, which all of its readers then use.
     """
 
     key: str
@@ -107,25 +107,25 @@ class Point:
 
 
 @dataclass
-class Plan:
-    """What a graph's operators get.
+class QuantizationPlan:
+    """Quantization of a graph's operators.
 
     Args:
         points: operands and results to quantize, in the graph's order.
         kept_float: name of an operator -> why it stays float.
         counts: how often each kind of operator runs in each module.
         groups: name of an operator -> its key in ``counts``.
-        dynamic: whether linear layers quantize their input by the range of the moment.
+        dynamic: whether the inputs of linear layers are quantized dynamically.
     """
 
-    points: list[Point] = field(default_factory=list)
+    points: list[QuantizationPoint] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     groups: dict[str, tuple[str, str]] = field(default_factory=dict)
     dynamic: bool = False
 
     def tensors(self) -> dict[str, str]:
-        """Which activations share a range: key of each that is one -> key of the tensor (its first reader's)."""
+        """Shared ranges of activations: key of each activation -> key of the first reader."""
         owner: dict[tuple[Node, int], str] = {}
         rows: dict[str, str] = {}
 
@@ -137,7 +137,7 @@ class Plan:
         activations = [p for p in self.points if not p.weight]
         for point in activations:
             rows[point.key] = point.key
-            for root in point.roots:  # tensors that are concatenated, and all their readers, have one scale
+            for root in point.roots:  # concatenated tensors, and all their readers, share one scale
                 rows[top(point.key)] = first = top(owner.setdefault((root, point.version), point.key))
                 rows[point.key] = first
         return {p.key: top(p.key) for p in activations}
@@ -156,22 +156,22 @@ def plan_points(
     exclude: Sequence[str] = (),
     *,
     training: bool = False,
-) -> Plan:
-    """Find what is to be quantized.
+) -> QuantizationPlan:
+    """Find the operands and results to quantize.
 
     Args:
         graph_module: from :func:`~lightning_accel.quantization.graph.capture.capture`.
-        target: says which operators it computes in integers, and what it fuses.
+        target: determines the operators in integers, and fusions.
         include: globs over operator names (module path, e.g. ``"body.*"``); empty means all.
         exclude: globs; wins over ``include``.
-        training: whether it is the train graph. What is fused is the eval graph's business, where dropped paths are gone; the
-            train graph offers all it has, to be cut down to that.
+        training: whether it is the train graph, whose plan is not reduced by fusions; it is later restricted to the points of the
+            eval graph.
 
     Raises:
         InvalidArgumentError: a glob matches no quantizable operator.
     """
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    plan, named, written = Plan(), [], Counter[Node]()
+    plan, named, written = QuantizationPlan(), [], Counter[Node]()
     versions: dict[Node, list[int]] = {}
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
@@ -186,7 +186,7 @@ def plan_points(
         plan.counts[path, kind] += 1
         leaf = node.target in WEIGHTED and plan.counts[path, kind] == 1
         name = path if leaf and path else ".".join(filter(None, (path, f"{kind}{plan.counts[path, kind]}")))
-        while name in plan.groups:  # a module may have the name that we give an operator
+        while name in plan.groups:  # a module may already have this name
             name += "_"
         plan.groups[name] = (path, kind)
         if reason := _why_not(node, parameters, target, training):
@@ -205,7 +205,7 @@ def plan_points(
 
 def _points(
     name: str, node: Node, versions: list[int], target: Target, written: Counter[Node], training: bool
-) -> list[Point]:
+) -> list[QuantizationPoint]:
     """The points of one operator."""
     points = []
     if node.target in WEIGHTED:
@@ -220,25 +220,27 @@ def _points(
     for index, role in roles:
         operand: Any = node.args[index]
         if index == position:
-            points.append(Point(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
+            points.append(QuantizationPoint(f"{name}:{role}", node, index, operand, weight=True, axis=axis))
             continue
         if index == fused or not _is_float32(operand):
             continue
         roots, moved = roots_of(operand, node, spatial, written)
         shared = all(_in_integers(root) and not written[memory_of(root)] for root in roots)
         key, version = f"{name}:{role}", versions[index]
-        points.append(Point(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared))
+        points.append(
+            QuantizationPoint(key, node, index, operand, version=version, roots=roots, moved=moved, shared=shared)
+        )
     if target.outputs and (node.target in CONVOLUTIONS or PAIRED.get(node.target) == SUM):
         result = result_of(node)
-        if not written[memory_of(result)]:  # what is overwritten is quantized where it is read
-            points.append(Point(f"{name}:output", node, None, result, roots=(result,), shared=True))
+        if not written[memory_of(result)]:  # tensors that are overwritten are quantized at their readers
+            points.append(QuantizationPoint(f"{name}:output", node, None, result, roots=(result,), shared=True))
     return points
 
 
 def fused_summand(node: Node) -> int | None:
-    """Position of the operand of a residual sum that comes straight from a convolution, the later one if both do.
+    """Position of the operand of a residual sum that is a convolution's result; the later one if both are.
 
-    Engines add to the accumulator of that convolution: rounding its result first would be work, and error, for nothing.
+    Engines add in the accumulator of that convolution; rounding its result first would only add cost and error.
     """
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     fresh = [(order[arg], i) for i, arg in enumerate(node.args[:2]) if isinstance(arg, Node) and _convolved(arg, node)]
@@ -263,7 +265,7 @@ def _in_integers(value: Node) -> bool:
 
 
 def _residual(node: Node) -> bool:
-    """Whether a sum is one of two feature maps of which a convolution makes one."""
+    """Whether a sum adds two feature maps, at least one of them from a convolution."""
     return any(
         isinstance(arg, Node) and _kind_of(arg.args[0] if arg.target is aten.batch_norm.default else arg) == CONVOLUTION
         for value in node.args[:2]
@@ -277,7 +279,7 @@ def _kind_of(node: Any) -> str:
 
 
 def _reads_input(node: Node) -> bool:
-    """Whether a value depends on what the network is given."""
+    """Whether a value depends on the network's inputs."""
     seen, open_nodes = {node}, [node]
     while open_nodes:
         found = open_nodes.pop()
@@ -295,7 +297,7 @@ def _is_float32(value: Any) -> bool:
 
 
 def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target, training: bool) -> str:
-    """Why an operator can't be quantized; empty if it can, ``"nothing"`` if nobody would expect it to be."""
+    """Reason why an operator isn't quantized; empty if it is, ``"nothing"`` if no report is needed."""
     if node.target is FUSED_ATTENTION:
         return (
             f"attention stays fused, in float: it isn't among the operators of {target.name}, or can't be taken apart"

@@ -1,8 +1,8 @@
-"""Prepare: put fake-quant into a module's ``forward``, and take it out again.
+"""Put fake-quantization into a module's ``forward``, and remove it again.
 
-A train and an eval graph are captured from the same module. They share its parameters and buffers, and one bank of
-ranges, so switching modes re-traces nothing and evaluation is exactly that of the module. The eval graph folds batch norm
-the way convert does, so that it computes what ships.
+A train graph and an eval graph are captured from the same module. They share its parameters and buffers, and one bank of
+ranges, so switching modes needs no capture. The eval graph folds batch norm as the conversion does, so that it computes the
+exported network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from lightning_accel.quantization.graph.attention import take_apart_attention
 from lightning_accel.quantization.graph.capture import Bindings, capture
 from lightning_accel.quantization.graph.forms import forms_of
 from lightning_accel.quantization.graph.insert import DYNAMIC, freeze_norms, place_fake_quants
-from lightning_accel.quantization.graph.plan import Plan, plan_points
+from lightning_accel.quantization.graph.plan import QuantizationPlan, plan_points
 from lightning_accel.quantization.graph.sync_norm import synchronize_norms
 
 ACTIVATIONS = ("static", "dynamic", "float")
@@ -34,18 +34,18 @@ _Modes = tuple[bool, ...]  # the mode of each submodule
 
 
 class QuantizedForward:
-    """Takes over a module's ``forward``: two captured graphs with fake-quant, over the module's own tensors.
+    """Replacement of a module's ``forward``: two captured graphs with fake-quantization over the module's own tensors.
 
     Args:
-        module: whose ``forward`` it replaces; stays in the tree with everything else it has.
+        module: module whose ``forward`` is replaced; otherwise not changed.
         inputs: from :func:`~lightning_accel.calls.shapes.describe_inputs`.
         target: arithmetic to simulate.
         include: globs of operators.
         exclude: globs of operators; wins.
         path: the module's name, for messages.
         ranges: how ranges are learned, see :class:`~lightning_accel.quantization.arithmetic.observers.RangeBank`.
-        activations: ``"static"``: one range for all calls; ``"dynamic"``: the inputs of linear layers, by the range of the moment;
-            ``"float"``: not at all, weights alone are integers.
+        activations: ``"static"``: one range for all calls; ``"dynamic"``: inputs of linear layers by their range in each call;
+            ``"float"``: activations aren't quantized, only weights.
 
     Raises:
         CaptureError: the module can't be captured.
@@ -80,7 +80,7 @@ class QuantizedForward:
         self._build()
 
     def _build(self) -> None:
-        """Capture both graphs on the module's present device; ranges stay, if there are any."""
+        """Capture both graphs on the module's present device; existing ranges are kept."""
         with torch.inference_mode(False):
             graphs = {training: self._capture(training) for training in (True, False)}
             plans = {training: self._plan_of(graph, training) for training, graph in graphs.items()}
@@ -106,7 +106,7 @@ class QuantizedForward:
             take_apart_attention(graph)
         return graph
 
-    def _plan_of(self, graph: GraphModule, training: bool) -> Plan:
+    def _plan_of(self, graph: GraphModule, training: bool) -> QuantizationPlan:
         plan = plan_points(graph, self.target, self.include, self.exclude, training=training)
         if self.activations != "static":
             plan.dynamic = self.activations == "dynamic"
@@ -120,7 +120,7 @@ class QuantizedForward:
         return plan
 
     def _build_mixed(self, modes: "_Modes") -> None:
-        """Capture once more where some submodules are held in another mode than the rest: a frozen batch norm, say."""
+        """Capture a graph for submodules in different modes, e.g. with a frozen batch norm."""
         with torch.inference_mode(False):
             graph = self._capture(None)
             plan = self._plan_of(graph, training=True)
@@ -139,13 +139,13 @@ class QuantizedForward:
         self._norms_frozen = False
 
     def forget_graphs(self) -> None:
-        """Capture again at the next call: submodules were exchanged for others over the same tensors."""
+        """Capture again at the next call, after submodules were replaced by others with the same tensors."""
         self._graphs, self._bindings = {}, {}
 
     def graph(self, training: bool) -> GraphModule:
         """The captured graph of a mode, over the module's present tensors."""
         if not self._graphs or _device_of(self.module) != self._device:
-            self._build()  # a graph holds constants of the device it was captured on
+            self._build()  # a graph contains constants on the device of its capture
         modes = (training,) * len(self._parts)
         if training == self.module.training:
             modes = tuple([part.training for part in self._parts])
@@ -164,10 +164,10 @@ class QuantizedForward:
         return self.graph(self.module.training).forward(*args, **kwargs)
 
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A call in the form the graphs take.
+        """Arguments in the form that the graphs take.
 
         Raises:
-            InvalidArgumentError: it differs from what was captured in more than the batch.
+            InvalidArgumentError: they differ from the captured inputs in more than the batch.
         """
         args, kwargs = plain_call(*canonical_call(self._signature, args, kwargs))
         self._guard.check(args, kwargs)
@@ -175,15 +175,15 @@ class QuantizedForward:
 
     @property
     def __code__(self) -> Any:
-        """Lightning tells by it that ``forward`` is overridden."""
+        """Lightning uses this attribute to detect an overridden ``forward``."""
         return type(self).__call__.__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the graphs, which are captured again where they are needed."""
+        """All state except the graphs, which are captured again on demand."""
         return {**self.__dict__, "_graphs": {}, "_bindings": {}, "_parts": [], "_plan": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedForward":
-        """For the copied module (EMA copies modules): ranges are copied, graphs captured anew on first use."""
+        """Copy for a copied module, e.g. by EMA: ranges are copied, graphs are captured again on first use."""
         copy = object.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update(self.__getstate__(), module=deepcopy(self.module, memo), bank=deepcopy(self.bank, memo))
@@ -195,8 +195,8 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
-    """Operand -> tensor, as the eval graph has them; each plan is cut down to what both graphs have.
+def _shared_tensors(plans: Mapping[bool, QuantizationPlan], path: str) -> dict[str, str]:
+    """Map operands to tensors of the eval graph, and restrict each plan to the points of both graphs.
 
     Raises:
         InvalidArgumentError: nothing is left.
@@ -205,7 +205,7 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
     trained = {point.key for point in plans[True].points}
     for point in plans[False].points:
         if point.key not in trained:
-            kept[point.operator] = "only part of evaluation: training never sees its range"
+            kept[point.operator] = "runs in evaluation only, so training can't learn its range"
     for name, group in plans[False].groups.items():
         if plans[True].counts[group] != plans[False].counts[group] and name not in kept:
             kept[name] = f"`{group[0] or 'forward'}` runs {group[1]} a different number of times in training"
@@ -221,13 +221,13 @@ def _shared_tensors(plans: Mapping[bool, Plan], path: str) -> dict[str, str]:
 
 
 def quantized_forwards(module: nn.Module) -> dict[str, QuantizedForward]:
-    """The forwards that were taken over, by the dotted path of their module."""
+    """Quantized forwards that are in place, by dotted path of their module."""
     forwards = {path: m.__dict__.get("forward") for path, m in module.named_modules()}
     return {path: f for path, f in forwards.items() if isinstance(f, QuantizedForward)}
 
 
 def quantize_change(forward: QuantizedForward, owner: str) -> Change:
-    """The record of a taken-over forward: everything needed to build it again on a fresh module, anywhere."""
+    """Record of a quantized forward, to rebuild it on another instance of the module."""
     args = {
         "module": forward.path,
         "inputs": forward.inputs,
@@ -267,11 +267,11 @@ def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:
     quantized_forwards(module)[path].bank.load_state_dict(state["ranges"][path])
 
 
-structure.register("quantize", structure.Kind(_replay, _undo, _restore))
+structure.register("quantize", structure.ChangeHandler(_replay, _undo, _restore))
 
 
 def quantization_map(module: nn.Module) -> dict[str, str]:
-    """Each operator of the quantized parts, by name: ``"int8"``, or why it stays float; in the module's order."""
+    """Operators of the quantized parts by name: ``"int8"``, or the reason why it stays float; in the module's order."""
     found: dict[str, str] = {}
     for path, forward in quantized_forwards(module).items():
         before = f"{path}." if path else ""

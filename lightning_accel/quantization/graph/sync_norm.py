@@ -1,7 +1,7 @@
-"""Batch norm over the batches of all ranks, in captured graphs.
+"""Synchronized batch norm in captured graphs.
 
-``nn.SyncBatchNorm`` calls collectives that ``torch.export`` can't capture. It is captured as the batch norm that it is on one
-rank, and that operator is replaced by a module that asks the other ranks; here on any device, not on GPUs alone.
+``nn.SyncBatchNorm`` calls collectives that ``torch.export`` can't capture. It is captured as an ordinary batch norm, and that
+operator is replaced by a module with collectives, which also works on CPUs.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from lightning_accel.quantization.graph.plan import aten, module_of
 
 @contextmanager
 def one_rank(module: nn.Module) -> Iterator[None]:
-    """Have the SyncBatchNorms of a module compute over this rank's batch, which can be captured."""
+    """Let the SyncBatchNorms of a module use this rank's batch only, which can be captured."""
     norms = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
     for norm in norms:
         norm.__dict__["forward"] = MethodType(_BatchNorm.forward, norm)
@@ -31,7 +31,7 @@ def one_rank(module: nn.Module) -> Iterator[None]:
 
 
 def synchronize_norms(graph_module: GraphModule, module: nn.Module) -> None:
-    """Let the batch norms of a train graph that were SyncBatchNorms ask all ranks, in place."""
+    """Replace batch norms of a train graph that were SyncBatchNorms by synchronized ones, in place."""
     synced = {name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)}
     for node in list(graph_module.graph.nodes) if synced else ():
         if node.target is not aten.batch_norm.default or not node.args[5] or module_of(node) not in synced:
@@ -57,7 +57,7 @@ class SyncedNorm(nn.Module):
     def __init__(self, momentum: float, epsilon: float) -> None:
         super().__init__()
         self.momentum, self.epsilon = momentum, epsilon
-        self.frozen = False  # the running statistics are used, and kept
+        self.frozen = False  # use the running statistics without an update
 
     def forward(
         self,
@@ -90,7 +90,7 @@ class SyncedNorm(nn.Module):
 
 
 class _OfAllRanks(torch.autograd.Function):
-    """Sum over all ranks; so is its gradient, since each rank's loss depends on it."""
+    """Sum over all ranks, with the sum of the gradients, since each rank's loss depends on it."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:

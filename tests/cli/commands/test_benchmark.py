@@ -13,13 +13,13 @@ import torch
 
 import lightning_accel as la
 from lightning_accel.benchmarking.benchmark_bundle import benchmark_bundle, hold_kernels
-from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, WayResult
-from lightning_accel.benchmarking.rounds import Measured, Row
-from lightning_accel.benchmarking.variants import Way
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, Comparison, VariantResult
+from lightning_accel.benchmarking.rounds import Measured, VariantRun
+from lightning_accel.benchmarking.variants import RuntimeVariant
 from lightning_accel.bundle.writer import check_recordable, write_manifest
 from lightning_accel.cli.main import main
 from lightning_accel.engines.arithmetic import Arithmetic
-from lightning_accel.engines.kernel_probe import Finding, probe_kernels
+from lightning_accel.engines.kernel_probe import KernelFinding, probe_kernels
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
 from lightning_accel.engines.pytorch import NAMES_FILE
@@ -58,7 +58,7 @@ def write_by_hand(folder, module, x, engine):
     return folder
 
 
-def test_the_default_ways_with_accuracy_and_a_decision(bundle, tmp_path, capsys):
+def test_the_default_variants_with_accuracy_and_a_decision(bundle, tmp_path, capsys):
     data = images(40, 9)
     np.savez(tmp_path / "held_out.npz", x=data.tensors[0].numpy())
     np.save(tmp_path / "labels.npy", data.tensors[1].numpy())
@@ -69,7 +69,7 @@ def test_the_default_ways_with_accuracy_and_a_decision(bundle, tmp_path, capsys)
     told = json.loads((bundle / "comparison.json").read_text())
     assert told == json.loads((tmp_path / "c.json").read_text())
     found = Comparison.from_dict(told)
-    assert {way.name: way.status for way in found.ways} == {
+    assert {variant.name: variant.status for variant in found.variants} == {
         "pytorch eager": "not here",
         "onnxruntime fp32": "ran",
         "onnxruntime int8": "ran",
@@ -78,20 +78,20 @@ def test_the_default_ways_with_accuracy_and_a_decision(bundle, tmp_path, capsys)
         "tensorrt int8": "not here",
     }
     assert "the bundle holds no `model.pt2`" in found["pytorch eager"].reason
-    with la.load_runner(bundle / "model.onnx") as runner:  # the ways' numbers against an independent count
+    with la.load_runner(bundle / "model.onnx") as runner:  # the variants' numbers against an independent count
         classes = runner(data.tensors[0].numpy()).argmax(1)
     with la.load_runner(bundle / "reference.onnx") as runner:
         plain = runner(data.tensors[0].numpy()).argmax(1)
-    way = found["onnxruntime int8"]
-    assert way.accuracy == (classes == data.tensors[1].numpy()).mean()
-    assert way.agreement == (classes == plain).mean()
-    assert way.samples == 40
-    assert way.file == "model.onnx"
-    assert way.file_bytes == (bundle / "model.onnx").stat().st_size
-    assert way.kernels["passed"]
-    assert [(p.batch, p.callers) for p in way.points] == [(1, 1), (1, 2), (4, 1), (4, 2)]
+    variant = found["onnxruntime int8"]
+    assert variant.accuracy == (classes == data.tensors[1].numpy()).mean()
+    assert variant.agreement == (classes == plain).mean()
+    assert variant.samples == 40
+    assert variant.file == "model.onnx"
+    assert variant.file_bytes == (bundle / "model.onnx").stat().st_size
+    assert variant.kernels["passed"]
+    assert [(p.batch, p.callers) for p in variant.points] == [(1, 1), (1, 2), (4, 1), (4, 2)]
     assert found.settings["agreement_with"] == "onnxruntime fp32"
-    # The float32 file is larger than the budget, so an int8 way ships, and is what the bundle is now.
+    # The float32 file is larger than the budget, so an int8 variant ships, and is what the bundle is now.
     ship = found.decision["ship"]
     assert ship in ("onnxruntime int8", "openvino int8")
     assert resolve_bundle(bundle, None) == (ship.split()[0], bundle / "model.onnx")
@@ -105,10 +105,10 @@ def test_the_default_ways_with_accuracy_and_a_decision(bundle, tmp_path, capsys)
 
 
 def test_float32_is_recorded_as_the_default_and_verified_with_the_others(bundle, capsys):
-    assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime fp32", "--max-drop", "1"]) == 0
+    assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime fp32", "--max-drop", "1"]) == 0
     assert resolve_bundle(bundle, None) == ("onnxruntime", bundle / "reference.onnx")
     assert read_manifest(bundle)["engines"]["onnxruntime"]["file"] == "model.onnx"  # by its name it is still there
-    assert "no other way fits" in capsys.readouterr().out
+    assert "no other variant fits" in capsys.readouterr().out
     main(["verify", str(bundle)])
     assert "onnxruntime (reference.onnx): passed: 16 samples" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_on_this_machine_it_is_measured_whether_weights_saturate(shipped, engine
 
     def probe(*of):
         asked.append(of)
-        return Finding(engine, "1.2.3", of[1], of[2], 0.0 if of[1] == "linear" else 77.0)
+        return KernelFinding(engine, "1.2.3", of[1], of[2], 0.0 if of[1] == "linear" else 77.0)
 
     reason = saturates(portable, engine, probe=probe)
     assert {(form, arithmetic) for _, form, arithmetic in asked} == {
@@ -150,9 +150,11 @@ def test_on_this_machine_it_is_measured_whether_weights_saturate(shipped, engine
 
 def test_what_is_no_number_is_a_failure_and_still_json(tmp_path):
     linear(tmp_path / "model.onnx")
-    way = Way("openvino fp32", "openvino", "fp32", tmp_path / "model.onnx")
-    row = Row(
-        way, WayResult(way.name, way.engine, way.precision), outputs={"output y": np.full((5, 2), np.nan, np.float32)}
+    variant = RuntimeVariant("openvino fp32", "openvino", "fp32", tmp_path / "model.onnx")
+    row = VariantRun(
+        variant,
+        VariantResult(variant.name, variant.engine, variant.precision),
+        outputs={"output y": np.full((5, 2), np.nan, np.float32)},
     )
     feeds = {"x": np.ones((5, 3), np.float32)}
     hold_kernels(Measured([row], []), tmp_path, {"model": "model.onnx", "files": {}}, feeds)
@@ -165,7 +167,7 @@ def test_what_else_lies_in_the_folder_stays(bundle):
     (bundle / "notes").mkdir()
     (bundle / "notes" / "mine.txt").write_text("keep me")
     (bundle / "notes" / "manifest.json").write_text("{}")
-    benchmark_bundle(bundle, ways=["onnxruntime fp32"], settings=FEW)
+    benchmark_bundle(bundle, variants=["onnxruntime fp32"], settings=FEW)
     assert (bundle / "notes" / "mine.txt").read_text() == "keep me"
     assert (bundle / "notes" / "manifest.json").read_text() == "{}"
     resolve_bundle(bundle, None)
@@ -173,22 +175,24 @@ def test_what_else_lies_in_the_folder_stays(bundle):
 
 def test_nothing_fits_is_an_exit_code_and_changes_no_default(bundle, capsys):
     before = read_manifest(bundle)["default"]
-    assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8", "--max-bytes", "10"]) == 1
+    assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8", "--max-bytes", "10"]) == 1
     out = capsys.readouterr().out
-    assert "No way fits the budgets. The nearest is onnxruntime int8: its file has" in out
+    assert "No variant fits the budgets. The nearest is onnxruntime int8: its file has" in out
     assert read_manifest(bundle)["default"] == before
     assert read_manifest(bundle)["decision"]["ship"] is None
 
 
 def test_without_budgets_nothing_is_decided_and_without_a_record_nothing_is_written(bundle, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")}
-    assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8", "--no-record"]) == 0
-    assert "The bundle was not changed. Pass --max-drop 0.5 to select the way that ships." in capsys.readouterr().out
+    assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8", "--no-record"]) == 0
+    assert (
+        "The bundle was not changed. Pass --max-drop 0.5 to select the variant that ships." in capsys.readouterr().out
+    )
     assert {p.name: p.stat().st_mtime_ns for p in bundle.rglob("*")} == before
-    assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8"]) == 0
+    assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8"]) == 0
     assert json.loads((bundle / "comparison.json").read_text())["decision"] is None
     resolve_bundle(bundle, None)  # whole, and every checksum right
-    assert main(["benchmark", str(bundle), *QUICK, "--way", "onnxruntime int8"]) == 0  # once more, over the first
+    assert main(["benchmark", str(bundle), *QUICK, "--variant", "onnxruntime int8"]) == 0  # once more, over the first
     resolve_bundle(bundle, None)
 
 
@@ -196,7 +200,7 @@ def test_without_samples_only_speed_is_measured_and_only_float32_can_ship(bundle
     content = {k: v for k, v in read_manifest(bundle).items() if k not in ("sha256", "files")}
     (bundle / "samples.npz").unlink()
     write_manifest(bundle, content)
-    found = benchmark_bundle(bundle, budgets=la.Budgets(), ways=["onnxruntime int8"], settings=FEW)
+    found = benchmark_bundle(bundle, budgets=la.Budgets(), variants=["onnxruntime int8"], settings=FEW)
     assert found["onnxruntime int8"].points
     assert (found["onnxruntime int8"].accuracy, found["onnxruntime int8"].agreement) == (None, None)
     assert found.decision["ship"] == "onnxruntime fp32"
@@ -205,16 +209,16 @@ def test_without_samples_only_speed_is_measured_and_only_float32_can_ship(bundle
 
 
 def test_kernels_that_compute_something_else_are_refused(tmp_path):
-    """Whatever engines make of it on this machine: a way ships exactly if its outputs are those of the file as written."""
+    """Whatever engines make of it on this machine: a variant ships exactly if its outputs are those of the file as written."""
     module = network("inception")
     x = samples("inception", 64)[0]
     quantized(module, x, target=target_of("portable"), learn=4)
     module.eval()
     la.export_onnx(network("inception"), x, tmp_path / "reference.onnx")
     write_by_hand(tmp_path, module, x, "openvino")
-    ways = ["openvino int8", "onnxruntime int8"]
-    found = benchmark_bundle(tmp_path, budgets=la.Budgets(max_drop=100), ways=ways, settings=FEW, record=False)
-    for name in ways:
+    variants = ["openvino int8", "onnxruntime int8"]
+    found = benchmark_bundle(tmp_path, budgets=la.Budgets(max_drop=100), variants=variants, settings=FEW, record=False)
+    for name in variants:
         with la.load_runner(tmp_path / "model.onnx", name.split()[0]) as runner:
             got = next(iter(runner.run({"x": x.numpy()}).values()))
         with OnnxRuntimeRunner(tmp_path / "model.onnx", emulate=True) as runner:
@@ -223,14 +227,14 @@ def test_kernels_that_compute_something_else_are_refused(tmp_path):
         assert found[name].kernels["passed"] is not wrong
         assert (found[name].kernels["max_error"] > 0.2) is wrong
         refusal = found.decision["refused"].get(name, "")
-        assert ("its kernels don't compute here what the file says" in refusal) is wrong
+        assert ("its kernels diverge from the file on this machine" in refusal) is wrong
 
 
 def test_kernels_whose_outputs_are_others_are_refused(tmp_path):
-    """An engine that is broken: the way's outputs are another network's."""
+    """An engine that is broken: the variant's outputs are another network's."""
     linear(tmp_path / "model.onnx")
-    way = Way("openvino int8", "openvino", "int8", tmp_path / "model.onnx")
-    row = Row(way, WayResult(way.name, way.engine, way.precision))
+    variant = RuntimeVariant("openvino int8", "openvino", "int8", tmp_path / "model.onnx")
+    row = VariantRun(variant, VariantResult(variant.name, variant.engine, variant.precision))
     feeds = {"x": np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)}
     with OnnxRuntimeRunner(tmp_path / "model.onnx", emulate=True) as runner:
         right = runner.run(feeds)["y"]
@@ -243,7 +247,7 @@ def test_kernels_whose_outputs_are_others_are_refused(tmp_path):
 
 def test_pytorch_and_what_is_made_or_missing(tmp_path):
     bundle = write_by_hand(tmp_path, Classifier().eval(), images(16).tensors[0], "pytorch")
-    ways = [
+    variants = [
         "pytorch eager",
         "pytorch inference_mode",
         "onnxruntime int8",
@@ -251,8 +255,8 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         "onnxruntime cuda fp32",
         "onnxruntime tensorrt fp32",
     ]
-    found = benchmark_bundle(bundle, budgets=la.Budgets(), ways=ways, settings=FEW)
-    status = {way.name: way.status for way in found.ways}
+    found = benchmark_bundle(bundle, budgets=la.Budgets(), variants=variants, settings=FEW)
+    status = {variant.name: variant.status for variant in found.variants}
     for name in ("pytorch eager", "pytorch inference_mode"):
         assert status[name] == "ran", found[name].reason
         assert found[name].agreement == 1.0
@@ -273,7 +277,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--way", "tflite int8"], "Argument `ways` must be among ['pytorch eager'"),
+        (["--variant", "tflite int8"], "Argument `variants` must be among ['pytorch eager'"),
         (["--max-drop", "101"], "Argument `max_drop` must be from 0 to 100 percentage points, but got 101"),
         (["--max-drop", "1", "--budget-batch", "8"], "Argument `batch` must be one of (1, 4), but got 8"),
         (["--budget-batch", "4"], "Argument `--budget-batch` must be given with a budget"),
@@ -322,7 +326,7 @@ def test_what_cannot_be_recorded_is_told_before_anything_is_measured(bundle, mon
         assert main(["benchmark", given, *QUICK]) == 1
         err = capsys.readouterr().err
         assert "Argument `record` must be False (`--no-record`) for a bundle that holds the current folder" in err
-    assert main(["benchmark", ".", *QUICK, "--way", "onnxruntime fp32", "--no-record", "--json", "c.json"]) == 0
+    assert main(["benchmark", ".", *QUICK, "--variant", "onnxruntime fp32", "--no-record", "--json", "c.json"]) == 0
     assert (bundle / "c.json").is_file()
     with pytest.raises(ValueError, match="for a bundle that is a mount point, but got /proc"):
         check_recordable("/proc")
@@ -359,7 +363,7 @@ def test_what_is_for_one_bundle_is_refused_for_several(bundle, capsys):
 def test_ctrl_c_writes_what_was_measured_and_ends_with_130(bundle):
     screen, terminal = pty.openpty()
     command = [sys.executable, "-m", "lightning_accel", "benchmark", str(bundle), "--max-drop", "1", "--threads", "1"]
-    few = ["--way", "onnxruntime int8", "--batch", "1", "--batch", "2", "--callers", "1", "--seconds", "0.3"]
+    few = ["--variant", "onnxruntime int8", "--batch", "1", "--batch", "2", "--callers", "1", "--seconds", "0.3"]
     process = subprocess.Popen([*command, *few], stdout=subprocess.PIPE, stderr=terminal, text=True)
     os.close(terminal)
     shown = b""
@@ -372,6 +376,6 @@ def test_ctrl_c_writes_what_was_measured_and_ends_with_130(bundle):
     told = json.loads((bundle / "comparison.json").read_text())
     assert told["interrupted"]
     assert told["decision"] is None
-    assert [w["points"][0]["batch"] for w in told["ways"]] == [1, 1]
+    assert [w["points"][0]["batch"] for w in told["variants"]] == [1, 1]
     assert "interrupted: what is missing was not measured" in out
     resolve_bundle(bundle, None)

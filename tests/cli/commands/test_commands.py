@@ -151,10 +151,10 @@ def test_profiles_are_read():
 
 def test_benchmark_compares(shipped, capsys):
     bundle = shipped / "bundle"
-    ways = [str(bundle / "reference.onnx"), f"{bundle}:onnxruntime"]
-    assert main(["benchmark", *ways, "--batch", "4", "--seconds", "0.2", "--threads", "1"]) == 0
+    variants = [str(bundle / "reference.onnx"), f"{bundle}:onnxruntime"]
+    assert main(["benchmark", *variants, "--batch", "4", "--seconds", "0.2", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{ways[1]}: p50" in out
+    assert f"{variants[1]}: p50" in out
     assert "null run: " in out
     assert "cpu: " in out
 

@@ -38,16 +38,16 @@ def test_two_bundles_are_measured_and_set_side_by_side(pair, tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for bundle in pair for p in bundle.rglob("*")}
     assert main(["compare", str(a), str(b), *QUICK, *given, *out]) == 0
     told = json.loads((tmp_path / "c.json").read_text())
-    one, two = told["comparison"]["ways"]
+    one, two = told["comparison"]["variants"]
     classes = []
     for bundle in pair:
         with la.load_runner(bundle) as runner:
             classes.append(runner(data.tensors[0].numpy()).argmax(1))
     labels = data.tensors[1].numpy()
-    assert [way["accuracy"] for way in (one, two)] == [(found == labels).mean() for found in classes]
+    assert [variant["accuracy"] for variant in (one, two)] == [(found == labels).mean() for found in classes]
     assert two["agreement"] == (classes[0] == classes[1]).mean()
     assert one["agreement"] == 1
-    assert [way["file_bytes"] for way in (one, two)] == [
+    assert [variant["file_bytes"] for variant in (one, two)] == [
         (f).stat().st_size for f in (a / "model.onnx", b / "reference.onnx")
     ]
     assert told["bundles"]["B"]["default"] == {"engine": "onnxruntime", "file": "reference.onnx", "precision": "fp32"}
@@ -127,5 +127,5 @@ def test_a_class_for_each_sample_and_one_for_each_pixel_have_no_agreement(pair, 
     a, b = pair
     replaced(b, [helper.make_node("Relu", ["x"], ["y"])], [3, 8, 8])
     assert main(["compare", str(a), str(b), *QUICK, "--json", str(tmp_path / "c.json")]) == 0
-    one, two = json.loads((tmp_path / "c.json").read_text())["comparison"]["ways"]
+    one, two = json.loads((tmp_path / "c.json").read_text())["comparison"]["variants"]
     assert (one["agreement"], two["agreement"]) == (1.0, None)

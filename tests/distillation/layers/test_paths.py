@@ -24,7 +24,7 @@ from lightning_accel import (
 )
 from lightning_accel.distillation.adapters import keep_channels_, make_adapter, replace_parameters_
 from lightning_accel.distillation.layers.paths import expand
-from lightning_accel.distillation.layers.selection import select, split_path
+from lightning_accel.distillation.layers.selection import select_tensor, split_path
 from tests.support.models import Classifier, Residual, loader
 
 
@@ -56,8 +56,8 @@ def test_paths_and_selections():
     assert expand(net, ["body.1?.0[0]", "body.2"], "student_layer") == ["body.10.0[0]", "body.2"]
     assert expand(net, "[0]", "student_layer") == ["[0]"]
     tensor = torch.zeros(1)
-    assert select({"a": (tensor, 3)}, ("a", 0), "[a][0]", "outputs") is tensor
-    assert select((tensor,), (), "x", "outputs") is tensor
+    assert select_tensor({"a": (tensor, 3)}, ("a", 0), "[a][0]", "outputs") is tensor
+    assert select_tensor((tensor,), (), "x", "outputs") is tensor
 
 
 def test_a_path_that_leads_nowhere_lists_what_is_near(trainer):

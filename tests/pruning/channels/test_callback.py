@@ -303,7 +303,7 @@ def test_taylor_counts_the_gradients_of_an_epoch(trainer):
                 seen["sum"] = seen.get("sum", 0) + unit.square()
 
     module = Net()
-    pruning = la.ChannelPruning(0.25, importance="taylor", include="net.inner", start=2, end=2)
+    pruning = la.ChannelPruning(0.25, criterion="taylor", include="net.inner", start=2, end=2)
     trainer(Record(), pruning, max_epochs=3).fit(module, loader())
     kept = structure.record_of(module)[0].args["parameters"]["net.inner.weight"][0][2]
     assert kept == sorted(seen["sum"].topk(9).indices.tolist())
@@ -374,9 +374,9 @@ def test_a_second_fit_and_another_module(trainer):
 
 
 def test_fast_dev_run_tries_it(trainer):
-    for importance in ("group_norm", "taylor"):
+    for criterion in ("group_norm", "taylor"):
         module = Net()
-        trainer(la.ChannelPruning(0.5, start=3, end=7, importance=importance), fast_dev_run=True).fit(module, loader())
+        trainer(la.ChannelPruning(0.5, start=3, end=7, criterion=criterion), fast_dev_run=True).fit(module, loader())
         assert sum(channels(module)) == 10
 
 
@@ -398,7 +398,7 @@ def test_an_unreached_target_is_told(trainer):
         ({"pruning_ratio": 50}, "Write 0.5 for half of them"),
         ({"macs_reduction": 1.0}, "Argument `macs_reduction` must be a factor above 1, but got 1.0"),
         ({"macs_reduction": float("nan")}, "Argument `macs_reduction` must be a factor above 1"),
-        ({"pruning_ratio": 0.5, "importance": "l1"}, "Argument `importance` must be one of"),
+        ({"pruning_ratio": 0.5, "criterion": "l1"}, "Argument `criterion` must be one of"),
         ({"pruning_ratio": 0.5, "scope": "all"}, "Argument `scope` must be one of"),
         ({"pruning_ratio": 0.5, "schedule": "late"}, "Argument `schedule` must be one of"),
         ({"pruning_ratio": 0.5, "round_to": 0}, "Argument `round_to` must be a number of channels >= 1, but got 0"),
@@ -433,8 +433,8 @@ def test_arguments_are_checked(arguments, message):
         ({"pruning_ratio": 0.5, "round_to": 16}, r"Argument `pruning_ratio` must be reachable .* at most 0.000"),
         ({"pruning_ratio": 0.5, "limits": {"net.*": 0.25}}, r"at most 0.250, but got 0.5"),
         (
-            {"pruning_ratio": 0.5, "importance": "taylor"},
-            'Argument `start` must be at least 1 with importance "taylor"',
+            {"pruning_ratio": 0.5, "criterion": "taylor"},
+            'Argument `start` must be at least 1 with criterion "taylor"',
         ),
         (
             {"pruning_ratio": 0.5, "end": 2},
@@ -464,11 +464,11 @@ def test_shapes_must_be_final_when_they_are_captured(trainer):
 
 def test_bn_scale_needs_batch_norm_everywhere(trainer):
     module = Net()
-    trainer(la.ChannelPruning(0.5, importance="bn_scale", end=1)).fit(module, loader())
+    trainer(la.ChannelPruning(0.5, criterion="bn_scale", end=1)).fit(module, loader())
     assert sum(channels(module)) == 10
     module.net = nets.Squeezed()
     with pytest.raises(ValueError, match=r'got "bn_scale" for `net\.conv`, which has no batch norm'):
-        trainer(la.ChannelPruning(0.5, importance="bn_scale", end=1)).fit(module, loader())
+        trainer(la.ChannelPruning(0.5, criterion="bn_scale", end=1)).fit(module, loader())
 
 
 def test_a_compiled_module_is_refused(trainer):
@@ -519,7 +519,7 @@ def test_the_plan_says_what_would_leave_and_changes_nothing():
         {"layers": ["head"], "before": 4, "after": 4, "kept": "it reaches the output"},
     ]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert plan_channels(module, x, ChannelTarget(pruning_ratio=0.5, scope="layer", importance="taylor")) == rows
+    assert plan_channels(module, x, ChannelTarget(pruning_ratio=0.5, scope="layer", criterion="taylor")) == rows
 
 
 def test_limits_and_rounding():
@@ -536,8 +536,8 @@ def test_limits_and_rounding():
 
 def test_the_functional_taylor_reads_the_gradients_that_are_there():
     module, x = nets.Residual(), images(4).tensors[0]
-    with pytest.raises(ValueError, match='Importance "taylor" must have seen gradients, but got none'):
-        prune_channels_(module, x, pruning_ratio=0.5, importance="taylor")
+    with pytest.raises(ValueError, match='Criterion "taylor" needs gradients, but got none'):
+        prune_channels_(module, x, pruning_ratio=0.5, criterion="taylor")
     module(x).square().sum().backward()
-    prune_channels_(module, x, pruning_ratio=0.5, importance="taylor")
+    prune_channels_(module, x, pruning_ratio=0.5, criterion="taylor")
     assert module.stem.out_channels + module.inner.out_channels == 10

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_accel.pruning.channels.criteria import taylor_scores, unit_scores
+from lightning_accel.pruning.channels.criteria import channel_criterion, taylor_scores, unit_scores
 from lightning_accel.pruning.channels.equivalence import find_groups
 from lightning_accel.pruning.channels.groups import Group
 from lightning_accel.pruning.channels.selection import fewest, removal_order, shares_of, units_of
+from lightning_accel.pruning.criterion import Criterion
+from lightning_accel.pruning.functional import prune_channels_
 from tests.pruning import networks as nets
 
 X = torch.randn(nets.IMAGES)
@@ -81,12 +83,80 @@ def test_scores_that_are_all_zero_stay_zero():
 
 def test_what_cannot_be_scored_is_told():
     group, parameters = group_of(nets.Squeezed(), "conv")
-    with pytest.raises(ValueError, match=r"Argument `importance` must be one of .* but got 'l2'"):
+    with pytest.raises(ValueError, match=r"Argument `criterion` must be one of .* but got 'l2'"):
         unit_scores(group, parameters, "l2")
-    with pytest.raises(ValueError, match='Importance "taylor" must have seen gradients, but got none'):
+    with pytest.raises(ValueError, match='Criterion "taylor" needs gradients, but got none'):
         unit_scores(group, parameters, "taylor")
     with pytest.raises(ValueError, match=r'got "bn_scale" for `conv`, which has no batch norm. Exclude it'):
         unit_scores(group, parameters, "bn_scale")
+
+
+class Cubed(Criterion):
+    def scores(self, name, parameter, grad=None):
+        return parameter.detach().abs() ** 3
+
+
+def cubed(name, parameter, grad):
+    return parameter.detach().abs() ** 3
+
+
+class ByPosition(Criterion):
+    """Scores units, not weights: the first unit is the least important."""
+
+    def unit_scores(self, group, parameters):
+        return torch.arange(group.units)
+
+
+@pytest.mark.parametrize("criterion", [cubed, Cubed(), Cubed, "tests.pruning.channels.test_criteria.cubed"])
+def test_scores_of_weights_are_added_up_for_each_channel(criterion):
+    """Over what makes the channels and what reads them, biases and norms apart."""
+    module = nets.Residual()
+    group, parameters = group_of(module, "inner")
+    w = parts(module)
+    made = (np.abs(w["inner.weight"].astype(np.float64)) ** 3).sum((1, 2, 3))
+    read = (np.abs(w["outer.weight"].astype(np.float64)) ** 3).sum((0, 2, 3))
+    wanted = made + read
+    np.testing.assert_allclose(unit_scores(group, parameters, criterion).numpy(), wanted / wanted.mean(), rtol=1e-5)
+
+
+def test_a_criterion_may_score_units_itself():
+    module = nets.Residual()
+    before = module.inner.weight.detach().clone()
+    prune_channels_(module, X, pruning_ratio=0.25, include="inner", criterion=ByPosition())
+    assert torch.equal(module.inner.weight, before[3:])  # a quarter of 12
+
+
+def test_a_function_that_needs_gradients_reads_the_present_ones():
+    module = nets.Residual()
+
+    def gradient(name, parameter, grad):
+        return grad.abs()
+
+    gradient.needs_gradients = True
+    with pytest.raises(ValueError, match='Criterion "gradient" needs gradients, but got none'):
+        prune_channels_(module, X, pruning_ratio=0.25, criterion=gradient)
+    module(X).square().sum().backward()
+    group, parameters = group_of(module, "inner")
+    collected = channel_criterion(gradient).unit_scores(group, parameters)
+    g = {name: p.grad.numpy().astype(np.float64) for name, p in module.named_parameters()}
+    wanted = np.abs(g["inner.weight"]).sum((1, 2, 3)) + np.abs(g["outer.weight"]).sum((0, 2, 3))
+    np.testing.assert_allclose(collected.numpy(), wanted, rtol=1e-5)
+    prune_channels_(module, X, pruning_ratio=0.25, criterion=gradient)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "says"),
+    [
+        (
+            lambda name, parameter, grad: parameter.sum(),
+            r"must return scores of the parameter's shape .*, but got \(\)",
+        ),
+        (lambda name, parameter, grad: parameter * torch.nan, "must give a number for each of the .* with NaN"),
+    ],
+)
+def test_functions_that_give_no_scores(criterion, says):
+    with pytest.raises(ValueError, match=says):
+        prune_channels_(nets.Residual(), X, pruning_ratio=0.25, criterion=criterion)
 
 
 # --- order

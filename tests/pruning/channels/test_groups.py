@@ -218,8 +218,8 @@ def zeroed(module, args):
 @pytest.mark.parametrize(
     ("make", "x", "leave", "kept"), [c for c in CASES if c[2]], ids=[n for n in NAMES if n != "tied"]
 )
-@pytest.mark.parametrize("importance", ["group_norm", "magnitude"])
-def test_outputs_are_those_with_zeros_in_place_of_what_left(make, x, leave, kept, importance):
+@pytest.mark.parametrize("criterion", ["group_norm", "magnitude"])
+def test_outputs_are_those_with_zeros_in_place_of_what_left(make, x, leave, kept, criterion):
     module = make()
     for part in module.modules():
         if hasattr(part, "running_mean") and part.running_mean is not None:
@@ -227,7 +227,7 @@ def test_outputs_are_those_with_zeros_in_place_of_what_left(make, x, leave, kept
             part.running_var.uniform_(0.5, 2.0)
     original = deepcopy(module)
     parameters = dict(module.named_parameters())
-    change = prune_channels_(module, x, pruning_ratio=0.4, importance=importance)
+    change = prune_channels_(module, x, pruning_ratio=0.4, criterion=criterion)
     assert all(parameters[name] is p for name, p in module.named_parameters())  # the same objects, smaller
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in original.parameters())
     wanted, got = output(zeroed(original, change.args), x), output(module, x)

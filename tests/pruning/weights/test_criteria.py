@@ -1,8 +1,12 @@
+import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader
 
+import lightning_accel as la
+from lightning_accel.pruning.criterion import Criterion
 from lightning_accel.pruning.weights.criteria import scores_of
 from lightning_accel.pruning.weights.masks import prune_masks
 
@@ -84,3 +88,57 @@ def test_functions_that_give_no_scores(scores, says):
 
 def test_scores_are_float32_whatever_the_weights_are():
     assert scores_of("l1", "w", torch.ones(3, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+class Reversed(Criterion):
+    """The largest weights are the least important."""
+
+    def scores(self, name, parameter, grad=None):
+        return -parameter.detach().abs()
+
+
+def smallest_gradient_first(name, parameter, grad):
+    return grad.abs()
+
+
+smallest_gradient_first.needs_gradients = True
+
+
+@pytest.mark.parametrize("criterion", [Reversed(), Reversed, "tests.pruning.weights.test_criteria.Reversed"])
+def test_a_criterion_as_an_object_a_class_or_an_import_path(criterion):
+    kept = prune_masks({"w": torch.tensor([0.1, -3.0, 0.2, 2.0])}, 0.5, criterion=criterion)["w"]
+    assert kept.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("criterion", ["tests.pruning.weights.test_criteria.missing", "no_such_package.x", "L1", 3])
+def test_what_is_no_criterion_is_refused(criterion):
+    with pytest.raises(ValueError, match=r"Argument `criterion` must be one of \['l1', .*, but got"):
+        prune_masks({"w": torch.ones(4)}, 0.5, criterion=criterion)
+    with pytest.raises(ValueError, match=r"Argument `criterion` must be one of \['l1', .*, but got"):
+        la.WeightPruning(0.5, criterion=criterion)
+
+
+def test_a_function_that_needs_gradients_gets_those_of_the_steps(trainer):
+    """With weights of 1 and inputs of different size, the gradients alone tell which weights go."""
+
+    class Linear(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1, bias=False)
+            nn.init.ones_(self.layer.weight)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def training_step(self, batch, batch_idx):
+            return self(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-9)
+
+    module, data = Linear(), DataLoader(torch.tensor([[3.0, 1.0, 4.0, 2.0]]).repeat(4, 1), 1)
+    pruning = la.WeightPruning(0.5, criterion=smallest_gradient_first, start=1, end=1, schedule="constant")
+    trainer(pruning, max_epochs=2).fit(module, data)
+    assert pruning.masks["layer.weight"].tolist() == [[True, False, True, False]]
+    with pytest.raises(ValueError, match="must leave a step before the first pruning with criterion"):
+        trainer(la.WeightPruning(0.5, criterion=smallest_gradient_first, schedule="constant")).fit(Linear(), data)

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_accel.pruning.functional import prune_weights_
 from lightning_accel.pruning.weights.granularity import granularity_of
 from lightning_accel.pruning.weights.masks import prune_masks
-from lightning_accel.pruning.weights.targets import Choice, left_dense, prunable_parameters
+from lightning_accel.pruning.weights.targets import SparsityTargets, left_dense, prunable_parameters
 from tests.support.models import Residual
 
 
@@ -130,4 +130,4 @@ def test_functions_alone_make_2_of_4_on_a_plain_module():
 )
 def test_targets_that_contradict(arguments, says):
     with pytest.raises(ValueError, match=says):
-        Choice(**arguments).weights(Residual())
+        SparsityTargets(**arguments).weights(Residual())

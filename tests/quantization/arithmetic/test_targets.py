@@ -13,7 +13,7 @@ import torch
 import lightning_accel as la
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.engines import kernel_probe
-from lightning_accel.engines.kernel_probe import FORMS, Finding, probe_kernels
+from lightning_accel.engines.kernel_probe import FORMS, KernelFinding, probe_kernels
 from lightning_accel.quantization.arithmetic.targets import arithmetic_of, cannot_reproduce, cpu_has_vnni, target_of
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from tests.support.models import Classifier, loader
@@ -162,7 +162,7 @@ def broken(*forms, engine="openvino", activations=("int8", "uint8")):
 
     def probe(name, form, arithmetic):
         wrong = name == engine and form in forms and arithmetic.activations in activations
-        return Finding(name, "1.2.3", form, arithmetic, 53.5 if wrong else 0.0)
+        return KernelFinding(name, "1.2.3", form, arithmetic, 53.5 if wrong else 0.0)
 
     return probe
 
