@@ -34,7 +34,7 @@ def purpose(room: str) -> str:
 def pages() -> dict[str, str]:
     """Path in the docs -> Markdown."""
     rooms = public_names()
-    title = {room: room.replace("_", " ").capitalize() for room in rooms}
+    title = {room: "ONNX" if room == "onnx" else room.replace("_", " ").capitalize() for room in rooms}
     made = {}
     for room, names in rooms.items():
         objects = "\n".join(f"\n::: lightning_accel.{module}.{name}\n" for name, module in names)
