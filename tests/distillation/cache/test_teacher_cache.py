@@ -299,7 +299,7 @@ def mixup(samples):
     [
         (
             lambda: DataLoader(images(64, seed=1), 8),
-            r"it was made of another data set: samples differ\. Give another folder",
+            r"it belongs to another data set: samples differ\. Give another folder",
         ),
         (lambda: DataLoader(images(32), 8), r"it was made of 64 samples, and the data set has 32"),
         (
