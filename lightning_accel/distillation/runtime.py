@@ -102,10 +102,10 @@ class Distillation:
 
     def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signals:
         """Run the teacher; returns its logits and layers."""
-        return self.teacher_signals(*self.ask(args, kwargs))
+        return self.teacher_signals(*self.call_teacher(args, kwargs))
 
     @torch.no_grad()
-    def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+    def call_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         """Call the teacher. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
         network, paths = network_of(self.teacher), self.teacher_layers()
         modules = [module for path in paths if (module := split_path(path, "teacher_layer")[0])]

@@ -151,7 +151,7 @@ def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple
     with torch.no_grad(), isolated_random(), kept_buffers(module), without_graphs(module):
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
-        return (found, output), distillation.ask(*call)
+        return (found, output), distillation.call_teacher(*call)
 
 
 def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:

@@ -141,9 +141,9 @@ class TeacherCache:
             "samples": f"it has {present.get('samples')} samples, and the data set has {wanted['samples']}",
             "data": "it belongs to another data set: samples differ",
             "teacher": "it was made with another teacher: its weights or settings differ",
-            "storage": f"it holds {present.get('storage')}, and {wanted['storage']} is asked for",
-            "top_k": f"it holds the {present.get('top_k')} largest logits, and {wanted['top_k']} are asked for",
-            "signals": f"it holds {present.get('signals')}, and {wanted['signals']} are asked for",
+            "storage": f"it holds {present.get('storage')}, and {wanted['storage']} is requested",
+            "top_k": f"it holds the {present.get('top_k')} largest logits, and {wanted['top_k']} are requested",
+            "signals": f"it holds {present.get('signals')}, and {wanted['signals']} are requested",
         }
         for key, reason in reasons.items():
             if present.get(key) != wanted[key]:
