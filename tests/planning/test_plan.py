@@ -91,7 +91,8 @@ def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
     last = la.WeightPruning(0.5, end=1.0)
     made = la.plan(trainer(last, **settings), Scheduled("step"), train_dataloaders=loader())
     assert made.warnings == [
-        "WeightPruning ends at 0.0% of the highest learning rate; the network must recover from pruning, so the learning rate must still be high. End it earlier."
+        "WeightPruning ends at 0.0% of the highest learning rate; the network must recover from pruning, so the learning rate must "
+        "still be high. End it earlier."
     ]
 
 
