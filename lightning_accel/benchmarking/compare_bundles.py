@@ -143,8 +143,8 @@ def compare_bundles(
     feeds = None if samples is None else {name: samples[name] for name in inputs[0] if name in samples}
     if feeds is not None and (missing := [name for name in inputs[0] if name not in feeds]):
         raise InvalidArgumentError(f"Argument `samples` must hold the inputs {inputs[0]}, but got none for {missing}.")
-    told = {manifest.get("output_kind") for manifest in manifests.values()} - {None} if labels is None else set()
-    output_kind = told.pop() if len(told) == 1 else None
+    kinds = {manifest.get("output_kind") for manifest in manifests.values()} - {None} if labels is None else set()
+    output_kind = kinds.pop() if len(kinds) == 1 else None
     taken: dict[str, list[_Input]] = {}
     for name, folder in folders.items():
         with load_runner(folder / proven_file(manifests[name], "fp32"), "onnxruntime", emulate=True) as runner:

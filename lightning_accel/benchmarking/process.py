@@ -60,11 +60,11 @@ class VariantProcess:
         self._replies: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def ask(self, request: str, **arguments: Any) -> dict[str, Any]:
+    def request(self, name: str, **arguments: Any) -> dict[str, Any]:
         """Send a request and wait for the reply.
 
         Args:
-            request: name of a request of the worker.
+            name: name of a request of the worker.
             arguments: its arguments, JSON values.
 
         Raises:
@@ -73,13 +73,13 @@ class VariantProcess:
         started = time.perf_counter()
         with suppress(BrokenPipeError):  # the process died: handled below as a missing reply
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"do": name, **arguments}) + "\n")
             self._process.stdin.flush()
         try:
             line = self._replies.get(timeout=max(self.left_s, 0.0))
         except queue.Empty:
             raise VariantEndedError(
-                "out of time", f"`{request}` reached the limit of {self._limit_s:g} s for a variant"
+                "out of time", f"`{name}` reached the limit of {self._limit_s:g} s for a variant"
             ) from None
         finally:
             self.left_s -= time.perf_counter() - started

@@ -159,23 +159,25 @@ def _start(
     if variant.missing:
         row.end("not here", variant.missing)
         return
-    told: dict[str, Any] = {
+    described: dict[str, Any] = {
         "engine": variant.engine,
         "mode": variant.mode,
         "file": str(variant.file),
         "options": dict(variant.options),
     }
-    told["spec"] = registered_record(variant.engine)
+    described["spec"] = registered_record(variant.engine)
     try:
         row.process = process = VariantProcess(threads=settings.threads, limit_s=settings.limit_s)
-        result.first_ms = process.ask("start", variant=told, inputs=files, threads=settings.threads)["first_ms"]
+        result.first_ms = process.request("start", variant=described, inputs=files, threads=settings.threads)[
+            "first_ms"
+        ]
         for batch, callers in settings.points:
-            process.ask("warm", batch=batch, callers=callers, seconds=settings.warmup_s)
-        result.peak_memory_bytes = process.ask("memory")["peak_memory_bytes"]
+            process.request("warm", batch=batch, callers=callers, seconds=settings.warmup_s)
+        result.peak_memory_bytes = process.request("memory")["peak_memory_bytes"]
         if keep:
             out = scratch / "outputs.npz"
             wish = {"batch": _PREDICT_BATCH, "keep": keep, "classify": classify, "out": str(out)}
-            result.samples = process.ask("predict", **wish)["samples"]
+            result.samples = process.request("predict", **wish)["samples"]
             with np.load(out, allow_pickle=False) as arrays:
                 row.outputs = dict(arrays)
     except VariantEndedError as ended:
@@ -196,11 +198,11 @@ def _run_rounds(rows: Sequence[VariantRun], settings: BenchmarkSettings, progres
                 if row.process is None:
                     continue
                 try:
-                    told = row.process.ask("turn", batch=batch, callers=callers, seconds=settings.turn_s)
+                    measured = row.process.request("turn", batch=batch, callers=callers, seconds=settings.turn_s)
                 except VariantEndedError as ended:
                     row.end(ended.status, f"{ended.reason}, at batch {batch} with {callers} at once")
                     continue
-                row.turns.setdefault((batch, callers), {})[number] = _Turn(**told)
+                row.turns.setdefault((batch, callers), {})[number] = _Turn(**measured)
 
 
 def _point(row: VariantRun, base: VariantRun, key: _Key, rng: np.random.Generator) -> LatencyPoint:

@@ -165,7 +165,7 @@ def assembled(
         output_kind: ``"classes"`` or ``"values"``.
     """
     count = len(next(iter(feeds.values())))
-    told = {
+    all_settings = {
         **asdict(settings),
         "samples": 0 if source is None else count,
         "data": "random inputs" if source is None else f"{count:,} held-out samples, {source}",
@@ -176,7 +176,7 @@ def assembled(
     nulls = {key: pick((n[key] for n in measured.null), default=None) for key, pick in (("low", min), ("high", max))}
     return Comparison(
         environment=dict(machine),
-        settings=told,
+        settings=all_settings,
         baseline=baseline,
         null={"value": measured.null[0]["value"] if measured.null else None, **nulls, "points": measured.null},
         noisy=any(n["noisy"] for n in measured.null),

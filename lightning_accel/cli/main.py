@@ -25,7 +25,7 @@ COMMANDS = {
     "check": "test whether a module can be exported, quantized and built: check package.MyLit --ckpt-path FILE",
     "verify": "check that the engines of a bundle compute the same as its ONNX file on this machine",
     "build": "build a TensorRT engine from an ONNX file, like trtexec",
-    "benchmark": "measure every runtime variant of a bundle and select the one that ships; or the latency of several files",
+    "benchmark": "measure all runtime variants of a bundle and select the one that ships; or the latency of several files",
     "compare": "compare two bundles",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
     "doctor": "print what is installed, which engines run or only build here, and how fast and exact int8 is on this CPU",

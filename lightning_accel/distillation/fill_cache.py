@@ -72,7 +72,7 @@ def _compute(
 def _ask(
     module: L.LightningModule, distillation: Distillation, indexed: IndexedBatch, inputs: Callable[..., Any] | None
 ) -> Signals:
-    """What the teacher says about a batch, moved and cast as in training."""
+    """Outputs of the teacher for a batch, with device and precision as in training."""
     trainer = module.trainer
     batch = trainer.precision_plugin.convert_input(indexed)
     batch = module._on_before_batch_transfer(batch)

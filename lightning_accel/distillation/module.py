@@ -75,27 +75,27 @@ class DistillationModule(_SharesStudent):
             :class:`LossTerm`; a list of these; or a mapping from names to weights: ``{"kd": 0.7, "hint": 0.3}``.
         alpha: weight of the distillation loss, in [0, 1]; may be :class:`Scheduled`.
         temperature: of the named losses that have one, above 0; may be :class:`Scheduled`. ``None``: each loss's own.
-        outputs: where the student's logits, ``(N, C)``, are to be seen: ``None`` for what ``forward`` returns (a Tensor, or
-            something with ``logits``); the dotted path of a submodule or method (``"net"``, ``"net.encode"``) when
+        outputs: location of the student's logits, ``(N, C)``: ``None`` for the output of ``forward`` (a Tensor, or
+            an object with ``logits``); the dotted path of a submodule or method (``"net"``, ``"net.encode"``) when
             ``training_step`` calls that instead, with a selection in brackets (``"net[0]"``, ``"[probabilities]"``) for a tuple
-            or dict; a callable from what ``forward`` returns to the logits.
-        teacher_outputs: a callable from what the teacher returns to its logits, or a selection: ``"[logits]"``, ``"[0]"``.
+            or dict; a callable from the output of ``forward`` to the logits.
+        teacher_outputs: a callable from the teacher's output to its logits, or a selection: ``"[logits]"``, ``"[0]"``.
         teacher_checkpoint: a Lightning checkpoint or state-dict file with the teacher's weights.
         student_layer: path(s) of layers, for the named losses that compare features; see :class:`LossTerm`.
         teacher_layer: the same in the teacher; ``None``: as in the student.
-        target: where losses find the target in a batch: a callable, key or index; ``None``: a usual name in a dict, the last
+        target: location of the target in a batch: a callable, key or index; ``None``: a common name in a dict, or the last
             element of a sequence.
-        mask: where losses of tokens find the padding mask; ``None``: ``attention_mask`` of a dict.
-        cache: a :class:`TeacherCache`, so that the teacher runs once for each sample, not once an epoch.
-        inputs: from a batch to the arguments of ``forward``, where layers or a cache need it and the signature doesn't tell.
-        evaluate: whether ``validation_step`` and ``test_step`` run the teacher, too, and log ``val_distillation_loss``.
+        mask: location of the padding mask; ``None``: ``attention_mask`` of a dict.
+        cache: a :class:`TeacherCache`, so that the teacher runs once per sample instead of once per epoch.
+        inputs: maps a batch to the arguments of ``forward``; needed for layers or a cache if they can't be derived from its signature.
+        evaluate: whether ``validation_step`` and ``test_step`` run the teacher and log ``val_distillation_loss``.
         task_loss: ``(logits, target) -> scalar``, for an ``nn.Module`` student.
-        optimizer: from parameters to an Optimizer, or to what ``configure_optimizers`` may return; for an ``nn.Module``
+        optimizer: maps parameters to an Optimizer, or to a result of ``configure_optimizers``; for an ``nn.Module``
             student.
 
     Raises:
         InvalidArgumentError: an argument breaks a rule above; logits of student and teacher differ in shape.
-        RunError: in a training step, logits or a layer weren't seen exactly once.
+        RunError: logits or a layer weren't computed exactly once in a training step.
 
     Example:
         >>> student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -104,7 +104,7 @@ class DistillationModule(_SharesStudent):
         ['weight', 'bias']
     """
 
-    __slots__ = ("_distillation", "_inputs", "_student")  # beside the student's `__dict__`, which is shared and stays
+    __slots__ = ("_distillation", "_inputs", "_student")  # besides the student's shared `__dict__`
     _distillation: Distillation
     _inputs: Callable[..., Any] | None
     _student: nn.Module
@@ -133,7 +133,7 @@ class DistillationModule(_SharesStudent):
         task_loss: Callable[..., Any] | None = None,
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     ) -> None:
-        # no super().__init__(): the student is built already, and this object is the student
+        # no super().__init__(): this object is the initialized student
         network = as_teacher(teacher)
         number = isinstance(alpha, int | float | Scheduled) and not isinstance(alpha, bool)
         if not (number and 0 <= bounds(alpha)[0] <= bounds(alpha)[1] <= 1):
@@ -157,7 +157,7 @@ class DistillationModule(_SharesStudent):
 
     @property
     def student(self) -> nn.Module:
-        """The student as it was handed in; it shares everything with this module and doesn't distill."""
+        """The original student, which shares all state with this module, without distillation."""
         return self._student
 
     @property
@@ -167,11 +167,11 @@ class DistillationModule(_SharesStudent):
 
     @property
     def adapters(self) -> dict[str, nn.Module]:
-        """The trained layers between student and teacher features, by loss and layers. They never ship."""
+        """Trained layers between student and teacher features, by loss and layers; not exported."""
         return dict(self._distillation.adapters)
 
     def structure_changed(self, change: Change) -> None:
-        """Called when channels have left the student: adapters and an averaged teacher keep what they know of the others.
+        """Resize adapters and an averaged teacher after channels of the student were removed.
 
         Args:
             change: what was made; see :func:`lightning_accel.core.structure.resized`.
@@ -179,14 +179,14 @@ class DistillationModule(_SharesStudent):
         self._distillation.change(change, [name for name, _ in self.named_parameters()], self._trainer)
 
     def _distill(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the student's training step, see its logits on the way, and add what they should have been to its loss."""
+        """Run the student's training step, record its logits, and add the distillation loss."""
         distillation = self._distillation
         scheduled = distillation.scheduled()
         if scheduled and self._trainer is not None:
             move_all(scheduled.values(), self.trainer)
         result, task_loss, signals = self._observe(step, args, kwargs)
         if task_loss is None:
-            return result  # the student skips this batch; a dict without "loss" is Lightning's to refuse
+            return result  # skipped batch; Lightning raises for a dict without "loss"
         student, teacher = signals
         for path, value in student.items():
             if torch.is_grad_enabled() and not value.requires_grad:
@@ -196,7 +196,7 @@ class DistillationModule(_SharesStudent):
                     "was called without. Name the submodule or method that computes it in training_step."
                 )
         for key in distillation.follow(student, teacher, self, self._trainer):
-            rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is made anew.")
+            rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is recreated.")
         batch = args[0] if args else next(iter(kwargs.values()), None)
         loss, parts = distillation.losses(student, teacher, batch)
         several = {f"distillation_loss/{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
@@ -207,7 +207,7 @@ class DistillationModule(_SharesStudent):
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _observe(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-        """Run a step: what it returned, its loss, and what student and teacher said; None if it skipped the batch."""
+        """Run a step; returns its result, its loss, and outputs of student and teacher; None for a skipped batch."""
         distillation = self._distillation
         path = outputs_path(distillation.outputs)
         if not distillation.pairs:
@@ -215,7 +215,7 @@ class DistillationModule(_SharesStudent):
         seen: list[tuple[Any, dict[str, Tensor]]] = []
 
         def observe(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            target = self._teach(args, kwargs)  # first: its activations are gone before the student's pile up
+            target = self._teach(args, kwargs)  # first: its activations are freed before the student runs
             output = call(*args, **kwargs)
             seen.append((output, target))
             return output
@@ -237,7 +237,7 @@ class DistillationModule(_SharesStudent):
         return result, task_loss, (distillation.student_signals(found, output), target)
 
     def _teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """What the teacher says about the present batch: from the cache, if there is one for it."""
+        """Outputs of the teacher for the present batch, from the cache if possible."""
         distillation = self._distillation
         if distillation.cache is None or distillation.index is None or distillation.digests is None:
             return distillation.teach(args, kwargs)
@@ -246,10 +246,10 @@ class DistillationModule(_SharesStudent):
         return distillation.cache.lookup(*found, self.device, epoch, lambda: distillation.teach(args, kwargs))
 
     def _evaluate(self, step: Callable[..., Any], stage: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a validation or test step; if asked for, measure on the way how far the student is from the teacher."""
+        """Run a validation or test step and, with ``evaluate``, log the distillation losses."""
         if not self._distillation.evaluate:
             return step(*args, **kwargs)
-        self._distillation.index = None  # the cache is of the training data
+        self._distillation.index = None  # the cache holds training data only
         with without_graphs(self) if self._distillation.student_layers() else nullcontext():
             result, _, (student, teacher) = self._observe(step, args, kwargs)
         self._distillation.build_adapters(student, teacher, self)
@@ -258,7 +258,7 @@ class DistillationModule(_SharesStudent):
         return result
 
     def setup(self, stage: str) -> None:
-        """The student's ``setup``; then refuse what can't be distilled."""
+        """The student's ``setup``, and checks of the distillation."""
         super().setup(stage)
         distillation = self._distillation
         distillation.index = None
@@ -276,12 +276,12 @@ class DistillationModule(_SharesStudent):
                 index_training_data(self.trainer)
 
     def on_train_start(self) -> None:
-        """The student's ``on_train_start``, once the cache is complete."""
+        """The student's ``on_train_start``, after the cache is filled."""
         fill(self, self._distillation, self._inputs)
         super().on_train_start()
 
     def on_fit_start(self) -> None:
-        """The student's ``on_fit_start``, once ``outputs``, layers and shapes are known to fit."""
+        """The student's ``on_fit_start``, after checks of ``outputs``, layers and shapes."""
         patches_of_run(self.trainer).on_undo(
             partial(remove_taps, self)
         )  # nothing of the distillation stays in its graphs
@@ -289,29 +289,29 @@ class DistillationModule(_SharesStudent):
         super().on_fit_start()
 
     def on_fit_end(self) -> None:
-        """The student's ``on_fit_end``; nothing of the distillation stays in its graphs."""
+        """The student's ``on_fit_end``; removes the distillation from its graphs."""
         remove_taps(self)
         super().on_fit_end()
 
     def on_after_backward(self) -> None:
-        """The student's ``on_after_backward``; adapters' gradients are averaged over ranks, as DDP does for the student's."""
+        """The student's ``on_after_backward``; averages the adapters' gradients over ranks."""
         average_gradients_(self._distillation.adapters, self.trainer.world_size)
         super().on_after_backward()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The student's ``optimizer_step``; an averaged teacher follows."""
+        """The student's ``optimizer_step``; updates an averaged teacher."""
         super().optimizer_step(*args, **kwargs)
         if self._distillation.ema is not None:
             self._distillation.ema.update_(self._student, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The student's ``on_save_checkpoint``; adapters and an averaged teacher go into an entry of their own."""
+        """The student's ``on_save_checkpoint``; saves adapters and an averaged teacher in a separate entry."""
         super().on_save_checkpoint(checkpoint)
         accumulating = self._trainer is not None and self._trainer.accumulate_grad_batches > 1
         save_state(self._distillation, checkpoint, gradients=accumulating)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The student's ``on_load_checkpoint``; the rest waits for ``on_fit_start``, where adapters are made."""
+        """The student's ``on_load_checkpoint``; adapters are restored in ``on_fit_start``."""
         super().on_load_checkpoint(checkpoint)
         self._distillation.restored = load_state(checkpoint)
 
@@ -339,17 +339,17 @@ class DistillationModule(_SharesStudent):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the checkpoint holds the student alone."""
+        """Not supported: the checkpoint holds the student only."""
         raise InvalidArgumentTypeError(
-            "A checkpoint holds the student alone: call `load_from_checkpoint` on the student's class."
+            "A checkpoint holds the student only: call `load_from_checkpoint` on the student's class."
         )
 
 
-@cache  # a class per class, for isinstance and pickling
+@cache  # one combined class per student class, for isinstance and pickling
 def _distilled_class(student: Any) -> type[L.LightningModule]:
     base = student if issubclass(student, L.LightningModule) else supervised_class(student)
 
-    @wraps(base.training_step)  # Lightning reads the signature to know what to pass
+    @wraps(base.training_step)  # Lightning inspects this signature
     def training_step(self: DistillationModule, *args: Any, **kwargs: Any) -> Any:
         return self._distill(super(DistillationModule, self).training_step, args, kwargs)
 
@@ -369,7 +369,7 @@ def _evaluating(own: Callable[..., Any], name: str, stage: str) -> Callable[...,
 
 
 def _blank(student_class: Any) -> nn.Module:
-    """A distilled module without attributes yet, and its student, which shares them."""
+    """Create a distilled module and its student with shared, empty attributes."""
     module = object.__new__(_distilled_class(student_class))
     student = object.__new__(student_class)
     object.__setattr__(student, "__dict__", vars(module))

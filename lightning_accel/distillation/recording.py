@@ -15,10 +15,10 @@ Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
-    """Object and method name that a dotted path stands for; a module stands for its ``forward``, ``None`` for the root.
+    """Resolve a dotted path to an object and a method name; a module resolves to its ``forward``, ``None`` to the root's.
 
     Raises:
-        InvalidArgumentError: the path leads nowhere, or to something that can't be called.
+        InvalidArgumentError: the path doesn't exist, or isn't callable.
     """
     owner: Any = root
     if path is None:
@@ -40,10 +40,10 @@ def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
 
 @contextmanager
 def observed(owner: Any, method: str, observer: Observer) -> Iterator[None]:
-    """Route calls of ``owner.method`` through an observer, which makes the call itself; afterwards all is as before.
+    """Context in which calls of ``owner.method`` go through an observer, which makes the actual call.
 
-    The method is replaced on the instance, so ``self(x)`` and ``self.forward(x)`` both pass; what may already lie there
-    (a captured graph, say) is what gets called, and is put back.
+    The method is replaced on the instance, which covers ``self(x)`` and ``self.forward(x)``. An earlier replacement, such as a captured
+    graph, is called by the observer and restored afterwards.
     """
     function = getattr(owner, method)
 
@@ -57,7 +57,7 @@ def observed(owner: Any, method: str, observer: Observer) -> Iterator[None]:
 
 @contextmanager
 def called_submodules(root: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of submodules called from outside of each other, in order of their first call."""
+    """Collect the names of outermost called submodules, in order of their first call."""
     names = {id(module): name for name, module in root.named_modules() if name}
     called: list[str] = []
 

@@ -30,25 +30,25 @@ from lightning_accel.distillation.terms import LossTerm, Pair
 from lightning_accel.errors import InvalidArgumentError
 
 LOGITS = ""
-Answer = tuple[Mapping[str, Any], Any]  # what layers returned in a call, and what the network did
+Answer = tuple[Mapping[str, Any], Any]  # outputs of layers in a call, and output of the network
 
 
 @dataclass
 class Distillation:
-    """Teacher, losses and what is between them and the student.
+    """Teacher, losses, and their connection to the student.
 
     Args:
-        teacher: frozen network.
+        teacher: the frozen teacher.
         terms: losses with weights and layers.
         alpha: weight of the distillation loss.
-        outputs: where the student's logits are; path, callable or None.
-        teacher_outputs: from what the teacher returns to logits; callable, selection such as ``"[logits]"``, or None.
-        target: where the target is in a batch.
-        mask: where the padding mask is in a batch.
-        cache: of the teacher's outputs.
+        outputs: location of the student's logits; path, callable or None.
+        teacher_outputs: location of the logits in the teacher's output; callable, selection such as ``"[logits]"``, or None.
+        target: location of the target in a batch.
+        mask: location of the padding mask in a batch.
+        cache: cache of the teacher's outputs.
         task_loss: for a plain ``nn.Module`` student, ``(logits, target) -> scalar``.
         optimizer: for a plain ``nn.Module`` student, ``parameters -> Optimizer``.
-        evaluate: whether validation and test distill, too.
+        evaluate: whether to compute the losses in validation and test.
     """
 
     teacher: nn.Module
@@ -62,25 +62,25 @@ class Distillation:
     task_loss: Callable[[Any, Any], Tensor] | None = None
     optimizer: Callable[..., Any] | None = None
     evaluate: bool = False
-    in_charge: bool = field(default=True, kw_only=True)  # of the teacher's device: copies of the student (EMA) are not
-    verified: bool = field(default=False, kw_only=True)  # logits were seen exactly once in a step
-    pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> layers, once networks are known
+    in_charge: bool = field(default=True, kw_only=True)  # of the teacher's device, not of copies of the student (EMA)
+    verified: bool = field(default=False, kw_only=True)  # logits were recorded exactly once in a step
+    pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> resolved layers
     adapters: dict[str, nn.Module] = field(default_factory=dict, kw_only=True)
-    restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until fit begins
-    ema: EMATeacher | None = field(default=None, init=False)  # the student's average, if the teacher is or holds one
-    index: Tensor | None = field(default=None, kw_only=True)  # of the samples in the present batch
-    digests: Tensor | None = field(default=None, kw_only=True)  # of the first of them
+    restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until the start of fit
+    ema: EMATeacher | None = field(default=None, init=False)  # the averaged teacher, if there is one
+    index: Tensor | None = field(default=None, kw_only=True)  # indices of the samples in the present batch
+    digests: Tensor | None = field(default=None, kw_only=True)  # digest of the first sample
 
     def __post_init__(self) -> None:
         self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
 
     def modules(self) -> Iterator[nn.Module]:
-        """What has to follow the student from device to device."""
+        """Modules that move between devices with the student."""
         own = (self.teacher, self.task_loss, *(term.loss for term in self.terms), *self.adapters.values())
         return (m for m in own if isinstance(m, nn.Module))
 
     def scheduled(self) -> dict[str, Scheduled]:
-        """The numbers that change in the course of the run, by the name they are logged under."""
+        """Scheduled numbers by name in the logs."""
         found = {f"distillation/{name}": s for name, s in find_scheduled(self).items()}
         for term in self.terms:
             for name, number in find_scheduled(term).items():
@@ -101,11 +101,11 @@ class Distillation:
         return [pair.teacher for pairs in self.pairs.values() for pair in pairs if pair.teacher is not None]
 
     def teach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signals:
-        """What the teacher says."""
-        return self.teacher_signals(*self.ask(args, kwargs))
+        """Run the teacher; returns its logits and layers."""
+        return self.teacher_signals(*self.call_teacher(args, kwargs))
 
     @torch.no_grad()
-    def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
+    def call_teacher(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Answer:
         """Call the teacher. ``no_grad``, not ``inference_mode``: tensors of the latter can't enter a loss."""
         network, paths = network_of(self.teacher), self.teacher_layers()
         modules = [module for path in paths if (module := split_path(path, "teacher_layer")[0])]
@@ -119,14 +119,14 @@ class Distillation:
                 raise
 
     def teacher_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
-        """What the teacher said: its logits and layers."""
+        """Logits and layers of the teacher's output."""
         signals = {path: _signal(found, output, path, "teacher_layer") for path in self.teacher_layers()}
         if self.needs_logits:
             signals[LOGITS] = logits_in(output, self.teacher_outputs, "teacher_outputs")
         return signals
 
     def student_signals(self, found: Mapping[str, Any], output: Any) -> Signals:
-        """What the student said in a step: its logits and layers."""
+        """Logits and layers of the student in a step."""
         signals = {path: _signal(found, output, path, "student_layer") for path in self.student_layers()}
         if self.needs_logits:
             outputs = self.outputs if callable(self.outputs) else selection_of(self.outputs)
@@ -170,10 +170,10 @@ class Distillation:
 
     @torch.no_grad()
     def check_logits(self, student: Tensor, teacher: Tensor) -> None:
-        """Check that losses can take logits, as far as these alone tell; one that needs a target isn't asked.
+        """Check that losses accept the logits; losses that need a target are skipped.
 
         Raises:
-            InvalidArgumentError: shapes differ, or a loss can't take them.
+            InvalidArgumentError: shapes differ, or a loss raises an error.
         """
         check_same_shape_of_logits(student, teacher)
         for term in self.terms:
@@ -181,7 +181,7 @@ class Distillation:
                 _check_scalar(term.name, term.loss(student, teacher))
 
     def build_adapters(self, student: Signals, teacher: Signals, network: nn.Module) -> None:
-        """Make the adapters that are missing, in the network's dtype; those that fit stay."""
+        """Create missing adapters in the network's dtype; matching ones are kept."""
         for term in self.terms:
             for pair in self.pairs[term.name]:
                 if pair.student is None or pair.teacher is None or not term.adapter:
@@ -194,7 +194,7 @@ class Distillation:
                     self.adapters[pair.key] = make_adapter(ours, theirs, dtype_of(network))
 
     def follow(self, student: Signals, teacher: Signals, network: nn.Module, trainer: L.Trainer | None) -> list[str]:
-        """Make the adapters of layers anew that have changed their number of channels; their names."""
+        """Recreate adapters of layers with a changed number of channels; returns their names."""
         stale = {
             pair.key: self.adapters.pop(pair.key)
             for term in self.terms
@@ -211,12 +211,12 @@ class Distillation:
         return list(stale)
 
     def change(self, change: structure.Change, order: Sequence[str], trainer: L.Trainer | None) -> None:
-        """Follow a student whose parameters were resized: adapters and an average lose what the student lost.
+        """Resize adapters and an averaged teacher after a change of the student's parameters.
 
         Args:
-            change: what was made.
-            order: names of the student's parameters, in its order.
-            trainer: whose optimizers keep state of the adapters.
+            change: the change of the student.
+            order: names of the student's parameters in order.
+            trainer: Trainer whose optimizers have state of the adapters.
         """
         resized = structure.resized(change)
         resized = {name: resized[name] for name in order if name in resized}
@@ -230,18 +230,18 @@ class Distillation:
             self.ema.change_(change)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
-        other = copy(self)  # averaged models copy the student: one teacher is enough
+        other = copy(self)  # averaged models copy the student but share its teacher
         other.in_charge = False
         return other
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of a network's parameters."""
+    """Dtype of a network's parameters."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def share_(adapters: Mapping[str, nn.Module], trainer: L.Trainer) -> None:
-    """Give all ranks the adapters of rank zero: they drew different random numbers."""
+    """Broadcast the adapters of rank zero, since ranks draw different random numbers."""
     if trainer.world_size > 1:
         for parameter in (p for adapter in adapters.values() for p in adapter.parameters()):
             torch.distributed.broadcast(parameter.data, src=0)
@@ -255,10 +255,10 @@ def _check_scalar(name: str, value: Any) -> None:
 
 
 def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
-    """Refuse logits of different shapes.
+    """Raise unless logits have the same shape.
 
     Raises:
-        InvalidArgumentError: they differ.
+        InvalidArgumentError: shapes differ.
     """
     try:
         check_same_shape(student, teacher)

@@ -12,9 +12,9 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 class Scheduled:
-    """A number that goes from ``first`` to ``last`` along a schedule, for ``alpha``, a temperature or a loss's weight.
+    """A number that changes from ``first`` to ``last`` on a schedule, for ``alpha``, a temperature or a loss's weight.
 
-    A function of the optimizer step alone, so a resumed run goes on with the same values.
+    It depends on the optimizer step only, so a resumed run continues with the same values.
 
     Args:
         first: value before ``start``.
@@ -24,7 +24,7 @@ class Scheduled:
         end: epoch or share at which ``last`` is reached.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> alpha = Scheduled(0.9, 0.1, "linear")
@@ -45,11 +45,11 @@ class Scheduled:
         self._value = float(first)
 
     def __float__(self) -> float:
-        """The value at the present step; ``first`` outside of a run."""
+        """Value at the present step; ``first`` outside of a run."""
         return self._value
 
     def move(self, step: int, timeline: Timeline) -> None:
-        """Take the value of an optimizer step.
+        """Set the value to that of an optimizer step.
 
         Raises:
             InvalidArgumentError: ``start`` or ``end`` lies outside of the run, or after the other.
@@ -70,21 +70,21 @@ Number = float | Scheduled
 
 
 def bounds(number: Number) -> tuple[float, float]:
-    """Smallest and largest value that a number takes."""
+    """Smallest and largest value of a number."""
     if isinstance(number, Scheduled):
         return min(number.first, number.last), max(number.first, number.last)
     return number, number
 
 
 def move_all(numbers: Iterable[Scheduled], trainer: L.Trainer) -> None:
-    """Take the values of the trainer's present optimizer step; a run of a batch or two is all beginning."""
+    """Set the values to those of the Trainer's present step; unchanged in a fast_dev_run."""
     if not is_fast_dev_run(trainer):
         for number in numbers:
             number.move(trainer.global_step, timeline_of(trainer))
 
 
 def find_scheduled(*owners: Any) -> dict[str, Scheduled]:
-    """The :class:`Scheduled` among attributes of objects, by attribute name; also of the ``loss`` that one wraps."""
+    """Find the :class:`Scheduled` attributes of objects by name, also of a wrapped ``loss``."""
     found: dict[str, Scheduled] = {}
     for owner in owners:
         for name, value in getattr(owner, "__dict__", {}).items():

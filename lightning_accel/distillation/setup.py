@@ -28,11 +28,11 @@ from lightning_accel.distillation.terms import Pair, pairs_of
 from lightning_accel.engines.base import Runner
 from lightning_accel.errors import InvalidArgumentError
 
-_FEW = 3  # samples: shapes don't ask for more, relations of samples for no fewer
+_FEW = 3  # samples: enough for losses of relations between samples
 
 
 def as_teacher(teacher: Any) -> nn.Module:
-    """A teacher as a module: itself, an average of the student, or a file behind a Runner.
+    """Convert a teacher to a module: a module, an average of the student, or a file run by an engine.
 
     Raises:
         InvalidArgumentError: none of these.
@@ -57,26 +57,26 @@ def as_teacher(teacher: Any) -> nn.Module:
 
 
 def outputs_path(outputs: Any) -> str | None:
-    """The path of the module or method in ``outputs``; ``None`` for the student itself."""
+    """Path of the module or method in ``outputs``; ``None`` for the student itself."""
     return (split_path(outputs, "outputs")[0] or None) if isinstance(outputs, str) else None
 
 
 def find_pairs(module: nn.Module, distillation: Distillation) -> dict[str, list[Pair]]:
-    """The layers of all terms.
+    """Resolve the layers of all terms.
 
     Raises:
-        InvalidArgumentError: a path leads nowhere.
+        InvalidArgumentError: a path doesn't exist.
     """
     teacher = network_of(distillation.teacher)
-    student = cast(nn.Module, module.student)  # its class is the one that the user knows
+    student = cast(nn.Module, module.student)  # for error messages with the user's class
     return {term.name: pairs_of(term, student, teacher) for term in distillation.terms}
 
 
 def begin(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:
-    """Find layers, compare shapes, make adapters and give them to the optimizer, fill the cache.
+    """Resolve layers, compare shapes, create adapters and add them to the optimizer, and fill the cache.
 
     Raises:
-        InvalidArgumentError: a path that leads nowhere, or shapes that can't be aligned.
+        InvalidArgumentError: a path doesn't exist, or shapes can't be aligned.
     """
     path = outputs_path(distillation.outputs)
     owner, method = resolve(module, path)
@@ -94,19 +94,19 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
 
 
 def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:
-    """Ask student and teacher about a few samples: what doesn't fit shows now, and adapters get their shapes.
+    """Run student and teacher on a few samples, to detect mismatches and to create adapters.
 
-    How ``training_step`` calls ``forward`` is a guess, unless layers or ``inputs`` rely on it: then one that fails is no error,
-    and one that works tells of the logits alone.
+    The call of ``forward`` in ``training_step`` is inferred. Unless layers or ``inputs`` depend on it, a failure is not an error, and a
+    success checks the logits only.
 
     Raises:
-        InvalidArgumentError: outputs that aren't logits, shapes that can't be aligned, a loss that can't take them; with layers, also a
-            call of ``forward`` that the batch doesn't tell.
+        InvalidArgumentError: outputs aren't logits, shapes can't be aligned, or a loss raises an error; with layers, also if the call of
+            ``forward`` can't be inferred from the batch.
     """
     trainer, sure = module.trainer, bool(distillation.student_layers()) or inputs is not None
     loader = training_loader(trainer)
     if not sure and (not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)):
-        return  # a stream can't be looked into without taking from it
+        return  # an iterator can't be inspected without consuming a batch
     try:
         with isolated_random():
             batch = transferred(trainer, peek(loader, samples=_FEW), module.device)
@@ -115,22 +115,22 @@ def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable
     except Exception:
         if sure:
             raise
-        return  # the first step tells how training_step makes the call
+        return  # the call is known from the first step
     student, teacher = distillation.student_signals(*found[0]), distillation.teacher_signals(*found[1])
     if not sure:
         distillation.check_logits(student[LOGITS], teacher[LOGITS])
         return
     distillation.build_adapters(student, teacher, module)
-    with torch.no_grad():  # a loss that can't take these shapes says so now
+    with torch.no_grad():  # raises for shapes that a loss doesn't accept
         distillation.losses(student, teacher, batch)
     share_(distillation.adapters, trainer)
 
 
 def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable[..., Any] | None) -> Call:
-    """How the module or method at ``outputs`` is called for a batch, by ``inputs`` or by its signature.
+    """Arguments of the module or method at ``outputs`` for a batch, from ``inputs`` or its signature.
 
     Raises:
-        InvalidArgumentError: neither tells.
+        InvalidArgumentError: the arguments can't be derived.
     """
     owner, method = resolve(module, path)
     with without_graphs(module):
@@ -139,20 +139,20 @@ def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable[..
 
 
 def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple[Answer, Answer]:
-    """What student and teacher return for one call: no gradients, no statistics, no random numbers used up."""
+    """Outputs of student and teacher for one call, without gradients, updates of statistics, or effects on random generators."""
     owner, method = resolve(module, outputs_path(distillation.outputs))
     layers = [name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])]
     with torch.no_grad(), isolated_random(), kept_buffers(module), without_graphs(module):
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
-        return (found, output), distillation.ask(*call)
+        return (found, output), distillation.call_teacher(*call)
 
 
 def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:
-    """Layers must be found in the graphs that will take over from them; that is known now, not at the epoch of the change.
+    """Check before training that layers can be located in the captured graphs of quantization.
 
     Raises:
-        InvalidArgumentError: a layer can't be told apart in such a graph.
+        InvalidArgumentError: a layer can't be located in such a graph.
     """
     names = {name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])}
     callbacks = callbacks_of(module.trainer, CompressionCallback)
@@ -165,10 +165,10 @@ def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None
 
 
 def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:
-    """Go on with the adapters and the average of a checkpoint.
+    """Restore the adapters and the averaged teacher of a checkpoint.
 
     Raises:
-        InvalidArgumentError: the checkpoint holds others.
+        InvalidArgumentError: the checkpoint has other adapters.
     """
     state, distillation.restored = distillation.restored, None
     if state is None:

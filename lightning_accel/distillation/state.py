@@ -16,8 +16,8 @@ def save_state(distillation: Distillation, checkpoint: dict[str, Any], *, gradie
     """Write adapters and an averaged teacher into a checkpoint, beside the student's ``state_dict``.
 
     Args:
-        distillation: of the module that is saved.
-        checkpoint: changed in place; left alone if there is nothing to write.
+        distillation: distillation of the module that is saved.
+        checkpoint: changed in place if there is state to save.
         gradients: whether gradients are being accumulated over batches and belong to the state.
     """
     state: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def load_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def average_gradients_(adapters: Mapping[str, nn.Module], ranks: int) -> None:
-    """Average gradients over ranks. DDP knows only what is registered in the student."""
+    """Average gradients over ranks. DDP handles registered parameters of the student only."""
     if ranks == 1:
         return
     for parameter in (p for adapter in adapters.values() for p in adapter.parameters()):

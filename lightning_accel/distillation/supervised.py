@@ -21,11 +21,11 @@ _SHARED = {
     "double",
     "type",
     "forward",
-}  # mean the same in both
+}  # same meaning in both classes
 
 
 class Supervised(L.LightningModule):
-    """Steps and optimizer of supervised training on ``(inputs, target)`` batches, mixed into a network's own class."""
+    """Mixin for a network's class: steps and optimizer of supervised training on ``(inputs, target)`` batches."""
 
     _distillation: Any
 
@@ -33,7 +33,7 @@ class Supervised(L.LightningModule):
         if not (isinstance(batch, list | tuple) and len(batch) == 2):
             raise InvalidArgumentError(
                 f"A batch must be (inputs, target) when `student` is an nn.Module, but got a {type(batch).__name__}. "
-                "Wrap the network in a LightningModule whose training_step knows this batch."
+                "Wrap the network in a LightningModule whose training_step handles this batch."
             )
         inputs, target = batch
         if isinstance(inputs, Mapping):
@@ -62,11 +62,11 @@ class Supervised(L.LightningModule):
         self._loss(batch, "test")
 
     def configure_optimizers(self) -> Any:
-        """What ``optimizer`` makes of the parameters."""
+        """Result of ``optimizer`` for the parameters."""
         return self._distillation.optimizer(self.parameters())
 
     def teardown(self, stage: str) -> None:
-        """Leave no Trainer behind in the network, which is somebody's plain module."""
+        """Remove the Trainer from the plain network."""
         self._trainer = None
 
 
@@ -77,7 +77,7 @@ def supervised_class(network: type[Any]) -> type[L.LightningModule]:
 
 
 def adopt_(network: nn.Module) -> None:
-    """Give a plain network the attributes that a LightningModule keeps.
+    """Add the attributes of a LightningModule to a plain network.
 
     Raises:
         InvalidArgumentError: an attribute or method of the network has a name that Lightning uses for something else.

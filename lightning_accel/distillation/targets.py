@@ -10,15 +10,15 @@ from lightning_accel.errors import InvalidArgumentError
 Where = Callable[[Any], Tensor] | str | int | None
 
 _TARGETS = ("labels", "label", "target", "targets", "y")
-_MASKS = ("attention_mask",)  # a plain "mask" may be what a segmentation is to find
+_MASKS = ("attention_mask",)  # "mask" may be the target of a segmentation
 
 
 def find(batch: Any, where: Where, argument: str) -> Tensor | None:
-    """The target or mask of a batch.
+    """Find the target or mask of a batch.
 
     Args:
-        batch: what ``training_step`` receives.
-        where: a callable of the batch; a key or attribute; an index; ``None``: a usual name in a dict, and for the target
+        batch: batch of ``training_step``.
+        where: a callable of the batch; a key or attribute; an index; ``None``: a common name in a dict, and for the target
             the last element of a sequence, if it holds integers.
         argument: ``"target"`` or ``"mask"``.
 
@@ -26,7 +26,7 @@ def find(batch: Any, where: Where, argument: str) -> Tensor | None:
         The tensor; ``None`` if ``where`` is None and there is none.
 
     Raises:
-        InvalidArgumentError: ``where`` is given and leads nowhere.
+        InvalidArgumentError: ``where`` is given and doesn't exist.
     """
     if where is None:
         return _usual(batch, argument)
@@ -65,11 +65,11 @@ def _keys(batch: Any) -> str:
 
 
 def fits(mask: Tensor, values: Tensor) -> bool:
-    """Whether a mask has an element for each position of logits or features.
+    """Whether a mask matches the positions of logits or features.
 
     Args:
         mask: ``(N, T)`` or ``(N, H, W)``.
-        values: ``(N, T, C)``, ``(N, C, H, W)``, ``(N, heads, T, T)``; or any shape that begins with the mask's.
+        values: ``(N, T, C)``, ``(N, C, H, W)``, ``(N, heads, T, T)``; or any shape that starts with the mask's.
     """
     if values.ndim > mask.ndim and values.shape[: mask.ndim] == mask.shape:
         return True

@@ -24,21 +24,21 @@ Layer = str | list[str] | None
 
 
 class LossTerm:
-    """One loss of several: its weight, and the layers it compares.
+    """A term of a distillation loss: a loss, its weight, and the layers that it compares.
 
     Args:
         loss: a name (``"kd"``, ``"hint"``, ...) or a callable ``(student, teacher) -> scalar``, which may have further
             parameters named ``target``, ``mask`` and ``batch``.
         weight: at least 0; may be :class:`Scheduled`.
-        student_layer: path(s) of layers of the student, with ``*`` for parts of names; ``None`` compares the logits. A tuple or
-            dict is selected from in brackets: ``"encoder[0]"``, ``"[hidden_states][-1]"`` (of what ``forward`` returns).
-        teacher_layer: as many layers of the teacher; ``None``: of the same paths.
-        name: in logs and in the checkpoint; ``None``: of the loss.
-        adapter: whether a trained layer brings student features to the teacher's channels where they differ; ``None``: as
-            the loss needs it.
+        student_layer: path(s) of layers of the student, with ``*`` for parts of names; ``None`` compares the logits. Brackets
+            select from a tuple or dict: ``"encoder[0]"``, ``"[hidden_states][-1]"`` (of what ``forward`` returns).
+        teacher_layer: the same number of layers of the teacher; ``None``: the same paths.
+        name: name in logs and in the checkpoint; ``None``: the name of the loss.
+        adapter: whether a trained layer maps student features to the teacher's channels if they differ; ``None``: as required
+            by the loss.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> LossTerm("hint", weight=0.3, student_layer="layer2", teacher_layer="layer3")
@@ -65,8 +65,8 @@ class LossTerm:
             raise InvalidArgumentError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
         if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
             raise InvalidArgumentError(
-                f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: no "
-                "optimizer would see them."
+                f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: which no "
+                "optimizer would update; pass a loss without parameters."
             )
         if isinstance(loss, str) and layers_of(loss) == "required" and student_layer is None:
             raise InvalidArgumentError(
@@ -86,18 +86,18 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers that a term compares, without globs; ``None`` stands for the logits."""
+    """Two layers that a term compares; ``None`` represents the logits."""
 
     student: str | None
     teacher: str | None
-    key: str  # of its adapter in the checkpoint
+    key: str  # key of the adapter in the checkpoint
 
 
 def pairs_of(term: LossTerm, student: nn.Module, teacher: nn.Module) -> list[Pair]:
-    """The layers of a term, found in the networks.
+    """Resolve the layers of a term in the networks.
 
     Raises:
-        InvalidArgumentError: a path leads nowhere, or numbers of layers differ.
+        InvalidArgumentError: a path doesn't exist, or numbers of layers differ.
     """
     if term.student_layer is None or term.teacher_layer is None:
         return [Pair(None, None, term.name)]
@@ -114,16 +114,16 @@ def pairs_of(term: LossTerm, student: nn.Module, teacher: nn.Module) -> list[Pai
 def make_terms(
     losses: Any, temperature: Number | None = None, student_layer: Layer = None, teacher_layer: Layer = None
 ) -> list[LossTerm]:
-    """The terms of a distillation loss.
+    """Create the terms of a distillation loss.
 
     Args:
         losses: a name, a callable or a :class:`LossTerm`; a list of them; or a mapping from names to weights or terms.
-        temperature: of all named losses that have one.
-        student_layer: for named losses that compare layers and don't name their own.
-        teacher_layer: goes with it.
+        temperature: temperature of all named losses that have one.
+        student_layer: layers for named losses that compare layers.
+        teacher_layer: corresponding layers of the teacher.
 
     Raises:
-        InvalidArgumentError: an unknown name, a wrong weight, a temperature or layer that nothing uses, or nothing at all.
+        InvalidArgumentError: an unknown name, an invalid weight, an unused temperature or layer, or no loss.
     """
     terms: list[LossTerm] = []
     used = {"temperature": temperature is None, "student_layer": student_layer is None}
@@ -138,7 +138,7 @@ def make_terms(
             if layers_of(loss) != "none" and student_layer is not None:
                 layers, used["student_layer"] = (student_layer, teacher_layer), True
             if layers_of(loss) == "required" and layers[0] is None:
-                LossTerm(loss)  # raises, and says what to write
+                LossTerm(loss)  # raises with an example
             if temperature is not None and has_temperature(loss):
                 loss, used["temperature"] = named_loss(loss, temperature), True
         terms.append(LossTerm(loss, weight, *layers, name=name))
@@ -184,7 +184,7 @@ def _check_terms(terms: list[LossTerm], used: dict[str, bool], *settings: Any) -
                 split_path(path, argument)
     names = [term.name for term in terms]
     taken: dict[str, int] = {}
-    for term in terms:  # two of a kind get a number each
+    for term in terms:  # number losses with the same name
         if names.count(term.name) > 1:
             taken[term.name] = taken.get(term.name, 0) + 1
             term.name = f"{term.name}_{taken[term.name]}"

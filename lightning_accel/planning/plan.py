@@ -85,8 +85,8 @@ class Plan:
             lines += [f"  brings: {phase.benefit}"] if phase.benefit else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
-        told = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
-        lines += ["", *told] if told else []
+        remarks = [*(f"conflict: {text}" for text in self.conflicts), *(f"warning: {text}" for text in self.warnings)]
+        lines += ["", *remarks] if remarks else []
         return "\n".join(lines)
 
 

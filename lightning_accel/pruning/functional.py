@@ -27,7 +27,7 @@ def prune_weights_(
     exclude: str | Sequence[str] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Zero a share of a module's weights in place, once; the callback's work without a Trainer.
+    """Zero a share of a module's weights in place, without a Trainer.
 
     Args:
         module: any module; for ``"taylor"`` with gradients.
@@ -36,11 +36,11 @@ def prune_weights_(
         granularity: as in :class:`WeightPruning`.
         scope: ``"global"`` or ``"layer"``.
         include: name globs; ``None`` means all weights with two or more dimensions that divide into units.
-        exclude: name globs; wins over ``include``.
+        exclude: name globs; takes precedence over ``include``.
         generator: for ``"random"``; ``None`` means the global one.
 
     Returns:
-        The masks, by parameter name; ``True`` where the weight stays.
+        Masks by parameter name; ``True`` for weights that are kept.
 
     Raises:
         InvalidArgumentError: an argument is out of its range, or a glob matches nothing.
@@ -75,23 +75,23 @@ def prune_channels_(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
 ) -> Change:
-    """Remove channels of a module in place, once; the callback's work without a Trainer.
+    """Remove channels of a module in place, without a Trainer.
 
     Args:
-        module: any module; its parameters stay the same objects, with smaller data.
-        example_inputs: how ``forward`` is called: a tuple is positional arguments, a dict keyword arguments, anything else the
-            one argument. Only shapes, integers and masks matter.
-        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
-        macs_reduction: factor by which MACs shrink, above 1.
+        module: any module; its parameters keep their identity, with smaller data.
+        example_inputs: arguments of ``forward``: a tuple holds positional arguments, a dict keyword arguments, anything else is
+            the only argument. Values of floating-point tensors don't matter.
+        pruning_ratio: share of the channels of all prunable groups to remove, in (0, 1); or
+        macs_reduction: factor by which MACs are reduced, above 1.
         criterion: as for :class:`ChannelPruning`; those that need gradients read the present ones.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
-        limits: by glob of layers, the share of a group's channels that may leave at most.
-        include: globs of layers whose channels may leave; empty means all.
-        exclude: globs of layers whose channels stay; wins.
+        limits: glob of layers -> largest share of a group's channels to remove.
+        include: globs of layers whose channels may be removed; empty means all.
+        exclude: globs of layers whose channels are kept; takes precedence over ``include``.
 
     Returns:
-        The record of what was removed, which is also written into the module's record.
+        Record of the removal, which is also appended to the module's record.
 
     Raises:
         InvalidArgumentError: an argument is out of its range, a glob matches nothing, or the target can't be reached.

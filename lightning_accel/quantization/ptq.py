@@ -200,8 +200,8 @@ class PostTrainingQuantization(QuantizingCallback):
         CaptureError: in ``setup``, a ``forward`` that ``torch.export`` can't capture.
 
     Example:
-        >>> PostTrainingQuantization(target="portable").ranges
-        'mse'
+        >>> PostTrainingQuantization(target="portable").target.weight_max
+        63
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def test_plain_fp32_ships_where_nothing_is_clearly_faster(low, null_high):
             "its kernels diverge from the file on this machine: a; b",
         ),
         ({}, {"points": []}, "not measured at batch 32"),
-        ({}, {"accuracy": None}, "neither accuracy nor agreement of its outputs could be found"),
+        ({}, {"accuracy": None}, "neither accuracy nor agreement could be computed"),
     ],
 )
 def test_a_variant_is_refused_with_the_reason(budgets, changes, reason):

@@ -208,7 +208,7 @@ def test_threads_are_fixed_and_idle_ones_sleep_in_a_process():
             environment
         )
         with pytest.raises(VariantEndedError, match="has no attribute 'do_dance'"):
-            process.ask("dance")
+            process.request("dance")
     finally:
         process.close()
 

@@ -258,6 +258,6 @@ def test_a_lower_sparsity_than_the_one_reached_is_refused(trainer, tmp_path):
     t.fit(Classifier(), loader())
     t.save_checkpoint(tmp_path / "p.ckpt", weights_only=False)
     with pytest.raises(
-        ValueError, match=r"Argument `sparsity` must be at least the share of zeros there is, 0.7998, but got 0.5"
+        ValueError, match=r"Argument `sparsity` must be at least the present share of zeros, 0.7998, but got 0.5"
     ):
         trainer(la.WeightPruning(0.5, end=1), max_epochs=3).fit(Classifier(), loader(), ckpt_path=tmp_path / "p.ckpt")

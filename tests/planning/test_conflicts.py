@@ -43,7 +43,7 @@ def test_pruning_that_ends_after_what_depends_on_it_is_final(trainer, pruning, a
 def test_fake_quant_that_never_begins(trainer):
     (found,) = conflicts(trainer, qat(start=3, calibration_batches=8))
     assert (
-        "trains no step with fake-quant: it starts at step 24, watches 8 batches until step 32, and the run ends"
+        "trains no step with fake-quant: it starts at step 24, observes 8 batches until step 32, and the run ends"
         in found
     )
     assert conflicts(trainer, qat(start=3, calibration_batches=7)) == []

@@ -80,7 +80,7 @@ def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
     qat = la.QuantizationAwareTraining("portable", start=0)
     made = la.plan(trainer(qat, **settings), Scheduled("epoch"), train_dataloaders=loader())
     assert made.warnings == [
-        "QuantizationAwareTraining starts at 100% of the highest learning rate; what it changes is learned best below 10%."
+        "QuantizationAwareTraining starts at 100% of the highest learning rate; train with fake-quantization below 10%."
     ]
     late = la.QuantizationAwareTraining("portable", start=2)  # at 0.3 ** 2
     assert not la.plan(trainer(late, **settings), Scheduled("epoch"), train_dataloaders=loader()).warnings
@@ -91,7 +91,8 @@ def test_warnings_are_of_rates_that_do_not_suit_the_phase(trainer):
     last = la.WeightPruning(0.5, end=1.0)
     made = la.plan(trainer(last, **settings), Scheduled("step"), train_dataloaders=loader())
     assert made.warnings == [
-        "WeightPruning ends at 0.0% of the highest learning rate; too little is left to make up for what went. End it earlier."
+        "WeightPruning ends at 0.0% of the highest learning rate; the network must recover from pruning, so the learning rate must "
+        "still be high. End it earlier."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Measure every runtime variant of a bundle, each in its own process, and select the one that ships; or compare several files.
+"""Measure all runtime variants of a bundle, each in its own process, and select the one that ships; or compare several files.
 
 One bundle: latency, throughput, memory and accuracy of each variant. Several bundles or files: their latency, in one process. In both cases
 the order is shuffled in each round, and a null run of the baseline against itself shows the measurement error of this machine.
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_arguments_of_one_bundle(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--all", action="store_true", help="measure all variants, not only the half dozen default ones")
+    group.add_argument("--all", action="store_true", help="measure all variants, not only the common ones")
     add_list_option(group, "--variant", help="name of a variant to measure")
     group.add_argument(
         "--labels", type=Path, help=".npy file with the class, or the output values, of each sample of --data"

@@ -12,10 +12,10 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 class Encoding(ABC):
-    """From tensors ``(N, *shape)`` to rows of bytes and back.
+    """Encoding of tensors ``(N, *shape)`` as rows of bytes.
 
     Args:
-        shape: of one sample.
+        shape: shape of one sample.
     """
 
     row_bytes: int
@@ -36,8 +36,8 @@ class Dense(Encoding):
     """All values, in float32 or float16.
 
     Args:
-        shape: of one sample.
-        dtype: ``"float32"`` or ``"float16"``; the latter keeps 11 significant bits: an error of at most 2^-11 of a value.
+        shape: shape of one sample.
+        dtype: ``"float32"`` or ``"float16"``; the latter has a relative error of at most 2^-11.
 
     Example:
         >>> Dense((3,), "float16").row_bytes
@@ -72,9 +72,9 @@ class Dense(Encoding):
 
 
 class TopK(Encoding):
-    """The ``k`` largest logits, and how much probability all others share (https://arxiv.org/abs/2112.01528).
+    """The ``k`` largest logits, and the total probability of the others (https://arxiv.org/abs/2112.01528).
 
-    The others come back with the same logit each, so that their summed probability at temperature 1 is exact.
+    The others are decoded with equal logits, so that their total probability is exact at temperature 1.
 
     Args:
         shape: of one sample: ``(C,)``.

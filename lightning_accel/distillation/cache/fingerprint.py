@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.errors import InvalidArgumentError
 
-_SAMPLES = 32  # of a data set that are looked at, evenly spaced
+_SAMPLES = 32  # number of samples in a data set's fingerprint, evenly spaced
 
 
 def of_teacher(teacher: nn.Module, outputs: Any) -> str:
-    """SHA-256 of a teacher's class, weights and buffers; of its files, if an engine runs it.
+    """SHA-256 of a teacher's class, weights and buffers, or of its files if it runs in an engine.
 
     Args:
         teacher: the network.
-        outputs: where its logits are; part of what is cached.
+        outputs: selection of its logits, included in the fingerprint.
     """
     state = hashlib.sha256(type(teacher).__qualname__.encode())
     state.update(outputs.encode() if isinstance(outputs, str) else b"")
@@ -40,10 +40,10 @@ def of_teacher(teacher: nn.Module, outputs: Any) -> str:
 def of_data(dataset: Any) -> str:
     """SHA-256 of a data set's length and of 32 of its samples, evenly spaced; each is read twice.
 
-    The global random generators go on as if nothing had been read.
+    The state of the global random generators is restored.
 
     Raises:
-        InvalidArgumentError: a sample is another one at each reading.
+        InvalidArgumentError: a sample differs between two reads.
     """
     state = hashlib.sha256(str(len(dataset)).encode())
     with isolated_random():
@@ -70,12 +70,12 @@ def of_sample(sample: Any) -> int:
 
 
 def _update(state: Any, value: Any) -> None:
-    """Add a sample: tensors and arrays by their bytes, containers by what is in them."""
+    """Add a sample to the hash: tensors and arrays by their bytes, containers by their elements."""
     state.update(type(value).__name__.encode())
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         state.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        if value.dtype == torch.bfloat16:  # which NumPy hasn't
+        if value.dtype == torch.bfloat16:  # not supported by NumPy
             value = value.view(torch.int16)
         state.update(np.ascontiguousarray(value.numpy()).data)
     elif isinstance(value, Mapping):
@@ -87,7 +87,7 @@ def _update(state: Any, value: Any) -> None:
             _update(state, item)
     elif isinstance(value, bytes | str | int | float | bool | None):
         state.update(repr(value).encode())
-    else:  # an image of PIL, an array
+    else:  # a PIL image or an array
         array = np.asarray(value)
         if array.dtype != object:
             state.update(f"{array.dtype}{array.shape}".encode())

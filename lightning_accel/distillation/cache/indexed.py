@@ -16,9 +16,9 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 class IndexedBatch(NamedTuple):
-    """A batch of the user's loader, and where its samples lie in the data set: ``(N,)``, int64.
+    """A batch of the user's loader, and the indices of its samples in the data set: ``(N,)``, int64.
 
-    ``digests`` tell what the first sample was, ``(1,)``, or all of them, ``(N,)``; int64.
+    ``digests`` are hashes of the first sample, ``(1,)``, or of all samples, ``(N,)``; int64.
     """
 
     batch: Any
@@ -27,14 +27,14 @@ class IndexedBatch(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """What a batch will be made of."""
+    """Samples of a batch, with their indices."""
 
     index: list[int]  # type: ignore[assignment]  # as above
     samples: list[Any]
 
 
 class IndexedDataset:
-    """A data set whose samples are fetched a batch at a time, and bring their indices."""
+    """A data set that returns the samples of a batch together with their indices."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -43,41 +43,41 @@ class IndexedDataset:
         return len(self.dataset)
 
     def __getitems__(self, indices: Any) -> _Samples:
-        """What DataLoader asks for before it asks for one sample after the other."""
+        """Batched fetch of DataLoader, preferred over ``__getitem__``."""
         own = getattr(self.dataset, "__getitems__", None)
         samples = [self.dataset[i] for i in indices] if own is None else own(indices)
         return _Samples([int(i) for i in indices], samples)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset" or name.startswith("__"):  # while being unpickled
+        if name == "dataset" or name.startswith("__"):  # during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 class _Collate:
-    """The user's ``collate_fn``, with the indices and the first sample's digest beside its batch.
+    """The user's ``collate_fn``, extended by indices and the first sample's digest.
 
     Args:
-        collate: the user's.
-        every: whether every sample's digest is asked for; one a batch costs a training step nothing that shows.
+        collate: the user's ``collate_fn``.
+        every: whether to compute the digest of every sample; the cost of one per batch is negligible.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any], every: bool = False) -> None:
         self.collate, self.every = collate, every
 
     def __call__(self, fetched: Any) -> IndexedBatch:
-        index, samples = fetched  # of IndexedDataset.__getitems__
+        index, samples = fetched  # from IndexedDataset.__getitems__
         digests = [of_sample(sample) for sample in (samples if self.every else samples[:1])]
-        # by way of NumPy, which reads a list several times faster than torch.tensor
+        # NumPy reads a list several times faster than torch.tensor
         numbers = (torch.from_numpy(np.array(values, np.int64)) for values in (index, digests))
         return IndexedBatch(self.collate(samples), *numbers)
 
 
 def index_loader(loader: Any) -> DataLoader[Any]:
-    """A copy of a loader, with its sampler and all else, that yields :class:`IndexedBatch`.
+    """Copy a loader with its sampler and settings so that it yields :class:`IndexedBatch`.
 
     Raises:
-        InvalidArgumentError: its data set can't be indexed, or it makes no batches itself.
+        InvalidArgumentError: its data set has no indices, or it doesn't create batches.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = type(getattr(loader, "dataset", loader)).__name__
@@ -92,14 +92,14 @@ def index_loader(loader: Any) -> DataLoader[Any]:
     if isinstance(loader.dataset, IndexedDataset):
         return loader
     other = copy(loader)
-    # past DataLoader's own __setattr__, which guards these for the sake of samplers made for another data set
+    # bypasses DataLoader.__setattr__, which protects these attributes
     vars(other)["dataset"] = IndexedDataset(loader.dataset)
     vars(other)["collate_fn"] = _Collate(loader.collate_fn)
     return other
 
 
 def in_order(loader: DataLoader[Any], indices: list[int]) -> DataLoader[Any]:
-    """A loader of certain samples, in order, with the workers and the ``collate_fn`` of an indexed loader; all digests."""
+    """Create a loader of given samples in order, with the workers and the ``collate_fn`` of an indexed loader, and all digests."""
     collate: Any = loader.collate_fn
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     return DataLoader(
@@ -114,7 +114,7 @@ def in_order(loader: DataLoader[Any], indices: list[int]) -> DataLoader[Any]:
 
 
 def index_training_data(trainer: L.Trainer) -> None:
-    """Have the trainer's training loader indexed, whenever it is built, after all that Lightning does to it."""
+    """Index the Trainer's training loader after Lightning has processed it, whenever it is built."""
     loop, strategy = trainer.fit_loop, trainer.strategy
     setup_data = loop.setup_data
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
-_CHECKSUM = 4  # bytes before each row
-_CHUNK = 65536  # rows that are looked at in one go
+_CHECKSUM = 4  # bytes of the checksum before each row
+_CHUNK = 65536  # rows per read
 
 
 class RowFile:
     """Fixed-size rows on disk, shared by all processes that open it.
 
-    A row is valid if its checksum is that of its bytes *and its number*: one that was never written, only half written when
-    the process died, damaged or misplaced isn't.
+    A row is valid if its checksum matches its bytes *and its number*; rows that were never or partially written, damaged or
+    misplaced are invalid.
 
     Args:
-        path: file; created, or brought to its size, if need be.
+        path: file; created or resized if needed.
         rows: number of rows.
         row_bytes: bytes in a row.
 
@@ -49,11 +49,11 @@ class RowFile:
         self._rows[index] = np.concatenate([sums.view(np.uint8).reshape(-1, _CHECKSUM), rows], axis=1)
 
     def read(self, index: np.ndarray) -> np.ndarray:
-        """Rows ``(N, row_bytes)``, uint8, as they are; see :meth:`valid`."""
-        return np.asarray(self._rows)[index, _CHECKSUM:]  # a memmap's own indexing takes several times as long
+        """Rows ``(N, row_bytes)``, uint8, without validation; see :meth:`valid`."""
+        return np.asarray(self._rows)[index, _CHECKSUM:]  # several times faster than indexing a memmap
 
     def valid(self) -> np.ndarray:
-        """Which rows hold what was once written there: ``(rows,)``, bool."""
+        """Mask of valid rows: ``(rows,)``, bool."""
         found = np.zeros(len(self._rows), dtype=bool)
         for start in range(0, len(self._rows), _CHUNK):
             chunk = np.asarray(self._rows[start : start + _CHUNK])
@@ -64,7 +64,7 @@ class RowFile:
         return found
 
     def flush(self) -> None:
-        """Hand everything to the disk."""
+        """Flush all data to disk."""
         self._rows.flush()
 
 

@@ -18,28 +18,27 @@ from lightning_accel.errors import InvalidArgumentError
 _SCHEMA = 2
 _STORAGES = ("float32", "float16", "topk")
 _MANIFEST = "cache.json"
-_TOLERANCE = 0.05  # relative error of a batch that half precision and another batch size don't reach
+_TOLERANCE = 0.05  # relative error of a batch above that of half precision and other batch sizes
 
 Signals = dict[str, Tensor]  # path of a layer -> its output; "" -> the logits
 
 
 class TeacherCache:
-    """The teacher's outputs on disk, so that training pays for the teacher once, not in every epoch.
+    """The teacher's outputs on disk, so that the teacher runs once per sample instead of once per epoch.
 
-    Given to a :class:`DistillationModule`, it is filled before the first step, with a progress bar; an interrupted filling goes
-    on where it was, ranks share the work, and rows whose checksum is wrong are computed anew. Batches reach ``training_step``
-    as they always do. The teacher must see the same inputs in each epoch: no random augmentation. That is checked: 32 samples
-    are read twice at the start, the first sample of every batch is held against the one that the teacher saw, and at the first
-    batch of every epoch the live teacher is compared with the cache.
+    A :class:`DistillationModule` fills it before the first step, with a progress bar, distributed over ranks; an interrupted fill is
+    continued, and rows with a wrong checksum are recomputed. ``training_step`` receives unchanged batches. Inputs must be the same in
+    each epoch, without random augmentation. This is checked: 32 samples are read twice at the start, the first sample of every batch
+    is compared with the cached one, and at the first batch of every epoch the live teacher is compared with the cache.
 
     Args:
-        dirpath: folder of this cache alone; created if need be.
-        storage: ``"float32"``: losses equal those of the live teacher; ``"float16"``: half the size; ``"topk"``: the ``top_k``
-            largest logits and the mass of the rest, for many classes; layers are then kept in float16.
-        top_k: logits kept with ``storage="topk"``.
+        dirpath: folder for this cache only; created if needed.
+        storage: ``"float32"``: exact; ``"float16"``: half the size; ``"topk"``: the ``top_k``
+            largest logits and the probability mass of the rest, for many classes; layers are stored in float16.
+        top_k: number of logits with ``storage="topk"``.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above; before training, a folder made with another teacher, other data or other
+        InvalidArgumentError: an argument breaks a rule above; before training, a folder of another teacher, other data or other
             settings; during training, outputs that aren't those of the live teacher.
 
     Example:
@@ -61,14 +60,14 @@ class TeacherCache:
             raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}
-        self._digests: RowFile | None = None  # of the samples that the teacher was asked about
-        self._checked: int | None = None  # epoch in which the live teacher was last asked
+        self._digests: RowFile | None = None  # of the cached samples
+        self._checked: int | None = None  # last epoch of a comparison with the live teacher
 
     def check_terms(self, teacher: nn.Module, terms: Sequence[Any]) -> None:
-        """Refuse losses and teachers that can't be cached.
+        """Raise for losses and teachers that can't be cached.
 
         Raises:
-            InvalidArgumentError: a teacher that changes, or top-k logits for a loss that looks at all of them.
+            InvalidArgumentError: a teacher that changes, or top-k logits for a loss that needs all logits.
         """
         if any(hasattr(module, "update_") for module in teacher.modules()):
             raise InvalidArgumentError(
@@ -87,14 +86,14 @@ class TeacherCache:
         """Open the folder for a teacher and a data set.
 
         Args:
-            teacher: its weights are compared with those that the folder was made with.
-            outputs: where its logits are, as in ``teacher_outputs``.
+            teacher: its weights are compared with those of the cache.
+            outputs: selection of its logits, as in ``teacher_outputs``.
             dataset: the training data, with a length and indices.
-            example: what the teacher says to a few samples, by path; tells shapes.
-            create: whether this process makes what is missing; the others come after it.
+            example: outputs of the teacher for a few samples by path, for their shapes.
+            create: whether this process creates missing files; other processes open the folder afterwards.
 
         Raises:
-            InvalidArgumentError: the folder belongs to something else.
+            InvalidArgumentError: the folder belongs to another cache.
         """
         wanted: dict[str, Any] = {
             "schema": _SCHEMA,
@@ -112,7 +111,7 @@ class TeacherCache:
         elif create:
             self.dirpath.mkdir(parents=True, exist_ok=True)
             for file in self.dirpath.glob("*.rows"):
-                file.unlink()  # whose they were is unknown without the manifest
+                file.unlink()  # their origin is unknown without the manifest
             temporary = self.dirpath / f"{_MANIFEST}.{os.getpid()}"
             temporary.write_text(json.dumps(wanted, indent=1))
             temporary.replace(self.dirpath / _MANIFEST)
@@ -129,7 +128,7 @@ class TeacherCache:
         self._checked = None
 
     def _manifest(self) -> dict[str, Any] | None:
-        """What the folder says of itself; ``None`` if it is new or its manifest is damaged: then all is made anew."""
+        """Manifest of the folder; ``None`` if it is new or damaged, in which case the cache is recreated."""
         try:
             manifest = json.loads((self.dirpath / _MANIFEST).read_text())
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -139,12 +138,12 @@ class TeacherCache:
     def _compare(self, present: dict[str, Any], wanted: dict[str, Any]) -> None:
         reasons = {
             "schema": "it was written by another version of this library",
-            "samples": f"it was made of {present.get('samples')} samples, and the data set has {wanted['samples']}",
-            "data": "it was made of another data set: samples differ",
+            "samples": f"it has {present.get('samples')} samples, and the data set has {wanted['samples']}",
+            "data": "it belongs to another data set: samples differ",
             "teacher": "it was made with another teacher: its weights or settings differ",
-            "storage": f"it holds {present.get('storage')}, and {wanted['storage']} is asked for",
-            "top_k": f"it holds the {present.get('top_k')} largest logits, and {wanted['top_k']} are asked for",
-            "signals": f"it holds {present.get('signals')}, and {wanted['signals']} are asked for",
+            "storage": f"it holds {present.get('storage')}, and {wanted['storage']} is requested",
+            "top_k": f"it holds the {present.get('top_k')} largest logits, and {wanted['top_k']} are requested",
+            "signals": f"it holds {present.get('signals')}, and {wanted['signals']} are requested",
         }
         for key, reason in reasons.items():
             if present.get(key) != wanted[key]:
@@ -159,7 +158,7 @@ class TeacherCache:
         return Dense(value.shape[1:], "float32" if self.storage == "float32" else "float16")
 
     def missing(self) -> np.ndarray:
-        """Numbers of the samples that aren't there, or whose checksum is wrong: ``(M,)``."""
+        """Indices of samples that are missing, or whose checksum is wrong: ``(M,)``."""
         valid = [file.valid() for file in self._row_files()]
         return np.flatnonzero(~np.logical_and.reduce(valid))
 
@@ -167,15 +166,15 @@ class TeacherCache:
         return [file for file, _ in self._files.values()] + ([self._digests] if self._digests is not None else [])
 
     def write(self, index: Tensor, signals: Mapping[str, Tensor], digests: Tensor) -> None:
-        """Keep what the teacher said about some samples.
+        """Store the teacher's outputs for samples.
 
         Args:
-            index: ``(N,)``, their numbers.
+            index: ``(N,)``, indices of the samples.
             signals: by path, ``(N, ...)``.
             digests: ``(N,)``, int64, of the samples.
 
         Raises:
-            InvalidArgumentError: outputs of another shape than the first ones.
+            InvalidArgumentError: outputs have another shape than the first ones.
         """
         for path, (file, encoding) in self._files.items():
             value = signals[path]
@@ -189,16 +188,16 @@ class TeacherCache:
             self._digests.write(index.numpy(), digests.numpy()[:, None].view(np.uint8))
 
     def flush(self) -> None:
-        """Hand everything to the disk."""
+        """Flush all data to disk."""
         for file in self._row_files():
             file.flush()
 
     def read(self, index: Tensor, device: torch.device | str = "cpu") -> Signals:
-        """What the teacher said about some samples.
+        """Read the teacher's outputs for samples.
 
         Args:
-            index: ``(N,)``, their numbers.
-            device: where it goes.
+            index: ``(N,)``, indices of the samples.
+            device: device of the outputs.
         """
         rows = index.numpy()
         return {path: encoding.decode(file.read(rows)).to(device) for path, (file, encoding) in self._files.items()}
@@ -206,23 +205,23 @@ class TeacherCache:
     def lookup(
         self, index: Tensor, digests: Tensor, device: torch.device, epoch: int, live: Callable[[], Signals]
     ) -> Signals:
-        """:meth:`read`; the first sample is held against the one that the teacher saw, the first batch of an epoch live.
+        """:meth:`read`, with a comparison of the first sample, and of the first batch of an epoch with the live teacher.
 
         Args:
-            index: ``(N,)``, numbers of the batch's samples.
+            index: ``(N,)``, indices of the batch's samples.
             digests: ``(1,)`` or more, of its first samples.
-            device: where it goes.
-            epoch: of the training.
-            live: asks the teacher.
+            device: device of the outputs.
+            epoch: epoch of the training.
+            live: runs the teacher.
 
         Raises:
-            InvalidArgumentError: the sample is another one, or the teacher now says something else.
+            InvalidArgumentError: the sample or the teacher's outputs differ from the cached ones.
         """
         first = index[: len(digests)].numpy()
         if self._digests is not None and (self._digests.read(first) != digests.numpy()[:, None].view(np.uint8)).any():
             raise InvalidArgumentError(
                 f"Argument `cache` must be one of this data set, but got {str(self.dirpath)!r}: sample {int(first[0])} isn't the "
-                "one that the teacher was asked about. The data set has changed, or returns another sample each time (random "
+                "cached one. The data set has changed, or returns another sample each time (random "
                 "augmentation). Give another folder, take the augmentation out, or train without a cache."
             )
         cached = self.read(index, device)
@@ -249,7 +248,7 @@ class TeacherCache:
 
 def _differs(path: str, how: str) -> str:
     return (
-        f"Argument `cache` must hold what the teacher says about the batch that the student sees, but got {how} between the "
+        f"Argument `cache` must hold the teacher's outputs for the present batch, but got {how} between the "
         f"cached {path or 'logits'} and the live teacher's. Something changes inputs from epoch to epoch: random augmentation in "
         "the collate_fn, in a batch-transfer hook or in training_step, mixup for instance. Take it out, or train without a cache."
     )

@@ -12,7 +12,7 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 def captured_owner(root: nn.Module, path: str) -> str | None:
-    """Path of the module around ``path`` whose ``forward`` a captured graph has taken over; ``None`` if there is none."""
+    """Path of the module around ``path`` whose ``forward`` is a captured graph; ``None`` if there is none."""
     parts = path.split(".")
     for i in range(len(parts)):
         owner = ".".join(parts[:i])
@@ -22,7 +22,7 @@ def captured_owner(root: nn.Module, path: str) -> str | None:
 
 
 def captured_forward(module: nn.Module) -> Any:
-    """The captured graphs that have taken over a module's ``forward``, also if somebody watches its calls; or None."""
+    """Captured graphs in place of a module's ``forward``, also behind a wrapper; or None."""
     forward = vars(module).get("forward")
     while forward is not None and not hasattr(forward, "graph"):
         forward = getattr(forward, "__wrapped__", None)
@@ -30,17 +30,17 @@ def captured_forward(module: nn.Module) -> Any:
 
 
 def layer_node(graph: GraphModule, path: str) -> Node:
-    """The node that computes what a submodule returns.
+    """Find the node that computes a submodule's output.
 
-    torch.export writes down for each operator in which submodules it lies. A layer's output is the one value that is made
-    inside of it and read outside.
+    torch.export records the submodules of each operator. A layer's output is the only value that is computed inside of it and read
+    outside.
 
     Args:
         graph: captured graph.
-        path: of the submodule, from the module that was captured.
+        path: path of the submodule, relative to the captured module.
 
     Raises:
-        InvalidArgumentError: the submodule computes nothing of its own, is called more than once, or returns several tensors.
+        InvalidArgumentError: the submodule computes nothing itself, is called more than once, or returns several tensors.
     """
     inside = {node: entry for node in graph.graph.nodes if (entry := _entry(node, path)) is not None}
     made = [_source(node) for node in inside if any(reader not in inside for reader in node.users)]
@@ -50,13 +50,13 @@ def layer_node(graph: GraphModule, path: str) -> Node:
     calls = len(set(inside.values()))
     why = "computes nothing of its own" if not inside else f"is called {calls} times, or returns several tensors"
     raise InvalidArgumentError(
-        f"Argument `student_layer` must name a layer that can be told apart in a graph captured for quantization, but "
+        f"Argument `student_layer` must name a layer that can be located in a graph captured for quantization, but "
         f"{path!r} {why} there. Name the layer before or around it."
     )
 
 
 def _entry(node: Node, path: str) -> str | None:
-    """Which call of the submodule a node lies in."""
+    """Call of the submodule that a node belongs to."""
     if node.op not in ("call_function", "call_module"):
         return None
     for key, (name, _) in (node.meta.get("nn_module_stack") or {}).items():
@@ -68,14 +68,14 @@ def _entry(node: Node, path: str) -> str | None:
 
 
 def _source(node: Node) -> Node:
-    """The value under a fake-quant: that is what the layer computed."""
+    """The value before fake-quantization, i.e. the layer's output."""
     while node.op == "call_module" and str(node.target).startswith("fake_quant") and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 class _Tap(nn.Module):
-    """Hands on what passes while somebody listens; listens to nothing otherwise."""
+    """Identity that passes its input to registered listeners."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Tap(nn.Module):
 
 
 def _tap_of(graph: GraphModule, path: str) -> _Tap:
-    """The tap at a layer, put in at the first call."""
+    """Tap at a layer's output, inserted at the first call."""
     name = "distillation_tap_of_" + path.replace(".", "_dot_")
     present = getattr(graph, name, None)
     if isinstance(present, _Tap):
@@ -103,7 +103,7 @@ def _tap_of(graph: GraphModule, path: str) -> _Tap:
 
 @contextmanager
 def tapped(root: nn.Module, owner: str, path: str, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call ``keep(path, output)`` when the graph that took over ``owner`` has computed a layer's output."""
+    """Context in which ``keep(path, output)`` is called when the graph of ``owner`` has computed a layer's output."""
     module = root.get_submodule(owner)
     graph = captured_forward(module).graph(module.training)
     tap = _tap_of(graph, path.removeprefix(owner).removeprefix("."))
@@ -116,7 +116,7 @@ def tapped(root: nn.Module, owner: str, path: str, keep: Callable[[str, Any], No
 
 @contextmanager
 def without_graphs(root: nn.Module) -> Iterator[None]:
-    """A network as it was before captured graphs took over the ``forward`` of some of its modules."""
+    """Context in which captured graphs in a network are replaced by the original ``forward`` methods."""
     with ExitStack() as stack:
         for module in root.modules():
             if captured_forward(module) is not None:
@@ -125,7 +125,7 @@ def without_graphs(root: nn.Module) -> Iterator[None]:
 
 
 def remove_taps(root: nn.Module) -> None:
-    """Take all taps out of the graphs that have taken over forwards in a network."""
+    """Remove all taps from captured graphs in a network."""
     for module in root.modules():
         for graph in getattr(captured_forward(module), "_graphs", {}).values():
             taps = [

@@ -12,22 +12,22 @@ from lightning_accel.distillation.layers.graph import captured_owner, tapped
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.errors import InvalidArgumentError, RunError
 
-_Recorded = dict[str, list[tuple[Any, int]]]  # module path -> what it returned, and at which version
+_Recorded = dict[str, list[tuple[Any, int]]]  # module path -> output and its version
 
 
 def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[str]:
-    """Paths with their globs replaced by the layers that match, in the order of the network.
+    """Expand globs in paths to the matching layers, in the order of the network.
 
     Args:
         root: the network.
-        paths: one or several; ``*`` and ``?`` stand for parts of one name, not for dots.
-        argument: for messages.
+        paths: one or several; ``*`` and ``?`` match parts of one name, not dots.
+        argument: name of the argument, for messages.
 
     Returns:
-        Paths without globs; what stood in brackets is kept.
+        Paths without globs; selections in brackets are kept.
 
     Raises:
-        InvalidArgumentError: a path leads nowhere; near matches are listed.
+        InvalidArgumentError: a path doesn't exist; the message lists near matches.
 
     Example:
         >>> net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.ReLU())})
@@ -53,16 +53,16 @@ def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[s
 
 @contextmanager
 def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
-    """Keep what submodules return while the context lasts; hooks are gone afterwards.
+    """Context that records the outputs of submodules; hooks are removed afterwards.
 
-    Where a captured graph has taken over the ``forward`` of a module around them, they are read from the graph.
+    Outputs of submodules inside of a captured graph are read from the graph.
 
     Args:
         root: the network.
         modules: dotted paths of submodules.
 
     Raises:
-        InvalidArgumentError: a layer can't be told apart in a captured graph.
+        InvalidArgumentError: a layer can't be located in a captured graph.
     """
     found: _Recorded = {path: [] for path in modules}
 
@@ -81,10 +81,10 @@ def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
 
 
 def once(found: _Recorded, path: str, argument: str) -> Any:
-    """What a layer returned, if it was called once and is still what it was.
+    """Output of a layer that was called exactly once and was not overwritten since.
 
     Raises:
-        RunError: otherwise.
+        RunError: the layer wasn't called exactly once, or its output was overwritten.
     """
     calls = found[path]
     if len(calls) != 1:
@@ -103,5 +103,5 @@ def once(found: _Recorded, path: str, argument: str) -> Any:
 
 
 def _version(output: Any) -> int:
-    """How often a tensor was written to; inference mode doesn't count."""
+    """Version counter of a tensor; constant in inference mode."""
     return output._version if isinstance(output, Tensor) and not output.is_inference() else 0

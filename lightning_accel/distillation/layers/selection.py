@@ -12,10 +12,10 @@ _PATH = re.compile(r"(?P<module>[^\[\]]*)(?P<keys>(?:\[[^\[\]]+\])*)")
 
 
 def split_path(path: str, argument: str) -> tuple[str, tuple[int | str, ...]]:
-    """A module path and the keys behind it: ``"bert[hidden_states][-1]"`` is ``("bert", ("hidden_states", -1))``.
+    """Split a path into module path and keys: ``"bert[hidden_states][-1]"`` is ``("bert", ("hidden_states", -1))``.
 
     Raises:
-        InvalidArgumentError: brackets that don't pair.
+        InvalidArgumentError: unbalanced brackets.
     """
     match = _PATH.fullmatch(path) if isinstance(path, str) else None
     if match is None:
@@ -27,10 +27,10 @@ def split_path(path: str, argument: str) -> tuple[str, tuple[int | str, ...]]:
 
 
 def select_tensor(output: Any, keys: Sequence[int | str], path: str, argument: str) -> Tensor:
-    """The tensor in what a layer returned: behind ``keys``, or the only one there is.
+    """Select the tensor at ``keys`` from a layer's output, or its only tensor.
 
     Raises:
-        InvalidArgumentError: there is none, or no telling which one; the message says how to select.
+        InvalidArgumentError: there is no tensor, or several; the message shows how to select one.
     """
     value: Any = output
     for key in keys:
@@ -53,22 +53,22 @@ def select_tensor(output: Any, keys: Sequence[int | str], path: str, argument: s
 
 
 def selection_of(outputs: Any) -> str | None:
-    """The keys behind a path given as ``outputs``: ``"[0]"`` of ``"net[0]"``."""
+    """Selection of a path given as ``outputs``: ``"[0]"`` of ``"net[0]"``."""
     if not isinstance(outputs, str):
         return None
     return outputs[len(split_path(outputs, "outputs")[0]) :] or None
 
 
 def logits_in(output: Any, where: Any, argument: str) -> Tensor:
-    """The logits in what a network returned.
+    """Select the logits from a network's output.
 
     Args:
-        output: what it returned.
+        output: output of the network.
         where: a callable, a selection such as ``"[logits]"``, or None: a Tensor itself, or its field ``logits``.
-        argument: for messages.
+        argument: name of the argument, for messages.
 
     Raises:
-        InvalidArgumentError: there is no telling; the message says how to select.
+        InvalidArgumentError: the logits are ambiguous; the message shows how to select them.
     """
     if isinstance(where, str):
         return select_tensor(output, split_path(where, argument)[1], where, argument)
@@ -76,10 +76,10 @@ def logits_in(output: Any, where: Any, argument: str) -> Tensor:
 
 
 def _find_logits(output: Any, argument: str) -> Tensor:
-    """The logits in what a ``forward`` returned: a Tensor itself, or the field ``logits`` of an object or dict.
+    """Find the logits in the output of a ``forward``: a Tensor itself, or the field ``logits`` of an object or dict.
 
     Raises:
-        InvalidArgumentError: there is no telling which part are the logits; the message names ``argument``.
+        InvalidArgumentError: the logits are ambiguous; the message names ``argument``.
     """
     if isinstance(output, Tensor):
         return output

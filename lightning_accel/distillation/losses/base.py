@@ -23,7 +23,7 @@ def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         student, teacher = student.to(dtype), teacher.to(dtype)
         device = student.device.type
-        if not torch.is_autocast_enabled(device):  # the context takes longer than a loss of a few logits
+        if not torch.is_autocast_enabled(device):  # entering the context takes longer than a loss of a few logits
             return loss(student, teacher, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return loss(student, teacher, *args, **kwargs)
@@ -32,7 +32,7 @@ def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check_same_shape(student: Tensor, teacher: Tensor, what: str = "Logits") -> None:
-    """Refuse tensors that can't be compared element by element.
+    """Raise unless tensors have the same shape.
 
     Raises:
         InvalidArgumentError: shapes differ.
@@ -45,19 +45,19 @@ def check_same_shape(student: Tensor, teacher: Tensor, what: str = "Logits") -> 
 
 
 def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: str = "SoftTargetLoss") -> Tensor:
-    """Logits of any layout as one row a position.
+    """Reshape logits of any layout to one row per position.
 
     Args:
         logits: ``(N, C)``; with ``dim``, classes may lie in any dimension: ``(N, T, C)``, ``(N, C, H, W)``.
-        dim: dimension of the classes; ``None`` asks for ``(N, C)``.
+        dim: dimension of the classes; ``None`` requires ``(N, C)``.
         mask: the layout without the classes; positions that are False or 0 (padding) are left out.
         what: name of the loss, for messages.
 
     Returns:
-        ``(P, C)``: all positions, or those that the mask leaves.
+        ``(P, C)``: all positions, or those selected by the mask.
 
     Raises:
-        InvalidArgumentError: ``dim`` is needed or out of range, or the mask doesn't fit or leaves nothing.
+        InvalidArgumentError: ``dim`` is needed or out of range, or the mask has another shape or selects nothing.
     """
     if dim is None and logits.ndim != 2:
         raise InvalidArgumentError(
@@ -70,16 +70,16 @@ def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: s
             f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}."
         )
     if logits.ndim == 2 and dim in (1, -1) and mask is None:
-        return logits  # they are rows; views of them would cost more than the loss
+        return logits  # already rows; views would cost more than the loss
     rows = logits.movedim(dim, -1)
     return positions(rows, mask).reshape(-1, logits.shape[dim])
 
 
 def positions(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Vectors ``(..., C)`` as ``(P, C)``, without those that a mask ``(...)`` leaves out.
+    """Reshape vectors ``(..., C)`` to ``(P, C)``, restricted to a mask ``(...)``.
 
     Raises:
-        InvalidArgumentError: the mask has another shape, or leaves nothing.
+        InvalidArgumentError: the mask has another shape, or selects nothing.
     """
     rows = values.reshape(-1, values.shape[-1])
     if mask is None:
@@ -96,10 +96,10 @@ def positions(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_positive(argument: str, value: Any, *, zero: bool = False) -> None:
-    """Refuse a setting that isn't, or doesn't stay, a finite number above 0 (or at least 0).
+    """Raise unless a setting is, at all times, a finite number above 0 (or at least 0).
 
     Raises:
-        InvalidArgumentError: it isn't.
+        InvalidArgumentError: it is out of its range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | Scheduled):
         raise InvalidArgumentError(f"Argument `{argument}` must be a number, or `Scheduled`, but got {value!r}.")
@@ -114,7 +114,7 @@ class Loss:
     """Base of the losses here: settings in attributes, shown by ``repr``.
 
     Attributes:
-        adapts: whether student features are brought to the teacher's channels before the loss sees them.
+        adapts: whether an adapter maps student features to the teacher's channels before the loss.
         needs_all_logits: whether it needs more than the probabilities of a few classes and the sum of the rest.
         layers: whether it compares layers: ``"none"`` (logits alone), ``"optional"`` or ``"required"``.
     """

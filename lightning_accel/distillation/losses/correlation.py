@@ -15,7 +15,7 @@ _EPSILON = 1e-7
 
 
 def _distance(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """``1 - r`` with Pearson's r along a dimension, averaged over the other one; 1 where something is constant."""
+    """``1 - r`` with Pearson's r along a dimension, averaged over the other one; 1 for constant inputs."""
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
     return (1 - F.cosine_similarity(a, b, dim=dim, eps=1e-8)).mean()
 
@@ -41,8 +41,8 @@ def dist_loss(
         temperature: above 0.
         beta: weight of the correlation between classes.
         gamma: weight of the correlation within a class.
-        dim: dimension of the classes. ``None`` asks for ``(N, C)``.
-        mask: positions that count.
+        dim: dimension of the classes. ``None`` requires ``(N, C)``.
+        mask: positions to include.
 
     Returns:
         Scalar.
@@ -69,10 +69,10 @@ class DISTLoss(Loss):
         temperature: above 0.
         beta: weight of the correlation between classes, at least 0.
         gamma: weight of the correlation within a class, at least 0.
-        dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
+        dim: dimension of the classes; ``None`` requires logits ``(N, C)``.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> DISTLoss(temperature=4.0).temperature
@@ -109,16 +109,16 @@ def standardize(logits: Tensor, dim: int = 1) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     centred = logits - logits.mean(dim, keepdim=True)
-    # under the root, so that constant logits have a gradient of 0, not NaN
+    # inside of the root, so that constant logits have a gradient of 0, not NaN
     scale = (centred.square().mean(dim, keepdim=True) + _EPSILON**2).sqrt()
     return centred / scale
 
 
 class StandardizedLoss(Loss):
-    """Any loss of logits, on standardized logits (`Sun et al. 2024 <https://arxiv.org/abs/2403.01427>`_).
+    """Wrapper that applies a loss to standardized logits (`Sun et al. 2024 <https://arxiv.org/abs/2403.01427>`_).
 
-    The student then needs the teacher's order and proportions, not its scale. The loss inside keeps its temperature; the
-    paper pairs a temperature of 2 with a weight nine times the usual.
+    The student then learns the teacher's relative logits, not their scale. The inner loss keeps its temperature; the paper uses a
+    temperature of 2 and nine times the usual weight.
 
     Args:
         loss: ``(student_logits, teacher_logits) -> scalar``; ``None`` for ``SoftTargetLoss(temperature=2.0)``.
@@ -135,7 +135,7 @@ class StandardizedLoss(Loss):
     def __init__(self, loss: Callable[..., Tensor] | None = None, dim: int = 1) -> None:
         self.loss = SoftTargetLoss(2.0, None if dim == 1 else dim) if loss is None else loss
         self.dim = dim
-        self.wants = wants(self.loss)  # what the loss inside asks for, beside logits
+        self.wants = wants(self.loss)  # further arguments of the inner loss
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, **others: Tensor) -> Tensor:
         """The loss of standardized logits, a scalar."""

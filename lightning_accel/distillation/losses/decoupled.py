@@ -23,7 +23,7 @@ def decoupled_loss(
 ) -> Tensor:
     """DKD of `Zhao et al. 2022 <https://arxiv.org/abs/2203.08679>`_: ``T² · (alpha · TCKD + beta · NCKD)``.
 
-    TCKD is the divergence of (target class, all others) as two events, NCKD that among the others.
+    TCKD is the divergence between target class and all others as two events, NCKD the divergence among the others.
 
     Args:
         student_logits: ``(N, C)``; with ``dim``, classes may lie in any dimension: ``(N, T, C)``, ``(N, C, H, W)``.
@@ -31,10 +31,10 @@ def decoupled_loss(
         target: integer class of each position, ``(N,)``, ``(N, T)``, ``(N, H, W)``: the ground truth.
         temperature: above 0.
         alpha: weight of the target class.
-        beta: weight of the other classes; the paper takes 1-10, more the surer the teacher is.
-        dim: dimension of the classes. ``None`` asks for ``(N, C)``.
-        mask: positions that count.
-        ignore_index: target of positions that don't count.
+        beta: weight of the other classes; 1 to 10 in the paper, higher for more confident teachers.
+        dim: dimension of the classes. ``None`` requires ``(N, C)``.
+        mask: positions to include.
+        ignore_index: target of positions to exclude.
 
     Returns:
         Scalar, averaged over positions.
@@ -70,7 +70,7 @@ def decoupled_loss(
 
 
 def _parts(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """TCKD and NCKD of rows ``(P, C)``, from sums of exponentials: ``log(1 - p)`` would be lost where p rounds to 1."""
+    """TCKD and NCKD of rows ``(P, C)``, from sums of exponentials, since ``log(1 - p)`` is inaccurate where p rounds to 1."""
     others = torch.ones_like(student, dtype=torch.bool).scatter_(1, target, False)
     binary, rest = [], []
     for logits in (student, teacher):
@@ -85,17 +85,17 @@ def _parts(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Te
 class DKDLoss(Loss):
     """:func:`decoupled_loss` with its settings, as a callable ``(student_logits, teacher_logits, target) -> loss``.
 
-    Inside a :class:`DistillationModule` the target is what its ``target`` finds in the batch.
+    A :class:`DistillationModule` passes the target that its ``target`` selects from the batch.
 
     Args:
         temperature: above 0.
         alpha: weight of the target class, at least 0.
         beta: weight of the other classes, at least 0.
-        dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
-        ignore_index: target of positions that don't count.
+        dim: dimension of the classes; ``None`` requires logits ``(N, C)``.
+        ignore_index: target of positions to exclude.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 1.0]])

@@ -8,10 +8,10 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Feature maps ``(N, C, H, W)`` pooled to the smaller height and width of the two; all else as it is.
+    """Pool feature maps ``(N, C, H, W)`` to the smaller height and width; other tensors are returned unchanged.
 
     Raises:
-        InvalidArgumentError: other tensors with different dimensions behind the channels.
+        InvalidArgumentError: dimensions after the channels differ for other tensors.
     """
     if student.ndim != teacher.ndim or (student.ndim != 4 and student.shape[2:] != teacher.shape[2:]):
         raise InvalidArgumentError(
@@ -30,7 +30,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: ``(N, C, H, W)``, ``(N, T, D)`` or ``(N, D)``; maps of different size are pooled to the smaller one.
-        teacher: the same, with as many channels.
+        teacher: as ``student``, with the same number of channels.
 
     Returns:
         Scalar.
@@ -48,7 +48,7 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class HintLoss(Loss):
-    """:func:`hint_loss` as a callable. Where channels differ, a :class:`LossTerm` puts a trained 1x1 layer before it.
+    """:func:`hint_loss` as a callable. If channels differ, a :class:`LossTerm` adds a trained 1x1 layer.
 
     Example:
         >>> HintLoss()(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]))
@@ -67,12 +67,12 @@ def attention_transfer_loss(student: Tensor, teacher: Tensor, power: float = 2.0
     """Attention transfer of `Zagoruyko & Komodakis 2017 <https://arxiv.org/abs/1612.03928>`_.
 
     A map is the mean over channels of ``|A|^power``, as a vector of length 1. The loss is the squared error of maps, averaged
-    over samples and positions as in the authors' code; they weigh it by about 1000.
+    over samples and positions as in the authors' code, with a weight of about 1000.
 
     Args:
         student: ``(N, C, H, W)``; maps of different size are pooled to the smaller one.
         teacher: ``(N, D, H, W)``; channels may differ.
-        power: above 0; more looks at the strongest channels.
+        power: above 0; higher values emphasize the strongest channels.
 
     Returns:
         Scalar.

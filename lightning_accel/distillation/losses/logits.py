@@ -30,9 +30,9 @@ def soft_target_loss(
     Args:
         student_logits: ``(N, C)``; with ``dim``, classes may lie in any dimension: ``(N, T, C)``, ``(N, C, H, W)``.
         teacher_logits: same shape.
-        temperature: above 0; higher values show more of what the teacher knows about the wrong classes.
-        dim: dimension of the classes. ``None`` asks for ``(N, C)``.
-        mask: positions that count, e.g. ``(N, T)`` with 0 at padding.
+        temperature: above 0; higher values emphasize the teacher's probabilities of wrong classes.
+        dim: dimension of the classes. ``None`` requires ``(N, C)``.
+        mask: positions to include, e.g. ``(N, T)`` with 0 at padding.
 
     Returns:
         Scalar: the divergence summed over classes, averaged over all other dimensions, times ``temperature²``.
@@ -55,7 +55,7 @@ class SoftTargetLoss(Loss):
 
     Args:
         temperature: above 0. 1 compares the probabilities themselves; 2-10 is usual for classification.
-        dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
+        dim: dimension of the classes; ``None`` requires logits ``(N, C)``.
 
     Raises:
         InvalidArgumentError: ``temperature`` is not above 0.
@@ -79,13 +79,13 @@ class SoftTargetLoss(Loss):
 def hard_label_loss(
     student_logits: Tensor, teacher_logits: Tensor, dim: int | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy with the class that the teacher finds likeliest (https://arxiv.org/abs/2012.12877, section 4).
+    """Cross-entropy with the teacher's predicted class (https://arxiv.org/abs/2012.12877, section 4).
 
     Args:
         student_logits: ``(N, C)``; with ``dim``, classes may lie in any dimension.
         teacher_logits: same shape.
-        dim: dimension of the classes. ``None`` asks for ``(N, C)``.
-        mask: positions that count.
+        dim: dimension of the classes. ``None`` requires ``(N, C)``.
+        mask: positions to include.
 
     Returns:
         Scalar, averaged over positions.
@@ -106,7 +106,7 @@ class HardLabelLoss(Loss):
     """:func:`hard_label_loss` as a callable; it has no temperature.
 
     Args:
-        dim: dimension of the classes; ``None`` asks for logits ``(N, C)``.
+        dim: dimension of the classes; ``None`` requires logits ``(N, C)``.
 
     Example:
         >>> HardLabelLoss()(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
@@ -128,13 +128,13 @@ def multi_label_loss(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Binary soft targets, for labels that don't exclude each other: ``T² · KL`` of ``sigmoid(logits / T)``, label by label.
+    """Binary soft targets for multi-label classification: ``T² · KL`` of ``sigmoid(logits / T)``, label by label.
 
     Args:
         student_logits: ``(N, L)`` or ``(..., L)``.
         teacher_logits: same shape.
         temperature: above 0.
-        mask: ``(...)``, positions that count.
+        mask: ``(...)``, positions to include.
 
     Returns:
         Scalar, averaged over labels and positions.
@@ -187,11 +187,11 @@ def regression_loss(student: Tensor, teacher: Tensor, beta: float = 0.0, mask: T
         student: any shape.
         teacher: same shape.
         beta: 0 for the squared error ``d²``; above 0, ``d² / 2`` up to ``|d| = beta`` and ``beta · (|d| - beta / 2)``
-            beyond it, so that a teacher that is far off somewhere doesn't rule.
-        mask: the first dimensions of that shape; elements under a 0 don't count.
+            beyond it, which limits the effect of large errors of the teacher.
+        mask: the leading dimensions of that shape; 0 excludes elements.
 
     Returns:
-        Scalar, averaged over all elements that count.
+        Scalar, averaged over all included elements.
 
     Raises:
         InvalidArgumentError: shapes differ, or ``mask`` doesn't fit.
@@ -231,10 +231,10 @@ class LogitMSELoss(Loss):
 
 
 class RegressionLoss(Loss):
-    """:func:`regression_loss` with its settings, for outputs that are no logits.
+    """:func:`regression_loss` with its settings, for outputs that aren't logits.
 
     Args:
-        beta: error beyond which the loss grows linearly; 0: nowhere.
+        beta: error beyond which the loss is linear; 0 for a squared error throughout.
 
     Raises:
         InvalidArgumentError: ``beta`` is negative.

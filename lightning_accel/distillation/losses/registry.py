@@ -36,7 +36,7 @@ _registered: dict[str, Callable[..., Any]] = {}
 
 
 def register_loss(name: str, factory: Callable[..., Callable[..., Tensor]]) -> None:
-    """Give a loss a name for ``DistillationModule(losses=...)``, in this process.
+    """Register a loss by a name for ``DistillationModule(losses=...)``, in this process.
 
     A distribution declares its losses as entry points of the group ``lightning_accel.losses`` instead.
 

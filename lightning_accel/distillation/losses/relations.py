@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_accel.distillation.losses.base import Loss, check_positive, in_float32
 from lightning_accel.errors import InvalidArgumentError
 
-_SMALLEST = 1e-12  # below this squared distance two samples are one
+_SMALLEST = 1e-12  # squared distance below which samples are considered equal
 
 
 def _check_batch(student: Tensor, teacher: Tensor, least: int) -> None:
@@ -60,8 +60,8 @@ class SimilarityLoss(Loss):
 
 
 def _distances(features: Tensor) -> Tensor:
-    """Distances of the pairs i ≠ j, by their mean: ``(N, N - 1)``."""
-    squared = (features[:, None] - features[None]).square().sum(-1).clamp_min(_SMALLEST)  # no NaN gradient at 0
+    """Distances of the pairs i ≠ j, divided by their mean: ``(N, N - 1)``."""
+    squared = (features[:, None] - features[None]).square().sum(-1).clamp_min(_SMALLEST)  # avoids a NaN gradient at 0
     off_diagonal = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
     distances = squared[off_diagonal].sqrt().reshape(len(features), -1)
     return distances / distances.mean().clamp_min(_SMALLEST)
@@ -70,7 +70,7 @@ def _distances(features: Tensor) -> Tensor:
 def _angles(features: Tensor) -> Tensor:
     """Cosine of the angle at j between i and k, for all ordered triplets of different samples."""
     count = len(features)
-    edges = features[None] - features[:, None]  # [j, i] leads from j to i
+    edges = features[None] - features[:, None]  # [j, i]: vector from j to i
     edges = edges / edges.square().sum(-1, keepdim=True).clamp_min(_SMALLEST).sqrt()
     cosines = torch.bmm(edges, edges.transpose(1, 2))  # (N, N, N): j, i, k
     index = torch.arange(count, device=features.device)

@@ -8,18 +8,18 @@ KNOWN = ("target", "mask", "batch")
 
 
 def wants(loss: Callable[..., Any]) -> frozenset[str]:
-    """Names among ``target``, ``mask`` and ``batch`` that a loss has as parameters behind its first two.
+    """Names among ``target``, ``mask`` and ``batch`` that a loss takes as parameters after its first two.
 
     Args:
-        loss: ``(student, teacher, ...)``. A ``torch.nn.Module`` is asked for its ``forward``.
+        loss: ``(student, teacher, ...)``. For a ``torch.nn.Module`` the signature of its ``forward`` is used.
 
     Returns:
-        What to pass by keyword; nothing for a callable without a signature.
+        Names of the arguments to pass by keyword; empty for a callable without a signature.
 
     Example:
         >>> sorted(wants(lambda student, teacher, *, batch, mask=None: 0.0))
         ['batch', 'mask']
-        >>> sorted(wants(torch.nn.functional.mse_loss))  # its `target` is the teacher's place
+        >>> sorted(wants(torch.nn.functional.mse_loss))  # its `target` is the second parameter
         []
     """
     declared = getattr(loss, "wants", None)
@@ -27,7 +27,7 @@ def wants(loss: Callable[..., Any]) -> frozenset[str]:
         return declared
     try:
         own = signature(getattr(loss, "forward", loss))
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # implemented in C
         return frozenset()
     behind = list(own.parameters.values())[2:]
     return frozenset(p.name for p in behind if p.name in KNOWN and p.kind is not Parameter.POSITIONAL_ONLY)

@@ -10,10 +10,10 @@ from lightning_accel.errors import InvalidArgumentError
 
 @in_float32
 def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Hidden states of `TinyBERT <https://arxiv.org/abs/1909.10351>`_: squared error over all tokens that count.
+    """Hidden states of `TinyBERT <https://arxiv.org/abs/1909.10351>`_: squared error over all included tokens.
 
     Args:
-        student: ``(N, T, D)``, brought to the teacher's width before.
+        student: ``(N, T, D)``, with the teacher's width.
         teacher: same shape.
         mask: ``(N, T)``, 0 at padding.
 
@@ -33,7 +33,7 @@ def hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = No
 
 
 class HiddenStateLoss(Loss):
-    """:func:`hidden_state_loss` as a callable. Where widths differ, a :class:`LossTerm` puts a trained linear layer before it.
+    """:func:`hidden_state_loss` as a callable. If widths differ, a :class:`LossTerm` adds a trained linear layer.
 
     Example:
         >>> HiddenStateLoss()(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, 2))
@@ -89,12 +89,12 @@ class CosineLoss(Loss):
 def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of `TinyBERT <https://arxiv.org/abs/1909.10351>`_: squared error of attention matrices.
 
-    The paper takes the scores before the softmax; the attention itself works the same way, on a smaller scale.
+    The paper uses the scores before the softmax; attention probabilities also work, on a smaller scale.
 
     Args:
         student: ``(N, heads, T, T)``.
-        teacher: same shape: as many heads.
-        mask: ``(N, T)``, 0 at padding; neither its rows nor its columns count.
+        teacher: same shape.
+        mask: ``(N, T)``, 0 at padding; excludes rows and columns.
 
     Returns:
         Scalar, averaged over heads and pairs of tokens.
@@ -134,7 +134,7 @@ def _tokens(mask: Tensor, values: Tensor, length: int) -> Tensor:
     """A padding mask ``(N, T)`` as booleans.
 
     Raises:
-        InvalidArgumentError: it doesn't fit, or leaves nothing.
+        InvalidArgumentError: it has another shape, or selects nothing.
     """
     if mask.shape != (len(values), length):
         raise InvalidArgumentError(
@@ -150,7 +150,7 @@ def _relation(values: Tensor, heads: int, tokens: Tensor | None) -> Tensor:
     """Log-probabilities of the scaled dot products of tokens: ``(N, heads, T, T)``."""
     split = values.unflatten(-1, (heads, -1)).transpose(1, 2)  # (N, heads, T, D / heads)
     scores = split @ split.transpose(2, 3) / split.shape[-1] ** 0.5
-    if tokens is not None:  # finite, so that no difference of infinities arises
+    if tokens is not None:  # finite, to avoid differences of infinities
         scores = scores.masked_fill(~tokens[:, None, None, :], torch.finfo(scores.dtype).min / 2)
     return F.log_softmax(scores, dim=-1)
 
@@ -159,13 +159,13 @@ def _relation(values: Tensor, heads: int, tokens: Tensor | None) -> Tensor:
 def relation_loss(student: Tensor, teacher: Tensor, heads: int = 12, mask: Tensor | None = None) -> Tensor:
     """Self-attention relations of `MiniLM <https://arxiv.org/abs/2002.10957>`_ and `v2 <https://arxiv.org/abs/2012.15828>`_.
 
-    ``KL(R_T ‖ R_S)`` with ``R = softmax(A Aᵀ / √d)`` in each of ``heads`` parts of A, averaged over heads and tokens. A is what
-    a query, key or value projection returns; v2 adds the three losses.
+    ``KL(R_T ‖ R_S)`` with ``R = softmax(A Aᵀ / √d)`` in each of ``heads`` parts of A, averaged over heads and tokens. A is the
+    output of a query, key or value projection; v2 adds the three losses.
 
     Args:
         student: ``(N, T, D)``.
         teacher: ``(N, T, E)``; the width may differ.
-        heads: relation heads; both widths are divisible by it.
+        heads: number of relation heads; divides both widths.
         mask: ``(N, T)``, 0 at padding.
 
     Returns:

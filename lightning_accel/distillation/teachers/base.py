@@ -15,19 +15,19 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 class Teacher(nn.Module):
-    """A teacher with a device, a precision and a memory format of its own.
+    """A teacher with its own device, precision and memory format.
 
-    Inputs are brought there and outputs back. Layers are named as in ``network``.
+    Inputs are moved there and outputs back. Paths of layers are relative to ``network``.
 
     Args:
         network: the teacher; converted in place.
-        device: where it computes, e.g. ``"cuda:1"``; ``None``: where the student does.
-        precision: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of its weights and of what it computes, whatever the
+        device: device of the teacher, e.g. ``"cuda:1"``; ``None``: the student's.
+        precision: ``"float32"``, ``"float16"`` or ``"bfloat16"``, of its weights and computation, regardless of the
             Trainer's; ``None``: as the student.
-        channels_last: whether images go through it in ``torch.channels_last``, which is faster on most GPUs and CPUs.
+        channels_last: whether to use the memory format ``torch.channels_last``, which is faster on most GPUs and CPUs.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> teacher = Teacher(nn.Conv2d(3, 4, 1), precision="bfloat16", channels_last=True)
@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         try:
             self.home = None if device is None else torch.device(device)
             torch.empty(0, device=self.home)
-        except (RuntimeError, AssertionError) as error:  # no such device, or a torch built without it
+        except (RuntimeError, AssertionError) as error:  # unknown device, or not supported by this build of torch
             reason = str(error).splitlines()[0]
             raise InvalidArgumentError(
                 f"Argument `device` must be a torch device of this machine, but got {device!r}: {reason}."
@@ -68,13 +68,13 @@ class Teacher(nn.Module):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
-        """Follow the student, but for what is the teacher's own."""
+        """Apply a conversion of the student, except for the teacher's own settings."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no annotation for it
         self._place()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns; floats in float32 if it has a precision of its own."""
+        """Output of the network; floats in float32 if it has its own precision."""
         tensor = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         args, kwargs = pytree.tree_map(self._into, (args, kwargs))
         if self.precision is None:
@@ -105,14 +105,14 @@ def _device_type(tensor: Tensor | None) -> str:
 
 
 def network_of(teacher: nn.Module) -> nn.Module:
-    """The network that layer paths of a teacher start from: the one inside of a wrapper of this library."""
+    """Root of a teacher's layer paths: the network inside of a wrapper of this library."""
     inside = getattr(type(teacher), "layers_in", None)
     network = getattr(teacher, inside) if isinstance(inside, str) else None
     return network_of(network) if isinstance(network, nn.Module) else teacher
 
 
 def freeze_(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """Put a teacher in eval and stop its gradients.
+    """Set a teacher to eval mode and disable its gradients.
 
     Raises:
         InvalidArgumentError: it shares a parameter with the student, which would be frozen with it.
@@ -128,11 +128,11 @@ def freeze_(teacher: nn.Module, student: nn.Module) -> nn.Module:
 
 
 def load_weights_(teacher: nn.Module, path: str | Path) -> None:
-    """Load a Lightning checkpoint or a state-dict file into a teacher, strictly and without unpickling foreign code.
+    """Load a Lightning checkpoint or a state-dict file into a teacher, strictly and without unpickling.
 
     Raises:
         MissingFileError: there is no such file.
-        InvalidArgumentError: the file is damaged, or holds the weights of something else.
+        InvalidArgumentError: the file is damaged, or its weights don't match.
     """
     checkpoint = read_plain(path, "teacher_checkpoint")
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}

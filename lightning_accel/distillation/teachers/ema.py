@@ -14,14 +14,14 @@ from lightning_accel.errors import InvalidArgumentError, RunError
 
 
 class EMATeacher(nn.Module):
-    """The student's own average over steps (https://arxiv.org/abs/1703.01780): self-distillation.
+    """Exponential moving average of the student (https://arxiv.org/abs/1703.01780): self-distillation.
 
     Built from the student when ``fit`` begins, without its captured graphs, so it stays float while the student is
     quantized. It is part of the training's state: the checkpoint keeps it beside the student, and a resume goes on with it.
 
     Args:
-        decay: share of the average that stays at each optimizer step, in [0, 1).
-        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start fades fast.
+        decay: decay of the average per optimizer step, in [0, 1).
+        warmup: whether the first steps use ``min(decay, (1 + step) / (10 + step))``, so that the untrained start decays fast.
 
     Raises:
         InvalidArgumentError: ``decay`` is out of its range.
@@ -42,7 +42,7 @@ class EMATeacher(nn.Module):
         self._method, self._path = "forward", ""
 
     def begin_(self, student: nn.Module, path: str, method: str) -> None:
-        """Become a copy of the submodule of a student whose ``method`` makes the logits."""
+        """Copy the submodule of a student whose ``method`` computes the logits."""
         part = student.get_submodule(path)
         attached = swapped(part, "_trainer", None) if "_trainer" in vars(part) else nullcontext()
         with without_graphs(part), attached:  # a run isn't part of the network
@@ -50,23 +50,25 @@ class EMATeacher(nn.Module):
         self._path, self._method = path, method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the average returns."""
+        """Output of the averaged network."""
         if self.network is None:
-            raise RunError("An EMATeacher exists only in `fit`: it is made of the student when training begins.")
+            raise RunError(
+                "An EMATeacher exists only in `fit`: it is created from the student at the start of training."
+            )
         return getattr(self.network, self._method)(*args, **kwargs)
 
     def change_(self, change: structure.Change) -> None:
-        """Lose the channels that the student has lost; an average of a part of it starts anew at the next step."""
+        """Remove the channels that were removed from the student; an average of a submodule is restarted at the next step."""
         if self.network is not None and not self._path:
             structure.apply(self.network, change)
 
     @torch.no_grad()
     def update_(self, student: nn.Module, step: int) -> None:
-        """Move towards the student after an optimizer step.
+        """Update the average after an optimizer step.
 
         Args:
-            student: as in :meth:`begin_`. One that changed its shapes, since channels left, starts the average anew.
-            step: optimizer steps before this one.
+            student: as in :meth:`begin_`. A change of its shapes restarts the average.
+            step: number of optimizer steps before this one.
         """
         ours, theirs = self._state(self.network), self._state(student.get_submodule(self._path))
         if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:

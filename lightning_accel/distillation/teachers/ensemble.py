@@ -12,17 +12,17 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 class TeacherEnsemble(nn.Module):
-    """Several teachers as one: a weighted mean of their logits, or of their probabilities.
+    """An ensemble of teachers: the weighted mean of their logits or probabilities.
 
     Args:
-        teachers: networks that take the student's inputs and agree in the shape of their logits.
-        weights: one for each, above 0, brought to sum 1; ``None``: all the same.
+        teachers: networks with the student's inputs and equal shapes of logits.
+        weights: weight of each teacher, above 0, normalized to a sum of 1; ``None``: equal weights.
         average: ``"logits"``, or ``"probabilities"``: the logarithm of the mean of softmaxes over dimension 1, so that a
-            teacher with large logits doesn't rule.
-        outputs: where logits are in what a teacher returns: ``"[logits]"``, ``"[0]"``; empty for a Tensor.
+            teacher with large logits doesn't dominate.
+        outputs: selection of the logits in a teacher's output: ``"[logits]"``, ``"[0]"``; empty for a Tensor.
 
     Raises:
-        InvalidArgumentError: an argument breaks a rule above.
+        InvalidArgumentError: an argument is out of its range.
 
     Example:
         >>> TeacherEnsemble([nn.Identity(), nn.Flatten()], weights=[3, 1])(torch.tensor([[1.0, 2.0]]))
@@ -52,7 +52,7 @@ class TeacherEnsemble(nn.Module):
         self._outputs, self._keys = outputs, split_path(outputs, "outputs")[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Logits of all teachers, averaged."""
+        """Averaged logits of all teachers."""
         logits = [select_tensor(t(*args, **kwargs), self._keys, self._outputs, "outputs") for t in self.teachers]
         if self.average == "probabilities":
             logs = [F.log_softmax(x.float(), dim=1) + math.log(w) for x, w in zip(logits, self.weights, strict=True)]

@@ -13,12 +13,12 @@ class HuggingFaceTeacher(nn.Module):
 
     Args:
         name_or_path: folder or name on the hub.
-        auto_class: class of ``transformers`` that builds it.
+        auto_class: class of ``transformers`` that loads it.
         options: further arguments of its ``from_pretrained``, e.g. ``{"output_hidden_states": True}``.
 
     Raises:
         MissingPackageError: ``transformers`` is not installed.
-        InvalidArgumentError: ``auto_class`` isn't in it.
+        InvalidArgumentError: ``auto_class`` isn't a class of ``transformers``.
 
     Example:
         >>> teacher = HuggingFaceTeacher("my-folder", options={"output_hidden_states": True})  # doctest: +SKIP
@@ -42,5 +42,5 @@ class HuggingFaceTeacher(nn.Module):
         self.network = make.from_pretrained(name_or_path, **(options or {}))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns: an object with ``logits``."""
+        """Output of the model: an object with ``logits``."""
         return self.network(*args, **kwargs)

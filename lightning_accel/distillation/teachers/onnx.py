@@ -11,15 +11,15 @@ from lightning_accel.errors import InvalidArgumentTypeError
 
 
 class OnnxTeacher(nn.Module):
-    """A teacher in a file: ONNX, a TensorRT engine or a bundle, run by :func:`load_runner`.
+    """A teacher from an ONNX file, a TensorRT engine or a bundle, run by :func:`load_runner`.
 
     Args:
-        path: file or bundle, or a :class:`Runner` that is open already.
+        path: file or bundle, or an open :class:`Runner`.
         engine: as for :func:`load_runner`.
 
     Raises:
         MissingFileError: nothing at ``path``.
-        InvalidArgumentError: a file that no engine takes.
+        InvalidArgumentError: no engine reads the file.
 
     Example:
         >>> teacher = OnnxTeacher("teacher.onnx")  # doctest: +SKIP
@@ -30,7 +30,7 @@ class OnnxTeacher(nn.Module):
         self.runner = path if isinstance(path, Runner) else load_runner(path, engine)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
-        """The output of a network with one, else a dict of all by name. Floats are cast to what the file asks for."""
+        """Output of a network with one output, otherwise a dict of outputs by name. Floats are cast to the dtypes of the file."""
         feeds = dict(zip(self.runner.input_names, args, strict=False)) | kwargs
         device = next(iter(feeds.values())).device
         dtypes = {spec.name: spec.dtype for spec in self.runner.inputs}
@@ -45,4 +45,4 @@ class OnnxTeacher(nn.Module):
         raise InvalidArgumentTypeError("A teacher that runs in an engine can't be pickled. Build it in each process.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnnxTeacher":
-        return self  # an engine holds no weights that a copy could change
+        return self  # an engine has no mutable weights

@@ -9,15 +9,14 @@ _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "he
 
 @dataclass(frozen=True)
 class Attention:
-    """A module that looks like attention; whether its heads can leave is for a proof to say.
+    """A candidate for an attention module; whether heads can be removed is verified separately.
 
     Args:
         heads: number of heads.
         width: channels of a head.
-        fused: sides of the layer that makes query, key and value in one, in that order, and of the one that reads the heads;
-            empty if they are apart.
-        projections: the linear layers that may make query, key and value apart.
-        variants: ways in which the module's numbers may have to fall with a head, the most complete first.
+        fused: sides of the fused query-key-value layer, and of the layer that reads the heads; empty for separate layers.
+        projections: candidates for separate query, key and value layers.
+        variants: candidate changes of the module's attributes for a removed head, the most complete first.
     """
 
     heads: int
@@ -28,10 +27,10 @@ class Attention:
 
 
 def find_attention(module: nn.Module) -> list[Attention]:
-    """Modules with a number of heads and linear layers that fit it.
+    """Find modules with a number of heads and matching linear layers.
 
     Args:
-        module: searched with all its submodules; ``nn.MultiheadAttention`` is not among what is found.
+        module: searched with all submodules; ``nn.MultiheadAttention`` is excluded.
     """
     found = []
     for path, owner in module.named_modules():

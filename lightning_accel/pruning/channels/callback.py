@@ -27,29 +27,30 @@ from lightning_accel.pruning.criterion import Criterion
 
 
 class ChannelPruning(CompressionCallback):
-    """Remove the least important channels, neurons and attention heads while training goes on (https://arxiv.org/abs/2301.12900).
+    """Remove the least important channels, neurons and attention heads during training (https://arxiv.org/abs/2301.12900).
 
-    Channels that depend on each other leave together, at the beginnings of epochs; the optimizer keeps its state for those
-    that stay. Before training, each group of channels is proven to be removable, or kept with the reason, which is told; the
-    output layer is kept. Logged: ``macs`` (multiply-accumulates of one sample) and ``parameters``, counted on the tensors.
+    Channels that depend on each other are removed together, at the start of an epoch; the optimizer keeps its state for the
+    remaining ones. Before training, each group of channels is verified to be removable; other groups are kept, and the reason is
+    logged. The output layer is kept. Logged: ``macs`` (multiply-accumulates of one sample) and ``parameters``, counted on the
+    tensors.
 
     Args:
-        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
-        macs_reduction: factor by which MACs shrink, above 1. Exactly one of the two.
+        pruning_ratio: share of the channels of all prunable groups to remove, in (0, 1); or
+        macs_reduction: factor by which MACs are reduced, above 1. Exactly one of the two.
         criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
             :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, whose scores are
             added up for each channel, or the import path of either.
         scope: ``"global"`` compares all channels with each other, ``"layer"`` removes the same share from each group.
         schedule: ``"linear"``, ``"cubic"``, ``"cosine"``, ``"exponential"`` or ``"constant"`` (one-shot at ``start``).
-        start: epoch (int) or share of the run (float) at whose first epoch boundary the first channels leave.
+        start: epoch (int) or share of the run (float) of the first removal, at an epoch boundary.
         end: epoch or share by which the target is reached; ``None``: half of the run after ``start``, ``start`` itself for
             ``"constant"``.
         round_to: the channels of a pruned group are a multiple of it; 8 suits tensor cores.
-        limits: by glob of layers, the share of a group's channels that may leave at most.
-        include: globs of layers whose channels may leave; ``None`` means all.
-        exclude: globs of layers whose channels stay; wins.
+        limits: glob of layers -> largest share of a group's channels to remove.
+        include: globs of layers whose channels may be removed; ``None`` means all.
+        exclude: globs of layers whose channels are kept; takes precedence over ``include``.
         module: dotted path of the submodule that ``training_step`` calls if it doesn't call ``forward``.
-        inputs: maps a batch to the arguments of ``forward``; needed only where its signature doesn't tell.
+        inputs: maps a batch to the arguments of ``forward``; needed only if they can't be derived from its signature.
         name: the state's name in the checkpoint; needed if two are used.
 
     Raises:
@@ -87,14 +88,14 @@ class ChannelPruning(CompressionCallback):
         )
         self.resizes = round_to
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
-        self.reached = 0.0  # fraction of the way to the target
+        self.reached = 0.0  # progress towards the target, in [0, 1]
         self._plan: ChannelPlan | None = None
         self._foreseen: tuple[dict[int, list[int]], dict[str, int]] | None = (
-            None  # what would leave now, what would stay
+            None  # predicted removal, and sizes afterwards
         )
-        self._epochs = (0, 0)  # of the first and the last removal
+        self._epochs = (0, 0)  # epochs of the first and the last removal
         self._collected: dict[str, torch.Tensor] = {}
-        self._macs: int | None = None  # of the module as it is now; None: not counted yet
+        self._macs: int | None = None  # of the present module; None: not counted yet
         self._seen: nn.Module | None = None
         self._retargeted = False  # resumed with another target than the checkpoint's
 
@@ -108,7 +109,7 @@ class ChannelPruning(CompressionCallback):
                 "Argument `model` must not be a `torch.compile`d module, but got one. Pass the module itself."
             )
         self._retargeted = False
-        if self._seen is not pl_module:  # used for another module before, in a cross-validation, say
+        if self._seen is not pl_module:  # reused for another module, e.g. in a cross-validation
             self.reached, self._collected = 0.0, {}
         self._seen, self._plan, self._foreseen = pl_module, None, None
         if not builds_layers_late(pl_module):
@@ -126,7 +127,7 @@ class ChannelPruning(CompressionCallback):
         self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ChannelPlan:
-        """Look into the network now: what can't be pruned must not show in the middle of the run."""
+        """Find the groups of the network, so that errors occur before the run."""
         if self._plan is None:
             _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)
             self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target), None
@@ -153,7 +154,7 @@ class ChannelPruning(CompressionCallback):
 
     @override
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
-        if self._plan is None:  # a bundle made from a checkpoint, without a run
+        if self._plan is None:  # exported from a checkpoint, without a run
             return {}
         original = self._plan.original
         sizes = {"parameters": parameter_count(pl_module), "MACs a sample": self._plan.macs(pl_module)}
@@ -203,10 +204,10 @@ class ChannelPruning(CompressionCallback):
             )
 
     def _boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
-        """Epochs at whose beginnings the first and the last channels leave.
+        """Epochs of the first and the last removal, which happen at the start of the epoch.
 
         Raises:
-            InvalidArgumentError: the run has no such epochs, or something captures the network's shapes before the last one.
+            InvalidArgumentError: the run has no such epochs, or another callback captures the network before the last removal.
         """
         if is_fast_dev_run(trainer):
             return 0, 0
@@ -250,11 +251,11 @@ class ChannelPruning(CompressionCallback):
         first, last = self._epochs
         epoch = trainer.current_epoch
         if epoch >= first:
-            # The last of the boundaries from first to last reaches the target: with one, that one does.
+            # The last boundary reaches the target, also if it is the only one.
             due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
             if due > self.reached:
                 self._remove(trainer, pl_module, due)
-        self._collected = {}  # the steps of one epoch are seen
+        self._collected = {}  # gradients of one epoch only
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
         plan = self._prepare(trainer, pl_module)
@@ -265,7 +266,7 @@ class ChannelPruning(CompressionCallback):
                     f'Criterion "{label(self.target.criterion)}" needs gradients before the first channels are removed, but got none.'
                 )
             collected = {g.name: torch.zeros(g.units) for g in plan.groups}
-        chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, collected))  # identical on every rank
+        chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, collected))  # the same choice on every rank
         self.reached = due
         if chosen:
             change_structure(trainer, pl_module, plan.change(pl_module, chosen, self.state_key))
@@ -323,7 +324,10 @@ class ChannelPruning(CompressionCallback):
         super().load_state_dict(state_dict)
         self.reached, self._collected = state_dict["reached"], dict(state_dict["collected"])
         if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
-            self.reached, self._retargeted = 0.0, True  # targets are absolute: the next boundary goes on to this one
+            self.reached, self._retargeted = (
+                0.0,
+                True,
+            )  # targets are absolute: the next boundary continues to the new one
 
 
 def _and(layers: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Find channels of different layers that depend on each other, by tracing the operations of a forward pass.
 
-torch-pruning reads a dependency graph off the autograd graph (DepGraph, https://arxiv.org/abs/2301.12900). Its edges are
-followed here channel by channel, all at once, so that each set of channels that depend on each other is found.
+torch-pruning derives a dependency graph from the autograd graph (DepGraph, https://arxiv.org/abs/2301.12900). Its edges are
+followed for all channels at once, to find every set of dependent channels.
 """
 
 import warnings
@@ -17,17 +17,17 @@ from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.attention import Attention, find_attention
 from lightning_accel.pruning.channels.layers import depthwise, makes_channels
 
-Side = tuple[str, str]  # layer, and "out" (channels it makes, or makes of each one it reads) or "in"
+Side = tuple[str, str]  # layer, and "out" (channels that it computes or passes on) or "in"
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """Channels that stay or leave together.
+    """Channels that must be removed together.
 
     Args:
-        channels: by layer and side, the channels there.
-        heads: if they are an attention head: ways in which numbers of its module may have to fall with it, as (path,
-            attribute, by how much), the most complete first.
+        channels: channel indices by layer and side.
+        heads: for an attention head: candidate changes of its module's attributes, as (path, attribute, decrement), the most
+            complete first.
     """
 
     channels: Mapping[Side, list[int]]
@@ -65,14 +65,14 @@ class _Sets:
 
 
 def coupled_channels(module: nn.Module, forward: Callable[[], list[torch.Tensor]]) -> list[Coupled]:
-    """Find the channels that can't be parted.
+    """Find sets of channels that must be removed together.
 
     Args:
         module: in eval mode; its parameters all have gradients.
-        forward: runs it and returns what it computes, with the autograd graph.
+        forward: runs the module and returns its outputs with their autograd graph.
 
     Returns:
-        One entry for each set that a convolution or linear layer has a part in making.
+        One entry for each set that contains output channels of a convolution or linear layer.
     """
     graph = _dependency_graph(module, forward)
     attention = find_attention(module)
@@ -101,15 +101,15 @@ def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor
     import torch_pruning
 
     with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
-        warnings.simplefilter("ignore")  # about operations that it can't follow: the proof tells what that means
+        warnings.simplefilter("ignore")  # about unknown operations, whose effect is verified later
         graph = torch_pruning.DependencyGraph()
         outputs = lambda *_: [t for t in forward() if t.grad_fn is not None]  # noqa: E731
         try:
             return graph.build_dependency(module, example_inputs=(), forward_fn=outputs, verbose=False)
-        except Exception as error:  # whatever it raises on an operation that it doesn't know
+        except Exception as error:  # torch-pruning raises unrelated types
             raise InvalidArgumentError(
-                f"Method `forward` must be one that torch-pruning can follow, but got {type(error).__name__}: {error}. Name the "
-                "part that can be with `module`."
+                f"Method `forward` must be traceable by torch-pruning, but got {type(error).__name__}: {error}. Name a "
+                "traceable submodule with `module`."
             ) from error
 
 
@@ -167,7 +167,7 @@ def _follow(graph: Any, module: nn.Module, hidden: set[Side]) -> tuple[dict[Side
             try:
                 for mapping in edge.index_mapping:
                     mapped = mapped if mapping is None else mapping(mapped)
-            except Exception:  # torch-pruning misread the operation; the proof shows whether that matters
+            except Exception:  # misread by torch-pruning; the effect is verified later
                 continue
             new = []
             for item in mapped:
@@ -182,7 +182,7 @@ def _follow(graph: Any, module: nn.Module, hidden: set[Side]) -> tuple[dict[Side
 
 
 def _name(graph: Any, node: Any) -> str | None:
-    """Name of a layer; of a parameter used by itself with the dimension of its channels; of an operation none."""
+    """Name of a layer, or of a parameter that is used directly, with its channel dimension; empty for an operation."""
     if isinstance(node.module, nn.Parameter):
         name = graph._param_to_name[node.module]
         return f"{name}@{node.pruning_dim % node.module.ndim}"
@@ -191,7 +191,7 @@ def _name(graph: Any, node: Any) -> str | None:
 
 
 def _join_fixed(module: nn.Module, sides: Mapping[Side, int], sets: _Sets) -> None:
-    """Join what a layer itself holds together: groups of GroupNorm; in grouped convolutions, one position of every group."""
+    """Join channels that a layer couples: groups of GroupNorm, and equal positions in the groups of a convolution."""
     for (name, role), key in sides.items():
         layer = _layer(module, name)
         if isinstance(layer, nn.GroupNorm):
@@ -207,7 +207,7 @@ def _join_fixed(module: nn.Module, sides: Mapping[Side, int], sets: _Sets) -> No
 def _join_heads(
     module: nn.Module, attention: Sequence[Attention], sides: Mapping[Side, int], sets: _Sets
 ) -> dict[Side, tuple[tuple[tuple[str, str, int], ...], ...]]:
-    """Join the channels of each attention head; returns what may have to change with one, by side."""
+    """Join the channels of each attention head; returns the candidate changes of attributes, by side."""
     heads = {}
     for found in attention:
         if found.fused:
@@ -229,7 +229,7 @@ def _join_heads(
 
 
 def _coupled_projections(found: Attention, sides: Mapping[Side, int], sets: _Sets) -> list[int]:
-    """Query, key and value: three linear layers of one module whose channels the graph has joined."""
+    """Find separate query, key and value layers: three linear layers of one module with joined channels."""
     together: dict[int, list[int]] = {}
     for layer in found.projections:
         key = sides.get((layer, "out"))

@@ -1,9 +1,8 @@
 """Verify for each group that removing channels computes the same as zeroing them.
 
-On a copy with random weights in float64: everything that would leave is set to zero, then it is removed. The outputs must
-be the same. What fails is kept and the reason told, whatever went wrong: an operation that normalises over channels, a
-forward that fixes their number, a dependency that was misread. Layers that run in train mode alone, such as auxiliary heads, don't
-show in these outputs; there the forward must still run.
+On a copy with random weights in float64, channels are set to zero, then removed; the outputs must be equal. Groups that fail are
+kept with the reason, e.g. an operation that normalizes over channels, a forward with a fixed number of channels, or a misread
+dependency. Layers that run in train mode only, such as auxiliary heads, don't affect these outputs; their forward must still run.
 """
 
 from collections.abc import Sequence
@@ -22,11 +21,14 @@ from lightning_accel.pruning.channels.slices import Chosen, removal_of, removed
 
 NOT_RUN = "forward doesn't run it"
 _OTHERWISE = "without some of its channels the others compute something else"
-_EXACT, _ROUNDED = 1e-9, 1e-4  # of the output's range: float64, and float32 where a forward insists on it
+_EXACT, _ROUNDED = (
+    1e-9,
+    1e-4,
+)  # tolerance as a share of the output's range: for float64, and for a forward that requires float32
 
 
 class _Reference:
-    """A module with random weights, and how to tell whether groups may leave it."""
+    """A copy of a module with random weights, to verify the removal of groups."""
 
     def __init__(self, module: nn.Module, path: str, call: Call) -> None:
         call = few_samples(call)
@@ -43,7 +45,7 @@ class _Reference:
         self.module = copy_of(module, cpu)
         self._part = self.module.get_submodule(path)
         for parameter in self.module.parameters():
-            if parameter.is_floating_point():  # fresh weights may be all zero or all one: those prove nothing
+            if parameter.is_floating_point():  # initial weights may be constant, which would hide errors
                 spread = float(parameter.data.std()) if parameter.numel() > 1 else 0.0
                 parameter.data += noise(parameter.data) * max(spread if isfinite(spread) else 0.0, 0.05)
         for part in self.module.modules():
@@ -53,7 +55,7 @@ class _Reference:
         self._tolerance = _EXACT
         try:
             self.outputs()
-        except RuntimeError:  # a forward that casts to float32 itself
+        except RuntimeError:  # the forward casts to float32
             self._tolerance = _ROUNDED
             self.module.float()
             self._call = converted(self._call, lambda t: t.float() if t.is_floating_point() else t)
@@ -61,18 +63,18 @@ class _Reference:
         self._trains_more = bool(self._layers_run(training=True) - self._layers_run(training=False))
 
     def _layers_run(self, training: bool) -> set[str]:
-        """Layers that a mode runs; none if the forward can't be run in it on random numbers."""
+        """Layers that run in a mode; empty if the forward fails on random inputs."""
         try:
             return layers_run(self._part, self._call, training)
-        except Exception:  # of the user's code; without removal it proves nothing about channels
+        except Exception:  # an error of the user's code, unrelated to removal
             return set()
 
     def outputs(self) -> list[torch.Tensor]:
-        """What the forward computes now."""
+        """Outputs of the forward."""
         return outputs_of(self._part, self._call)
 
     def failure(self, groups: Sequence[Group], share: float) -> str:
-        """Why a share of the units of all groups can't leave at once; empty if it can."""
+        """Reason why a share of the units of all groups can't be removed at once; empty if it can."""
         chosen: Chosen = {i: _spread(g.units, share, i) for i, g in enumerate(groups)}
         removal = removal_of(self.module, groups, chosen)
         with removed(self.module, removal, physically=False):
@@ -84,7 +86,7 @@ class _Reference:
                 if self._trains_more:
                     where = " in train mode"
                     layers_run(self._part, self._call, training=True)
-        except Exception as error:  # any error of a forward without these channels is the reason to keep them
+        except Exception as error:  # any error of the forward is a reason to keep the channels
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"forward needs all of its channels{where}: {said}"
         if [t.shape for t in outputs] != [t.shape for t in expected]:
@@ -97,7 +99,7 @@ class _Reference:
 
 
 def _spread(units: int, share: float, seed: int) -> list[int]:
-    """A share of the units, at least one and never all, in no regular pattern."""
+    """An irregular selection of a share of the units, at least one and never all."""
     count = min(units - 1, max(1, round(share * units)))
     order = torch.randperm(units, generator=torch.Generator().manual_seed(seed + 1))
     return sorted(order[:count].tolist())
@@ -106,17 +108,17 @@ def _spread(units: int, share: float, seed: int) -> list[int]:
 def find_groups(
     module: nn.Module, call: Call, path: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Group]:
-    """The groups of channels of a module, each proven to be removable or kept with the reason.
+    """Find the groups of channels of a module, each verified to be removable or kept with the reason.
 
     Args:
         module: any module; not changed.
-        call: how a ``forward`` is called; the values don't matter, integers and masks apart.
-        path: of the submodule whose ``forward`` that is; empty for the module's own.
-        include: globs of layers whose channels may leave; empty means all.
-        exclude: globs of layers whose channels stay; wins.
+        call: arguments of a ``forward``; values of floating-point tensors don't matter.
+        path: dotted path of the submodule that is called; empty for the module itself.
+        include: globs of layers whose channels may be removed; empty means all.
+        exclude: globs of layers whose channels are kept; takes precedence over ``include``.
 
     Returns:
-        In the order of the layers.
+        Groups in the order of the layers.
 
     Raises:
         InvalidArgumentError: a glob matches nothing; the forward can't be run in eval mode.
@@ -143,7 +145,7 @@ def find_groups(
 
 
 def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -> list[Group]:
-    """Layers that are in no group, each as one that is kept."""
+    """Layers without a group, each as a kept group."""
     seen = {layer for candidate in candidates for layer in candidate.group.layers}
     layers = {
         name: layer.weight
@@ -169,7 +171,7 @@ def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -
 def _prove(
     reference: _Reference, candidates: Sequence[Candidate], groups: list[Group], wanted: Sequence[int]
 ) -> list[int]:
-    """Positions of groups that can leave together; all at once where that works, else halves, then joined again."""
+    """Positions of groups that can be removed together; tests all at once, otherwise halves and their union."""
     if not wanted:
         return []
     if len(wanted) == 1:

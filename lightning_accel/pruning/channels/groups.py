@@ -11,28 +11,28 @@ from torch import nn
 from lightning_accel.pruning.channels.coupling import Coupled, coupled_channels
 from lightning_accel.pruning.channels.layers import losses_of, makes_channels
 
-Slice = tuple[torch.Tensor, torch.Tensor]  # entries of a dimension, and the unit that each belongs to
+Slice = tuple[torch.Tensor, torch.Tensor]  # indices in a dimension, and the unit of each
 Place = tuple[str, str, int]  # module path, attribute, position in it
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels of one kind: all of them stay or leave by the same rule.
+    """Channels of one kind, which are kept or removed by the same rule.
 
-    A unit is what can't be parted: a channel with everything that depends on it, the channels at one position of a grouped
-    convolution, an attention head.
+    A unit is removed as a whole: a channel with everything that depends on it, the channels at one position of a grouped
+    convolution, or an attention head.
 
     Args:
         name: the first layer that produces the channels; ``"<layer>#2"`` for a second group that begins there.
         layers: the layers that produce the channels.
-        units: how many there are now.
-        original: how many there were before any left.
+        units: present number of units.
+        original: number of units before any removal.
         width: channels of the first layer in a unit.
         slices: by parameter or buffer name and dimension, entries and their units.
         produced: keys of ``slices`` that produce the channels; the others read them.
         scales: keys of ``slices`` that are scales of batch norm.
-        attributes: by place, how much less the number there gets with each unit.
-        kept: why no unit may leave; empty if units may.
+        attributes: place -> decrement of the attribute for each unit.
+        kept: reason why no unit may be removed; otherwise empty.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Group:
     def with_units(
         self, units: int, slices: Mapping[tuple[str, int], Slice], attributes: Mapping[Place, torch.Tensor]
     ) -> "Group":
-        """The same group with other units."""
+        """Copy of the group with other units."""
         return replace(self, units=units, slices=slices, attributes=attributes)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group that may turn out to be one, with the attributes that could have to follow.
+    """An unverified group, with candidate changes of attributes.
 
     Args:
-        group: as far as layers tell.
-        variants: attributes to try, the most complete first; more than one for attention heads.
-        norms: layers in it that normalise over several channels.
+        group: the group derived from the layers.
+        variants: candidate changes of attributes, the most complete first; several for attention heads.
+        norms: layers that normalize over several channels.
     """
 
     group: Group
@@ -69,14 +69,14 @@ class Candidate:
 
 
 def candidate_groups(module: nn.Module, forward: Callable[[], list[torch.Tensor]]) -> list[Candidate]:
-    """Group the channels of a module by the tensors that they live in.
+    """Group the coupled channels of a module by the layers that they belong to.
 
     Args:
         module: in eval mode; its parameters all have gradients.
-        forward: runs it and returns what it computes, with the autograd graph.
+        forward: runs the module and returns its outputs with their autograd graph.
 
     Returns:
-        In the order in which the layers are registered. Groups that can't be described are there, with the reason.
+        Groups in the order of registration. Groups that can't be described are included as kept, with the reason.
     """
     by_signature: dict[tuple[tuple[str, str, int], ...], list[Coupled]] = {}
     for unit in coupled_channels(module, forward):
@@ -158,14 +158,14 @@ def _candidate(module: nn.Module, units: Sequence[Coupled], position: Mapping[st
 
 
 def _merged(parts: Sequence[Slice]) -> Slice:
-    """Slices of one dimension from several uses of the tensor, each entry once."""
+    """Merge slices of one dimension from several uses of the tensor, without duplicates."""
     pairs = torch.stack([torch.cat([index for index, _ in parts]), torch.cat([unit for _, unit in parts])])
     index, unit = torch.unique(pairs, dim=1)
     return index, unit
 
 
 def _shared(module: nn.Module, slices: Mapping[tuple[str, int], Slice], members: Sequence[str]) -> str:
-    """Why a parameter's other name stands in the way; empty if none does."""
+    """Reason why a tied parameter prevents a removal; empty if there is none."""
     first = {id(p): name for name, p in module.named_parameters()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         used = first[id(parameter)]
@@ -177,5 +177,5 @@ def _shared(module: nn.Module, slices: Mapping[tuple[str, int], Slice], members:
 
 
 def channel_count(groups: Sequence[Group]) -> int:
-    """Channels of the groups from which units may leave."""
+    """Number of channels in prunable groups."""
     return sum(prod((g.units, g.width)) for g in groups if not g.kept)

@@ -16,14 +16,14 @@ FIXED_HEADS = (
 
 @dataclass(frozen=True)
 class Losses:
-    """What leaves with each channel of a layer, on one of its sides.
+    """Tensors and attributes that shrink with each channel of a layer, on one of its sides.
 
     Args:
-        channels: how many there are.
+        channels: number of channels.
         tensors: name, dimension, and the period after which its entries repeat (grouped convolutions).
-        attributes: module path, name, position (0 for a number), and the channels with which it falls by one.
+        attributes: module path, name, position (0 for a number), and number of channels for a decrement of one.
         scale: name of the scale of batch norm, if it is one.
-        normalises: whether channels are normalised together.
+        normalises: whether the layer normalizes over channels.
     """
 
     channels: int
@@ -34,15 +34,15 @@ class Losses:
 
 
 def losses_of(root: nn.Module, name: str, role: str) -> Losses:
-    """What a layer loses.
+    """Describe the effect of removing a channel on a layer.
 
     Args:
-        root: holds it.
+        root: module that contains the layer.
         name: of a layer, or of a parameter used by itself (then ``"<name>@<dimension>"``).
-        role: ``"out"`` for the channels that it makes, ``"in"`` for those that it reads.
+        role: ``"out"`` for output channels, ``"in"`` for input channels.
 
     Raises:
-        InvalidArgumentError: it isn't known how the layer could lose channels; the message is the reason.
+        InvalidArgumentError: channels of the layer can't be removed; the message is the reason.
     """
     if "@" in name:
         parameter, dim = name.split("@")
@@ -113,10 +113,10 @@ def _convolution(layer: _ConvNd, role: str) -> Losses:
 
 
 def depthwise(layer: nn.Module) -> bool:
-    """Whether each channel has a convolution of its own."""
+    """Whether a convolution is depthwise."""
     return isinstance(layer, _ConvNd) and layer.groups == layer.out_channels == layer.in_channels > 1
 
 
 def makes_channels(root: nn.Module, name: str) -> bool:
-    """Whether a layer is a convolution or linear; norms and the like only pass channels on."""
+    """Whether a layer is a convolution or linear; other layers pass channels on."""
     return "@" not in name and isinstance(root.get_submodule(name), _ConvNd | nn.Linear)

@@ -26,18 +26,18 @@ KIND = "remove_channels"
 
 @dataclass(frozen=True)
 class ChannelTarget:
-    """How many channels should leave, and by which rules.
+    """Target of a channel pruning, and rules for the selection of channels.
 
     Args:
-        pruning_ratio: share of the channels of all prunable groups that leaves, in (0, 1); or
-        macs_reduction: factor by which MACs shrink, above 1.
+        pruning_ratio: share of the channels of all prunable groups to remove, in (0, 1); or
+        macs_reduction: factor by which MACs are reduced, above 1.
         criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
             :class:`~lightning_accel.pruning.criterion.Criterion`, or a function ``(name, parameter, grad) -> scores``.
         scope: ``"global"`` or ``"layer"``.
         round_to: channels of a pruned group are a multiple of it.
-        limits: by glob of layers, the share of a group's channels that may leave at most.
-        include: globs of layers whose channels may leave; empty means all.
-        exclude: globs of layers whose channels stay; wins.
+        limits: glob of layers -> largest share of a group's channels to remove.
+        include: globs of layers whose channels may be removed; empty means all.
+        exclude: globs of layers whose channels are kept; takes precedence over ``include``.
 
     Raises:
         InvalidArgumentError: an argument is out of its range.
@@ -88,16 +88,16 @@ class ChannelTarget:
 
 
 class ChannelPlan:
-    """The groups of a module and what is to become of them.
+    """Groups of a module, and the removals that reach a target.
 
     Args:
-        module: whose channels are removed.
-        path: dotted path of the submodule whose ``forward`` is looked into; empty for the module itself.
-        call: how that ``forward`` is called.
-        target: what to reach, absolutely: relative to the module before any channel left it.
+        module: module to prune.
+        path: dotted path of the submodule whose ``forward`` is traced; empty for the module itself.
+        call: example arguments of that ``forward``.
+        target: absolute target, relative to the module before any removal.
 
     Raises:
-        InvalidArgumentError: no channel may leave, a glob matches nothing, or the target can't be reached.
+        InvalidArgumentError: no channel can be removed, a glob matches nothing, or the target can't be reached.
     """
 
     def __init__(self, module: nn.Module, path: str, call: Call, target: ChannelTarget) -> None:
@@ -138,10 +138,10 @@ class ChannelPlan:
         )
 
     def check_not_exceeded(self, module: nn.Module) -> None:
-        """Check that no more has left already than should.
+        """Raise if more channels were removed than the target allows.
 
         Raises:
-            InvalidArgumentError: it has; channels can't come back.
+            InvalidArgumentError: more channels were removed; they can't be restored.
         """
         ratio, reduction = self.target.pruning_ratio, self.target.macs_reduction
         if ratio is not None and (share := self._gone(()) / self._total) > ratio + 1e-9:
@@ -160,21 +160,21 @@ class ChannelPlan:
         return {"macs": self.macs(module), "parameters": parameter_count(module), "units": units}
 
     def macs(self, module: nn.Module) -> int:
-        """MACs of one sample, counted on the tensors as they are."""
+        """MACs of one sample of the present module."""
         return self._counter(module)(())
 
     def choose(
         self, module: nn.Module, fraction: float = 1.0, collected: Mapping[str, torch.Tensor] | None = None
     ) -> dict[int, list[int]]:
-        """Units that leave next, by position of their group; empty if the target is reached as it is.
+        """Select the units to remove next, by position of their group; empty if the target is already reached.
 
         Args:
-            module: as it is now; not changed.
-            fraction: of the way from the original module to the target, in [0, 1].
+            module: present module; not changed.
+            fraction: progress from the original module to the target, in [0, 1].
             collected: for criteria that need gradients, scores added up over steps, by group name.
 
         Raises:
-            RunError: the target can't be reached any more.
+            RunError: the target is no longer reachable.
         """
         parameters = dict(module.named_parameters())
         known = collected or {}
@@ -191,7 +191,7 @@ class ChannelPlan:
         return units_of(chosen)
 
     def foresee(self, module: nn.Module) -> tuple[dict[int, list[int]], dict[str, int]]:
-        """What would leave if all of it left now, and the parameters and MACs of what would stay; nothing is changed.
+        """Predict a removal that reaches the target now, and the parameters and MACs afterwards; nothing is changed.
 
         With a criterion that needs gradients, which are not known yet, units are those of ``"group_norm"``.
         """
@@ -208,13 +208,13 @@ class ChannelPlan:
             return chosen, {"parameters": parameter_count(copy), "MACs a sample": macs}
 
     def entries_after(self, module: nn.Module, chosen: Mapping[int, Sequence[int]]) -> dict[str, int]:
-        """Entries of each parameter, by name, once channels have left; nothing is changed."""
+        """Number of entries of each parameter after a removal; nothing is changed."""
         copy, _ = skeleton(module, self._path, self._call)
         with removed(copy, removal_of(copy, self.groups, chosen)):
             return {name: p.numel() for name, p in copy.named_parameters()}
 
     def change(self, module: nn.Module, chosen: Mapping[int, Sequence[int]], owner: str) -> Change:
-        """The record of a removal."""
+        """Record of a removal."""
         return Change(KIND, owner, {**removal_of(module, self.groups, chosen), "original": self.original})
 
     def collect(self, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -225,7 +225,7 @@ class ChannelPlan:
         return {name: scores for name, scores in found.items() if scores is not None}
 
     def follow(self, removal: Removal) -> None:
-        """Go over to the coordinates that hold after channels have left."""
+        """Update the groups after a removal."""
         self.groups = follow(self.groups, removal)
 
     @property
@@ -236,7 +236,7 @@ class ChannelPlan:
         return self._total - channel_count(self.groups) + sum(block.channels for block in blocks)
 
     def _counter(self, module: nn.Module) -> Callable[[Sequence[Block]], int]:
-        """MACs once blocks have left, counted on a copy from which they have."""
+        """Function that counts MACs after the removal of blocks, on a copy."""
         copy, call = skeleton(module, self._path, self._call)
         part = copy.get_submodule(self._path)
 

@@ -13,13 +13,13 @@ from lightning_accel.pruning.channels.groups import Group
 
 @dataclass(frozen=True)
 class Block:
-    """Units of one group that leave in one step; the next block of the group leaves after it.
+    """Units of one group that are removed in one step, before the group's next block.
 
     Args:
         group: position of the group.
-        units: which of its units.
-        channels: how many channels these are.
-        score: the block with the least leaves first.
+        units: units of the group.
+        channels: number of channels.
+        score: importance; blocks with the lowest are removed first.
     """
 
     group: int
@@ -35,14 +35,14 @@ def removal_order(
     round_to: int = 1,
     shares: Sequence[float] = (),
 ) -> list[Block]:
-    """All that may leave, in the order in which it does.
+    """Order of all possible removals.
 
     Args:
-        groups: kept ones take no part.
+        groups: kept groups are skipped.
         scores: ``(units,)`` of each group.
-        scope: ``"global"`` compares all scores with each other; ``"layer"`` takes the same share from each group.
+        scope: ``"global"`` compares all scores with each other; ``"layer"`` removes the same share from each group.
         round_to: after a removal, a group's channels are a multiple of it.
-        shares: of each group, how much of it may leave in all; empty means everything but ``round_to`` channels.
+        shares: largest share to remove from each group; empty means all but ``round_to`` channels.
 
     Returns:
         Blocks; those of one group in the order of its scores.
@@ -71,11 +71,11 @@ def removal_order(
 
 
 def fewest(blocks: Sequence[Block], reached: Callable[[Sequence[Block]], bool]) -> Sequence[Block] | None:
-    """The shortest beginning of ``blocks`` that reaches a target; ``None`` if even all of them don't.
+    """Shortest prefix of ``blocks`` that reaches a target; ``None`` if even all blocks don't.
 
     Args:
-        blocks: in order.
-        reached: whether a beginning does; true for all longer ones too.
+        blocks: blocks in order of removal.
+        reached: whether a prefix reaches the target; monotonic in its length.
     """
     if not reached(blocks):
         return None
@@ -87,7 +87,7 @@ def fewest(blocks: Sequence[Block], reached: Callable[[Sequence[Block]], bool]) 
 
 
 def units_of(blocks: Sequence[Block]) -> dict[int, list[int]]:
-    """The units in blocks, by position of their group."""
+    """Units of blocks, by position of their group."""
     chosen: dict[int, list[int]] = {}
     for block in blocks:
         chosen.setdefault(block.group, []).extend(block.units)
@@ -95,7 +95,7 @@ def units_of(blocks: Sequence[Block]) -> dict[int, list[int]]:
 
 
 def shares_of(groups: Sequence[Group], limits: Mapping[str, float]) -> list[float]:
-    """The share of each group that may leave, from globs over layers.
+    """Largest share to remove from each group, from globs over layers.
 
     Raises:
         InvalidArgumentError: a glob matches no layer, or two with different shares match one group.

@@ -16,15 +16,15 @@ from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.groups import Group
 
-Chosen = Mapping[int, Sequence[int]]  # position of a group in a list of groups -> its units that leave
+Chosen = Mapping[int, Sequence[int]]  # position of a group -> units to remove
 Removal = dict[str, Any]
 
 
 def removal_of(module: nn.Module, groups: Sequence[Group], chosen: Chosen) -> Removal:
-    """What leaves with the chosen units.
+    """Create the record of a removal of units.
 
     Args:
-        module: whose channels they are, as it is now.
+        module: present module.
         groups: from :func:`~lightning_accel.pruning.channels.groups.find_groups`, in the module's present coordinates.
         chosen: units of each group.
 
@@ -63,10 +63,10 @@ def removal_of(module: nn.Module, groups: Sequence[Group], chosen: Chosen) -> Re
 
 
 def remove_(module: nn.Module, removal: Removal) -> None:
-    """Make the tensors of a module physically smaller; parameters stay the objects that they are.
+    """Remove channels from the tensors of a module in place; parameters keep their identity.
 
     Raises:
-        InvalidArgumentError: the module isn't the one that the record is of, or not in the state of then.
+        InvalidArgumentError: the module's shapes don't match the record.
     """
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     new: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -94,12 +94,12 @@ def remove_(module: nn.Module, removal: Removal) -> None:
 
 @contextmanager
 def removed(module: nn.Module, removal: Removal, *, physically: bool = True) -> Iterator[None]:
-    """A module without channels, for a while.
+    """Context in which channels are removed from a module.
 
     Args:
-        module: gets everything back.
+        module: restored afterwards.
         removal: from :func:`removal_of`.
-        physically: else what would leave is only zero.
+        physically: whether to remove channels; otherwise they are set to zero.
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     cuts = {**removal["parameters"], **removal["buffers"]}
@@ -134,14 +134,14 @@ def _zeroed(tensor: torch.Tensor, cuts: Sequence[Sequence[Any]]) -> torch.Tensor
 
 
 def follow(groups: Sequence[Group], removal: Removal) -> list[Group]:
-    """Groups in the coordinates that hold after a removal; units that left are gone, groups stay in their places."""
+    """Groups after a removal, without the removed units and in the same order."""
     cuts = {**removal["parameters"], **removal["buffers"]}
     moved = {(name, dim): _moved(size, kept) for name, dims in cuts.items() for dim, size, kept in dims}
     return [_follow(group, moved) for group in groups]
 
 
 def _moved(size: int, kept: Sequence[int]) -> torch.Tensor:
-    """New index of each old one; -1 for those that left."""
+    """New index of each old one; -1 for removed ones."""
     new = torch.full((size,), -1)
     new[list(kept)] = torch.arange(len(kept))
     return new

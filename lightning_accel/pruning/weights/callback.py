@@ -31,7 +31,7 @@ from lightning_accel.pruning.weights.masks import (
 from lightning_accel.pruning.weights.rewind import rewind_, snapshot
 from lightning_accel.pruning.weights.targets import SparsityTargets
 
-_UPDATES = 100  # mask updates in a phase, unless `every` says otherwise: more follows the curve no better
+_UPDATES = 100  # default number of mask updates in a phase; more updates don't improve the result
 _MEMORY = 0.9  # weight of the earlier steps in the moving average of scores that need gradients
 _WORTH = {
     "weight": "smaller when compressed; no speed-up in dense engines",
@@ -40,23 +40,23 @@ _WORTH = {
 
 
 class WeightPruning(CompressionCallback):
-    """Zero the least important weights while training goes on (https://arxiv.org/abs/1710.01878).
+    """Zero the least important weights during training (https://arxiv.org/abs/1710.01878).
 
     The share of zeros follows ``schedule`` from 0 at ``start`` to ``sparsity`` at ``end`` and stays there. Masks live in
-    this callback's state; the module gets neither hooks nor parametrizations. Logged: ``sparsity`` in all and of each
-    weight, counted on the tensors.
+    this callback's state; the module gets neither hooks nor parametrizations. Logged: ``sparsity`` of all weights together and
+    of each weight, counted on the tensors.
 
-    What it brings: 2:4 is what NVIDIA's sparse tensor cores run faster; other zeros make files compress better, dense
-    engines not faster. For fewer operations use :class:`~lightning_accel.ChannelPruning`.
+    Effect: NVIDIA's sparse tensor cores run 2:4 patterns faster. Other patterns improve the compression of files, but don't speed up
+    dense engines. To reduce operations use :class:`~lightning_accel.ChannelPruning`.
 
     Args:
         sparsity: share of zeros among the chosen weights at the end, in [0, 1); or one for each name glob,
-            ``{"layer4.*": 0.9, "head.*": 0.5}``; ``None`` for the share that an N:M pattern has.
+            ``{"layer4.*": 0.9, "head.*": 0.5}``; ``None`` for the share of an N:M pattern.
         criterion: ``"l1"`` (``"magnitude"``), ``"l2"``, ``"taylor"`` (weight times gradient, averaged over steps),
             ``"random"``, a :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, or
             the import path of either.
         granularity: ``"weight"``; ``"2:4"`` and other N:M (N of M *kept*); ``"4x4"`` blocks of output by input channels;
-            ``"channel"`` or ``"input_channel"``: whole ones as masks, tensors keep their size.
+            ``"channel"`` or ``"input_channel"``: masks of whole channels, tensors keep their size.
         scope: ``"global"`` compares all chosen weights with each other, ``"layer"`` prunes the same share of each.
         schedule: ``"cubic"``, ``"linear"``, ``"cosine"``, ``"exponential"``, ``"constant"`` (one-shot at ``start``), or a
             function from progress to a fraction.
@@ -64,15 +64,15 @@ class WeightPruning(CompressionCallback):
         end: epoch or share at whose first step the target is reached; ``None``: half of the run after ``start``,
             ``start`` itself for ``"constant"``.
         include: name globs of parameters; ``None`` means all weights with two or more dimensions that divide into units.
-        exclude: name globs; wins over ``include``.
+        exclude: name globs; takes precedence over ``include``.
         every: optimizer steps between two mask updates; ``None``: a hundredth of the phase.
-        rewind: epoch to whose start all weights go back at each mask update, 0 for the initialisation (the lottery ticket,
-            https://arxiv.org/abs/1803.03635); the optimizer's state is cleared, the learning rate's schedule goes on.
+        rewind: epoch to whose start all weights are reset at each mask update, 0 for the initialization (lottery ticket,
+            https://arxiv.org/abs/1803.03635); the optimizer's state is cleared, the learning rate schedule continues.
         name: the state's name in the checkpoint; needed if two are used.
 
     Raises:
         InvalidArgumentError: an argument is out of its range; in ``setup``, a glob that matches nothing; before the first step, a
-            target below the share of zeros there is, or weights that another WeightPruning has chosen.
+            target below the present share of zeros, or weights that another WeightPruning prunes.
 
     Example:
         >>> WeightPruning(sparsity=0.8, end=8).sparsity
@@ -122,7 +122,7 @@ class WeightPruning(CompressionCallback):
 
     def _clear(self) -> None:
         self.masks: dict[str, torch.Tensor] = {}
-        self.reached = 0.0  # fraction of the targets that the masks in force have; 1 once they are reached
+        self.reached = 0.0  # progress of the masks towards the targets, in [0, 1]
         self._chosen: list[str] = []
         self._importance: dict[str, torch.Tensor] = {}
         self._rewound: dict[str, torch.Tensor] = {}
@@ -133,7 +133,7 @@ class WeightPruning(CompressionCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._module is not pl_module:  # used for another module before, in a cross-validation, say
+            if self._module is not pl_module:  # reused for another module, e.g. in a cross-validation
                 self._clear()
             self._module = pl_module
         if stage == "fit" and not builds_layers_late(pl_module):
@@ -143,7 +143,7 @@ class WeightPruning(CompressionCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
-        self._choose(trainer, pl_module)  # layers may have come since setup
+        self._choose(trainer, pl_module)  # layers may have been created since setup
         if self.end is None and self.schedule != "constant" and not is_fast_dev_run(trainer):
             last = timeline_of(trainer).step("end", 1.0)
             self._end_step = self._start_step + (last - self._start_step + 1) // 2
@@ -153,7 +153,7 @@ class WeightPruning(CompressionCallback):
                 rank_zero_info(f"WeightPruning: `{name}` stays dense: {reason}.")
         self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
-        # Right after the update, before any other callback (EMA, a checkpoint) sees the weights.
+        # Directly after the update, before other callbacks (EMA, checkpoints) read the weights.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
         back = (
             0 if self.rewind is None or is_fast_dev_run(trainer) else timeline_of(trainer).step("rewind", self.rewind)
@@ -185,7 +185,7 @@ class WeightPruning(CompressionCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._last_step:  # micro-batches of an accumulation end without a step
+        if trainer.global_step != self._last_step:  # gradient accumulation: no step in this batch
             self._update(trainer.global_step, trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -198,7 +198,7 @@ class WeightPruning(CompressionCallback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._apply()  # EMA may have put its average into the module just now
+        self._apply()  # EMA may have copied its average into the module
         self._remove_hook()
 
     @override
@@ -243,7 +243,7 @@ class WeightPruning(CompressionCallback):
         self._importance, self._rewound = dict(state_dict["importance"]), dict(state_dict["rewound"])
 
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
-        """Measured share of zeros of each chosen weight in ``module``, and of all together under ``"all"``."""
+        """Share of zeros of each pruned weight in ``module``, and of all together under ``"all"``."""
         weights = self._of(module) if self._chosen else self.targets.weights(module)
         return sparsity_by_name(weights)
 
@@ -259,11 +259,11 @@ class WeightPruning(CompressionCallback):
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
         cuts = resized(change)
         self._importance = {name: kept_slice(score, cuts.get(name, ())) for name, score in self._importance.items()}
-        if self.granularity != "weight":  # units shift where channels leave: they are chosen anew at the next update
+        if self.granularity != "weight":  # removed channels shift units: masks are recomputed at the next update
             self.masks, self.reached = {}, 0.0
             return
         self.masks = {name: kept_slice(mask, cuts.get(name, ())) for name, mask in self.masks.items()}
-        if self.masks:  # what left may have been sparser than what stayed: the next update makes up for it
+        if self.masks:  # removed weights may have been sparser than the others: corrected by the next update
             self.reached = min([self.reached, *self._pruned_shares().values()])
 
     @property
@@ -292,7 +292,7 @@ class WeightPruning(CompressionCallback):
         return {name: named[name] for name in self._chosen}
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fix which weights are meant: those of the checkpoint, if one was loaded, since what is frozen may have changed."""
+        """Determine the weights to prune; after a resume those of the checkpoint, since frozen parameters may have changed."""
         if not self._chosen:
             self._weights = self.targets.weights(pl_module)
         elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
@@ -313,26 +313,26 @@ class WeightPruning(CompressionCallback):
                 )
 
     def _check_resizing(self, trainer: L.Trainer) -> None:
-        """Units must still fit once another callback has made the tensors smaller."""
+        """Raise unless tensors divide into units after another callback resized them."""
         for other in callbacks_of(trainer, CompressionCallback):
             if not other.resizes:
                 continue
             who = type(other).__name__
             if self.rewind is not None:
                 raise InvalidArgumentError(
-                    f"Argument `rewind` must be None beside {who}, but got {self.rewind}: weights of then have other shapes."
+                    f"Argument `rewind` must be None beside {who}, but got {self.rewind}: earlier weights have other shapes."
                 )
             for size in granularity_of(self.granularity).block or ():
                 if other.resizes % size:
                     raise InvalidArgumentError(
                         f"Argument `round_to` of {who} must be a multiple of {size} beside granularity {self.granularity!r}, but got "
-                        f"{other.resizes}: what stays has to divide into units."
+                        f"{other.resizes}: the remaining channels must divide into units."
                     )
 
     def _check_zeros(self) -> None:
-        """Targets can only rise: above the zeros there are, and above what a checkpoint's masks prune."""
+        """Raise if a target is below the present share of zeros, or below a checkpoint's masks."""
         if self.masks and self._loaded_targets == self.targets.shares:
-            return  # resumed as it was; where channels left, what stays may be sparser than its target
+            return  # resumed with the same targets; after a channel pruning weights may be sparser
         for share, names in self.targets.groups(self._weights):
             for part in [names] if self.scope == "global" else [[name] for name in names]:
                 held: list[torch.Tensor] = [self.masks.get(name, self._weights[name]) for name in part]
@@ -340,29 +340,29 @@ class WeightPruning(CompressionCallback):
                 if zeros > share + 0.5 / sum(w.numel() for w in held) + 1e-9 and not self._coarse:
                     where = "" if self.scope == "global" else f" in `{part[0]}`"
                     raise InvalidArgumentError(
-                        f"Argument `sparsity` must be at least the share of zeros there is{where}, {zeros:.4g}, but got {share:g}. "
-                        "Exclude weights that begin at zero, or raise it."
+                        f"Argument `sparsity` must be at least the present share of zeros{where}, {zeros:.4g}, but got {share:g}. "
+                        "Exclude weights that are initialized to zero, or raise it."
                     )
-        if self.masks:  # resumed with other targets: from where the masks are
+        if self.masks:  # resumed with other targets: continue from the masks
             self.reached = min([1.0, *self._pruned_shares().values()])
 
     def _pruned_shares(self) -> dict[float, float]:
-        """What the masks in force prune, as a fraction of each target."""
+        """Progress of the present masks towards each target."""
         groups = [(share, names) for share, names in self.targets.groups(self.masks) if share]
         return {share: measured_sparsity(self.masks[name] for name in names) / share for share, names in groups}
 
     @property
     def _coarse(self) -> bool:
-        """Whether masks of whole units may overshoot a target by a part of a unit."""
+        """Whether masks of whole units may exceed a target by part of a unit."""
         return bool(self.masks) and self.granularity != "weight" and ":" not in self.granularity
 
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the weights of the start of epoch ``rewind``."""
+        """Store the weights at the start of epoch ``rewind``."""
         if self.rewind is not None and not self._rewound and trainer.current_epoch == self.rewind:
             self._rewound = snapshot(pl_module)
 
     def _update(self, step: int, trainer: L.Trainer) -> None:
-        """Move the masks to where the schedule is before optimizer step ``step``, if it is time to."""
+        """Update the masks to the schedule at optimizer step ``step``, if an update is due."""
         self._last_step = step
         share = fraction(self.schedule, Timeline.progress(step, self._start_step, self._end_step))
         every = self.every or max(1, (self._end_step - self._start_step) // _UPDATES)
@@ -391,7 +391,7 @@ class WeightPruning(CompressionCallback):
         if self._rewound and step > 0 and self._module is not None:
             rewind_(self._module, self._rewound, trainer.optimizers[0])
             rank_zero_info(
-                f"WeightPruning: step {step}: weights and buffers went back to the start of epoch {self.rewind}."
+                f"WeightPruning: step {step}: weights and buffers were reset to the start of epoch {self.rewind}."
             )
         self._apply()
         for average in average_models(trainer):

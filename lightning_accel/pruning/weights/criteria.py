@@ -42,7 +42,7 @@ def taylor(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None)
 
 
 class Random(Criterion):
-    """Random importance, drawn from the global generator; :func:`scores_of` takes a generator of the caller's."""
+    """Random importance from the global generator; :func:`scores_of` accepts another generator."""
 
     def scores(self, name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
         """Values in (0, 1], drawn again in each call."""

@@ -15,11 +15,11 @@ from lightning_accel.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Granularity:
-    """What is pruned together.
+    """Unit of pruning.
 
     Args:
-        name: as the user writes it.
-        keep: N of an N:M pattern, else 0.
+        name: name in ``granularity=...``.
+        keep: N of an N:M pattern, otherwise 0.
         block: (rows, columns) of a unit: output and input channels. N:M has (1, M), single weights ``None``.
         dim: 0 or 1 if whole output or input channels are units, else ``None``.
     """
@@ -31,11 +31,11 @@ class Granularity:
 
     @property
     def sparsity(self) -> float | None:
-        """The share of zeros that an N:M pattern has; ``None`` for the others, which can have any."""
+        """Share of zeros of an N:M pattern; ``None`` for other granularities."""
         return 1.0 - self.keep / self.block[1] if self.keep and self.block else None
 
     def misfit(self, shape: torch.Size) -> str:
-        """Why a tensor of this shape can't be divided into such units; empty if it can."""
+        """Reason why a tensor of this shape doesn't divide into units; empty if it does."""
         for dim, size in enumerate(self.block or ()):
             if shape[dim] % size:
                 return f"its {('output', 'input')[dim]} channels ({shape[dim]}) aren't divisible by {size}"
@@ -48,8 +48,8 @@ class Granularity:
             scores: of the single weights, ``(O, I, ...)``.
 
         Returns:
-            Scores ``(U,)``: the mean of a unit's weights, so that units of different size compare; for N:M the sum of those that
-            would go.
+            Scores ``(U,)``: the mean over a unit's weights, so that units of different size are comparable; for N:M the sum over the
+            pruned weights.
         """
         if self.dim is not None:
             return scores.transpose(0, self.dim).flatten(1).mean(1)
@@ -61,7 +61,7 @@ class Granularity:
         return units.mean(1)
 
     def unit_size(self, shape: torch.Size) -> int:
-        """Weights that are zero in a pruned unit."""
+        """Number of zeros in a pruned unit."""
         if self.dim is not None:
             return prod(shape) // shape[self.dim]
         if self.block is None:
@@ -69,11 +69,11 @@ class Granularity:
         return self.block[1] - self.keep if self.keep else prod(self.block) * prod(shape[2:])
 
     def expand(self, pruned: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask of the single weights: ``True`` where a weight stays.
+        """Mask of the single weights: ``True`` for weights that are kept.
 
         Args:
-            pruned: ``(U,)``, ``True`` for units that go.
-            scores: of the single weights; decides within an N:M unit.
+            pruned: ``(U,)``, ``True`` for pruned units.
+            scores: scores of the single weights; used within N:M units.
         """
         if self.dim is not None:
             shape = [1] * scores.ndim
@@ -109,7 +109,7 @@ class Granularity:
 
 
 def _highest(units: torch.Tensor, keep: int) -> torch.Tensor:
-    """Mark the ``keep`` highest of each row ``(U, M)``, exactly; each pair is compared once, ten times faster than topk."""
+    """Mask of the ``keep`` highest in each row ``(U, M)``, exact; by pairwise comparison, ten times faster than topk."""
     columns = units.t().contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.uint8, device=units.device)
     for i in range(len(columns)):
@@ -124,12 +124,12 @@ def granularity_of(name: str) -> Granularity:
     """Read a granularity.
 
     Args:
-        name: ``"weight"``; ``"N:M"`` (N of M *kept*, along the input channels, as TensorRT's sparse kernels want it);
+        name: ``"weight"``; ``"N:M"`` (N of M *kept*, along the input channels, as required by TensorRT's sparse kernels);
             ``"RxC"`` (blocks of R output by C input channels with their kernels); ``"channel"`` (output channels) or
             ``"input_channel"``.
 
     Raises:
-        InvalidArgumentError: it is none of these.
+        InvalidArgumentError: the name isn't one of these.
 
     Example:
         >>> granularity_of("2:4").sparsity

@@ -28,8 +28,8 @@ def prune_masks(
     """Masks under which a share of the weights is zero.
 
     The share is absolute: ``round(sparsity * n)`` of ``n`` weights are pruned, in each tensor (``scope="layer"``) or in
-    all together (``scope="global"``), counting those that ``masks`` pruned before, which stay pruned. With units larger
-    than a weight it is the nearest number of units; whole channels always leave one in each tensor.
+    all together (``scope="global"``), including those pruned by ``masks``, which stay pruned. Units larger than a weight are
+    rounded to the nearest number; one channel is always kept in each tensor.
 
     Args:
         weights: tensors by name; any shape for single weights, ``(O, I, ...)`` else.
@@ -38,7 +38,7 @@ def prune_masks(
             ``(name, parameter, grad) -> scores``.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
         scope: ``"layer"`` or ``"global"``.
-        masks: masks in force, as returned by an earlier call.
+        masks: present masks, from an earlier call.
         grads: gradients by name, for the criteria that need them; default: each tensor's ``grad``.
         generator: for ``"random"``; ``None`` means the global one.
 
@@ -73,12 +73,12 @@ def prune_masks(
     )
 
     def scores(name: str) -> torch.Tensor:
-        """Scores of single weights, made anew each time: all of them at once would be a second copy of the network."""
+        """Scores of single weights, recomputed on each call to save the memory of a second copy of the network."""
         weight = weights[name]
         grad = weight.grad if grads is None else grads.get(name)
         found = drawn[name] if drawn else scores_of(criterion, name, weight, grad)
-        if masks is not None and name in masks:  # below every score: once pruned, pruned for good
-            own = isinstance(criterion, str) and not drawn  # a new tensor, not one that somebody keeps
+        if masks is not None and name in masks:  # below every score: pruned weights stay pruned
+            own = isinstance(criterion, str) and not drawn  # a new tensor, which may be modified
             found = (found if own else found.clone()).masked_fill_(~masks[name], -torch.inf)
         return found
 
@@ -98,15 +98,15 @@ def prune_masks(
 
 
 def _units_that_go(parts: list[tuple[torch.Tensor, int]], zeros: float, leave_one: bool) -> list[torch.Tensor]:
-    """The units with the lowest scores that together hold nearest to ``zeros`` weights.
+    """Select the units with the lowest scores whose number of weights is nearest to ``zeros``.
 
     Args:
-        parts: scores of a tensor's units ``(U,)``, and the weights that are zero in a pruned unit.
-        zeros: weights that are to be zero.
-        leave_one: keep the best unit of each tensor.
+        parts: for each tensor, scores of its units ``(U,)`` and the number of zeros in a pruned unit.
+        zeros: number of weights to zero.
+        leave_one: whether to keep the best unit of each tensor.
 
     Returns:
-        For each tensor ``(U,)``, ``True`` for units that go.
+        For each tensor a mask ``(U,)``, ``True`` for pruned units.
     """
     size = parts[0][1]
     if not leave_one and all(other == size for _, other in parts):
@@ -132,19 +132,19 @@ def _units_that_go(parts: list[tuple[torch.Tensor, int]], zeros: float, leave_on
 
 
 def apply_masks_(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> None:
-    """Zero the pruned weights in place, unseen by autograd."""
+    """Zero the pruned weights in place, without autograd."""
     if masks:
         with torch.no_grad():
             torch._foreach_mul_([weights[name] for name in masks], list(masks.values()))
 
 
 def measured_sparsity(tensors: Iterable[torch.Tensor]) -> float:
-    """Share of exact zeros, counted over all tensors together; 0 for none."""
+    """Share of exact zeros over all tensors together; 0 without tensors."""
     return sparsity_by_name(dict(enumerate(tensors)))["all"]
 
 
 def sparsity_by_name(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
-    """Share of exact zeros of each tensor, counted once, and of all together under ``"all"``; 0 for none."""
+    """Share of exact zeros of each tensor, and of all together under ``"all"``; 0 without tensors."""
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
     zeros = {name: sizes[name] - int(torch.count_nonzero(tensor)) for name, tensor in tensors.items()}
     shares = {name: zeros[name] / size if size else 0.0 for name, size in sizes.items()}
@@ -153,16 +153,16 @@ def sparsity_by_name(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
 
 
 def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granularity: str, scope: str) -> None:
-    """Check that whole channels can make up a share of zeros: one stays in each tensor.
+    """Raise if a share of zeros isn't reachable with one channel kept in each tensor.
 
     Args:
-        shapes: of the tensors, by name.
+        shapes: shapes of the tensors by name.
         sparsity: share of zeros.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`; only channels have a limit.
         scope: ``"layer"`` or ``"global"``.
 
     Raises:
-        InvalidArgumentError: the nearest number of channels is more than there are.
+        InvalidArgumentError: too few channels.
     """
     units = granularity_of(granularity)
     if units.dim is None:
@@ -192,7 +192,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def check_scope(scope: str) -> None:
-    """Check where the least important weights are looked for.
+    """Check a scope.
 
     Raises:
         InvalidArgumentError: it is not one of ``SCOPES``.

@@ -7,18 +7,18 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and buffers of a module, by name, on the CPU; tied ones once."""
+    """Copy all parameters and buffers of a module to the CPU, by name; tied ones once."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
 
 
 def rewind_(module: nn.Module, state: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a snapshot's values back in place, and forget what the optimizer has gathered since (momentum, moments).
+    """Restore a snapshot in place, and clear the optimizer's state (momentum, moments).
 
     Args:
         module: parameters and buffers keep their objects.
         state: from :func:`snapshot` of the same module.
-        optimizer: its learning rate and schedule stay where they are.
+        optimizer: its learning rate and schedule are not changed.
 
     Raises:
         InvalidArgumentError: the snapshot has other names or shapes.

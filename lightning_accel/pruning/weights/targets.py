@@ -14,16 +14,16 @@ from lightning_accel.pruning.weights.masks import check_sparsity
 def prunable_parameters(
     module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), granularity: str = "weight"
 ) -> dict[str, nn.Parameter]:
-    """Weights that pruning may zero: trainable, floating point, two or more dimensions (biases and norms have one).
+    """Prunable weights: trainable, floating point, two or more dimensions (biases and norms have one).
 
     Args:
         module: any module; tied parameters appear once, under their first name.
         include: name globs; empty means all that divide into the granularity's units.
-        exclude: name globs; wins over ``include``.
+        exclude: name globs; takes precedence over ``include``.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
 
     Raises:
-        InvalidArgumentError: a glob matches nothing, nothing is left to prune, or one that ``include`` names doesn't divide.
+        InvalidArgumentError: a glob matches nothing, nothing is left to prune, or a weight in ``include`` doesn't divide into units.
     """
     units = granularity_of(granularity)
     candidates = {
@@ -47,7 +47,7 @@ def prunable_parameters(
 def left_dense(
     module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), granularity: str = "weight"
 ) -> dict[str, str]:
-    """Why weights that one might expect to be pruned are not, by name; those that the globs leave out are not named."""
+    """Reasons why weights that the globs select are not pruned, by name."""
     units = granularity_of(granularity)
     every = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.ndim >= 2}
     frozen = {name: "it is frozen" for name, p in every.items() if not p.requires_grad}
@@ -57,13 +57,13 @@ def left_dense(
 
 
 class SparsityTargets:
-    """Name globs and their targets.
+    """Name globs and the share of zeros for each.
 
     Args:
         sparsity: share of zeros in [0, 1), or one for each name glob, or ``None`` for that of an N:M pattern.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
         include: name globs; empty means all weights with two or more dimensions that divide into units.
-        exclude: name globs; wins over ``include``.
+        exclude: name globs; takes precedence over ``include``.
 
     Raises:
         InvalidArgumentError: a share outside [0, 1), one that contradicts an N:M pattern, or none for a granularity that has none.
@@ -83,7 +83,7 @@ class SparsityTargets:
             self.include = tuple(self.shares)
 
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights of a module that are pruned, by name.
+        """Weights of a module to prune, by name.
 
         Raises:
             InvalidArgumentError: a glob matches nothing, nothing is left, or two targets match one weight.
@@ -98,11 +98,11 @@ class SparsityTargets:
         return chosen
 
     def left_dense(self, module: nn.Module) -> dict[str, str]:
-        """Why weights that the globs choose are not pruned, by name."""
+        """Reasons why weights that the globs select are not pruned, by name."""
         return left_dense(module, self.include, self.exclude, self.granularity)
 
     def groups(self, names: Iterable[str]) -> list[tuple[float, list[str]]]:
-        """Chosen names by target: those of one glob are compared with each other."""
+        """Group names by target; weights of one glob are compared with each other."""
         left, groups = list(names), []
         for glob, share in self.shares.items():
             mine = [name for name in left if not self.by_glob or fnmatchcase(name, glob)]

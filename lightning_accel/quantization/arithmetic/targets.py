@@ -265,11 +265,11 @@ def _refusal(target: Target, engine: str, wrong: Sequence[KernelFinding], forms:
         and all(found.exact for found in _probed(other, engine, forms, probe))
     )
     name = next(right, None)
-    mend = "no target of this library is exact there" if name is None else f"the target `{name}` is exact there"
-    told = "; ".join(f"{found.form}: {found}" for found in wrong)
+    fix = "no target of this library is exact there" if name is None else f"the target `{name}` is exact there"
+    errors = "; ".join(f"{found.form}: {found}" for found in wrong)
     return (
         f"with {target.activations} activations and weights up to {target.weight_max} {engine} {wrong[0].version} diverges "
-        f"from the file on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({told}); {mend}"
+        f"from the file on this CPU ({cpu_name()}), as measured in steps of the output's quantization ({errors}); {fix}"
     )
 
 

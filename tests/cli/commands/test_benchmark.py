@@ -269,7 +269,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         assert status[name] == "not here"
         assert 'pip install "lightning-accel[gpu]"' in found[name].reason
     refused = found.decision["refused"]
-    assert refused["onnxruntime dynamic int8"].startswith("not shippable: made of the float32 file")
+    assert refused["onnxruntime dynamic int8"].startswith("not shippable: regenerated from the float32 file")
     assert refused["pytorch eager"].startswith("not shippable: `load_runner` runs")
     assert "pytorch inference_mode" not in refused
 

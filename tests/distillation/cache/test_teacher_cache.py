@@ -301,9 +301,9 @@ def mixup(samples):
     [
         (
             lambda: DataLoader(images(64, seed=1), 8),
-            r"it was made of another data set: samples differ\. Give another folder",
+            r"it belongs to another data set: samples differ\. Give another folder",
         ),
-        (lambda: DataLoader(images(32), 8), r"it was made of 64 samples, and the data set has 32"),
+        (lambda: DataLoader(images(32), 8), r"it has 64 samples, and the data set has 32"),
         (
             lambda: DataLoader(Noisy(), 8),
             r"sample 0 of Noisy differed from one reading to the next: random augmentation",
@@ -348,9 +348,7 @@ def test_other_samples_than_those_compared_before_are_noticed_in_their_batch(kin
     if kind == "changed":
         data.tensors[0][296] = data.tensors[0][0]
     watch = Batches()
-    with pytest.raises(
-        ValueError, match=r"sample 296 isn't the one that the teacher was asked about\. The data set has changed, or"
-    ):
+    with pytest.raises(ValueError, match=r"sample 296 isn't the cached one\. The data set has changed, or"):
         fit(distilled(TeacherCache(tmp_path / "cache")), DataLoader(data, 8), watch, max_epochs=3)
     assert 37 <= len(watch.batches) <= 3 * 40  # batch 37 begins with it
 
@@ -359,10 +357,10 @@ def test_other_samples_than_those_compared_before_are_noticed_in_their_batch(kin
     ("make", "message"),
     [
         (lambda path: distilled(TeacherCache(path), teacher_seed=1), r"it was made with another teacher: its weights"),
-        (lambda path: distilled(TeacherCache(path, "float16")), r"it holds float32, and float16 is asked for"),
+        (lambda path: distilled(TeacherCache(path, "float16")), r"it holds float32, and float16 is requested"),
         (
             lambda path: distilled(TeacherCache(path), losses=["kd", LossTerm("rkd", 1.0, "net.head", "head")]),
-            r"it holds \{'': \[4\]\}, and \{'head': \[4\], '': \[4\]\} are asked for",
+            r"it holds \{'': \[4\]\}, and \{'head': \[4\], '': \[4\]\} are requested",
         ),
     ],
 )

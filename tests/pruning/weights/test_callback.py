@@ -179,7 +179,7 @@ def test_two_of_a_kind_on_one_weight(trainer):
 def test_a_target_below_the_zeros_there_are(trainer):
     module, watch = Classifier(), Watch()
     prune_weights_(module, 0.7)
-    with pytest.raises(ValueError, match=r"must be at least the share of zeros there is, 0.7\d*, but got 0.5"):
+    with pytest.raises(ValueError, match=r"must be at least the present share of zeros, 0.7\d*, but got 0.5"):
         trainer(WeightPruning(0.5), watch).fit(module, loader())
     assert watch.seen == []
 
@@ -189,7 +189,7 @@ def test_a_target_below_the_zeros_of_one_layer(trainer):
     module, watch = Classifier(), Watch()
     module.net.conv1.weight.data[:, :2] = 0  # 2 / 3 of it, a sixth of all
     with pytest.raises(
-        ValueError, match=r"at least the share of zeros there is in `net.conv1.weight`, 0.6667, but got 0.5"
+        ValueError, match=r"at least the present share of zeros in `net.conv1.weight`, 0.6667, but got 0.5"
     ):
         trainer(WeightPruning(0.5, scope="layer"), watch).fit(module, loader())
     assert watch.seen == []
