@@ -85,7 +85,7 @@ def test_a_default_that_cannot_run_here_is_told(pair, capsys):
     (a / "engines" / "broken.onnx").write_bytes(b"not a network")
     change(a, default={"engine": "onnxruntime", "file": "engines/broken.onnx", "precision": "int8"})
     assert main(["compare", str(a), str(b), *QUICK]) == 1
-    assert "- A: failed: RuntimeError: ONNX Runtime could not load `broken.onnx`" in capsys.readouterr().out
+    assert "- A: failed: EngineError: ONNX Runtime could not load `broken.onnx`" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused(pair, tmp_path, capsys):
