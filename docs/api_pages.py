@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 PACKAGE = Path(__file__).parents[1] / "lightning_accel"
 
 
-NAMESPACES = ("losses", "teachers", "pruning", "quantization", "engines", "onnx", "reports")
+NAMESPACES = ("losses", "teachers", "pruning", "quantization", "engines", "onnx", "benchmarking", "reports")
 
 
 def public_names(space: str = "") -> dict[str, str]:
@@ -37,7 +37,10 @@ def pages() -> dict[str, str]:
         names = public_names(space)
         title = f"lightning_accel.{space}" if space else "lightning_accel"
         purpose = (ast.get_docstring(ast.parse(_file(space).read_text())) or "").partition("\n")[0]
-        objects = "\n".join(f"\n::: lightning_accel.{module}.{name}\n" for name, module in names.items())
+        own = {name: module for name, module in names.items() if not space or name not in public_names()}
+        objects = "\n".join(f"\n::: lightning_accel.{module}.{name}\n" for name, module in own.items())
+        if shared := [f"[`{name}`](top.md)" for name in names if name not in own]:
+            objects = f"Also here: {', '.join(shared)}.\n{objects}"
         page = f"{space or 'top'}.md"
         made[f"api/{page}"] = f"# {title}\n\n{purpose}\n{objects}"
         rows.append(f"| [{title}]({page}) | {', '.join(f'`{name}`' for name in names)} |")

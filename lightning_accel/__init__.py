@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_accel.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from lightning_accel import benchmarking as benchmarking
     from lightning_accel import engines as engines
     from lightning_accel import losses as losses
     from lightning_accel import onnx as onnx
@@ -69,6 +70,7 @@ _PUBLIC = {
     "load_from_checkpoint": "core.structure",
     "LightningAccelError": "errors",
     "VerificationError": "errors",
+    "benchmarking": "",
     "losses": "",
     "onnx": "",
     "teachers": "",
