@@ -13,8 +13,8 @@ import pytest
 
 import lightning_accel as la
 from lightning_accel.cli.lightning_cli import AccelTrainer
-from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS, command_parser
 from lightning_accel.cli.options import with_underscores
+from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS, command_parser
 from lightning_accel.distillation.losses.registry import loss_names
 from lightning_accel.engines.registry import all_engines
 from lightning_accel.quantization.arithmetic.targets import target_names

@@ -5,7 +5,7 @@ import os
 import shlex
 from importlib import import_module
 
-from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS, command_parser
+from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS, command_parser
 from lightning_accel.core.optional import require
 
 

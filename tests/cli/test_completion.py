@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS
+from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS
 
 pytest.importorskip("argcomplete", reason="the extra `completion` is not installed")
 

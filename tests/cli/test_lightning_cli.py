@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import lightning_accel as la
 from lightning_accel.cli.lightning_cli import AccelCLI
-from lightning_accel.cli.main import COMMANDS, TRAINER_COMMANDS, main
+from lightning_accel.cli.main import main
+from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS
 from lightning_accel.export.logging import scalars
 from lightning_accel.reports.model import Report, Row
 from tests.support.models import Classifier, images

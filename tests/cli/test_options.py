@@ -6,8 +6,9 @@ import sys
 import pytest
 import yaml
 
-from lightning_accel.cli.main import command_parser, main
+from lightning_accel.cli.main import main
 from lightning_accel.cli.options import did_you_mean, join_lists, with_dashes, with_underscores
+from lightning_accel.cli.registry import command_parser
 from tests.cli.test_lightning_cli import _process, pytestmark, told  # noqa: F401 - the fixture and marks serve here too
 
 

@@ -1,0 +1,35 @@
+"""The commands of ``lightning-accel``, and the parsers of those that load neither torch nor lightning."""
+
+import argparse
+from importlib import import_module
+
+from lightning_accel.cli.options import CommandParser
+
+TRAINER_COMMANDS = {
+    "fit": "train; with a ModelExport callback the run ends with a verified bundle",
+    "validate": "run the validation loop; --ckpt-path FILE validates a checkpoint as it was trained",
+    "test": "run the test loop",
+    "predict": "run the predict loop",
+    "plan": "print what fit would do to each layer and when, and what prevents it; train nothing",
+    "export": "write the bundle again from a checkpoint: --ckpt-path FILE",
+    "quantize": "write a verified int8 bundle from a float checkpoint without training: --ckpt-path FILE --target openvino",
+}
+COMMANDS = {
+    "init": "write a LightningModule, a DataModule and a config to start from: init FOLDER",
+    "check": "test whether a module can be exported, quantized and built: check package.MyLit --ckpt-path FILE",
+    "verify": "check that the engines of a bundle compute the same as its ONNX file on this machine",
+    "build": "build a TensorRT engine from an ONNX file, like trtexec",
+    "benchmark": "measure all runtime variants of a bundle and select the one that ships; or the latency of several files",
+    "compare": "compare two bundles",
+    "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
+    "doctor": "print what is installed, which engines run or only build here, and how fast and exact int8 is on this CPU",
+}
+
+
+def command_parser(name: str) -> CommandParser:
+    """The parser of one of :data:`COMMANDS`."""
+    module = import_module(f"lightning_accel.cli.commands.{name}")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=f"lightning-accel {name}", description=module.__doc__, formatter_class=formatter)
+    module.add_arguments(parser)
+    return parser
