@@ -26,9 +26,10 @@ from torch import nn
 
 import lightning_accel as la
 from examples.models import ResNet
-from experiments import print_environment, zoo
+from experiments import print_environment
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.quantization.arithmetic.targets import ATTENTION, target_of
+from tests.support import zoo
 
 BATCH, TARGET = 32, 1.5
 _OPENVINO = target_of("openvino")
