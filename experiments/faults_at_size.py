@@ -36,7 +36,7 @@ from tests.support.networks import ResNet, Swin, VisionTransformer, mobilenet_v2
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": ResNet,
     "mobilenet_v2": mobilenet_v2,
-    "vit": partial(VisionTransformer, image=64, patch=8),
+    "vit": partial(VisionTransformer, 64, 8),
     "swin": partial(Swin, 64),
 }
 PIXELS, SAMPLES = 64, 16
