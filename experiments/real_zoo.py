@@ -100,13 +100,10 @@ def run_cell(network: str, column: str, seed: int, samples: int, path: Path) -> 
 
 
 def _refused(error: Exception) -> bool:
-    """Whether the library raised it by a statement of its own."""
-    import lightning_accel
+    """Whether the library raised it on purpose."""
+    from lightning_accel.errors import LightningAccelError
 
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.filename.startswith(str(Path(lightning_accel.__file__).parent)) and (last.line or "").startswith(
-        "raise"
-    )
+    return isinstance(error, LightningAccelError)
 
 
 def _said(error: Exception) -> str:

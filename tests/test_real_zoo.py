@@ -46,7 +46,7 @@ def test_a_limit_and_an_error_are_results():
     assert large["peak_mb"] > 50
     refused = measured("BERT-tiny", "QAT abacus", 0, samples=8, seconds=100.0, megabytes=8000)
     assert refused["outcome"] == "refused"
-    assert refused["reason"].startswith("ValueError: Argument `target` must be one of")
+    assert refused["reason"].startswith("InvalidArgumentError: Argument `target` must be one of")
     unknown = measured("BERT-huge", "fp32", 0, samples=8, seconds=100.0, megabytes=8000)
     assert (unknown["outcome"], unknown["reason"]) == ("failed", "KeyError: 'BERT-huge'")
 
