@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
@@ -84,6 +84,8 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
     model = onnx.load(path)
     reference = _recorded(program, feeds, [value.name for value in model.graph.output])
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    if wrong := _wrong_constant(reference, constants):
+        return NodeCheck(0, len(model.graph.node), float("inf"), wrong, float("inf"))
     segments = list(_segments(model, reference.values, constants))
     seen: set[int] = set()  # places of nodes
     largest, ratio, noise = 0.0, 0.0, dict[str, float]()
@@ -101,6 +103,23 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
         sentence = _sentence(segment, reference.origin.get(segment.output, ""), constants, says)
         return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
     return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
+
+
+def _wrong_constant(reference: "_Reference", constants: Mapping[str, onnx.TensorProto]) -> str:
+    """The first stored tensor that the exporter computed in advance and that isn't PyTorch's, in one sentence; empty if there is none.
+
+    Its readers are fed PyTorch's value, so that no node shows it.
+    """
+    for name in sorted(constants.keys() & reference.nodes.keys()):
+        want, stored = reference.values[name], numpy_helper.to_array(constants[name])
+        same = want.shape == stored.shape and np.array_equal(want, stored)
+        if not same and want.shape == stored.shape and np.issubdtype(want.dtype, np.floating):
+            a, b = want.astype(np.float64), stored.astype(np.float64)
+            same = _ratio(a, a, b, 0.0) <= FACTOR
+        if not same:
+            origin = f" (of {reference.origin[name]})" if reference.origin.get(name) else ""
+            return f"First diverging node: the stored tensor `{name}`{origin} isn't the one that PyTorch computes."
+    return ""
 
 
 def _sentence(segment: _Segment, origin: str, constants: Mapping[str, onnx.TensorProto], says: str) -> str:

@@ -42,7 +42,9 @@ def test_what_does_not_apply_says_so(images_program, tmp_path, monkeypatch):
     program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(2, 3),))
     torch.export.save(program, tmp_path / "flat.pt2")
     threads = torch.get_num_threads()
-    with pytest.raises(NotImplementedError, match="channels_last needs an input with four dimensions, and the network has none"):
+    with pytest.raises(
+        NotImplementedError, match="channels_last needs an input with four dimensions, and the network has none"
+    ):
         TorchVariant(tmp_path / "flat.pt2", mode="channels_last", threads=threads)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NotImplementedError, match=r"torch.compile needs a C\+\+ compiler"):

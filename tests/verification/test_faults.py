@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from torch import nn
 
 from lightning_accel import VerificationError, export_onnx, load_runner
 from lightning_accel.bundle.writer import write_manifest
@@ -14,6 +16,7 @@ from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.nodes import check_nodes
 from lightning_accel.verification.tolerances import EMULATED_INT8, FLOAT
 from tests.quantization.graph.test_prepare import quantized
 from tests.support.faults import FAULTS, INTEGER_FAULTS, damage, inputs, victim
@@ -133,3 +136,30 @@ def test_weights_beside_the_file_are_the_same_network(float_case, shipped):
         for name, array in whole.run(feeds).items():
             np.testing.assert_array_equal(beside.run(feeds)[name], array)
     assert (shipped / "bundle.onnx").stat().st_size < (shipped / "bundle.onnx.data").stat().st_size * 10
+
+
+class Masked(nn.Module):
+    """Adds a mask that the exporter computes in advance: it is stored under the name of a tensor that PyTorch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.tensor([[0.0, -100.0], [-3.0, 0.0]]))
+
+    def forward(self, x):
+        return self.linear(x).view(-1, 2, 2) + self.mask.unsqueeze(0)
+
+
+def test_a_wrong_tensor_that_the_exporter_computed_in_advance_is_found(tmp_path):
+    module, x = Masked().eval(), torch.randn(8, 4)
+    export = export_onnx(module, x, tmp_path / "m.onnx")
+    feeds = {export.input_names[0]: x.numpy()}
+    assert not check_nodes(export.path, export.program, feeds).diverging
+    model = onnx.load(export.path)
+    (tensor,) = (t for t in model.graph.initializer if list(t.dims) == [1, 2, 2])
+    array = numpy_helper.to_array(tensor).copy()
+    array[0, 1, 0] = -2.999
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, export.path)
+    says = check_nodes(export.path, export.program, feeds).diverging
+    assert f"the stored tensor `{tensor.name}`" in says
