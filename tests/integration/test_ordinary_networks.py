@@ -31,6 +31,8 @@ from tests.support.networks import (
     with_statistics,
 )
 
+pytestmark = pytest.mark.timeout(900)  # usual depth: minutes where other processes share the cores
+
 # network, pixels, technique and target, least number of operators in integers
 IMAGES = {
     "resnet18": (partial(ResNet, width=8), 32, "qat onnxruntime", 20),
