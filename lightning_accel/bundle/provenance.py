@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_accel.core.trainers import callbacks_of
+
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "world_size")
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -25,7 +27,7 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         ``LightningCLI``), and without one ``settings``: hyper-parameters of module and datamodule, and of the Trainer.
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    saved = [c for c in trainer.callbacks if isinstance(c, SaveConfigCallback)]  # type: ignore[attr-defined]
+    saved = callbacks_of(trainer, SaveConfigCallback)
     if saved:
         return {"command": command, "config": saved[0].parser.dump(saved[0].config, skip_unset=False)}
     settings = {type(pl_module).__name__: _plain(pl_module.hparams)}
@@ -33,7 +35,7 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
     if datamodule is not None:
         settings[type(datamodule).__name__] = _plain(datamodule.hparams)
     settings["Trainer"] = {name: getattr(trainer, name) for name in _TRAINER}
-    settings["callbacks"] = {str(i): type(c).__name__ for i, c in enumerate(trainer.callbacks)}  # type: ignore[attr-defined]
+    settings["callbacks"] = {str(i): type(c).__name__ for i, c in enumerate(callbacks_of(trainer, L.Callback))}
     return {"command": command, "config": None, "settings": {name: value for name, value in settings.items() if value}}
 
 

@@ -6,12 +6,10 @@ from inspect import Signature
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call
-from lightning_accel.calls.contexts import own_signature
-from lightning_accel.calls.shapes import ResultShape, describe_inputs
+from lightning_accel.calls.shapes import ResultShape
 from lightning_accel.errors import InvalidArgumentError
 
 Axes = Mapping[str, Mapping[int, str]]  # of inputs: {name: {axis: symbol}}
@@ -63,17 +61,6 @@ def checked_axes(dynamic: Axes, names_in: Sequence[str], call: Call) -> dict[str
                 )
             axes.setdefault(name, {})[counted] = symbol
     return axes
-
-
-def described(module: nn.Module, call: Call, dynamic: Axes | None) -> dict[str, Any]:
-    """:func:`~lightning_accel.calls.shapes.describe_inputs` of a call in canonical form, with axes named by input.
-
-    Raises:
-        InvalidArgumentError: as :func:`checked_axes`.
-    """
-    names = input_names(own_signature(module), call, None)
-    axes = checked_axes(dynamic or {}, names, call)
-    return describe_inputs(*call, [axes.get(name, {}) for name in names])
 
 
 def output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:

@@ -11,6 +11,7 @@ from lightning_accel.core import resizing, structure
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
 from lightning_accel.core.schedules import Timeline, check_position
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
 
 _PREFIX = "lightning_accel."
@@ -97,13 +98,13 @@ class CompressionCallback(L.Callback):
             self._counting = False
             check_supported(trainer, pl_module, type(self).__name__)
             for argument, value in (("start", self.start), ("end", self.end)):
-                endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
+                endless = trainer.max_epochs in (None, -1) or is_fast_dev_run(trainer)
                 if isinstance(value, int) and not endless and value > trainer.max_epochs:
                     raise InvalidArgumentError(
                         f"Argument `{argument}` must lie within the run's {trainer.max_epochs} epochs, but got {value}. "
                         "Train longer or start earlier."
                     )
-        first = next(c for c in trainer.callbacks if isinstance(c, CompressionCallback))  # type: ignore[attr-defined]
+        first = callbacks_of(trainer, CompressionCallback)[0]
         if first is self:  # the record is the whole module's: once is enough
             structure.before_next_restore(
                 trainer, pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage)
@@ -121,7 +122,7 @@ class CompressionCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer):
             self._start_step = self._end_step = 0  # a batch or two: everything is tried at once
             return
         timeline = timeline_of(trainer)
@@ -159,7 +160,7 @@ class CompressionCallback(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stopped = stopped_epochs(trainer)
-        marked = any(getattr(c, "incomplete", None) == "mark" for c in trainer.callbacks)  # type: ignore[attr-defined]
+        marked = any(getattr(c, "incomplete", None) == "mark" for c in callbacks_of(trainer, L.Callback))
         if stopped and not marked and (missing := _unfinished(trainer)):
             raise RunError(
                 f"EarlyStopping must leave the run until the targets are reached, but it stopped in epoch {stopped[0]}, and "
@@ -176,7 +177,7 @@ class CompressionCallback(L.Callback):
 
 def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
     """The run's callbacks that change the network, in the Trainer's order."""
-    return [c for c in trainer.callbacks if isinstance(c, CompressionCallback)]  # type: ignore[attr-defined]
+    return callbacks_of(trainer, CompressionCallback)
 
 
 def _unfinished(trainer: L.Trainer) -> list[str]:
@@ -188,7 +189,7 @@ def _replay(trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[s
     """Bring the module to the structure of a checkpoint that is about to be restored."""
     callbacks = compression_callbacks(trainer)
     if stage == "fit":
-        known = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+        known = {c.state_key for c in callbacks_of(trainer, L.Callback)}
         lost = [k for k in checkpoint.get("callbacks", {}) if k.startswith(_PREFIX) and k not in known]
         if lost:
             raise InvalidArgumentError(
@@ -229,7 +230,7 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
     for average in structure.average_models(trainer):
         structure.apply(average, change)
     resizing.rewrap(trainer)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer, L.Callback):
         if isinstance(callback, CompressionCallback):
             callback.structure_changed(pl_module, change)
     told = getattr(pl_module, "structure_changed", None)

@@ -24,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_accel.core.patching import Patches, patches_of_run
+from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError
 
 State = dict[str, Any]
@@ -116,7 +117,7 @@ class ExactResume(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if sum(isinstance(callback, ExactResume) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if len(callbacks_of(trainer, ExactResume)) > 1:
             raise InvalidArgumentError("Argument `callbacks` must hold one ExactResume, but got several.")
         self._marks, self._loaded, self._resumed = {}, None, None
         loop = trainer.fit_loop

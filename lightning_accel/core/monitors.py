@@ -6,6 +6,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_accel.core.trainers import callbacks_of
+
 
 def restart_monitors(trainer: L.Trainer) -> None:
     """Restart checkpointing and early stopping: scores of the dense network no longer count.
@@ -13,7 +15,7 @@ def restart_monitors(trainer: L.Trainer) -> None:
     Files kept as best so far get the worst possible score, so the next one replaces them on disk and takes
     their name: a ``best.ckpt`` is never that of the dense network.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer, L.Callback):
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
             callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
@@ -33,5 +35,5 @@ def stopped_epochs(trainer: L.Trainer) -> list[int]:
     """Epochs in which an ``EarlyStopping`` stopped the run; none if that was before a resume."""
     if not trainer.should_stop:
         return []
-    watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+    watching = callbacks_of(trainer, EarlyStopping)
     return [c.stopped_epoch for c in watching if c.stopping_reason is not EarlyStoppingReason.NOT_STOPPED]

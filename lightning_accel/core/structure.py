@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 
 from lightning_accel.core.patching import patches_of_run
+from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
 
 CHECKPOINT_KEY = "lightning_accel"
@@ -261,8 +262,8 @@ def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:
     """The averaged copies (EMA, SWA) of the module that the trainer's callbacks keep."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+    for callback in callbacks_of(trainer, WeightAveraging):
+        if callback._average_model is not None:
             yield callback._average_model.module
         elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
             yield callback._average_model

@@ -1,17 +1,12 @@
-"""A small network and images to try the library with; ``lightning-accel init`` copies these files into a project.
+"""A small network and images to try the library with; ``lightning-accel init`` copies these files into a project."""
 
-The names are resolved lazily, so that the files can be copied where torch can't be imported.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import Any
+from lightning_accel.core.lazy import lazy
 
-_PUBLIC = {"ImageClassifier": "model", "Images": "data"}
+if TYPE_CHECKING:
+    from lightning_accel.demo.data import Images as Images
+    from lightning_accel.demo.model import ImageClassifier as ImageClassifier
 
-__all__ = ["ImageClassifier", "Images"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(f"lightning_accel.demo.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module `lightning_accel.demo` has no attribute `{name}`")
+_PUBLIC = {"ImageClassifier": "demo.model", "Images": "demo.data"}
+__getattr__, __dir__, __all__ = lazy(__name__, _PUBLIC)

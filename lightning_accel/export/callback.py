@@ -21,6 +21,7 @@ from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
@@ -188,7 +189,9 @@ class ModelExport(L.Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Before the first step there is no trained network to quantize; averaged weights can't be compared with single ones.
-        rivals = self.output_kind != VALUES and not trainer.fast_dev_run and not list(structure.average_models(trainer))  # type: ignore[attr-defined]
+        rivals = (
+            self.output_kind != VALUES and not is_fast_dev_run(trainer) and not list(structure.average_models(trainer))
+        )
         waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
         self._quantizing = waiting if rivals and trainer.is_global_zero else []
 
@@ -218,7 +221,7 @@ class ModelExport(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not is_fast_dev_run(trainer):
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
 
     @override
@@ -230,7 +233,7 @@ class ModelExport(L.Callback):
     @override
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer):
             rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
             return
         report = self.export(trainer, pl_module, self.ckpt_path)
@@ -306,7 +309,7 @@ class ModelExport(L.Callback):
     @staticmethod
     def _best(trainer: L.Trainer) -> str:
         """Path of the best checkpoint of the run."""
-        kept = [str(getattr(c, "best_model_path", "")) for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
+        kept = [str(getattr(c, "best_model_path", "")) for c in callbacks_of(trainer, Checkpoint)]
         if not any(kept):
             raise InvalidArgumentError(
                 'Argument `ckpt_path` must be "last" or a path, but got "best", and no ModelCheckpoint kept a best one.'
@@ -359,7 +362,7 @@ class ModelExport(L.Callback):
                 f'Argument `ckpt_path` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
                 f"{self.ckpt_path!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt-path`."
             )
-        if self.ckpt_path == "best" and not any(isinstance(c, Checkpoint) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if self.ckpt_path == "best" and not callbacks_of(trainer, Checkpoint):
             raise InvalidArgumentError(
                 'Argument `ckpt_path` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
                 "says what the best is."
@@ -434,7 +437,7 @@ class ModelExport(L.Callback):
 
 
 def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, QuantizingCallback)]  # type: ignore[attr-defined]
+    return callbacks_of(trainer, QuantizingCallback)
 
 
 def _teacher_of(pl_module: L.LightningModule) -> nn.Module | None:

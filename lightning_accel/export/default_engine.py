@@ -10,7 +10,6 @@ from lightning_accel.benchmarking.benchmark_bundle import compare_variants, ship
 from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.bundle.writer import decided, write_comparison
-from lightning_accel.calls.example import named_arrays
 from lightning_accel.export.files import Files
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.reports.model import DECISION, Note, Report
@@ -27,8 +26,7 @@ def output_kind_of(spec: ExportSpec, files: Files, *, labelled: bool) -> str | N
     if spec.output_kind is not None or labelled:
         return spec.output_kind or CLASSES
     target = spec.data.first_target(spec.whole)
-    feeds = named_arrays(spec.data.first_call(spec.whole), files.shipped.input_names)
-    output = next(iter(files.network(feeds).values()))
+    output = next(iter(files.network(files.shipped.example.feeds()).values()))
     return next((output_kind for output_kind in (VALUES, CLASSES) if _fits(target, output, output_kind)), None)
 
 

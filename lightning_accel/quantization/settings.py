@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_accel.calls.batches import Call, InputsFunction
-from lightning_accel.calls.names import Axes, described
+from lightning_accel.calls.example import ExampleCall
+from lightning_accel.calls.names import Axes
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import METHODS
@@ -82,7 +83,7 @@ class QuantizationSettings:
         """
         return QuantizedForward(
             owner,
-            described(owner, call, self.dynamic or {}),
+            ExampleCall.of(owner, call, dynamic=self.dynamic).description,
             self.arithmetic,
             self.includes,
             self.excludes,
