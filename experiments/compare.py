@@ -9,13 +9,13 @@ by default ``HEAD``; new are the lines that were added since. Runs of the same r
 import argparse
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_NOT_MEASURED = {"seed"}  # numbers that identify a run
+_NOT_MEASURED = {"seed", "settings", "environment"}  # they identify a run
 
 
 def parse(text: str) -> list[dict[str, Any]]:
@@ -35,10 +35,18 @@ def averages(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, 
     for run in runs:
         key = (str(run.get("row")), json.dumps(run.get("settings"), sort_keys=True))
         values = found.setdefault(key, {})
-        for name, value in run.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NOT_MEASURED:
-                values.setdefault(name, []).append(float(value))
+        for name, value in _numbers({name: value for name, value in run.items() if name not in _NOT_MEASURED}):
+            values.setdefault(name, []).append(value)
     return found
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers among values, those in dictionaries by a dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, float(value)
 
 
 def table(recorded: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:

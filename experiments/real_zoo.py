@@ -362,7 +362,14 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
         if time.monotonic() - began > 60 * arguments.minutes:
             break
         found = measured(network, column, seed, samples, arguments.cell_seconds, arguments.cell_mb)
-        line = {"network": network, "column": column, "seed": seed, "pixels": pixels[network], "samples": samples}
+        line = {
+            "row": f"{network} / {column}",
+            "network": network,
+            "column": column,
+            "seed": seed,
+            "pixels": pixels[network],
+            "samples": samples,
+        }
         line |= {**found, "date": datetime.datetime.now().isoformat(timespec="seconds"), **about}
         done[network, column, seed] = line
         if results is not None:

@@ -262,8 +262,9 @@ def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:
     """The averaged copies (EMA, SWA) of the module that the trainer's callbacks keep."""
-    for callback in callbacks_of(trainer, WeightAveraging):
-        if callback._average_model is not None:
-            yield callback._average_model.module
-        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
-            yield callback._average_model
+    for averaging in callbacks_of(trainer, WeightAveraging):
+        if averaging._average_model is not None:
+            yield averaging._average_model.module
+    for stochastic in callbacks_of(trainer, StochasticWeightAveraging):
+        if stochastic._average_model is not None:
+            yield stochastic._average_model

@@ -15,7 +15,7 @@ from lightning_accel.core.entry_points import entry_point_names, load_entry_poin
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_probe import KernelFinding, engine_version, probe_kernels
 from lightning_accel.engines.registry import engine_named, engine_names, probed_engines, resolve
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, MissingPackageError
 
 ENTRY_POINTS = "lightning_accel.targets"
 Probe = Callable[[str, str, Arithmetic], KernelFinding]
@@ -250,7 +250,10 @@ def cannot_reproduce(
         spec is None or not spec.probed or not engine_version(engine)
     ):  # a missing engine is reported elsewhere, with its extra
         return ""
-    wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
+    try:
+        wrong = [found for found in _probed(target, engine, forms, probe) if not found.exact]
+    except MissingPackageError:  # its version is known and it doesn't import: reported elsewhere, too
+        return ""
     return _refusal(target, engine, wrong, forms, probe) if wrong else ""
 
 
