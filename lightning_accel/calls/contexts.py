@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import copy
 from inspect import Parameter, Signature, signature
 from typing import Any
 
@@ -13,9 +14,19 @@ from torch import nn
 
 from lightning_accel.core.patching import removed, swapped
 
+REPLACED = "replaced_forward"  # of a `forward` that this library has set on an instance: the one before it, or `None`
+
+
+def instance_forward(module: nn.Module) -> Any:
+    """A ``forward`` that the user has set on the instance, which goes before the class's; ``None`` if there is none."""
+    found = vars(module).get("forward")
+    while hasattr(found, REPLACED):
+        found = getattr(found, REPLACED)
+    return found
+
 
 def own_signature(module: nn.Module) -> Signature:
-    """Signature of the module's own ``forward``, even if an instance attribute replaces it."""
+    """Signature of the module's own ``forward``, even if this library has replaced it."""
     with own_forward(module):
         return signature(module.forward)
 
@@ -33,8 +44,19 @@ def has_forward(module: L.LightningModule) -> bool:
 
 @contextmanager
 def own_forward(module: nn.Module) -> Iterator[None]:
-    """Use the module's own ``forward`` inside the block, even if an instance attribute replaces it."""
-    with removed(module, "forward"):
+    """Use the module's own ``forward`` inside the block, even if this library has replaced it."""
+    users = instance_forward(module)
+    with removed(module, "forward") if users is None else swapped(module, "forward", users):
+        yield
+
+
+@contextmanager
+def own_forwards(root: nn.Module) -> Iterator[None]:
+    """Use the own ``forward`` of all submodules inside the block."""
+    with ExitStack() as stack:
+        for module in root.modules():
+            if "forward" in vars(module):
+                stack.enter_context(own_forward(module))
         yield
 
 
@@ -85,12 +107,55 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def isolated_random() -> Iterator[None]:
-    """Restore the state of the global random generators after the block."""
+def isolated_random(seed: int | None = None) -> Iterator[None]:
+    """Restore the state of the global random generators after the block; with a ``seed`` they start from it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Values that a ``forward`` may read from a module and its submodules: numbers, texts and tuples of them, by dotted name."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if name != "training" and not name.startswith("_") and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (
+        type(value) in (tuple, list) and all(_is_plain(item) for item in value)
+    )
+
+
+@contextmanager
+def kept_state(module: nn.Module) -> Iterator[None]:
+    """Restore everything that a ``forward`` can change in a module: attributes, lists, dicts and sets, buffers and their values."""
+    parts = list(module.modules())
+    attributes = [dict(vars(part)) for part in parts]
+    collections = [
+        (value, copy(value)) for own in attributes for value in own.values() if type(value) in (list, dict, set)
+    ]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for part, before in zip(parts, attributes, strict=True):
+            vars(part).clear()
+            vars(part).update(before)
+        for collection, before in collections:
+            collection.clear()
+            collection.extend(before) if isinstance(collection, list) else collection.update(before)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)

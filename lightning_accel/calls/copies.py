@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.calls.batches import Call
-from lightning_accel.calls.contexts import isolated_random, kept_buffers, mode
+from lightning_accel.calls.contexts import isolated_random, kept_buffers, mode, own_forwards
 from lightning_accel.errors import InvalidArgumentError
 
 _SAMPLES = 2  # enough to see that samples stay apart
@@ -22,7 +22,7 @@ def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) 
     """Copy a module with converted tensors; the original's are never held twice.
 
     Args:
-        module: any module; a captured graph that replaces its ``forward`` is left out.
+        module: any module; quantization of its ``forward`` is left out.
         convert: from a parameter or buffer to the copy's, which must not share memory with it.
 
     Returns:
@@ -34,12 +34,9 @@ def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) 
         memo[id(parameter)] = nn.Parameter(data, requires_grad=data.is_floating_point())
     for buffer in module.buffers():
         memo[id(buffer)] = convert(buffer.detach())
-    for part in module.modules():
-        if "forward" in vars(part):
-            memo[id(vars(part)["forward"])] = None
-    copy = deepcopy(module, memo)
+    with own_forwards(module):
+        copy = deepcopy(module, memo)
     for part in copy.modules():
-        vars(part).pop("forward", None)
         part.training = False
     return copy
 

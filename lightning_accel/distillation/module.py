@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -13,14 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_accel.calls.contexts import own_forwards
 from lightning_accel.core.callback import check_strategy
-from lightning_accel.core.patching import patches_of_run
 from lightning_accel.core.structure import Change
 from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
 from lightning_accel.distillation.cache.teacher_cache import TeacherCache
 from lightning_accel.distillation.fill_cache import fill
 from lightning_accel.distillation.hparams import keep_own_hparams_
-from lightning_accel.distillation.layers.graph import remove_taps, without_graphs
 from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.logged import log_step
@@ -250,7 +249,7 @@ class DistillationModule(_SharesStudent):
         if not self._distillation.evaluate:
             return step(*args, **kwargs)
         self._distillation.index = None  # the cache holds training data only
-        with without_graphs(self) if self._distillation.student_layers() else nullcontext():
+        with own_forwards(self) if self._distillation.student_layers() else nullcontext():
             result, _, (student, teacher) = self._observe(step, args, kwargs)
         self._distillation.build_adapters(student, teacher, self)
         loss, _ = self._distillation.losses(student, teacher, args[0] if args else next(iter(kwargs.values())))
@@ -282,16 +281,8 @@ class DistillationModule(_SharesStudent):
 
     def on_fit_start(self) -> None:
         """The student's ``on_fit_start``, after checks of ``outputs``, layers and shapes."""
-        patches_of_run(self.trainer).on_undo(
-            partial(remove_taps, self)
-        )  # nothing of the distillation stays in its graphs
         begin(self, self._distillation, self._inputs)
         super().on_fit_start()
-
-    def on_fit_end(self) -> None:
-        """The student's ``on_fit_end``; removes the distillation from its graphs."""
-        remove_taps(self)
-        super().on_fit_end()
 
     def on_after_backward(self) -> None:
         """The student's ``on_after_backward``; averages the adapters' gradients over ranks."""

@@ -11,12 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_accel.calls.batches import Call, call_by_signature
-from lightning_accel.calls.contexts import isolated_random, kept_buffers
+from lightning_accel.calls.contexts import isolated_random, kept_buffers, own_forwards
 from lightning_accel.calls.loaders import peek, training_loader, transferred
-from lightning_accel.core.callback import CompressionCallback
-from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.distillation.adapters import replace_parameters_
-from lightning_accel.distillation.layers.graph import layer_node, without_graphs
 from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.recording import resolve
@@ -85,7 +82,6 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
         name = next((n for n, m in module.named_modules() if m is owner), "")
         ema.begin_(cast(nn.Module, module.student), name, method)
     distillation.pairs = find_pairs(module, distillation)
-    _check_graphs(module, distillation)
     _try(module, distillation, inputs)
     _restore(distillation, ema)
     parameters = [p for adapter in distillation.adapters.values() for p in adapter.parameters()]
@@ -133,7 +129,7 @@ def call_of(module: nn.Module, path: str | None, batch: Any, inputs: Callable[..
         InvalidArgumentError: the arguments can't be derived.
     """
     owner, method = resolve(module, path)
-    with without_graphs(module):
+    with own_forwards(module):
         own = signature(getattr(owner, method))
     return call_by_signature(own, path or "forward", batch, inputs)
 
@@ -142,26 +138,10 @@ def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple
     """Outputs of student and teacher for one call, without gradients, updates of statistics, or effects on random generators."""
     owner, method = resolve(module, outputs_path(distillation.outputs))
     layers = [name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])]
-    with torch.no_grad(), isolated_random(), kept_buffers(module), without_graphs(module):
+    with torch.no_grad(), isolated_random(), kept_buffers(module), own_forwards(module):
         with recorded(module, list(dict.fromkeys(layers))) as found:
             output = getattr(owner, method)(*call[0], **call[1])
         return (found, output), distillation.call_teacher(*call)
-
-
-def _check_graphs(module: L.LightningModule, distillation: Distillation) -> None:
-    """Check before training that layers can be located in the captured graphs of quantization.
-
-    Raises:
-        InvalidArgumentError: a layer can't be located in such a graph.
-    """
-    names = {name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])}
-    callbacks = callbacks_of(module.trainer, CompressionCallback)
-    for callback in callbacks if names else ():
-        prepare = getattr(callback, "prepare", None)
-        for owner, forward in (prepare(module.trainer, module) if prepare is not None else {}).items():
-            inside = [n for n in names if n != owner and n.startswith(f"{owner}." if owner else "")]
-            for name in inside:
-                layer_node(forward.graph(True), name.removeprefix(f"{owner}." if owner else ""))
 
 
 def _restore(distillation: Distillation, ema: EMATeacher | None) -> None:

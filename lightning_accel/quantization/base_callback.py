@@ -104,20 +104,7 @@ class QuantizingCallback(CompressionCallback):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if _exchanges_norms(trainer):  # batch norms were replaced since `setup`
-            self._prepared = {}
-            self._forget_graphs()
         self.prepare(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if _exchanges_norms(trainer):  # batch norms are restored before `on_fit_end`
-            self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        for forward in self._placed.values():
-            forward.forget_graphs()
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, QuantizedForward]:
         """Capture the untrained network, so that errors occur before the run.
@@ -161,9 +148,16 @@ class QuantizingCallback(CompressionCallback):
             stored |= {id(weight) for weight in weights if isinstance(weight, torch.Tensor)}
         return [name for name, parameter in pl_module.named_parameters() if id(parameter) in stored]
 
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        for forward in self._placed.values():
+            forward.follow()
+
     def place(self, pl_module: L.LightningModule) -> None:
         """Replace ``forward`` by the captured graphs, and record the change."""
         for path, forward in self._prepared.items():
+            forward.follow()  # Python that `forward` reads may have changed since `setup`
             forward.take_over(pl_module.get_submodule(path))
             structure.record_of(pl_module).append(quantize_change(forward, self.state_key))
         self._placed, self._prepared = self._prepared, {}
@@ -184,11 +178,6 @@ class QuantizingCallback(CompressionCallback):
             )
         for path, ranges in state_dict["ranges"].items():
             self._placed[path].bank.load_state_dict(ranges)
-
-
-def _exchanges_norms(trainer: L.Trainer) -> bool:
-    """Whether Lightning replaces batch norms by synchronized ones during training: ``Trainer(sync_batchnorm=True)``."""
-    return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 class AllRanks:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from lightning_accel.calls.contexts import REPLACED
 from lightning_accel.core.patching import Patches
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import QuantizedForward
@@ -39,7 +40,7 @@ class CallWatch:
                 self._prepared[path].checked(args, kwargs)
             return forward(*args, **kwargs)
 
-        seen.__wrapped__ = forward  # type: ignore[attr-defined]  # to find a captured graph behind it
+        setattr(seen, REPLACED, vars(module).get("forward"))
         self._patches.swap(module, "forward", seen)
 
     def remove(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_accel.distillation.layers.graph import captured_owner, tapped
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.errors import InvalidArgumentError, RunError
 
@@ -55,14 +54,9 @@ def expand(root: nn.Module, paths: str | Sequence[str], argument: str) -> list[s
 def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
     """Context that records the outputs of submodules; hooks are removed afterwards.
 
-    Outputs of submodules inside of a captured graph are read from the graph.
-
     Args:
         root: the network.
         modules: dotted paths of submodules.
-
-    Raises:
-        InvalidArgumentError: a layer can't be located in a captured graph.
     """
     found: _Recorded = {path: [] for path in modules}
 
@@ -71,10 +65,6 @@ def recorded(root: nn.Module, modules: Sequence[str]) -> Iterator[_Recorded]:
 
     with ExitStack() as stack:
         for path in modules:
-            owner = captured_owner(root, path)
-            if owner is not None:
-                stack.enter_context(tapped(root, owner, path, keep))
-                continue
             hook = root.get_submodule(path).register_forward_hook(lambda m, a, output, path=path: keep(path, output))
             stack.callback(hook.remove)
         yield found

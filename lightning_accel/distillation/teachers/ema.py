@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.calls.contexts import own_forwards
 from lightning_accel.core import structure
 from lightning_accel.core.patching import swapped
-from lightning_accel.distillation.layers.graph import without_graphs
 from lightning_accel.errors import InvalidArgumentError, RunError
 
 
@@ -45,7 +45,7 @@ class EMATeacher(nn.Module):
         """Copy the submodule of a student whose ``method`` computes the logits."""
         part = student.get_submodule(path)
         attached = swapped(part, "_trainer", None) if "_trainer" in vars(part) else nullcontext()
-        with without_graphs(part), attached:  # a run isn't part of the network
+        with own_forwards(part), attached:  # a run isn't part of the network
             self.network = copy.deepcopy(part).eval().requires_grad_(False)
         self._path, self._method = path, method
 

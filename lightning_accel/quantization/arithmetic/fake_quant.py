@@ -139,6 +139,21 @@ def quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> t
     return torch.div(weight, per_channel(scale, weight.ndim, axis)).round_().clamp_(-largest, largest), scale
 
 
+def fake_quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> torch.Tensor:
+    """Round a weight to its integers and back. All values lie within the range, so the gradient is 1.
+
+    Args:
+        weight: floating point, channels along ``axis``.
+        axis: output channels; ``None``: one scale for all.
+        target: determines the largest integer, and the type of the scales.
+
+    Returns:
+        Float32, of the shape of ``weight``.
+    """
+    integers, scale = quantize_weight(weight.float(), axis, target)
+    return straight(weight, integers.mul_(per_channel(scale, weight.ndim, axis)))
+
+
 def _others(ndim: int, axis: int) -> list[int]:
     return [i for i in range(ndim) if i != axis]
 

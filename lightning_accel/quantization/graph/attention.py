@@ -1,12 +1,18 @@
 """Decompose fused attention into the matrix products and the softmax that engines compute in integers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from lightning_accel.errors import CaptureError
+
 aten = torch.ops.aten
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default
+SCORES, VALUES = "attention_scores", "attention_values"
+PARTS = (SCORES, VALUES)  # names of the matrix products
+Quantizer = Callable[[str, int, torch.Tensor], torch.Tensor]  # of an operand of a matrix product, by name and position
 
 
 def take_apart_attention(graph_module: GraphModule) -> None:
@@ -37,12 +43,13 @@ def _attention(
     def call(target: Any, *args: Any, name: str = "") -> Node:
         made = node.graph.call_function(target, args)
         values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-        made.meta = {"nn_module_stack": node.meta.get("nn_module_stack"), "val": target(*values)}
+        made.meta = {key: node.meta[key] for key in ("nn_module_stack", "custom") if key in node.meta}
+        made.meta["val"] = target(*values)
         if name:
             made.meta["operator_name"] = name
         return made
 
-    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1), name="attention_scores")
+    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1), name=SCORES)
     scores = call(aten.mul.Tensor, scores, query.meta["val"].shape[-1] ** -0.5 if scale is None else scale)
     boolean = mask is not None and mask.meta["val"].dtype is torch.bool
     if mask is not None:
@@ -58,4 +65,50 @@ def _attention(
         shares = call(aten.masked_fill.Scalar, shares, nothing, 0.0)
     if dropout:
         shares = call(aten.dropout.default, shares, dropout, True)
-    return call(aten.matmul.default, shares, value, name="attention_values")
+    return call(aten.matmul.default, shares, value, name=VALUES)
+
+
+def attention(
+    quantized: Quantizer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention``, computed as :func:`take_apart_attention` writes it.
+
+    Args:
+        quantized: quantizes an operand of one of the matrix products.
+        query: ``(..., L, E)``.
+        key: ``(..., S, E)``.
+        value: ``(..., S, V)``.
+        attn_mask: ``(..., L, S)``: where to look, or what to add to the scores.
+        dropout_p: share of the weights that is dropped.
+        is_causal: must be false, see :func:`take_apart_attention`.
+        scale: of the scores; ``None``: ``1 / sqrt(E)``.
+        enable_gqa: must be false.
+
+    Returns:
+        ``(..., L, V)``.
+    """
+    if is_causal or enable_gqa:
+        raise CaptureError(
+            "Arguments `is_causal` and `enable_gqa` of attention must be False, as they were when the network was captured, but got "
+            f"{is_causal} and {enable_gqa}. Exclude this attention from quantization with `exclude`."
+        )
+    scores = torch.matmul(quantized(SCORES, 0, query), quantized(SCORES, 1, key.transpose(-2, -1)))
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    boolean = attn_mask is not None and attn_mask.dtype is torch.bool
+    if attn_mask is not None:
+        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf) if boolean else scores + attn_mask
+    shares = torch.softmax(scores, -1)
+    if attn_mask is not None and boolean:  # the fused kernel returns zeros for a fully masked query
+        shares = shares.masked_fill(attn_mask.any(-1, True).logical_not(), 0.0)
+    if dropout_p:
+        shares = torch.dropout(shares, dropout_p, True)
+    return torch.matmul(quantized(VALUES, 0, shares), quantized(VALUES, 1, value))

@@ -11,8 +11,9 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
-from lightning_accel.calls.contexts import mode, named_keywords, own_forward, own_signature
+from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.operators import is_view
-from lightning_accel.quantization.graph.sync_norm import one_rank
+from lightning_accel.quantization.graph.sites import marked_sites
+
+CALLS = "calls"  # in a captured graph's `meta`: how often each function was called in each submodule
 
 
 def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
@@ -58,6 +62,15 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
 
 
 @contextmanager
+def one_rank(module: nn.Module) -> Iterator[None]:
+    """Let the SyncBatchNorms of a module use this rank's batch only, which can be captured."""
+    with ExitStack() as stack:
+        for norm in (m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)):
+            stack.enter_context(swapped(norm, "forward", MethodType(_BatchNorm.forward, norm)))
+        yield
+
+
+@contextmanager
 def no_logs() -> Iterator[None]:
     """Suppress torch.export's developer logs; errors are still raised."""
     before = logging.root.manager.disable
@@ -74,6 +87,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
     args, kwargs = example_inputs(description, device)
     keep = torch.get_rng_state()
     with (
+        kept_state(module),
         named_keywords(module, kwargs),
         one_rank(module),
         nullcontext() if training is None else mode(module, training),
@@ -83,8 +97,10 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
                 shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
-                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+                with marked_sites(module) as counts:
+                    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
                 graph_module = program.module()
+                graph_module.meta[CALLS] = counts[-1]
             finally:
                 torch.set_rng_state(keep)
     for node in list(graph_module.graph.nodes):  # inputs are checked by InputGuard, faster and with better messages
@@ -224,28 +240,3 @@ def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], tra
             continue
         return name
     return ""
-
-
-class Bindings:
-    """Keeps the tensors of a captured graph identical to the module's, also after ``.to(device)`` replaces buffer objects."""
-
-    def __init__(self, graph_module: GraphModule, module: nn.Module) -> None:
-        self._links: list[tuple[dict[str, Any], dict[str, Any], str]] = []
-        for node in graph_module.graph.nodes:
-            if node.op != "get_attr":
-                continue
-            prefix, _, key = node.target.rpartition(".")
-            try:
-                owner = module.get_submodule(prefix)
-            except AttributeError:  # a constant lifted by torch.export, owned by the graph
-                continue
-            inner = graph_module.get_submodule(prefix)
-            for theirs, ours in ((owner._parameters, inner._parameters), (owner._buffers, inner._buffers)):
-                if key in theirs and key in ours:
-                    self._links.append((theirs, ours, key))
-
-    def sync(self) -> None:
-        """Set the graph's tensors to the module's present ones."""
-        for theirs, ours, key in self._links:
-            if ours[key] is not theirs[key]:
-                ours[key] = theirs[key]

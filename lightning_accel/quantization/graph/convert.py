@@ -5,7 +5,6 @@ file equals the simulation.
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +50,7 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         raise InvalidArgumentError(
             "Ranges must have seen data before convert, but got none: train, or calibrate, past `start`."
         )
-    graph_module = deepcopy(forward.graph(training=False))
+    graph_module = forward.graph()
     trained = TrainedIntegers({}, {})
     for node in list(graph_module.graph.nodes):
         if node.op != "call_module":

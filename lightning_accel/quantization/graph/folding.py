@@ -1,5 +1,6 @@
 """Fold a convolution or linear layer and its batch norm into one operator with integer weights."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -8,16 +9,54 @@ from torch import nn
 from lightning_accel.quantization.arithmetic.dynamic_linear import dynamic_linear
 from lightning_accel.quantization.arithmetic.fake_quant import TINY, per_channel, quantize_weight, stored, straight
 from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.arithmetic.targets import Target
 
 aten = torch.ops.aten
 
 
-class FoldedOperator(nn.Module):
-    """A convolution or linear layer with quantized weight, and the following batch norm folded into scales and bias.
+def fold_norm(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    axis: int,
+    target: Target,
+    norm: Sequence[torch.Tensor | None] = (),
+    epsilon: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Quantize a weight, and fold the batch norm after it into scales and bias.
 
     Scaling an output channel scales its step: ``norm(conv(x, q * s)) = conv(x, q * (s * f)) + b`` with
     ``f = gamma / sqrt(var + eps)``, so the integers don't change. A negative ``f`` flips their sign; a zero one
     sets them to zero.
+
+    Args:
+        weight: of a convolution or linear layer.
+        bias: ``(C,)``, or none.
+        axis: output channels of the weight.
+        target: determines the largest integer, and the type of the scales.
+        norm: scale, shift, mean and variance of the batch norm, each ``(C,)``; the first two may be missing.
+        epsilon: of the batch norm; ``None`` if there is none.
+
+    Returns:
+        Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)``.
+    """
+    integers, scale = quantize_weight(weight, axis, target)
+    if epsilon is None:
+        return integers, scale, bias
+    gamma, beta, mean, variance = norm
+    assert mean is not None
+    assert variance is not None
+    deviation = torch.sqrt(variance + epsilon)
+    factor = 1.0 / deviation if gamma is None else gamma / deviation
+    integers = integers * per_channel(torch.sign(factor), weight.ndim, axis)
+    folded = scale * factor.abs()
+    # gamma 0: the scale of zeros is arbitrary
+    scale = stored(torch.where(folded < TINY, scale, folded), target)
+    shift = -mean if bias is None else bias - mean
+    return integers, scale, shift * factor if beta is None else beta + shift * factor
+
+
+class FoldedOperator(nn.Module):
+    """A convolution or linear layer with quantized weight, and the following batch norm folded by :func:`fold_norm`.
 
     Args:
         bank: ranges and target, and whether fake-quantization is active.
@@ -45,21 +84,7 @@ class FoldedOperator(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` for export."""
-        integers, scale = quantize_weight(weight, self.axis, self.bank.target)
-        if self.epsilon is None:
-            return integers, scale, bias
-        gamma, beta, mean, variance = norm
-        assert mean is not None
-        assert variance is not None
-        deviation = torch.sqrt(variance + self.epsilon)
-        factor = 1.0 / deviation if gamma is None else gamma / deviation
-        integers = integers * per_channel(torch.sign(factor), weight.ndim, self.axis)
-        folded = scale * factor.abs()
-        scale = stored(
-            torch.where(folded < TINY, scale, folded), self.bank.target
-        )  # gamma 0: the scale of zeros is arbitrary
-        shift = -mean if bias is None else bias - mean
-        return integers, scale, shift * factor if beta is None else beta + shift * factor
+        return fold_norm(weight, bias, self.axis, self.bank.target, norm, self.epsilon)
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None

@@ -7,29 +7,25 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.graph.actions import foldable_norm
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
-from lightning_accel.quantization.graph.modules import ActivationFakeQuant, WeightFakeQuant, free_name
-from lightning_accel.quantization.graph.operators import clip_of, writes
+from lightning_accel.quantization.graph.modules import ActivationFakeQuant, free_name
+from lightning_accel.quantization.graph.operators import writes
 from lightning_accel.quantization.graph.plan import QuantizationPlan, QuantizationPoint, aten
-from lightning_accel.quantization.graph.sync_norm import SyncedNorm
 
 DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators that dynamic quantization supports
 
 
 def place_fake_quants(
-    graph_module: GraphModule, plan: QuantizationPlan, tensors: Mapping[str, str], bank: RangeBank, training: bool
+    graph_module: GraphModule, plan: QuantizationPlan, tensors: Mapping[str, str], bank: RangeBank
 ) -> None:
-    """Insert the fake-quants of a plan into a captured graph, in place, one for each tensor.
-
-    In an eval graph, operators with a weight become :class:`FoldedOperator`. In a train graph, a rectifier whose only reader is a
-    fake-quantization is fused into it: one pass over the tensor instead of two.
+    """Insert the fake-quants of a plan into a captured eval graph, in place, one for each tensor.
 
     Args:
         graph_module: the captured graph.
         plan: its points.
         tensors: key of each activation -> key of its row in the bank.
         bank: holds the ranges.
-        training: whether it is the train graph.
     """
     rows = {key: i for i, key in enumerate(bank.keys)}
     readers: dict[int, set[str]] = {}
@@ -41,14 +37,12 @@ def place_fake_quants(
         if point.weight:
             if _is_dynamic_linear(plan, point):
                 _make_dynamic(graph_module, point, bank)
-            elif training:
-                _place_weight(graph_module, point, bank)
             continue
         row = rows[tensors[point.key]]
         for root in point.roots:
             at = (root, row, point.version)
             if at not in placed:
-                fake = ActivationFakeQuant(bank, row, training, frozenset(readers[row]))
+                fake = ActivationFakeQuant(bank, row, frozenset(readers[row]))
                 placed[at] = _insert(graph_module, point, root, f"fake_quant_{row}", fake)
             for source, reader in point.moved:
                 if source is root:
@@ -60,13 +54,9 @@ def place_fake_quants(
             for user in [u for u in root.users if u not in fakes and u.op != "output"]:
                 if _after(fake_node, user):
                     user.replace_input_with(root, fake_node)
-    for node in placed.values():
-        if training:
-            _take_over_rectifier(graph_module, node)
-    if not training:
-        for point in plan.points:
-            if point.weight and not _is_dynamic_linear(plan, point):
-                _fold(graph_module, point, bank)
+    for point in plan.points:
+        if point.weight and not _is_dynamic_linear(plan, point):
+            _fold(graph_module, point, bank)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
@@ -105,18 +95,6 @@ def _after(first: Node, second: Node) -> bool:
     return False
 
 
-def _place_weight(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
-    name = f"fake_quant_of_{point.operand.name}" + ("" if point.axis is None else f"_{point.axis}")
-    if not hasattr(graph_module, name):
-        graph_module.add_module(name, WeightFakeQuant(bank, point.axis))
-    made = next((u for u in point.operand.users if u.op == "call_module" and u.target == name), None)
-    if made is None:
-        with graph_module.graph.inserting_before(_first(point.operand, set(point.operand.users))):
-            made = graph_module.graph.call_module(name, (point.operand,))
-        made.meta = dict(point.operand.meta)
-    point.node.update_arg(point.index, made)  # type: ignore[arg-type]  # a weight is an operand, not a result
-
-
 def _make_dynamic(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
     name = _folded_name(graph_module, point)
     graph_module.add_module(name, DynamicLinear(bank, point.operator))
@@ -127,16 +105,6 @@ def _make_dynamic(graph_module: GraphModule, point: QuantizationPoint, bank: Ran
 
 def _folded_name(graph_module: GraphModule, point: QuantizationPoint) -> str:
     return free_name(graph_module, "folded_" + point.operator.replace(".", "_"))
-
-
-def _take_over_rectifier(graph_module: GraphModule, node: Node) -> None:
-    source: Any = node.args[0]
-    clip = clip_of(source)
-    if clip is None or set(source.users) != {node} or writes(source):
-        return
-    graph_module.get_submodule(str(node.target)).clip = clip  # type: ignore[assignment]
-    node.args = (source.args[0],)
-    graph_module.graph.erase_node(source)
 
 
 def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) -> None:
@@ -150,12 +118,7 @@ def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) 
         _replace(node, folded)
         return
     bias = node.args[2] if len(node.args) > 2 else None
-    norm = next(iter(node.users)) if len(node.users) == 1 else None
-    value = node.meta.get("val")
-    if node.target is aten.linear.default and getattr(value, "ndim", 0) != 2:
-        norm = None  # the channels of batch norm aren't the outputs of the linear layer
-    if norm is not None and (norm.target is not aten.batch_norm.default or norm.args[0] is not node or norm.args[5]):
-        norm = None
+    norm = foldable_norm(node)
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
     epsilon: Any = None if norm is None else norm.args[7]
     operator = FoldedOperator(bank, point.operator, node.target, point.axis or 0, tuple(node.args[3:]), epsilon)
@@ -172,19 +135,3 @@ def _replace(node: Node, other: Node) -> None:
     other.meta = dict(node.meta)
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)
-
-
-def freeze_norms(graph_module: GraphModule) -> None:
-    """Freeze the batch norms of a train graph at their running statistics, in place."""
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if (
-            node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None
-        ):  # otherwise there are no running statistics
-            node.update_arg(5, False)
-        if node.op == "call_module" and isinstance(norm := graph_module.get_submodule(str(node.target)), SyncedNorm):
-            norm.frozen = True
-        counts = node.target is aten.add_.Tensor and isinstance(node.args[0], Node) and node.args[0].op == "get_attr"
-        if counts and str(node.args[0].target).endswith("num_batches_tracked") and not node.users:
-            graph.erase_node(node)
-    graph_module.recompile()

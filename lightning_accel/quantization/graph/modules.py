@@ -5,28 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lightning_accel.quantization.arithmetic.fake_quant import per_channel, quantize_weight, straight
 from lightning_accel.quantization.arithmetic.observers import RangeBank
-
-
-class WeightFakeQuant(nn.Module):
-    """Fake-quantization of a weight with its present range; stateless. All values lie within the range, so the gradient is 1.
-
-    Args:
-        bank: ranges and target, and whether fake-quantization is active.
-        axis: output channels; ``None``: one scale for all of the weight.
-    """
-
-    def __init__(self, bank: RangeBank, axis: int | None) -> None:
-        super().__init__()
-        self.bank, self.axis = bank, axis
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Quantized weight, of the same shape."""
-        if not self.bank.active:
-            return weight
-        integers, scale = quantize_weight(weight.float(), self.axis, self.bank.target)
-        return straight(weight, integers.mul_(per_channel(scale, weight.ndim, self.axis)))
 
 
 class ActivationFakeQuant(nn.Module):
@@ -35,21 +14,12 @@ class ActivationFakeQuant(nn.Module):
     Args:
         bank: holds its range.
         index: its row in the bank.
-        training: whether it is part of the train graph.
         operators: the operators that read it; inactive while all of them compute in float.
-        clip: limits of a fused activation.
     """
 
-    def __init__(
-        self,
-        bank: RangeBank,
-        index: int,
-        training: bool,
-        operators: frozenset[str] = frozenset(),
-        clip: tuple[float, float] = (-torch.inf, torch.inf),
-    ) -> None:
+    def __init__(self, bank: RangeBank, index: int, operators: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.bank, self.index, self.training_graph, self.operators, self.clip = bank, index, training, operators, clip
+        self.bank, self.index, self.operators = bank, index, operators
 
     def qparams(self) -> tuple[float, int]:
         """Present scale (exactly representable in float32) and zero point."""
@@ -59,7 +29,7 @@ class ActivationFakeQuant(nn.Module):
         """Same shape as ``x``."""
         if self.bank.off and self.operators <= self.bank.off:
             return x
-        return self.bank.quantize(self.index, x, self.training_graph, self.clip)
+        return self.bank.quantize(self.index, x, training=False)
 
 
 def free_name(graph_module: nn.Module, name: str, suffixes: Sequence[str] = ("",)) -> str:

@@ -69,7 +69,7 @@ _FLOAT_ONLY = {
 }
 
 
-_KNOWN = {*WEIGHTED, *PAIRED, *POOLED, *_FLOAT_ONLY, FUSED_ATTENTION}
+KNOWN = {*WEIGHTED, *PAIRED, *POOLED, *_FLOAT_ONLY, FUSED_ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ class QuantizationPlan:
         points: operands and results to quantize, in the graph's order.
         kept_float: name of an operator -> why it stays float.
         counts: how often each kind of operator runs in each module.
-        groups: name of an operator -> its key in ``counts``.
+        operators: name of an operator -> its node.
         dynamic: whether the inputs of linear layers are quantized dynamically.
     """
 
     points: list[QuantizationPoint] = field(default_factory=list)
     kept_float: dict[str, str] = field(default_factory=dict)
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    groups: dict[str, tuple[str, str]] = field(default_factory=dict)
+    operators: dict[str, Node] = field(default_factory=dict)
     dynamic: bool = False
 
     def tensors(self) -> dict[str, str]:
@@ -179,16 +179,16 @@ def plan_points(
         versions[node] = [written[memory_of(arg)] if isinstance(arg, Node) else 0 for arg in node.args[:2]]
         if writes(node):
             written[memory_of(node.args[0])] += 1
-        if node.target not in _KNOWN:
+        if node.target not in KNOWN:
             continue
         kind = node.meta.get("operator_name") or str(node.target).removeprefix("aten.").split(".")[0].rstrip("_")
         path = module_of(node)
         plan.counts[path, kind] += 1
         leaf = node.target in WEIGHTED and plan.counts[path, kind] == 1
         name = path if leaf and path else ".".join(filter(None, (path, f"{kind}{plan.counts[path, kind]}")))
-        while name in plan.groups:  # a module may already have this name
+        while name in plan.operators:  # a module may already have this name
             name += "_"
-        plan.groups[name] = (path, kind)
+        plan.operators[name] = node
         if reason := _why_not(node, parameters, target, training):
             if reason != "nothing":
                 plan.kept_float[name] = reason

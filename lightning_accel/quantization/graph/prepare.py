@@ -1,12 +1,12 @@
 """Put fake-quantization into a module's ``forward``, and remove it again.
 
-A train graph and an eval graph are captured from the same module. They share its parameters and buffers, and one bank of
-ranges, so switching modes needs no capture. The eval graph folds batch norm as the conversion does, so that it computes the
-exported network.
+The eval graph of a module is captured to plan what is quantized, and again when the network is exported. Every other call runs the
+module's own ``forward``, in training and evaluation alike, and quantizes at the call sites of the plan; in evaluation it folds batch norm
+as the conversion does, so that it computes the exported network.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from typing import Any
 
@@ -15,28 +15,37 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lightning_accel.calls.batches import canonical_call
-from lightning_accel.calls.contexts import own_signature
-from lightning_accel.calls.shapes import InputGuard, plain_call
+from lightning_accel.calls.contexts import (
+    isolated_random,
+    kept_state,
+    mode,
+    own_forward,
+    own_signature,
+    plain_attributes,
+)
+from lightning_accel.calls.shapes import InputGuard, example_inputs, plain_call
 from lightning_accel.core import structure
 from lightning_accel.core.patching import place, take_off
 from lightning_accel.core.structure import Change
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.arithmetic.targets import ATTENTION, Target
+from lightning_accel.quantization.graph.actions import actions_of, foldable_norm, reachable
 from lightning_accel.quantization.graph.attention import take_apart_attention
-from lightning_accel.quantization.graph.capture import Bindings, capture
+from lightning_accel.quantization.graph.capture import CALLS, capture, one_rank
 from lightning_accel.quantization.graph.forms import forms_of
-from lightning_accel.quantization.graph.insert import DYNAMIC, freeze_norms, place_fake_quants
+from lightning_accel.quantization.graph.insert import DYNAMIC, place_fake_quants
+from lightning_accel.quantization.graph.live import FakeQuantMode, LivePlan
 from lightning_accel.quantization.graph.plan import QuantizationPlan, plan_points
-from lightning_accel.quantization.graph.sync_norm import synchronize_norms
+from lightning_accel.quantization.graph.sites import Calls, counted_calls, quantizable, site_of
 
 ACTIVATIONS = ("static", "dynamic", "float")
+_THROWS = 8  # trial runs in training at most
 _NOT_LINEAR = "the range of the moment is for linear layers"
-_Modes = tuple[bool, ...]  # the mode of each submodule
 
 
 class QuantizedForward:
-    """Replacement of a module's ``forward``: two captured graphs with fake-quantization over the module's own tensors.
+    """Replacement of a module's ``forward``: runs it, and quantizes operands, results and weights at its call sites.
 
     Args:
         module: module whose ``forward`` is replaced; otherwise not changed.
@@ -48,6 +57,7 @@ class QuantizedForward:
         ranges: how ranges are learned, see :class:`~lightning_accel.quantization.arithmetic.observers.RangeBank`.
         activations: ``"static"``: one range for all calls; ``"dynamic"``: inputs of linear layers by their range in each call;
             ``"float"``: activations aren't quantized, only weights.
+        record: plan from :meth:`record`; ``None``: it is made from the captured module.
 
     Raises:
         CaptureError: the module can't be captured.
@@ -64,6 +74,7 @@ class QuantizedForward:
         path: str = "",
         ranges: str = "moving_average",
         activations: str = "static",
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         if activations not in ACTIVATIONS:
             raise InvalidArgumentError(f"Argument `activations` must be one of {ACTIVATIONS}, but got {activations!r}.")
@@ -77,97 +88,181 @@ class QuantizedForward:
         self.include, self.exclude = tuple(include), tuple(exclude)
         self._signature = own_signature(module)
         self._guard = InputGuard(inputs, path or type(module).__name__)
+        self.replaced_forward: Any = None  # a `forward` that the user has set on the instance
         self.bank: RangeBank
-        self._graphs: dict[_Modes, GraphModule] = {}
-        self._build()
+        if record is None:
+            self._plan_anew()
+        else:
+            self.bank = RangeBank(list(record["keys"]), target, ranges)
+            self.live, self.forms = LivePlan.of(record["live"]), frozenset(record["forms"])
+            self.quantized, self.kept_float = list(record["quantized"]), dict(record["kept_float"])
+            self._calls = self._calls_of(training=False)
+            self._attributes = plain_attributes(module)
 
-    def _build(self) -> None:
-        """Capture both graphs on the module's present device; existing ranges are kept."""
+    def record(self) -> dict[str, Any]:
+        """The plan as plain values, to quantize the same on another instance of the module."""
+        return {
+            "keys": list(self.bank.keys),
+            "live": self.live.plain(),
+            "forms": sorted(self.forms),
+            "quantized": list(self.quantized),
+            "kept_float": dict(self.kept_float),
+        }
+
+    def _plan_anew(self) -> None:
         with torch.inference_mode(False):
-            graphs = {training: self._capture(training) for training in (True, False)}
-            plans = {training: self._plan_of(graph, training) for training, graph in graphs.items()}
-            self.forms = forms_of(plans[False], self.activations)
-            tensors = _shared_tensors(plans, self.path)
-            if not hasattr(self, "bank"):
-                keys = list(dict.fromkeys(tensors.values()))
-                self.bank = RangeBank(keys, self.target, self.ranges)
-            for training, graph in graphs.items():
-                place_fake_quants(graph, plans[training], tensors, self.bank, training)
-            synchronize_norms(graphs[True], self.module)
-        self.kept_float, self._plan, self._tensors = plans[False].kept_float, plans[False], tensors
-        self.quantized = list(dict.fromkeys(point.operator for point in plans[False].points))
-        self._parts = list(self.module.modules())
-        self._graphs = {(training,) * len(self._parts): graph for training, graph in graphs.items()}
-        self._bindings = {modes: Bindings(graph, self.module) for modes, graph in self._graphs.items()}
-        self._device, self._norms_frozen = _device_of(self.module), False
-        self.bank.to(self._device)
+            _, plan, tensors = self._planned()
+        keys = list(dict.fromkeys(tensors.values()))
+        if not hasattr(self, "bank") or self.bank.keys != keys:
+            self.bank = RangeBank(keys, self.target, self.ranges)
+        self._settle(plan, tensors)
 
-    def _capture(self, training: bool | None) -> GraphModule:
-        graph = capture(self.module, self.inputs, training, self.path)
+    def _planned(self) -> tuple[GraphModule, QuantizationPlan, dict[str, str]]:
+        """The eval graph, its plan, and the shared ranges: key of each activation -> key of its row."""
+        graph = capture(self.module, self.inputs, False, self.path)
         if ATTENTION in self.target.operators and self.activations == "static":
             take_apart_attention(graph)
+        plan = plan_points(graph, self.target, self.include, self.exclude)
+        if self.activations != "static":
+            self._restrict(plan)
+        reachable(plan)
+        shipped: Calls = graph.meta[CALLS]
+        self._counts = {False: shipped, True: self._calls_in_training(plan) or shipped}
+        _in_training_too(plan, self._counts)
+        if not plan.points:
+            what = f"`{self.path}`" if self.path else "the module"
+            raise InvalidArgumentError(
+                f"Argument `include` must leave an operator to quantize, but got none in {what}. "
+                f"Kept in float: {plan.kept_float or 'nothing, since it has no operator that can be quantized'}."
+            )
+        return graph, plan, plan.tensors()
+
+    def _restrict(self, plan: QuantizationPlan) -> None:
+        """Leave the points that there are without static activations."""
+        plan.dynamic = self.activations == "dynamic"
+        all_weights = [p for p in plan.points if p.weight]
+        points = [p for p in all_weights if not plan.dynamic or p.node.target in DYNAMIC]
+        for point in plan.points:
+            if point.operator not in {p.operator for p in points}:
+                weighted = point.operator in {p.operator for p in all_weights}
+                plan.kept_float[point.operator] = _NOT_LINEAR if weighted else "it has no weight"
+        plan.points = points
+
+    def _settle(self, plan: QuantizationPlan, tensors: Mapping[str, str]) -> None:
+        rows = {key: self.bank.keys.index(row) for key, row in tensors.items()}
+        readers: dict[int, set[str]] = {}
+        for point in plan.points:
+            if not point.weight:
+                readers.setdefault(rows[point.key], set()).add(point.operator)
+        frozen = {row: frozenset(names) for row, names in readers.items()}
+        what = self.path or type(self.module).__name__
+        self.live = LivePlan(actions_of(plan, rows), frozen, self._counts, what)
+        self.forms, self.kept_float = forms_of(plan, self.activations), plan.kept_float
+        self.quantized = list(dict.fromkeys(point.operator for point in plan.points))
+        self._attributes = plain_attributes(self.module)
+        first, again = (self._calls_of(training=False, seed=seed) for seed in (0, 1))
+        self._calls = first
+        if first is not None and again is not None and (differing := _differing(first, again)):
+            raise CaptureError(
+                f"`forward` of `{what}` must run the same operators in each evaluation, but what {differing} runs depends on random "
+                "numbers. Draw them in training only: `if self.training`."
+            )
+
+    def _calls_of(self, training: bool, seed: int = 0) -> Calls | None:
+        """Calls of each function in a trial run on zeros; ``None`` if it can't run on them.
+
+        The state of the module and of the random generators stays.
+        """
+        device = _device_of(self.module)
+        args, kwargs = example_inputs(self.inputs, device)
+        try:
+            with (
+                kept_state(self.module),
+                own_forward(self.module),
+                one_rank(self.module),
+                mode(self.module, training),
+                isolated_random(seed),
+                torch.no_grad(),
+            ):
+                return counted_calls(self.module, args, kwargs)
+        except Exception:  # whatever a forward raises on zeros: each step compares its calls with the plan's anyway
+            return None
+
+    def _calls_in_training(self, plan: QuantizationPlan) -> Calls | None:
+        """The same in training; submodules that a coin leaves out (https://arxiv.org/abs/1603.09382) get several throws."""
+        wanted = {site[:2] for node in plan.operators.values() if (site := site_of(node)) is not None}
+        found: Calls = Counter()
+        for seed in range(_THROWS):
+            calls = self._calls_of(training=True, seed=seed)
+            if calls is None:
+                return None
+            found |= calls
+            if wanted <= found.keys():
+                break
+        return found
+
+    def follow(self) -> None:
+        """Plan anew if ``forward`` has come to run other operators in evaluation; before ranges are learned, anything may change.
+
+        Raises:
+            InvalidArgumentError: with learned ranges, other operators than those would be quantized.
+        """
+        calls = self._calls_of(training=False)
+        if calls is None or self._calls is None or not _differing(calls, self._calls):
+            return
+        if self.bank.batches:
+            self.graph()  # raises if others would be quantized
+        self._plan_anew()
+
+    def graph(self) -> GraphModule:
+        """The eval graph of the module as it is now, with its quantized operators: what is exported.
+
+        Raises:
+            CaptureError: it can't be captured.
+            InvalidArgumentError: other operators run in it than are quantized.
+        """
+        with torch.inference_mode(False):
+            graph, plan, tensors = self._planned()
+            keys = list(dict.fromkeys(tensors.values()))
+            now = list(dict.fromkeys(point.operator for point in plan.points))
+            if keys != self.bank.keys or now != self.quantized:
+                raise InvalidArgumentError(
+                    f"`{self.path or type(self.module).__name__}` must run the operators whose ranges were learned, but its `forward` "
+                    f"now runs others: {sorted(set(now) ^ set(self.quantized)) or 'in another order'}.{self._changed()} Let what "
+                    "it reads be the same from the start of quantization on."
+                )
+            place_fake_quants(graph, plan, tensors, self.bank)
         return graph
 
-    def _plan_of(self, graph: GraphModule, training: bool) -> QuantizationPlan:
-        plan = plan_points(graph, self.target, self.include, self.exclude, training=training)
-        if self.activations != "static":
-            plan.dynamic = self.activations == "dynamic"
-            all_weights = [p for p in plan.points if p.weight]
-            points = [p for p in all_weights if not plan.dynamic or p.node.target in DYNAMIC]
-            for point in plan.points:
-                if point.operator not in {p.operator for p in points}:
-                    weighted = point.operator in {p.operator for p in all_weights}
-                    plan.kept_float[point.operator] = _NOT_LINEAR if weighted else "it has no weight"
-            plan.points = points
-        return plan
+    def _changed(self) -> str:
+        """Sentence with the Python values that have changed since the plan was made."""
+        now = plain_attributes(self.module)
+        found = [
+            f"`{name}` was {before!r} and is {now.get(name)!r}"
+            for name, before in self._attributes.items()
+            if now.get(name) != before
+        ]
+        return f" Changed since: {'; '.join(found[:5])}." if found else ""
 
-    def _build_mixed(self, modes: "_Modes") -> None:
-        """Capture a graph for submodules in different modes, e.g. with a frozen batch norm."""
-        with torch.inference_mode(False):
-            graph = self._capture(None)
-            plan = self._plan_of(graph, training=True)
-            keys = {p.key for p in self._plan.points}
-            plan.points = [p for p in plan.points if p.key in keys]
-            if {p.key for p in plan.points} != keys or any(
-                plan.counts[g] != self._plan.counts[g] for g in self._plan.groups.values()
-            ):
-                raise InvalidArgumentError(
-                    f"Submodules of the quantized `{self.path or type(self.module).__name__}` must run the same operators in train and "
-                    "eval mode to be held in either, but some don't. Put the whole module in one mode."
-                )
-            place_fake_quants(graph, plan, self._tensors, self.bank, modes[0])
-            synchronize_norms(graph, self.module)
-        self._graphs[modes], self._bindings[modes] = graph, Bindings(graph, self.module)
-        self._norms_frozen = False
-
-    def forget_graphs(self) -> None:
-        """Capture again at the next call, after submodules were replaced by others with the same tensors."""
-        self._graphs, self._bindings = {}, {}
-
-    def graph(self, training: bool) -> GraphModule:
-        """The captured graph of a mode, over the module's present tensors."""
-        if not self._graphs or _device_of(self.module) != self._device:
-            self._build()  # a graph contains constants on the device of its capture
-        modes = (training,) * len(self._parts)
-        if training == self.module.training:
-            modes = tuple([part.training for part in self._parts])
-            if modes not in self._graphs:
-                self._build_mixed(modes)
-        if self.bank.norms_frozen and not self._norms_frozen:
-            for graph in self._graphs.values():
-                freeze_norms(graph)
-            self._norms_frozen = True
-        self._bindings[modes].sync()
-        return self._graphs[modes]
+    @property
+    def own(self) -> Any:
+        """The module's own ``forward``."""
+        return (
+            type(self.module).forward.__get__(self.module) if self.replaced_forward is None else self.replaced_forward
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same signature and result as the module's own ``forward``."""
-        args, kwargs = self.checked(args, kwargs)
-        return self.graph(self.module.training).forward(*args, **kwargs)
+        if not self.module.training:
+            self.checked(args, kwargs)
+        self.bank.to(_device_of(self.module))
+        return FakeQuantMode(self.module, self.live, self.bank).run(self.own, args, kwargs)
 
     def take_over(self, module: nn.Module | None = None) -> None:
         """Answer the calls of a module's ``forward`` from now on: of the one that was captured, or of its equal."""
-        place(self.module if module is None else module, "forward", self)
+        self.module = self.module if module is None else module
+        self.replaced_forward = vars(self.module).get("forward")
+        place(self.module, "forward", self)
 
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments in the form that the graphs take.
@@ -184,51 +279,45 @@ class QuantizedForward:
         """Lightning uses this attribute to detect an overridden ``forward``."""
         return type(self).__call__.__code__
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All state except the graphs, which are captured again on demand."""
-        return {**self.__dict__, "_graphs": {}, "_bindings": {}, "_parts": [], "_plan": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedForward":
-        """Copy for a copied module, e.g. by EMA: ranges are copied, graphs are captured again on first use."""
-        copy = object.__new__(type(self))
-        memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__(), module=deepcopy(self.module, memo), bank=deepcopy(self.bank, memo))
-        return copy
-
 
 def _device_of(module: nn.Module) -> torch.device:
     tensor = next(module.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _shared_tensors(plans: Mapping[bool, QuantizationPlan], path: str) -> dict[str, str]:
-    """Map operands to tensors of the eval graph, and restrict each plan to the points of both graphs.
+def _differing(first: Calls, second: Calls) -> str:
+    """Submodules that make other quantizable calls in one run than in another, for messages; empty if there are none."""
+    first, second = quantizable(first), quantizable(second)
+    return ", ".join(
+        f"`{path or 'forward'}`" for path in sorted({key[0] for key in (first - second) | (second - first)})
+    )
 
-    Raises:
-        InvalidArgumentError: nothing is left.
-    """
-    kept = plans[False].kept_float
-    trained = {point.key for point in plans[True].points}
-    for point in plans[False].points:
-        if point.key not in trained:
-            kept[point.operator] = "runs in evaluation only, so training can't learn its range"
-    for name, group in plans[False].groups.items():
-        if plans[True].counts[group] != plans[False].counts[group] and name not in kept:
-            kept[name] = f"`{group[0] or 'forward'}` runs {group[1]} a different number of times in training"
-    plans[False].points = [p for p in plans[False].points if p.operator not in kept]
-    shipped = {p.key for p in plans[False].points}
-    plans[True].points = [p for p in plans[True].points if p.key in shipped]
-    if not shipped:
-        raise InvalidArgumentError(
-            f"Argument `include` must leave an operator to quantize, but got none in {f'`{path}`' if path else 'the module'}. "
-            f"Kept in float: {kept or 'nothing, since it has no operator that can be quantized'}."
-        )
-    return plans[False].tensors()
+
+def _in_training_too(plan: QuantizationPlan, counts: Mapping[bool, Calls]) -> None:
+    """Keep those operators float whose function runs another number of times in training, so that calls can't be matched."""
+    for name, node in plan.operators.items():
+        sites = {
+            site for made in (node, foldable_norm(node)) if made is not None and (site := site_of(made)) is not None
+        }
+        for path, function, _ in sites:
+            trained, shipped = (counts[training][path, function] for training in (True, False))
+            if name in plan.kept_float or trained == shipped:
+                continue
+            plan.kept_float[name] = (
+                f"`{path or 'forward'}` runs {function} a different number of times in training"
+                if trained
+                else "runs in evaluation only, so training can't learn its range"
+            )
+    plan.points = [p for p in plan.points if p.operator not in plan.kept_float]
 
 
 def release(module: nn.Module) -> None:
     """Give a module its own ``forward`` back."""
-    take_off(module, "forward")
+    forward = vars(module).get("forward")
+    if isinstance(forward, QuantizedForward) and forward.replaced_forward is not None:
+        place(module, "forward", forward.replaced_forward)
+    else:
+        take_off(module, "forward")
 
 
 def quantized_forwards(module: nn.Module) -> dict[str, QuantizedForward]:
@@ -247,6 +336,7 @@ def quantize_change(forward: QuantizedForward, owner: str) -> Change:
         "exclude": list(forward.exclude),
         "ranges": forward.ranges,
         "activations": forward.activations,
+        "plan": forward.record(),
     }
     return Change("quantize", owner, args)
 
@@ -266,6 +356,7 @@ def _replay(module: nn.Module, change: Change) -> None:
             args["module"],
             args["ranges"],
             args["activations"],
+            args["plan"],
         ).take_over()
 
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, fake_quantize, quantize_weight
+from lightning_accel.quantization.arithmetic.fake_quant import (
+    activation_qparams,
+    fake_quantize,
+    fake_quantize_weight,
+    quantize_weight,
+)
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.arithmetic.targets import Target
-from lightning_accel.quantization.graph.modules import WeightFakeQuant
 
 SIGNED = Target("signed", "int8", 127, ("onnxruntime",), "")
 UNSIGNED = Target("unsigned", "uint8", 63, ("onnxruntime",), "")
@@ -81,7 +85,7 @@ def test_zeros_of_a_weight_stay_zeros_and_its_gradient_passes():
     weight = torch.randn(6, 8, requires_grad=True)
     with torch.no_grad():
         weight[:, ::2] = 0
-    rounded = WeightFakeQuant(bank, 0)(weight)
+    rounded = fake_quantize_weight(weight, 0, bank.target)
     assert torch.equal(rounded == 0, (weight == 0) | (rounded == 0))
     assert (rounded[:, ::2] == 0).all()
     rounded.sum().backward()

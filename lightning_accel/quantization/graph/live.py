@@ -1,0 +1,354 @@
+"""Run a module's own ``forward`` with fake-quantization at its call sites."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_accel.core.patching import Patches, swapped
+from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.quantization.arithmetic.fake_quant import fake_quantize_weight, per_channel, quantize_weight
+from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.graph.actions import Actions, SiteAction
+from lightning_accel.quantization.graph.attention import attention
+from lightning_accel.quantization.graph.folding import DynamicLinear, fold_norm
+from lightning_accel.quantization.graph.sites import Calls, Names, Site, SiteMode
+
+_NORM = "batch_norm"
+
+
+@dataclass
+class LivePlan:
+    """What is done where, while a module's own ``forward`` runs.
+
+    Args:
+        actions: at each call site.
+        readers: operators that read each row of the bank; while all of them are off, it isn't quantized.
+        calls: of each function in one run, in training (True) and in evaluation (False).
+        name: of the module, for messages.
+    """
+
+    actions: Actions
+    readers: Mapping[int, frozenset[str]]
+    calls: Mapping[bool, Calls]
+    name: str
+    names: Names = field(default_factory=dict)  # of the submodules
+
+    def __post_init__(self) -> None:
+        self.sites: dict[str, dict[str, dict[int, SiteAction]]] = {}
+        for (path, function, index), action in self.actions.items():
+            self.sites.setdefault(path, {}).setdefault(function, {})[index] = action
+            if action.norm is not None:
+                path, function, index = action.norm.site
+                self.sites.setdefault(path, {}).setdefault(function, {}).setdefault(index, SiteAction())
+        known = {(path, function) for path, functions in self.sites.items() for function in functions}
+        self.calls = {mode: Counter({key: calls[key] for key in known}) for mode, calls in self.calls.items()}
+
+    def plain(self) -> dict[str, Any]:
+        """The plan as plain values, see :meth:`of`."""
+        return {
+            "actions": [[list(site), action.plain()] for site, action in self.actions.items()],
+            "readers": [[row, sorted(names)] for row, names in self.readers.items()],
+            "calls": [[mode, [[*key, count] for key, count in calls.items()]] for mode, calls in self.calls.items()],
+            "name": self.name,
+        }
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> "LivePlan":
+        """The plan of plain values from :meth:`plain`."""
+        return LivePlan(
+            {(site[0], site[1], site[2]): SiteAction.of(action) for site, action in plain["actions"]},
+            {row: frozenset(names) for row, names in plain["readers"]},
+            {mode: Counter({(path, function): n for path, function, n in calls}) for mode, calls in plain["calls"]},
+            plain["name"],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All state except the submodules themselves."""
+        return {**vars(self), "names": {}}
+
+    def check(self, calls: Calls, training: bool) -> None:
+        """Check that each function ran as often as planned: calls are told apart by their order.
+
+        Raises:
+            InvalidArgumentError: one ran another number of times, though its submodule ran.
+        """
+        wanted = self.calls[training]
+        for (path, function), count in calls.items():
+            if count != (expected := wanted.get((path, function), count)):
+                where = ".".join(filter(None, (self.name, path)))
+                raise InvalidArgumentError(
+                    f"Module `{where}` must call `{function}` {expected} times, as when quantization was planned, but got {count}. "
+                    "Python in `forward` has chosen another way. Put each way into a submodule of its own, or leave it out of "
+                    "quantization with `exclude`."
+                )
+
+
+class FakeQuantMode(SiteMode):
+    """Quantizes operands, results and weights at the call sites of one call of a module's ``forward``.
+
+    Args:
+        root: the module.
+        plan: what is done where.
+        bank: ranges and target, and whether fake-quantization is active.
+    """
+
+    def __init__(self, root: nn.Module, plan: LivePlan, bank: RangeBank) -> None:
+        super().__init__(root, plan.names)
+        self._plan, self._bank, self._sites, self._readers = plan, bank, plan.sites, plan.readers
+        self._training = root.training
+        self._absorbed: set[Site] = set()  # batch norms that were folded into the operator before them
+        self._twins: dict[tuple[int, int, bool], tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of quantized results that are returned
+        self._frozen: list[tuple[nn.Module, Patches]] = []  # batch norms that run on their statistics
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of ``forward`` with quantized call sites.
+
+        Raises:
+            InvalidArgumentError: a function ran another number of times than planned.
+        """
+        try:
+            with self.active(), self._repeated():
+                result = forward(*args, **kwargs)
+        finally:
+            self._clear()
+        self._plan.check(self.counts, self._training)
+        return pytree.tree_map(self._original, result) if self._originals else result
+
+    def _clear(self) -> None:
+        self._twins = {}
+        while self._frozen:
+            self._frozen.pop()[1].undo()
+
+    def _original(self, value: Any) -> Any:
+        found = self._originals.get(id(value))
+        return value if found is None else found[1]
+
+    @override
+    def entered(self, module: nn.Module, path: str) -> None:
+        frozen = self._bank.norms_frozen and self._training and isinstance(module, _BatchNorm) and module.training
+        if frozen and module.running_mean is not None:  # otherwise there are no statistics to run on
+            patches = Patches()
+            patches.swap(module, "training", False)
+            self._frozen.append((module, patches))
+
+    @override
+    def left(self, module: nn.Module, result: Any) -> Any:
+        if self._frozen and self._frozen[-1][0] is module:
+            self._frozen.pop()[1].undo()
+        if isinstance(module, nn.SyncBatchNorm):  # its synchronized form calls no torch function
+            action = self._sites.get(self.path, {}).get(_NORM, {}).get(0)
+            if action is not None and action.result is not None and not self.counts[self.path, _NORM]:
+                return self._quantized(action.result, result)
+        return None
+
+    @override
+    def called(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        here = self._sites.get(self.path)
+        found = None if here is None else here.get(name)
+        call = func
+        if name == _NORM and self._bank.norms_frozen and self._training:
+            call = partial(_on_statistics, func)
+        if found is None:
+            return call(*args, **kwargs)
+        key = self.path, name
+        index = self.counts[key]
+        self.counts[key] = index + 1
+        action = found.get(index)
+        if action is None:
+            return call(*args, **kwargs)
+        if (*key, index) in self._absorbed:
+            call = _first_argument
+        return self._act(action, call, args, kwargs, name)
+
+    def _act(
+        self, action: SiteAction, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+    ) -> Any:
+        if action.attention:
+            return attention(self._attending(action), *args, **kwargs)
+        row, clip = action.result, action.clip
+        overwrites = name.endswith("_") or (clip is not None and (args[-1] is True or kwargs.get("inplace") is True))
+        if clip is not None and row is not None and self._training and self._bank.active and not overwrites:
+            # The activation and its quantization in one pass.
+            quantized = self._quantized(row, _first_argument(*args, **kwargs), clip)
+            if action.returned:
+                self._originals[id(quantized)] = quantized, func(*args, **kwargs)
+            return quantized
+        before = _first_argument(*args, **kwargs) if overwrites else None
+        given, kwargs = list(args), dict(kwargs)
+        for place, operand in action.operands.items():
+            _put(given, kwargs, place, self._twin(operand, _get(given, kwargs, place), before))
+        result = self._weighed(action, func, given, kwargs) if action.operator else func(*given, **kwargs)
+        if (
+            before is not None and result is not before
+        ):  # its first operand was quantized: another tensor was overwritten
+            result = _Overwrite.apply(before, result)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+        if row is None:
+            return result
+        quantized = self._quantized(row, result)
+        if action.returned:
+            self._originals[id(quantized)] = quantized, result
+        elif before is not None and quantized is not result:
+            _show(before, quantized)  # the caller may hold the overwritten tensor
+        return quantized
+
+    def _attending(self, action: SiteAction) -> Callable[[str, int, torch.Tensor], torch.Tensor]:
+        def quantized(part: str, index: int, x: torch.Tensor) -> torch.Tensor:
+            row = action.attention.get((part, index))
+            return x if row is None else self._twin(row, x)
+
+        return quantized
+
+    def _quantized(
+        self, row: int, x: torch.Tensor, clip: tuple[float, float] = (-torch.inf, torch.inf)
+    ) -> torch.Tensor:
+        if self._bank.off and self._readers[row] <= self._bank.off:
+            return (
+                x if clip == (-torch.inf, torch.inf) else x.clamp(*(None if abs(v) == torch.inf else v for v in clip))
+            )
+        return self._bank.quantize(row, x, self._training, clip)
+
+    def _twin(self, row: int, x: torch.Tensor, overwritten: Any = None) -> torch.Tensor:
+        """The quantized form of a tensor, made once for all of its readers."""
+        if x is overwritten:  # what the gradient needs of it must not be overwritten
+            return self._quantized(row, x.clone())
+        version = 0 if x.is_inference() else x._version
+        key = id(x), row, torch.is_grad_enabled()
+        known = self._twins.get(key)
+        if known is None or known[0] is not x or known[1] != version:
+            known = self._twins[key] = (x, version, self._quantized(row, x))
+        return known[2]
+
+    def _weighed(self, action: SiteAction, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The operator with its weight quantized; in evaluation with the batch norm after it."""
+        bank = self._bank
+        if not bank.active:
+            return func(*args, **kwargs)
+        weight = _get(args, kwargs, action.weight)
+        if action.kind == "dynamic":
+            x, bias = _get(args, kwargs, (0, "input")), _get(args, kwargs, (2, "bias"), None)
+            return DynamicLinear(bank, action.operator).forward(x, weight, bias)
+        if self._training:
+            _put(args, kwargs, action.weight, fake_quantize_weight(weight, action.axis, bank.target))
+            return func(*args, **kwargs)
+        if action.operator in bank.off:
+            return func(*args, **kwargs)
+        if action.kind == "embedding":
+            integers, scale = quantize_weight(weight, None, bank.target)
+            _put(args, kwargs, action.weight, integers)
+            return func(*args, **kwargs) * scale
+        bias, epsilon = _get(args, kwargs, (2, "bias"), None), None
+        norm: tuple[torch.Tensor | None, ...] = ()
+        if action.norm is not None and not self.root.get_submodule(action.norm.owner).training:
+            norm = tuple(None if name is None else self._tensor(name) for name in action.norm.tensors)
+            epsilon = action.norm.epsilon
+            self._absorbed.add(action.norm.site)
+        axis = action.axis or 0
+        integers, scale, bias = fold_norm(weight, bias, axis, bank.target, norm, epsilon)
+        _put(args, kwargs, action.weight, integers * per_channel(scale, weight.ndim, axis))
+        _put(args, kwargs, (2, "bias"), bias)
+        return func(*args, **kwargs)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        owner, _, key = name.rpartition(".")
+        found: torch.Tensor = getattr(self.root.get_submodule(owner), key)
+        return found
+
+    @contextmanager
+    def _repeated(self) -> Iterator[None]:
+        """Let activation checkpoints that are made inside the block run what they run again in the same way."""
+        if not (self._training and torch.is_grad_enabled()):
+            yield
+            return
+        module: Any = torch.utils.checkpoint
+        inner, reentrant = module._checkpoint_without_reentrant_generator, module.CheckpointFunction
+
+        def generator(function: Any, *args: Any, **kwargs: Any) -> Any:
+            return inner(self._again(function), *args, **kwargs)
+
+        class Reentrant:
+            @staticmethod
+            def apply(function: Any, *args: Any) -> Any:
+                return reentrant.apply(self._again(function), *args)
+
+        with (
+            swapped(module, "_checkpoint_without_reentrant_generator", generator),
+            swapped(module, "CheckpointFunction", Reentrant),
+        ):
+            yield
+
+    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that, when it runs once more, does so at the call sites of its first run."""
+        path, counts, first = self.path, self.counts.copy(), True
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return function(*args, **kwargs)
+            self.path, self.counts, self._training = path, counts.copy(), True
+            learning, self._bank.learning = self._bank.learning, False  # it was observed the first time
+            try:
+                with self.active():
+                    return function(*args, **kwargs)
+            finally:
+                self._bank.learning = learning
+                self._clear()
+
+        return run
+
+
+class _Overwrite(torch.autograd.Function):
+    """Overwrite a tensor by another; the gradient goes to the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        return x.copy_(other)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grads[0]
+
+
+def _show(x: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a tensor that was overwritten have other values; its gradient stays."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        x.data = values.detach()
+    else:
+        x.copy_(values)
+
+
+def _first_argument(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else kwargs["input"]
+
+
+def _get(args: list[Any], kwargs: Mapping[str, Any], place: tuple[int, str], *default: Any) -> Any:
+    if place[0] < len(args):
+        return args[place[0]]
+    return kwargs.get(place[1], *default) if default else kwargs[place[1]]
+
+
+def _put(args: list[Any], kwargs: dict[str, Any], place: tuple[int, str], value: Any) -> None:
+    if place[0] < len(args):
+        args[place[0]] = value
+    else:
+        kwargs[place[1]] = value
+
+
+def _on_statistics(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``functional.batch_norm`` on its running statistics, if it has any."""
+    given = list(args)
+    if _get(given, kwargs, (1, "running_mean"), None) is not None:
+        _put(given, kwargs, (5, "training"), False)
+    return func(*given, **kwargs)
