@@ -1,6 +1,5 @@
-"""Check in one training batch that the modules to quantize are called with the captured inputs."""
+"""Check in one training batch that the modules to quantize are called."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -9,24 +8,21 @@ from torch import nn
 from lightning_accel.calls.contexts import REPLACED
 from lightning_accel.core.patching import Patches
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 
 class CallWatch:
-    """Checks during one training batch that the modules to quantize are called with the captured kinds of inputs.
+    """Checks during one training batch that the modules to quantize are called.
 
-    A mismatch is raised in the first step instead of at ``start``, which may be half a run later.
+    A mistake is raised in the first step instead of at ``start``, which may be half a run later.
     """
 
-    def __init__(
-        self, pl_module: L.LightningModule, paths: list[str], prepared: Mapping[str, QuantizedForward], find: bool
-    ) -> None:
-        self._paths, self._prepared = paths, prepared
+    def __init__(self, pl_module: L.LightningModule, paths: list[str]) -> None:
+        self._paths = paths
         self._called: set[str] = set()
         self._patches = Patches()
         for path in paths:
             self._wrap(path, pl_module.get_submodule(path))
-        for name, child in pl_module.named_children() if find else ():
+        for name, child in pl_module.named_children():
             handle = child.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
             self._patches.on_undo(handle.remove)
 
@@ -36,8 +32,6 @@ class CallWatch:
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             self._called.add(path)
-            if path in self._prepared:
-                self._prepared[path].checked(args, kwargs)
             return forward(*args, **kwargs)
 
         setattr(seen, REPLACED, vars(module).get("forward"))

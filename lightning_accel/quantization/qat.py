@@ -23,7 +23,8 @@ _STEP_RATE = 1e-3  # learning rate of Adam for the logarithm of learned scales
 class QuantizationAwareTraining(QuantizingCallback):
     """Train with fake-quantization in a target's arithmetic; the exported integers equal the trained ones.
 
-    From ``start`` on, ``forward`` of the module (or of the named submodules) is a captured graph over the same parameters.
+    From ``start`` on, operands, results and weights are quantized while the module's own ``forward`` (or that of the named submodules)
+    runs: whatever Python it reads is read in each step. A graph is captured to plan this, and to export.
     Ranges are learned from the first training batches in float, then activations and weights are rounded as on the target
     (https://arxiv.org/abs/1712.05877). Towards the end of the run the statistics of batch norm are frozen, then the ranges.
     After ``fit`` the module computes the quantized network.
@@ -149,8 +150,8 @@ class QuantizationAwareTraining(QuantizingCallback):
                 bank.frozen = bank.frozen or step >= self._freeze_steps["freeze_ranges"]
             bank.learning = True
         self._unwatch()  # a skipped batch ends without `on_train_batch_end`
-        if self._prepared or not self._checked:
-            self._watch = CallWatch(pl_module, self.paths, self._prepared, find=not self._checked)
+        if not self._checked:
+            self._watch = CallWatch(pl_module, self.paths)
 
     def fake_quant_step(self, trainer: L.Trainer) -> int:
         """First optimizer step with fake-quantization; available after the start of training."""

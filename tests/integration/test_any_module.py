@@ -96,14 +96,6 @@ def batches(lengths, scales=None, kind=dict):
     return DataLoader(rows, batch_size=None)
 
 
-def test_another_length_is_refused_when_it_comes_not_when_quantization_starts(trainer):
-    fit = trainer(la.QuantizationAwareTraining("portable", start=5), max_epochs=8)
-    wanted = r"must have shape \(N, 3, 12\), as captured, but got \(4, 3, 9\).*Pad or resize, or name"
-    with pytest.raises(ValueError, match=wanted):
-        fit.fit(Sequences(), batches([12, 12, 9]))
-    assert fit.global_step == 2
-
-
 class Lengths(Sequences):
     """Its batches have lengths of their own; validation tells accuracy."""
 
@@ -136,13 +128,15 @@ def test_a_length_that_torch_fixes_is_told_in_words():
         la.quantize(cells, [torch.randn(2, 12, 3)], target="portable", dynamic={"input": {1: "time"}})
 
 
-def test_another_constant_is_refused_when_it_comes(trainer):
-    module = Sequences()
-    fit = trainer(
-        la.QuantizationAwareTraining("portable", start=5, inputs=lambda b: (b["inputs"], b["scale"])), max_epochs=8
-    )
-    with pytest.raises(ValueError, match=r"A constant input .* must be 1, as captured, but got 2. Make it a tensor"):
-        fit.fit(module, batches([12, 12], [1, 2]))
+def test_a_constant_of_training_may_change(trainer):
+    """The user's own forward runs: another value of `scale` is another result, whenever it comes."""
+    losses = []
+    for callbacks in ([], [la.QuantizationAwareTraining("portable", start=0, calibration_batches=9)]):
+        torch.manual_seed(0)
+        module = Sequences()
+        trainer(*callbacks, max_epochs=1).fit(module, batches([12, 12, 9], [1, 2, 3]))
+        losses.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
 
 
 def test_a_constant_that_is_no_plain_value_is_refused_in_setup(trainer):
@@ -157,9 +151,7 @@ def test_ordered_dicts_are_dicts(trainer):
     trainer(qat).fit(module, batches([12] * 3, kind=OrderedDict))
     x = torch.randn(5, 3, 12)
     assert torch.equal(module.eval()(OrderedDict(x=x)), module({"x": x}))
-    with pytest.raises(
-        ValueError, match=r"must have the structure .*\(\(\{'x': float32\[3, 3, 12\]\}, 1\).*but got \(\(\{'y'"
-    ):
+    with pytest.warns(UserWarning, match="must have the structure they were captured with"), pytest.raises(KeyError):
         module({"y": x})
 
 

@@ -47,14 +47,6 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
     Raises:
         CaptureError: ``torch.export`` fails; the message names the user's file and line, and a submodule that can be captured.
     """
-    cumulative = [
-        name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.momentum is None
-    ]
-    if training and cumulative:
-        raise CaptureError(
-            f"Argument `momentum` of the batch norm `{cumulative[0]}` must be a number, but got None: its cumulative average is Python "
-            "that depends on values, which torch.export can't capture. Give it one, such as 0.1."
-        )
     try:
         return _export(module, description, training)
     except Exception as error:  # torch.export raises unrelated types
@@ -103,7 +95,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
                 graph_module.meta[CALLS] = counts[-1]
             finally:
                 torch.set_rng_state(keep)
-    for node in list(graph_module.graph.nodes):  # inputs are checked by InputGuard, faster and with better messages
+    for node in list(graph_module.graph.nodes):  # inputs are compared by InputGuard, with better messages
         if node.op == "call_module" and node.target == "_guards_fn":
             graph_module.graph.erase_node(node)
     _out_of_place(graph_module)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.fx import GraphModule
 
@@ -87,7 +88,7 @@ class QuantizedForward:
         self.ranges, self.activations = ranges, activations
         self.include, self.exclude = tuple(include), tuple(exclude)
         self._signature = own_signature(module)
-        self._guard = InputGuard(inputs, path or type(module).__name__)
+        self._guard, self._warned = InputGuard(inputs, path or type(module).__name__), False
         self.replaced_forward: Any = None  # a `forward` that the user has set on the instance
         self.bank: RangeBank
         if record is None:
@@ -253,8 +254,8 @@ class QuantizedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same signature and result as the module's own ``forward``."""
-        if not self.module.training:
-            self.checked(args, kwargs)
+        if not self.module.training and not self._warned:
+            self._compare(args, kwargs)
         self.bank.to(_device_of(self.module))
         return FakeQuantMode(self.module, self.live, self.bank).run(self.own, args, kwargs)
 
@@ -264,15 +265,13 @@ class QuantizedForward:
         self.replaced_forward = vars(self.module).get("forward")
         place(self.module, "forward", self)
 
-    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments in the form that the graphs take.
-
-        Raises:
-            InvalidArgumentError: they differ from the captured inputs in more than the batch.
-        """
-        args, kwargs = plain_call(*canonical_call(self._signature, args, kwargs))
-        self._guard.check(args, kwargs)
-        return args, kwargs
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn once of a call in evaluation that the exported network doesn't take."""
+        try:
+            self._guard.check(*plain_call(*canonical_call(self._signature, args, kwargs)))
+        except ValueError as error:
+            self._warned = True
+            rank_zero_warn(f"{error} It is computed here, but the exported network won't take it.")
 
     @property
     def __code__(self) -> Any:

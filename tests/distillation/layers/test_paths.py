@@ -418,8 +418,7 @@ def test_an_average_of_the_student_loses_its_channels(trainer):
 
 
 @pytest.mark.parametrize("layer", ["net.norm1", "net.conv2", "net.head"])
-def test_features_of_a_quantized_student_are_read_from_its_graph(layer, trainer, tmp_path):
-    """From `start` on no submodule is called. The values: those of the layer given what the graph gave it."""
+def test_features_of_a_quantized_student_are_those_of_its_layers(layer, trainer, tmp_path):
     teacher_layer = layer.removeprefix("net.")
     module = distilled(student_layer=layer, teacher_layer=teacher_layer, alpha=0.5)
     seen = []
@@ -434,12 +433,9 @@ def test_features_of_a_quantized_student_are_read_from_its_graph(layer, trainer,
     losses = [loss for loss, _ in seen]
     assert all(np.isfinite(losses))
     assert losses[8] < 1.5 * max(losses[6:8])  # goes on where it was
-    graph = vars(module)["forward"].graph(True)
-    assert not [n for n in graph.graph.nodes if "distillation" in str(n.target)]
 
 
-def test_the_value_in_the_graph_is_that_of_the_layer(trainer):
-    """Before fake-quant is active a captured graph computes what the module does, so the features must agree."""
+def test_before_fake_quant_is_active_the_features_are_those_of_the_float_network(trainer):
     module = distilled(alpha=0.5)
     qat = QuantizationAwareTraining("portable", start=0, calibration_batches=100)
     values = {}
@@ -453,25 +449,7 @@ def test_the_value_in_the_graph_is_that_of_the_layer(trainer):
         other.load_state_dict(module.state_dict())
         trainer(*callbacks, Each(note), max_epochs=1).fit(other, loader())
         values[name] = logged
-    np.testing.assert_allclose(values["captured"], values["float"], rtol=1e-4)
-
-
-class Idle(Classifier):
-    """Its batch norm is followed by a module that does nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.net.norm1 = nn.Sequential(self.net.norm1, nn.Identity())
-
-
-def test_a_layer_that_a_graph_does_not_show_is_refused_before_training(trainer):
-    torch.manual_seed(0)
-    module = DistillationModule(Idle(), Residual(8), losses="hint", student_layer="net.norm1.1", teacher_layer="norm1")
-    steps = []
-    runner = trainer(QuantizationAwareTraining("portable", start=1), Each(lambda *a: steps.append(1)), max_epochs=2)
-    with pytest.raises(ValueError, match=r"'net.norm1.1' computes nothing of its own there\. Name the layer before"):
-        runner.fit(module, loader())
-    assert not steps
+    assert values["captured"] == values["float"]
 
 
 # --- two processes
