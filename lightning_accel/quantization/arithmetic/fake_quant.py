@@ -32,6 +32,26 @@ class _StraightThrough(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
 
 
+class _StraightThroughInPlace(torch.autograd.Function):
+    """The same, written to ``x``: whoever holds it sees the rounded values, with their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: int, high: int, edges: tuple[float, float]
+    ) -> torch.Tensor:
+        values = x.data  # has a version of its own: the gradient may read it after `x` is overwritten
+        ctx.save_for_backward(values)
+        ctx.edges = edges
+        ctx.mark_dirty(x)
+        x.data = torch.div(values, scale).round_().clamp_(low, high).mul_(scale)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.edges), None, None, None, None
+
+
 class _LearnedStep(torch.autograd.Function):
     """Fake-quantization with a gradient of the scale (https://arxiv.org/abs/1902.08153, equation 3)."""
 
@@ -61,6 +81,14 @@ def straight_through(
     """Round to a grid around 0 with a straight-through gradient between ``edges``, and a gradient of a learned ``scale``."""
     rounding = _LearnedStep if learn else _StraightThrough
     result: torch.Tensor = rounding.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+    return result
+
+
+def straight_through_(
+    x: torch.Tensor, scale: torch.Tensor, low: int, high: int, edges: tuple[float, float]
+) -> torch.Tensor:
+    """:func:`straight_through` in place; ``x`` is float32 and no view."""
+    result: torch.Tensor = _StraightThroughInPlace.apply(x, scale, low, high, edges)  # type: ignore[no-untyped-call]  # torch has no annotation for it
     return result
 
 

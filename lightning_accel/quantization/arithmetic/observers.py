@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, straight_through
+from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, straight_through, straight_through_
 from lightning_accel.quantization.arithmetic.targets import Target
 
 METHODS = ("moving_average", "min_max", "percentile", "mse", "lsq")
@@ -112,7 +112,12 @@ class RangeBank:
             self.refresh()
 
     def quantize(
-        self, index: int, x: torch.Tensor, training: bool, clip: tuple[float, float] = _NO_CLIP
+        self,
+        index: int,
+        x: torch.Tensor,
+        training: bool,
+        clip: tuple[float, float] = _NO_CLIP,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Fake-quantize tensor ``index``; in training its range is recorded first.
 
@@ -121,6 +126,7 @@ class RangeBank:
             x: any shape.
             training: whether the forward pass is in train mode.
             clip: limits to clip ``x`` to first, with zero gradient outside; replaces a fused activation.
+            in_place: whether ``x`` itself gets the values, see :meth:`overwritable`.
         """
         if (training or self.calibrating) and self.learning and self.watches:
             self._note(index, x.detach(), clip)
@@ -130,7 +136,13 @@ class RangeBank:
         learn = training and self._steps is not None and not self.frozen
         if learn:
             scale = self._steps[index]  # type: ignore[index]
+        if in_place:
+            return straight_through_(x, scale, low, high, edges)
         return straight_through(x if x.dtype is torch.float32 else x.float(), scale, low, high, edges, learn)
+
+    def overwritable(self, x: torch.Tensor) -> bool:
+        """Whether a tensor can be fake-quantized in place, while fake-quantization is active."""
+        return x.dtype is torch.float32 and not x._is_view() and not x.is_inference() and self._steps is None
 
     def _note(self, index: int, x: torch.Tensor, clip: tuple[float, float]) -> None:
         low, high = x.aminmax()

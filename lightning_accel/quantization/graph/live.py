@@ -176,30 +176,31 @@ class FakeQuantMode(SiteMode):
     ) -> Any:
         if action.attention:
             return attention(self._attending(action), *args, **kwargs)
-        row, clip = action.result, action.clip
+        row, clip, bank = action.result, action.clip, self._bank
         overwrites = name.endswith("_") or (clip is not None and (args[-1] is True or kwargs.get("inplace") is True))
-        if clip is not None and row is not None and self._training and self._bank.active and not overwrites:
+        if clip is not None and row is not None and self._training and bank.active:
             # The activation and its quantization in one pass.
-            quantized = self._quantized(row, _first_argument(*args, **kwargs), clip)
-            if action.returned:
-                self._originals[id(quantized)] = quantized, func(*args, **kwargs)
-            return quantized
-        before = _first_argument(*args, **kwargs) if overwrites else None
+            x = _first_argument(*args, **kwargs)
+            if not overwrites or (bank.overwritable(x) and not action.returned):
+                quantized = self._quantized(row, x, clip, in_place=overwrites)
+                if action.returned:
+                    self._originals[id(quantized)] = quantized, func(*args, **kwargs)
+                return quantized
         given, kwargs = list(args), dict(kwargs)
+        overwritten = None
+        if overwrites and (row is not None or (0, "input") in action.operands):
+            # Gradients need the values before and after: the function overwrites a copy, whose result goes to the tensor.
+            overwritten = given[0]
+            given[0] = overwritten.clone()
         for place, operand in action.operands.items():
-            _put(given, kwargs, place, self._twin(operand, _get(given, kwargs, place), before))
+            _put(given, kwargs, place, self._twin(operand, _get(given, kwargs, place)))
         result = self._weighed(action, func, given, kwargs) if action.operator else func(*given, **kwargs)
-        if (
-            before is not None and result is not before
-        ):  # its first operand was quantized: another tensor was overwritten
-            result = _Overwrite.apply(before, result)  # type: ignore[no-untyped-call]  # torch has no annotation for it
-        if row is None:
-            return result
-        quantized = self._quantized(row, result)
-        if action.returned:
+        quantized = result if row is None else self._quantized(row, result)
+        if overwritten is not None:
+            shown = _Overwrite.apply(overwritten, quantized)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+            quantized = shown if shown.dtype is quantized.dtype else quantized
+        if action.returned and quantized is not result:
             self._originals[id(quantized)] = quantized, result
-        elif before is not None and quantized is not result:
-            _show(before, quantized)  # the caller may hold the overwritten tensor
         return quantized
 
     def _attending(self, action: SiteAction) -> Callable[[str, int, torch.Tensor], torch.Tensor]:
@@ -210,18 +211,16 @@ class FakeQuantMode(SiteMode):
         return quantized
 
     def _quantized(
-        self, row: int, x: torch.Tensor, clip: tuple[float, float] = (-torch.inf, torch.inf)
+        self, row: int, x: torch.Tensor, clip: tuple[float, float] = (-torch.inf, torch.inf), in_place: bool = False
     ) -> torch.Tensor:
         if self._bank.off and self._readers[row] <= self._bank.off:
             return (
                 x if clip == (-torch.inf, torch.inf) else x.clamp(*(None if abs(v) == torch.inf else v for v in clip))
             )
-        return self._bank.quantize(row, x, self._training, clip)
+        return self._bank.quantize(row, x, self._training, clip, in_place)
 
-    def _twin(self, row: int, x: torch.Tensor, overwritten: Any = None) -> torch.Tensor:
+    def _twin(self, row: int, x: torch.Tensor) -> torch.Tensor:
         """The quantized form of a tensor, made once for all of its readers."""
-        if x is overwritten:  # what the gradient needs of it must not be overwritten
-            return self._quantized(row, x.clone())
         version = 0 if x.is_inference() else x._version
         key = id(x), row, torch.is_grad_enabled()
         known = self._twins.get(key)
@@ -279,7 +278,7 @@ class FakeQuantMode(SiteMode):
         class Reentrant:
             @staticmethod
             def apply(function: Any, *args: Any) -> Any:
-                return reentrant.apply(self._again(function), *args)
+                return reentrant.apply(self._again(function, first=True), *args)
 
         with (
             swapped(module, "_checkpoint_without_reentrant_generator", generator),
@@ -287,9 +286,14 @@ class FakeQuantMode(SiteMode):
         ):
             yield
 
-    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that, when it runs once more, does so at the call sites of its first run."""
-        path, counts, first = self.path, self.counts.copy(), True
+    def _again(self, function: Callable[..., Any], first: bool = False) -> Callable[..., Any]:
+        """A function that runs again, in backward, at the call sites of the present run.
+
+        Args:
+            function: what an activation checkpoint runs.
+            first: whether its first call belongs to the present run.
+        """
+        path, counts = self.path, self.counts.copy()
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal first
@@ -319,14 +323,6 @@ class _Overwrite(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, grads[0]
-
-
-def _show(x: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a tensor that was overwritten have other values; its gradient stays."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        x.data = values.detach()
-    else:
-        x.copy_(values)
 
 
 def _first_argument(*args: Any, **kwargs: Any) -> Any:
