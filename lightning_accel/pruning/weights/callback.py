@@ -1,6 +1,7 @@
 """Callback that zeroes weights under masks, on a schedule."""
 
 from collections.abc import Callable, Mapping
+from math import isinf, isnan
 from typing import Any
 from zlib import crc32
 
@@ -159,9 +160,6 @@ class WeightPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         self._choose(trainer, pl_module)  # layers may have been created since setup
-        if self.end is None and self.schedule != "constant" and not is_fast_dev_run(trainer):
-            last = timeline_of(trainer).step("end", 1.0)
-            self._end_step = self._start_step + (last - self._start_step + 1) // 2
         self._check_zeros()
         if not self.masks:
             self._report_choice(pl_module)
@@ -169,19 +167,27 @@ class WeightPruning(CompressionCallback):
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
         # Directly after the update, before other callbacks (EMA, checkpoints) read the weights.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
-        back = (
-            0 if self.rewind is None or is_fast_dev_run(trainer) else timeline_of(trainer).step("rewind", self.rewind)
-        )
-        if back > self._start_step:
-            raise InvalidArgumentError(
-                f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
-            )
+        if self.rewind is not None and not self._begun and not is_fast_dev_run(trainer):
+            back = timeline_of(trainer, self._epoch).step("rewind", self.rewind)
+            if self.rewind > self.start if isinstance(self.start, int) else back > self._start_step:
+                raise InvalidArgumentError(
+                    f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
+                )
         self._remember(trainer, pl_module)
-        self._update(trainer.global_step, trainer)
+        self._update(trainer, trainer.current_epoch)
+
+    @override
+    def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        super()._place_phase(trainer, timeline, check)
+        if self.end is None and self.schedule != "constant":
+            last = timeline.step("end", 1.0) if check else timeline.total_steps
+            self._end_step = last if isinf(last) else self._start_step + (last - self._start_step + 1) // 2
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._remember(trainer, pl_module)
+        self._update(trainer, trainer.current_epoch)  # the epoch before may have been shorter than expected
 
     @override
     def on_before_optimizer_step(
@@ -201,7 +207,7 @@ class WeightPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != self._last_step:  # gradient accumulation: no step in this batch
-            self._update(trainer.global_step, trainer)
+            self._update(trainer, trainer.current_epoch + int(trainer.is_last_batch))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -270,7 +276,8 @@ class WeightPruning(CompressionCallback):
 
     @override
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
-        return {"sparsity": self.sparsity_of(pl_module)}
+        shares = self.sparsity_of(pl_module)
+        return {"sparsity": {"all parameters of the module" if n == "total" else n: s for n, s in shares.items()}}
 
     @override
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
@@ -420,12 +427,13 @@ class WeightPruning(CompressionCallback):
         if self.rewind is not None and not self._rewound and trainer.current_epoch == self.rewind:
             self._rewound = snapshot(pl_module)
 
-    def _update(self, step: int, trainer: L.Trainer) -> None:
-        """Update the masks to the schedule at optimizer step ``step``, if an update is due."""
-        self._last_step = step
-        share = fraction(self.schedule, Timeline.progress(step, self._start_step, self._end_step))
-        every = self.every or max(1, (self._end_step - self._start_step) // _UPDATES)
-        due = step >= self._end_step or (step - self._start_step) % every == 0
+    def _update(self, trainer: L.Trainer, epoch: int) -> None:
+        """Update the masks to the schedule at the next optimizer step, which belongs to ``epoch``, if an update is due."""
+        step = self._last_step = trainer.global_step
+        progress = self._progress(trainer, epoch)
+        share, span = fraction(self.schedule, progress), self._end_step - self._start_step
+        every = self.every or (1 if isinf(span) or isnan(span) else max(1, int(span) // _UPDATES))
+        due = progress >= 1.0 or (progress >= 0.0 and (step - self._start_step) % every == 0)
         thawed = bool(self.masks) and not self.masks.keys() >= self._weights.keys()
         if not self._weights or ((share <= self.reached or not due) and not thawed):
             return
