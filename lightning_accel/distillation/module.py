@@ -271,6 +271,7 @@ class DistillationModule(_SharesStudent):
             check_strategy(self.trainer, "DistillationModule")
             distillation.in_charge = True
             distillation.restored = None
+            distillation.checked.clear()
             distillation.teacher.eval()
             if distillation.cache is not None:
                 index_training_data(self.trainer)
