@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_accel.core import resizing, structure
+from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
 from lightning_accel.core.schedules import Timeline, check_position, passed
@@ -45,6 +47,8 @@ class CompressionCallback(L.Callback):
         self._begun = False  # whether the phase has begun: its start no longer moves
         self._counting = False  # whether monitors were restarted, with every target reached
         self._ended = False  # whether the run came to its end
+        self._looks = False  # whether this callback looks at the loss of a step
+        self._batch: Any = None  # of the present step, to name what a NaN comes from
         self._placed_epoch = -1  # epoch at whose beginning the phase was placed last
 
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
@@ -127,6 +131,8 @@ class CompressionCallback(L.Callback):
                         "Train longer or start earlier."
                     )
         first = callbacks_of(trainer, CompressionCallback)[0]
+        # A gradient scaler skips steps with NaN.
+        self._looks = first is self and stage == "fit" and trainer.precision != "16-mixed"
         if first is self:  # the record is the whole module's: once is enough
             structure.before_next_restore(
                 trainer, pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage)
@@ -154,7 +160,23 @@ class CompressionCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._batch = batch if self._looks else None
         self._enter_epoch(trainer)  # after some resumes Lightning leaves `on_train_epoch_start` out
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        batch, self._batch = self._batch, None
+        if not self._looks:
+            return
+        # Later losses are read where that costs nothing; on a GPU it would stall the queue in each step.
+        self._looks = loss.device.type == "cpu"
+        if bool(loss.isnan().any()):  # the step would make all weights NaN, and no importance could be compared
+            found = (  # inputs first: the statistics of batch norm have taken them over already
+                nan_input(batch) or nan_weight(pl_module) or "weights and inputs are numbers: look at the loss itself"
+            )
+            raise RunError(
+                f"The loss of `training_step` must be a number, but got NaN in step {trainer.global_step}: {found}."
+            )
 
     def _enter_epoch(self, trainer: L.Trainer) -> None:
         """Place the phase by what is known of the run at the beginning of an epoch, once for each epoch."""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_accel.core import structure
+from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
@@ -28,7 +29,7 @@ from lightning_accel.distillation.targets import Where, find, fits, usual_target
 from lightning_accel.distillation.teachers.base import network_of
 from lightning_accel.distillation.teachers.ema import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, RunError
 
 LOGITS = ""
 Answer = tuple[Mapping[str, Any], Any]  # outputs of layers in a call, and output of the network
@@ -149,9 +150,10 @@ class Distillation:
                     ours = self.adapters[pair.key](ours)
                 if pair.student is None and ours.shape != theirs.shape:
                     check_same_shape_of_logits(ours, theirs)
-                if pair.student is None and term.name not in self.checked:
+                if term.name not in self.checked:
                     self.checked.add(term.name)
-                    check_outputs(term, ours, theirs, usual_target(batch) if self.target is None else target)
+                    if pair.student is None:
+                        check_outputs(term, ours, theirs, usual_target(batch) if self.target is None else target)
                 others = {"target": target, "batch": batch}
                 if mask is not None and fits(mask, ours):
                     others["mask"] = mask
@@ -270,6 +272,32 @@ def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
         check_same_shape(student, teacher)
     except ValueError as error:
         raise InvalidArgumentError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
+
+
+def check_first_losses(
+    student: nn.Module, losses: Mapping[str, Tensor], signals: tuple[Signals, Signals], batch: Any
+) -> None:
+    """Check that the losses of the first step are numbers.
+
+    Args:
+        student: the trained network.
+        losses: by name; that of ``training_step`` is the student's own.
+        signals: outputs of student and teacher.
+        batch: of the step.
+
+    Raises:
+        RunError: one is NaN; the message names it, and where NaN comes from.
+    """
+    bad = [name for name, loss in losses.items() if bool(loss.detach().isnan().any())]
+    if not bad:
+        return
+    found = nan_input(batch) or nan_weight(student)
+    for who, values in zip(("student", "teacher"), signals, strict=True):
+        for path, value in values.items():
+            if not found and bool(value.detach().isnan().any()):
+                found = f"{path or 'the output'} of the {who} has NaN, although its weights and inputs are numbers"
+    found = found or "weights, inputs and outputs are numbers: look at the loss itself"
+    raise RunError(f"The loss {bad[0]!r} must be a number in the first step, but got NaN: {found}.")
 
 
 def check_outputs(term: LossTerm, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:

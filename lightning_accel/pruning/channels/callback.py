@@ -15,6 +15,7 @@ from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer
+from lightning_accel.core.finite import check_weights, nan_weight
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change
@@ -112,6 +113,8 @@ class ChannelPruning(CompressionCallback):
         if self._seen is not pl_module:  # reused for another module, e.g. in a cross-validation
             self.reached, self._collected = 0.0, {}
         self._seen, self._plan, self._foreseen = pl_module, None, None
+        if trainer.ckpt_path is None:  # otherwise other weights come
+            check_weights(pl_module, "model")
         if not builds_layers_late(pl_module):
             self._prepare(trainer, pl_module)
 
@@ -261,6 +264,11 @@ class ChannelPruning(CompressionCallback):
         self._collected = {}  # gradients of one epoch only
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
+        if found := nan_weight(pl_module):
+            raise RunError(
+                f"Channels must have numbers as weights to be compared, but in epoch {trainer.current_epoch} {found}: training has "
+                "diverged. Lower the learning rate, or clip gradients."
+            )
         plan = self._prepare(trainer, pl_module)
         collected = self._collected
         if self.target.method.needs_gradients and not collected:

@@ -13,12 +13,13 @@ from typing_extensions import override
 from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
+from lightning_accel.core.finite import nan_weight
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.criterion import Criterion
 from lightning_accel.pruning.weights.criteria import weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
@@ -445,6 +446,11 @@ class WeightPruning(CompressionCallback):
                 "there is no gradient yet."
             )
         criterion = self.criterion if not gradients else self._averaged
+        if self._module is not None and (found := nan_weight(self._module)):
+            raise RunError(
+                f"Weights must be numbers to be compared, but at step {step} {found}: training has diverged. Lower the learning rate, or "
+                "clip gradients."
+            )
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
         for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(
