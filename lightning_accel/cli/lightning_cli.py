@@ -22,8 +22,10 @@ from lightning_accel.bundle.writer import check_destination
 from lightning_accel.cli.errors import one_line, run_guarded
 from lightning_accel.cli.options import did_you_mean, join_lists, unknown_arguments, with_dashes, with_underscores
 from lightning_accel.core import structure
+from lightning_accel.core.callback import may_be_incomplete, unfinished_line, unfinished_targets
+from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.distillation.hparams import nested_instantiator
-from lightning_accel.errors import InvalidArgumentError, LightningAccelError
+from lightning_accel.errors import InvalidArgumentError, LightningAccelError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.planning.plan import plan
@@ -273,7 +275,8 @@ def run(given: Sequence[str]) -> int:
         given: command line without the program's name.
 
     Returns:
-        Exit code: 0; 1 for an error; 2 for a command line or config that can't be parsed.
+        Exit code: 0; 1 for an error, also a ``fit`` that ends before its targets are reached; 2 for a command line or config that
+        can't be parsed.
     """
     sys.path.insert(0, os.getcwd())  # class paths in a config are looked for in the current folder
     # Lightning and torch.export still use what torch has just deprecated; a user can do nothing about it.
@@ -283,7 +286,11 @@ def run(given: Sequence[str]) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
-    AccelCLI(args=list(given))
+    cli = AccelCLI(args=list(given))
+    # Rank zero speaks for all: Lightning ends a run whose other processes end with an error.
+    excused = is_fast_dev_run(cli.trainer) or may_be_incomplete(cli.trainer) or not cli.trainer.is_global_zero
+    if cli.subcommand == "fit" and not excused and (missing := unfinished_targets(cli.trainer)):
+        raise RunError(unfinished_line(missing))
     return 0
 
 

@@ -1,19 +1,26 @@
 """Base class of the compression callbacks: state key, position in the run, and checks before training."""
 
+import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_accel.core import resizing, structure
+from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
-from lightning_accel.core.schedules import Timeline, check_position
+from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
 
+_log = logging.getLogger("lightning.pytorch.accel")  # below Lightning's, whose handler prints it
 _PREFIX = "lightning_accel."
 
 
@@ -34,8 +41,15 @@ class CompressionCallback(L.Callback):
         if end is not None and type(start) is type(end) and end < start:
             raise InvalidArgumentError(f"Argument `end` must be at or after `start` ({start}), but got {end}.")
         self.name, self.start, self.end = name, start, end
-        self._start_step, self._end_step = 0, 0
+        self._start_step: float = 0
+        self._end_step: float = 0
+        self._epoch: tuple[int, int] | None = None  # the present epoch, and the optimizer step at which it began
+        self._begun = False  # whether the phase has begun: its start no longer moves
         self._counting = False  # whether monitors were restarted, with every target reached
+        self._ended = False  # whether the run came to its end
+        self._looks = False  # whether this callback looks at the loss of a step
+        self._batch: Any = None  # of the present step, to name what a NaN comes from
+        self._placed_epoch = -1  # epoch at whose beginning the phase was placed last
 
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
     wants_low_rate = (
@@ -50,17 +64,28 @@ class CompressionCallback(L.Callback):
         return f"{_PREFIX}{type(self).__name__}.{self.name}"
 
     def phase_state(self) -> dict[str, Any]:
-        """State that every compression callback keeps in a checkpoint: its steps, and targets not reached yet."""
-        steps = [self._start_step, self._end_step]
-        return {"steps": steps, "unfinished": self.unfinished(), "counting": self._counting}
+        """State that every compression callback keeps in a checkpoint: its place in the run, and targets not reached yet."""
+        return {
+            "steps": [self._start_step, self._end_step],
+            "positions": [self.start, self.end],
+            "epoch": None if self._epoch is None else list(self._epoch),
+            "begun": self._begun,
+            "unfinished": self.unfinished(),
+            "counting": self._counting,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counting = state_dict.get("counting", False)
+        if epoch := state_dict.get("epoch"):
+            self._epoch = (epoch[0], epoch[1])
+        if state_dict.get("positions") == [self.start, self.end]:  # otherwise the phase is placed anew
+            self._start_step, self._end_step = state_dict["steps"]
+            self._begun = state_dict["begun"]
 
     @property
-    def steps(self) -> tuple[int, int]:
-        """First and last optimizer step of the phase; known once training has begun."""
+    def steps(self) -> tuple[float, float]:
+        """First and last optimizer step of the phase by what is known at the present epoch; ``inf`` if it isn't known yet."""
         return self._start_step, self._end_step
 
     def unfinished(self) -> str:
@@ -95,7 +120,8 @@ class CompressionCallback(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._counting = False
+            self._counting, self._epoch, self._begun, self._ended = False, None, False, False
+            self._placed_epoch = -1
             check_supported(trainer, pl_module, type(self).__name__)
             for argument, value in (("start", self.start), ("end", self.end)):
                 endless = trainer.max_epochs in (None, -1) or is_fast_dev_run(trainer)
@@ -105,6 +131,8 @@ class CompressionCallback(L.Callback):
                         "Train longer or start earlier."
                     )
         first = callbacks_of(trainer, CompressionCallback)[0]
+        # A gradient scaler skips steps with NaN.
+        self._looks = first is self and stage == "fit" and trainer.precision != "16-mixed"
         if first is self:  # the record is the whole module's: once is enough
             structure.before_next_restore(
                 trainer, pl_module, lambda checkpoint: _replay(trainer, pl_module, checkpoint, stage)
@@ -122,17 +150,103 @@ class CompressionCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_epoch(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._enter_epoch(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch if self._looks else None
+        self._enter_epoch(trainer)  # after some resumes Lightning leaves `on_train_epoch_start` out
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        batch, self._batch = self._batch, None
+        if not self._looks:
+            return
+        # Later losses are read where that costs nothing; on a GPU it would stall the queue in each step.
+        self._looks = loss.device.type == "cpu"
+        if bool(loss.isnan().any()):  # the step would make all weights NaN, and no importance could be compared
+            found = (  # inputs first: the statistics of batch norm have taken them over already
+                nan_input(batch) or nan_weight(pl_module) or "weights and inputs are numbers: look at the loss itself"
+            )
+            raise RunError(
+                f"The loss of `training_step` must be a number, but got NaN in step {trainer.global_step}: {found}."
+            )
+
+    def _enter_epoch(self, trainer: L.Trainer) -> None:
+        """Place the phase by what is known of the run at the beginning of an epoch, once for each epoch."""
         if is_fast_dev_run(trainer):
             self._start_step = self._end_step = 0  # a batch or two: everything is tried at once
             return
-        timeline = timeline_of(trainer)
-        self._start_step = timeline.step("start", self.start)
-        self._end_step = self._start_step if self.end is None else timeline.step("end", self.end)
-        if self._end_step < self._start_step:
+        first, present = self._epoch is None, trainer.current_epoch
+        if self._epoch is not None and self._epoch[0] == present and self._placed_epoch == present:
+            return
+        if self._epoch is None:
+            self._epoch = (present, first_step_of_epoch(trainer))
+        elif self._epoch[0] != present:
+            self._epoch = (present, trainer.global_step)
+        self._placed_epoch = present
+        self._place_phase(trainer, timeline_of(trainer, self._epoch), check=first)
+
+    def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        """Determine the phase's first and last step.
+
+        Args:
+            trainer: of the run.
+            timeline: what is known of the run.
+            check: whether the positions must lie within the run: at its beginning. Later nothing can be done about them, and what
+                isn't reached is reported at the end.
+
+        Raises:
+            InvalidArgumentError: they don't.
+        """
+        at = timeline.step if check else lambda argument, value: timeline.estimate(value)
+        if not self._begun:
+            self._start_step = at("start", self.start)
+        elif self.start == timeline.epoch and isinstance(self.start, int):
+            self._start_step = timeline.first_step  # it began with the last step of the epoch before
+        self._end_step = self._start_step if self.end is None else at("end", self.end)
+        if check and self._end_step < self._start_step:
             raise InvalidArgumentError(
-                f"Argument `end` must be at or after `start` ({self.start}, step {self._start_step}), but got {self.end}, "
-                f"which is step {self._end_step}."
+                f"Argument `end` must be at or after `start` ({self.start}, step {self._start_step:g}), but got {self.end}, "
+                f"which is step {self._end_step:g}."
             )
+
+    def _begins(self, trainer: L.Trainer, epoch: int | None = None) -> bool:
+        """Whether the phase has begun at the next optimizer step.
+
+        Args:
+            trainer: of the run.
+            epoch: epoch of that step; by default the present one.
+        """
+        epoch = trainer.current_epoch if epoch is None else epoch
+        if not self._begun and passed(self.start, self._start_step, epoch, trainer.global_step):
+            self._begun = not is_fast_dev_run(trainer)
+            return True
+        return self._begun or is_fast_dev_run(trainer)
+
+    def _progress(self, trainer: L.Trainer, epoch: int) -> float:
+        """Share of the phase that has passed before the next optimizer step, which belongs to ``epoch``; negative before the phase.
+
+        Between two epochs it counts in epochs, so that epochs of different length have the same share.
+        """
+        step = trainer.global_step
+        if not self._begins(trainer, epoch):
+            return -1.0
+        if is_fast_dev_run(trainer) or passed(self.end, self._end_step, epoch, step):
+            return 1.0
+        if isinstance(self.start, int) and isinstance(self.end, int) and self._epoch is not None:
+            into = 0.0
+            if epoch == self._epoch[0]:
+                length = timeline_of(trainer, self._epoch).steps_per_epoch
+                into = min((step - self._epoch[1]) / length, 1.0)
+            return max(epoch + into - self.start, 0.0) / (self.end - self.start)
+        return max(Timeline.progress(step, self._start_step, self._end_step), 0.0)
 
     @override
     def on_train_batch_end(
@@ -151,7 +265,7 @@ class CompressionCallback(L.Callback):
 
     def _count_once_complete(self, trainer: L.Trainer) -> None:
         """Restart monitors as soon as the last target of the run is reached."""
-        if self._counting or _unfinished(trainer):
+        if self._counting or unfinished_targets(trainer):
             return
         for callback in compression_callbacks(trainer):
             callback._counting = True
@@ -160,8 +274,8 @@ class CompressionCallback(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         stopped = stopped_epochs(trainer)
-        marked = any(getattr(c, "incomplete", None) == "mark" for c in callbacks_of(trainer, L.Callback))
-        if stopped and not marked and (missing := _unfinished(trainer)):
+        self._ended = not is_fast_dev_run(trainer)
+        if stopped and not may_be_incomplete(trainer) and (missing := unfinished_targets(trainer)):
             raise RunError(
                 f"EarlyStopping must leave the run until the targets are reached, but it stopped in epoch {stopped[0]}, and "
                 f"{'; '.join(missing)}. The checkpoints are safe. Raise its `patience`, or let the phases end earlier."
@@ -169,6 +283,14 @@ class CompressionCallback(L.Callback):
         if trainer.is_global_zero:
             title, shares = self.layer_shares(pl_module)
             log_layers(trainer.loggers, f"layers/{self.name}", shares, title, trainer.global_step)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        last = self._ended and compression_callbacks(trainer)[-1] is self
+        self._ended = False
+        if last and trainer.is_global_zero and (missing := unfinished_targets(trainer)):
+            # An error, logged after all else: warnings are often filtered, and this isn't the network that was asked for.
+            _log.error(unfinished_line(missing))
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -180,7 +302,17 @@ def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
     return callbacks_of(trainer, CompressionCallback)
 
 
-def _unfinished(trainer: L.Trainer) -> list[str]:
+def may_be_incomplete(trainer: L.Trainer) -> bool:
+    """Whether the user has agreed to a network that hasn't reached its targets: ``ModelExport(incomplete="mark")``."""
+    return any(getattr(c, "incomplete", None) == "mark" for c in callbacks_of(trainer, L.Callback))
+
+
+def unfinished_line(missing: Sequence[str]) -> str:
+    """The sentence with which a run ends whose targets aren't reached."""
+    return f"The run ended before its targets were reached: {'; '.join(missing)}. Train longer, or let the phases end earlier."
+
+
+def unfinished_targets(trainer: L.Trainer) -> list[str]:
     """Targets that the run's compression callbacks haven't reached yet."""
     return [reason for c in compression_callbacks(trainer) if (reason := c.unfinished())]
 
@@ -238,12 +370,45 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
         told(change)
 
 
-def timeline_of(trainer: L.Trainer) -> Timeline:
-    """Length of the run in optimizer steps; the training loader must be set up (``on_train_start`` or later)."""
+def timeline_of(trainer: L.Trainer, epoch: tuple[int, int] | None = None) -> Timeline:
+    """Length of the run in optimizer steps; the training loader must be set up (``on_train_start`` or later).
+
+    Args:
+        trainer: of the run.
+        epoch: an epoch and the optimizer step at which it began; by default the present one.
+
+    Returns:
+        What is known at the beginning of that epoch. Loaders without a length are expected to be as long as they were on average.
+    """
+    present, first = epoch or (trainer.current_epoch, first_step_of_epoch(trainer))
     batches = trainer.num_training_batches
-    steps = math.inf if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-    total = math.inf if trainer.max_epochs in (None, -1) else steps * trainer.max_epochs
-    return Timeline(steps, total if trainer.max_steps == -1 else min(total, trainer.max_steps))
+    schedulers = callbacks_of(trainer, GradientAccumulationScheduler)
+    changes = max((max(s.epochs) for s in schedulers), default=0)
+
+    def length(at: int) -> float:
+        if math.isinf(batches):
+            return first / present if present and first else math.inf
+        each = schedulers[0].get_accumulate_grad_batches(at) if schedulers else trainer.accumulate_grad_batches
+        return math.ceil(batches / each)
+
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    lengths = tuple(length(at) for at in range(present, max(present, changes) + 1))
+    line = Timeline(lengths[0], math.inf, present, first, lengths, epochs)
+    total = math.inf if math.isinf(epochs) else line.estimate(int(epochs))
+    return replace(line, total_steps=total if trainer.max_steps == -1 else min(total, trainer.max_steps))
+
+
+def first_step_of_epoch(trainer: L.Trainer, within: bool = False) -> int:
+    """Optimizer step at which the present epoch began.
+
+    Args:
+        trainer: of the run.
+        within: whether a batch of the epoch is being trained; otherwise one may just have ended.
+    """
+    if trainer.is_last_batch and not within:
+        return trainer.global_step
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    return trainer.global_step - steps.current.completed
 
 
 def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) -> None:

@@ -106,41 +106,104 @@ def check_position(argument: str, value: float | None) -> None:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Length of a run in optimizer steps.
+    """Length of a run in optimizer steps, as far as it is known at the beginning of one of its epochs.
+
+    Epochs that are over have the length that they had; the present one and those to come are estimates, which a loader that grows or
+    shrinks corrects at the next epoch.
 
     Args:
-        steps_per_epoch: optimizer steps in an epoch; ``inf`` if unknown.
+        steps_per_epoch: optimizer steps in the present epoch; ``inf`` if unknown.
         total_steps: optimizer steps in the run; ``inf`` if unknown.
+        epoch: the present epoch.
+        first_step: optimizer step at which the present epoch began.
+        lengths: optimizer steps in the present epoch and in those that follow; the last one holds for all others.
+        max_epochs: epochs in the run; ``inf`` if it doesn't end by them.
     """
 
     steps_per_epoch: float
     total_steps: float
+    epoch: int = 0
+    first_step: int = 0
+    lengths: tuple[float, ...] = ()
+    max_epochs: float = math.inf
 
-    def step(self, argument: str, value: float) -> int:
+    def step(self, argument: str, value: float) -> float:
         """Optimizer step (0-based) at a position: an int counts epochs, a float is a share of the run.
 
+        Returns:
+            The step, or ``inf`` for a position that a later epoch makes known.
+
         Raises:
-            InvalidArgumentError: the run is too short for it, or its length isn't known.
+            InvalidArgumentError: the run is too short for it, or its length never becomes known.
         """
-        length = self.steps_per_epoch if isinstance(value, int) else self.total_steps
-        if value == 0:
-            return 0
-        if math.isinf(length):
+        step = self.estimate(value)
+        if isinstance(value, float) and math.isinf(step) and not 1 < self.max_epochs < math.inf:
             raise InvalidArgumentError(
-                f"Argument `{argument}` must be 0 for a run of unknown length, but got {value}. Set `max_steps` and, for "
+                f"Argument `{argument}` must be 0 or an epoch (int) in a run of unknown length, but got {value}. Set `max_steps` and, for "
                 "loaders without a length, `limit_train_batches` on the Trainer."
             )
-        step = round(value * length)
-        if step > self.total_steps:
+        if self.total_steps < step < math.inf:
             raise InvalidArgumentError(
-                f"Argument `{argument}` must lie within the run, but got {value}, which is step {step} of a run of "
-                f"{self.total_steps:g} steps ({self.total_steps / self.steps_per_epoch:g} epochs). Train longer or start earlier."
+                f"Argument `{argument}` must lie within the run, but got {value}, which is step {step:g} of a run of "
+                f"{self.total_steps:g} steps ({self.epochs:g} epochs). Train longer or start earlier."
             )
         return step
 
+    def estimate(self, value: float) -> float:
+        """Optimizer step at a position by what is known now; ``inf`` if it isn't, or if it lies behind an epoch of unknown length."""
+        if value == 0:
+            return 0
+        if isinstance(value, float):
+            return math.inf if math.isinf(self.total_steps) else round(value * self.total_steps)
+        if value <= self.epoch:
+            return round(self.first_step * value / self.epoch)  # its length isn't remembered
+        known = (self.lengths or (self.steps_per_epoch,))[: value - self.epoch]
+        rest = value - self.epoch - len(known)
+        return self.first_step + sum(known) + (rest * known[-1] if rest else 0)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs in the run, with the begun part of its last one; ``inf`` if unknown."""
+        return min(self.max_epochs, self.epoch_at(self.total_steps))
+
+    def epoch_at(self, step: float) -> float:
+        """Position of an optimizer step in epochs; ``inf`` if it lies behind an epoch of unknown length."""
+        if step < self.first_step:
+            return self.epoch * step / self.first_step
+        epoch, begins = self.epoch, float(self.first_step)
+        while epoch < self.epoch + len(self.lengths) and begins + self._length(epoch) <= step < math.inf:
+            begins += self._length(epoch)
+            epoch += 1
+        length = self._length(epoch)
+        if step == begins:
+            return epoch
+        return math.inf if math.isinf(length) or math.isinf(step) else epoch + (step - begins) / length
+
+    def _length(self, epoch: int) -> float:
+        """Optimizer steps in the present epoch or a later one."""
+        lengths = self.lengths or (self.steps_per_epoch,)
+        return lengths[min(epoch - self.epoch, len(lengths) - 1)]
+
     @staticmethod
-    def progress(step: int, start: int, end: int) -> float:
+    def progress(step: float, start: float, end: float) -> float:
         """Share of a phase that has passed before ``step``; negative before it. A phase without length is over at once."""
         if step < start:
             return -1.0
         return 1.0 if step >= end else (step - start) / (end - start)
+
+
+def passed(value: float | None, at_step: float, epoch: int, step: int) -> bool:
+    """Whether a position in a run is reached.
+
+    Args:
+        value: an int is an epoch, and reached with it, however long epochs are; a share of the run and ``None`` are reached by their
+            step.
+        at_step: estimated optimizer step of the position.
+        epoch: epoch of the next optimizer step.
+        step: number of the next optimizer step.
+
+    Example:
+        >>> passed(2, at_step=10, epoch=1, step=12), passed(0.5, at_step=10, epoch=1, step=12)
+        (False, True)
+    """
+    return epoch >= value if isinstance(value, int) else step >= at_step

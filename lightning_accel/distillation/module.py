@@ -24,7 +24,7 @@ from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.logged import log_step
 from lightning_accel.distillation.recording import called_submodules, observed, resolve
-from lightning_accel.distillation.runtime import Distillation
+from lightning_accel.distillation.runtime import Distillation, check_first_losses
 from lightning_accel.distillation.scheduled import Scheduled, bounds, move_all
 from lightning_accel.distillation.setup import as_teacher, begin, find_pairs, outputs_path
 from lightning_accel.distillation.state import average_gradients_, load_state, save_state
@@ -197,7 +197,10 @@ class DistillationModule(_SharesStudent):
         for key in distillation.follow(student, teacher, self, self._trainer):
             rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is recreated.")
         batch = args[0] if args else next(iter(kwargs.values()), None)
+        first = not distillation.checked
         loss, parts = distillation.losses(student, teacher, batch)
+        if first:
+            check_first_losses(self, {"training_step": task_loss, **parts}, (student, teacher), batch)
         several = {f"distillation_loss/{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
         numbers = {name: float(number) for name, number in scheduled.items()}
         log_step(self, {"distillation_loss": loss.detach(), "task_loss": task_loss.detach(), **several, **numbers})
@@ -270,6 +273,7 @@ class DistillationModule(_SharesStudent):
             check_strategy(self.trainer, "DistillationModule")
             distillation.in_charge = True
             distillation.restored = None
+            distillation.checked.clear()
             distillation.teacher.eval()
             if distillation.cache is not None:
                 index_training_data(self.trainer)

@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_accel.core import structure
+from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
@@ -21,13 +23,13 @@ from lightning_accel.distillation.adapters import (
 from lightning_accel.distillation.cache.teacher_cache import Signals, TeacherCache
 from lightning_accel.distillation.layers.paths import once, recorded
 from lightning_accel.distillation.layers.selection import logits_in, select_tensor, selection_of, split_path
-from lightning_accel.distillation.losses.base import check_same_shape
+from lightning_accel.distillation.losses.base import Loss, are_sigmoids, check_are_logits, check_same_shape
 from lightning_accel.distillation.scheduled import Number, Scheduled, find_scheduled
-from lightning_accel.distillation.targets import Where, find, fits
+from lightning_accel.distillation.targets import Where, find, fits, usual_target
 from lightning_accel.distillation.teachers.base import network_of
 from lightning_accel.distillation.teachers.ema import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, Pair
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, RunError
 
 LOGITS = ""
 Answer = tuple[Mapping[str, Any], Any]  # outputs of layers in a call, and output of the network
@@ -64,6 +66,7 @@ class Distillation:
     evaluate: bool = False
     in_charge: bool = field(default=True, kw_only=True)  # of the teacher's device, not of copies of the student (EMA)
     verified: bool = field(default=False, kw_only=True)  # logits were recorded exactly once in a step
+    checked: set[str] = field(default_factory=set, kw_only=True)  # terms whose outputs were looked at in this fit
     pairs: dict[str, list[Pair]] = field(default_factory=dict, kw_only=True)  # term -> resolved layers
     adapters: dict[str, nn.Module] = field(default_factory=dict, kw_only=True)
     restored: dict[str, Any] | None = field(default=None, kw_only=True)  # from a checkpoint, until the start of fit
@@ -147,6 +150,10 @@ class Distillation:
                     ours = self.adapters[pair.key](ours)
                 if pair.student is None and ours.shape != theirs.shape:
                     check_same_shape_of_logits(ours, theirs)
+                if term.name not in self.checked:
+                    self.checked.add(term.name)
+                    if pair.student is None:
+                        check_outputs(term, ours, theirs, usual_target(batch) if self.target is None else target)
                 others = {"target": target, "batch": batch}
                 if mask is not None and fits(mask, ours):
                     others["mask"] = mask
@@ -177,6 +184,7 @@ class Distillation:
         """
         check_same_shape_of_logits(student, teacher)
         for term in self.terms:
+            check_outputs(term, student, teacher, None)
             if not term.requires:
                 _check_scalar(term.name, term.loss(student, teacher))
 
@@ -264,6 +272,78 @@ def check_same_shape_of_logits(student: Tensor, teacher: Tensor) -> None:
         check_same_shape(student, teacher)
     except ValueError as error:
         raise InvalidArgumentError(f"{error} Select them with `outputs` and `teacher_outputs`.") from None
+
+
+def check_first_losses(
+    student: nn.Module, losses: Mapping[str, Tensor], signals: tuple[Signals, Signals], batch: Any
+) -> None:
+    """Check that the losses of the first step are numbers.
+
+    Args:
+        student: the trained network.
+        losses: by name; that of ``training_step`` is the student's own.
+        signals: outputs of student and teacher.
+        batch: of the step.
+
+    Raises:
+        RunError: one is NaN; the message names it, and where NaN comes from.
+    """
+    bad = [name for name, loss in losses.items() if bool(loss.detach().isnan().any())]
+    if not bad:
+        return
+    found = nan_input(batch) or nan_weight(student)
+    for who, values in zip(("student", "teacher"), signals, strict=True):
+        for path, value in values.items():
+            if not found and bool(value.detach().isnan().any()):
+                found = f"{path or 'the output'} of the {who} has NaN, although its weights and inputs are numbers"
+    found = found or "weights, inputs and outputs are numbers: look at the loss itself"
+    raise RunError(f"The loss {bad[0]!r} must be a number in the first step, but got NaN: {found}.")
+
+
+def check_outputs(term: LossTerm, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    """Check that a loss of logits fits what the networks compute and what the labels are.
+
+    Args:
+        term: the loss; those without an attribute ``outputs`` take anything.
+        student: its logits.
+        teacher: logits of the same shape.
+        target: of the batch, if there is one.
+
+    Raises:
+        InvalidArgumentError: the loss is constant for this shape, or gets probabilities where it needs logits.
+    """
+    kind = getattr(term.loss, "outputs", "any")
+    if kind not in ("classes", "labels"):
+        return
+    if isinstance(term.loss, Loss):
+        term.loss.check(student)
+    dim = getattr(term.loss, "dim", None)
+    for who, values in (("student", student), ("teacher", teacher)):
+        if values.ndim > 1 and values.shape[1 if dim is None else dim] > 1:
+            check_are_logits(values, dim, who, term.name)
+        if kind == "labels" and are_sigmoids(values):
+            rank_zero_warn(
+                f"The loss {term.name!r} applies a sigmoid to the {who}'s outputs, and all of them are in [0, 1] already: select the "
+                "logits in front of the network's own sigmoid with `outputs` and `teacher_outputs`."
+            )
+    if kind == "classes" and target is not None and target.shape == student.shape:
+        _check_exclusive(term.name, target, 1 if dim is None else dim)
+
+
+def _check_exclusive(name: str, target: Tensor, dim: int) -> None:
+    """Warn if a target has a value for each logit and isn't a distribution over classes."""
+    values = target.detach().float()
+    if bool((values >= 0).all()) and bool(((values.sum(dim) - 1).abs() < 1e-3).all()):
+        return  # one-hot, or soft labels
+    labels = bool(((values == 0) | (values == 1)).all())
+    rank_zero_warn(
+        f"The loss {name!r} compares probabilities of classes of which one is right, but the target has "
+        + (
+            'several or no labels of 1 in a sample. Use `losses="multilabel"`.'
+            if labels
+            else 'numbers for each output that are no probabilities. Use `losses="regression"`.'
+        )
+    )
 
 
 def _signal(found: Mapping[str, Any], output: Any, path: str, argument: str) -> Tensor:

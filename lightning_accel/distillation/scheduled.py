@@ -1,11 +1,12 @@
 """Numbers that follow a schedule: alpha, a temperature, the weight of a loss."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 
-from lightning_accel.core.callback import timeline_of
+from lightning_accel.core.callback import first_step_of_epoch, timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
 from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
@@ -14,7 +15,7 @@ from lightning_accel.errors import InvalidArgumentError
 class Scheduled:
     """A number that changes from ``first`` to ``last`` on a schedule, for ``alpha``, a temperature or a loss's weight.
 
-    It depends on the optimizer step only, so a resumed run continues with the same values.
+    It depends on the optimizer step and the epoch only, so a resumed run continues with the same values.
 
     Args:
         first: value before ``start``.
@@ -51,15 +52,23 @@ class Scheduled:
     def move(self, step: int, timeline: Timeline) -> None:
         """Set the value to that of an optimizer step.
 
+        Between two epochs it counts in epochs, so that epochs of different length have the same share.
+
         Raises:
-            InvalidArgumentError: ``start`` or ``end`` lies outside of the run, or after the other.
+            InvalidArgumentError: in the first epoch: ``start`` or ``end`` lies outside of the run, or after the other.
         """
-        start, end = timeline.step("start", self.start), timeline.step("end", self.end)
-        if end < start:
-            raise InvalidArgumentError(
-                f"Argument `end` must be at or after `start` ({self.start}), but got {self.end}."
-            )
-        passed = fraction(self.schedule, Timeline.progress(step, start, end))
+        start, end = timeline.estimate(self.start), timeline.estimate(self.end)
+        if timeline.epoch == 0:  # later estimates may move
+            start, end = timeline.step("start", self.start), timeline.step("end", self.end)
+            if end < start:
+                raise InvalidArgumentError(
+                    f"Argument `end` must be at or after `start` ({self.start}), but got {self.end}."
+                )
+        progress = Timeline.progress(step, start, end)
+        if isinstance(self.start, int) and isinstance(self.end, int):
+            now = timeline.epoch_at(step)
+            progress = Timeline.progress(timeline.epoch if math.isinf(now) else now, self.start, self.end)
+        passed = fraction(self.schedule, progress)
         self._value = self.first + (self.last - self.first) * passed
 
     def __repr__(self) -> str:
@@ -79,8 +88,9 @@ def bounds(number: Number) -> tuple[float, float]:
 def move_all(numbers: Iterable[Scheduled], trainer: L.Trainer) -> None:
     """Set the values to those of the Trainer's present step; unchanged in a fast_dev_run."""
     if not is_fast_dev_run(trainer):
+        timeline = timeline_of(trainer, (trainer.current_epoch, first_step_of_epoch(trainer, within=True)))
         for number in numbers:
-            number.move(trainer.global_step, timeline_of(trainer))
+            number.move(trainer.global_step, timeline)
 
 
 def find_scheduled(*owners: Any) -> dict[str, Scheduled]:

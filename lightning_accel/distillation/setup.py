@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_accel.calls.batches import Call, call_by_signature
 from lightning_accel.calls.contexts import isolated_random, kept_buffers, own_forwards
 from lightning_accel.calls.loaders import peek, training_loader, transferred
+from lightning_accel.core.finite import check_weights
 from lightning_accel.distillation.adapters import replace_parameters_
 from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
@@ -73,8 +74,9 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     """Resolve layers, compare shapes, create adapters and add them to the optimizer, and fill the cache.
 
     Raises:
-        InvalidArgumentError: a path doesn't exist, or shapes can't be aligned.
+        InvalidArgumentError: the teacher's weights have NaN, a path doesn't exist, or shapes can't be aligned.
     """
+    check_weights(distillation.teacher, "teacher", " Load the weights of a trained network.")
     path = outputs_path(distillation.outputs)
     owner, method = resolve(module, path)
     ema = distillation.ema

@@ -47,6 +47,15 @@ def find(batch: Any, where: Where, argument: str) -> Tensor | None:
     return found
 
 
+def usual_target(batch: Any) -> Tensor | None:
+    """The target under a usual name or in the usual place, of any dtype; ``None`` if there is none."""
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in _TARGETS if name in batch), None)
+    else:
+        found = batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
 def _usual(batch: Any, argument: str) -> Tensor | None:
     names = _TARGETS if argument == "target" else _MASKS
     if isinstance(batch, Mapping):

@@ -13,10 +13,12 @@ from torch import nn
 
 from lightning_accel.calls.contexts import own_forward
 from lightning_accel.calls.example import ExampleCall
+from lightning_accel.core.finite import nan_weight
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.pytorch import NAMES_FILE
 from lightning_accel.engines.registry import engine_named, resolve
-from lightning_accel.errors import VerificationError
+from lightning_accel.errors import RunError, VerificationError
+from lightning_accel.export.held_out import check_samples
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
@@ -71,12 +73,19 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
 
     Raises:
         VerificationError: one differs from the trained network.
+        RunError: the network's weights have NaN.
+        InvalidArgumentError: held-out samples have NaN, and so have the outputs.
     """
+    if found := nan_weight(spec.module):
+        raise RunError(
+            f"A network must have numbers as weights to ship, but {found}: training has diverged. The checkpoint is safe."
+        )
     half = spec.precision in HALVES
     options: dict[str, Any] = {"metadata": spec.metadata, "opset": BF16_OPSET if spec.precision == "bf16" else None}
     exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
     samples = spec.data.samples(whole, exported.input_names, spec.samples)
     network = ModuleNetwork(whole, exported)
+    check_samples(network, samples, spec.data.source)
     sizes = (1, 7, spec.batch_size)
     integers = check_integers(exported.path, exported.trained) if exported.trained else None
     tolerance = FLOAT if half else FILES[spec.precision]

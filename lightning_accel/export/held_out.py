@@ -1,6 +1,6 @@
 """Held-out data for verification and accuracy; never training data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch,
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.loaders import peek
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.core.finite import nan_array
+from lightning_accel.errors import InvalidArgumentError, RunError
+from lightning_accel.verification.compare import Network
 
 
 @dataclass
@@ -108,6 +110,37 @@ class HeldOut:
         feeds = {name: np.concatenate([part[name] for part in parts]) for name in names}
         whole = len(targets) == len(parts) and len({(array.dtype, array.shape[1:]) for array in targets}) == 1
         return feeds, np.concatenate(targets) if whole else None
+
+
+def check_samples(network: Network, samples: Mapping[str, np.ndarray], source: str, trained: bool = True) -> None:
+    """Raise if outputs of a network have NaN because its inputs have, or have nothing else.
+
+    Inputs with NaN are right where the network replaces them itself.
+
+    Args:
+        network: the module, see :class:`~lightning_accel.verification.network.ModuleNetwork`.
+        samples: inputs, each ``(S, ...)``.
+        source: where they come from, for the message.
+        trained: whether its weights are final; outputs of others may be anything as long as inputs are numbers.
+
+    Raises:
+        InvalidArgumentError: outputs have NaN, and so have inputs.
+        RunError: an output is NaN throughout, and weights and inputs are numbers.
+    """
+    outputs = network(samples)
+    found = [line for name, array in outputs.items() if (line := nan_array(f"output `{name}`", array))]
+    if not found:
+        return
+    for name, array in samples.items():
+        if line := nan_array(f"input `{name}`", array):
+            raise InvalidArgumentError(
+                f"Argument `data` must hold samples of numbers, but in the {source} {line}, and {found[0]}. Clean the data, or let the "
+                "network replace NaN."
+            )
+    if trained and any(array.dtype.kind == "f" and np.isnan(array).all() for array in outputs.values()):
+        raise RunError(
+            f"A network must compute numbers to ship, but {found[0]}, although weights and inputs are numbers."
+        )
 
 
 def batch_of(call: Call) -> int:

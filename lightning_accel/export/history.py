@@ -1,5 +1,6 @@
 """Phases and measured values of a run for the report, read from the states of the callbacks."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,9 @@ def timeline(states: States) -> list[Phase]:
     """First and last optimizer step of each callback's phase."""
     spans = {key: state["steps"] for key, state in states.items() if "steps" in state}
     return [
-        Phase(key.removeprefix("lightning_accel."), int(start), int(end) if end > start else None)
+        Phase(key.removeprefix("lightning_accel."), int(start), int(end) if start < end < math.inf else None)
         for key, (start, end) in spans.items()
+        if start < math.inf  # it began; in a run of unknown length its step may never have become known
     ]
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.finite import check_weights
 from lightning_accel.core.optional import require
 from lightning_accel.core.patching import Patches
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
+from lightning_accel.export.held_out import check_samples
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
@@ -83,7 +85,9 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
 
     Raises:
         VerificationError: the exported file differs from the network.
+        InvalidArgumentError: weights or held-out samples have NaN.
     """
+    check_weights(spec.module, "model")
     with as_if_trained(spec.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(spec.module, False):
         folder, whole = Path(scratch), spec.whole
         export = export_onnx(
@@ -95,6 +99,7 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         )
         check_integers(export.path, export.trained)
         samples = spec.data.samples(whole, export.input_names, _SAMPLES)
+        check_samples(ModuleNetwork(whole, export), samples, spec.data.source, trained=False)
         if random := check_repeatable(ModuleNetwork(whole, export), samples):
             raise VerificationError(
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."

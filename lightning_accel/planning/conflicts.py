@@ -27,17 +27,18 @@ def conflicts(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
 
 def _pruned_too_late(trainer: L.Trainer) -> Iterator[str]:
     """Pruning that ends after ranges or batch norm were frozen."""
-    length = timeline_of(trainer).steps_per_epoch
+    timeline = timeline_of(trainer)
     callbacks = compression_callbacks(trainer)
     for qat in (c for c in callbacks if isinstance(c, QuantizationAwareTraining)):
         for pruning in (c for c in callbacks if isinstance(c, WeightPruning)):
-            late = {what: step for what, step in qat.settles().items() if step < pruning.steps[1]}
+            end = pruning.steps[1]
+            late = {what: step for what, step in qat.settles().items() if step < end < math.inf}
             if late:
                 what, step = min(late.items(), key=lambda item: item[1])
                 yield (
-                    f"WeightPruning({pruning.name!r}) ends in epoch {pruning.steps[1] / length:g}, after {what} became final in epoch "
-                    f"{step / length:.4g}: they belong to a network that still had more weights. End it by epoch "
-                    f"{max(math.floor(step / length), 0)}, or start QuantizationAwareTraining later."
+                    f"WeightPruning({pruning.name!r}) ends in epoch {timeline.epoch_at(end):g}, after {what} became final in epoch "
+                    f"{timeline.epoch_at(step):.4g}: they belong to a network that still had more weights. End it by epoch "
+                    f"{max(math.floor(timeline.epoch_at(step)), 0)}, or start QuantizationAwareTraining later."
                 )
 
 
@@ -46,10 +47,10 @@ def _never_trained(trainer: L.Trainer) -> Iterator[str]:
     total = timeline_of(trainer).total_steps
     for qat in (c for c in compression_callbacks(trainer) if isinstance(c, QuantizationAwareTraining)):
         begins = qat.fake_quant_step(trainer)
-        if begins >= total and not is_fast_dev_run(trainer):
+        if begins >= total and not math.isinf(total) and not math.isinf(begins) and not is_fast_dev_run(trainer):
             yield (
-                f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]}, observes "
-                f"{qat.settings.calibration_batches} batches until step {begins}, and the run ends at step {total:g}. Start it "
+                f"QuantizationAwareTraining({qat.name!r}) trains no step with fake-quant: it starts at step {qat.steps[0]:g}, observes "
+                f"{qat.settings.calibration_batches} batches until step {begins:g}, and the run ends at step {total:g}. Start it "
                 "earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
             )
 

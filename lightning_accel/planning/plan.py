@@ -1,6 +1,7 @@
 """Dry run of ``fit``: report the changes of each callback to each layer, without training."""
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,8 +33,8 @@ class Phase:
 
     Args:
         callback: its class and name.
-        steps: first and last optimizer step.
-        epochs: the same in epochs.
+        steps: first and last optimizer step; ``inf`` if loaders have no length and only a later epoch shows it.
+        epochs: the same in epochs; ``None`` if unknown.
         lr: learning rate of the first parameter group at the first step; ``None`` if unknown.
         lr_share: the same as a share of the run's highest.
         benefit: effect on the deployed network; may be empty.
@@ -41,8 +42,8 @@ class Phase:
     """
 
     callback: str
-    steps: tuple[int, int]
-    epochs: tuple[float, float]
+    steps: tuple[float, float]
+    epochs: tuple[float | None, float | None]
     lr: float | None
     lr_share: float | None
     benefit: str
@@ -74,14 +75,17 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.total_steps:g} optimizer steps, {self.steps_per_epoch:g} an epoch"]
+        total, each = (
+            f"{n:g}" if n < math.inf else "an unknown number of" for n in (self.total_steps, self.steps_per_epoch)
+        )
+        lines = [f"{total} optimizer steps, {each} an epoch"]
         for what, size in self.sizes.items():
             lines.append(f"{what}: " + ", ".join(f"{number:,} {unit}" for unit, number in size.items()))
         for phase in self.phases:
-            (first, last), (begin, end) = phase.steps, phase.epochs
-            until = f" to epoch {end:g} (step {last})" if last > first else ""
+            begin, end = (_where(*at) for at in zip(phase.epochs, phase.steps, strict=True))
+            until = f" to {end}" if end != begin else ""
             rate = "" if phase.lr is None else f", learning rate {phase.lr:.3g} ({phase.lr_share:.0%} of the highest)"
-            lines += ["", f"{phase.callback}: from epoch {begin:g} (step {first}){until}{rate}"]
+            lines += ["", f"{phase.callback}: from {begin}{until}{rate}"]
             lines += [f"  brings: {phase.benefit}"] if phase.benefit else []
             width = max((len(name) for name in phase.layers), default=0)
             lines += [f"  {name:<{width}}  {what}" for name, what in phase.layers.items()]
@@ -161,15 +165,16 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=conflicts(trainer, pl_module))
     for callback in sorted(callbacks, key=lambda c: c.steps[0]):
         first, last = callback.steps
-        begin, end = first / timeline.steps_per_epoch, last / timeline.steps_per_epoch
+        end = callback.end if callback.end is not None else callback.start if last == first else None
+        epochs = _epoch(timeline, callback.start, first), _epoch(timeline, end, last)
         who = type(callback).__name__ + (
             f" {callback.name!r}" if len(callbacks) > len({type(c) for c in callbacks}) else ""
         )
-        rate = rates[min(first, len(rates) - 1)] * callback.lr_scale if rates else None
+        rate = rates[int(min(first, len(rates) - 1))] * callback.lr_scale if rates else None
         share = rate / max(rates) if rate is not None and max(rates) > 0 else None
-        share_at_end = rates[min(last, len(rates) - 1)] / max(rates) if share is not None else None
+        share_at_end = rates[int(min(last, len(rates) - 1))] / max(rates) if share is not None else None
         layers = callback.plan(trainer, pl_module)
-        made.phases.append(Phase(who, (first, last), (begin, end), rate, share, callback.benefit, layers))
+        made.phases.append(Phase(who, (first, last), epochs, rate, share, callback.benefit, layers))
         # Pruning needs a high rate, to recover.
         if callback.wants_low_rate and share is not None and share > _HIGH:
             made.warnings.append(
@@ -181,6 +186,21 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
                 "learning rate must still be high. End it earlier."
             )
     return made
+
+
+def _epoch(timeline: Timeline, value: float | None, step: float) -> float | None:
+    """Position in epochs; ``None`` if it isn't known."""
+    at = timeline.epoch_at(step)
+    if at < math.inf:
+        return at
+    return float(value) if isinstance(value, int) else None
+
+
+def _where(epoch: float | None, step: float) -> str:
+    """A position in words."""
+    if epoch is None:
+        return f"step {step:g}" if step < math.inf else "a later epoch"
+    return f"epoch {epoch:g} (step {step:g})" if step < math.inf else f"epoch {epoch:g}"
 
 
 def _add_bytes(
@@ -223,13 +243,15 @@ def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:
         return []
     kept = {id(p): p for group in trainer.optimizers[0].param_groups for p in group["params"]}
     optimizer, schedulers = copy.deepcopy((trainer.optimizers[0], [c.scheduler for c in configs]), dict(kept))
+    last = 0 if math.isinf(timeline.epochs) else int(timeline.epochs)  # epochs of unknown length end nowhere
+    ends = {timeline.estimate(epoch): epoch for epoch in range(timeline.epoch + 1, last + 1)}
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no optimizer step precedes the scheduler's
         for step in range(trainer.global_step, int(total)):
             rates.append(float(optimizer.param_groups[0]["lr"]))
             for config, scheduler in zip(configs, schedulers, strict=True):
-                due = step + 1 if config.interval == "step" else (step + 1) / timeline.steps_per_epoch
-                if due == int(due) and int(due) % config.frequency == 0:
+                due = step + 1 if config.interval == "step" else ends.get(step + 1)
+                if due is not None and due % config.frequency == 0:
                     scheduler.step()
     return [rates[0]] * trainer.global_step + rates if rates else []

@@ -12,6 +12,7 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.criterion import Criterion, WeightScores
+from lightning_accel.pruning.weights.layers import weight_kinds
 from lightning_accel.pruning.weights.masks import apply_masks_, prune_masks
 from lightning_accel.pruning.weights.targets import SparsityTargets
 
@@ -35,7 +36,7 @@ def prune_weights_(
         criterion: as in :class:`WeightPruning`.
         granularity: as in :class:`WeightPruning`.
         scope: ``"global"`` or ``"layer"``.
-        include: name globs; ``None`` means all weights with two or more dimensions that divide into units.
+        include: as in :class:`WeightPruning`.
         exclude: name globs; takes precedence over ``include``.
         generator: for ``"random"``; ``None`` means the global one.
 
@@ -51,12 +52,18 @@ def prune_weights_(
         tensor([2])
     """
     targets = SparsityTargets(sparsity, granularity, as_patterns("include", include), as_patterns("exclude", exclude))
-    chosen = targets.weights(module)
+    chosen, kinds = targets.weights(module), weight_kinds(module)
     masks: dict[str, torch.Tensor] = {}
     for target, names in targets.groups(chosen):
         weights = {name: chosen[name] for name in names}
         masks |= prune_masks(
-            weights, target, criterion=criterion, granularity=granularity, scope=scope, generator=generator
+            weights,
+            target,
+            criterion=criterion,
+            granularity=granularity,
+            scope=scope,
+            generator=generator,
+            kinds=kinds,
         )
     apply_masks_(chosen, masks)
     return masks

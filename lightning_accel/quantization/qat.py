@@ -5,11 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
-from lightning_accel.core.callback import check_one_optimizer, timeline_of
-from lightning_accel.core.schedules import check_position
+from lightning_accel.core.callback import check_one_optimizer, compression_callbacks, timeline_of
+from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
@@ -17,6 +18,7 @@ from lightning_accel.quantization.base_callback import QuantizingCallback, ranks
 from lightning_accel.quantization.call_watch import CallWatch
 from lightning_accel.quantization.settings import QuantizationSettings
 
+_FREEZES = (2 / 3, 5 / 6)  # shares of the phase after which batch norm and ranges are frozen
 _STEP_RATE = 1e-3  # learning rate of Adam for the logarithm of learned scales
 
 
@@ -89,6 +91,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._freeze_steps: dict[str, float] = {}
         self._watch: CallWatch | None = None
         self._checked = False
+        self._waited = False  # whether a warning said so
         self._stepped = 0  # `global_step` at the last update of learned scales
         self._peak = 0.0  # highest learning rate so far
         self._hooks: list[Any] = []
@@ -97,24 +100,39 @@ class QuantizationAwareTraining(QuantizingCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._checked, self._peak = False, 0.0
+            self._checked, self._peak, self._waited = False, 0.0, False
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
-        timeline = timeline_of(trainer)
-        if self._start_step >= timeline.total_steps:
-            raise InvalidArgumentError(
-                f"Argument `start` must lie before the end of the run, but got {self.start}, which is step {self._start_step}."
-            )
-        length = timeline.total_steps - self._start_step
-        for (argument, value), share in zip(self.freezes.items(), (2 / 3, 5 / 6), strict=True):
-            early = self._start_step + share * length
-            step = timeline.step(argument, value) if value is not None and not is_fast_dev_run(trainer) else early
-            self._freeze_steps[argument] = step
+        if is_fast_dev_run(trainer):
+            total = timeline_of(trainer).total_steps
+            self._freeze_steps = {name: share * total for name, share in zip(self.freezes, _FREEZES, strict=True)}
         self._stepped = trainer.global_step
         self._scale_rate(trainer.optimizers[0])
+
+    @override
+    def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        super()._place_phase(trainer, timeline, check)
+        if check and timeline.total_steps <= self._start_step < math.inf:
+            raise InvalidArgumentError(
+                f"Argument `start` must lie before the end of the run, but got {self.start}, which is step {self._start_step:g}."
+            )
+        at = timeline.step if check else lambda argument, value: timeline.estimate(value)
+        length = timeline.total_steps - self._start_step
+        for (argument, value), share in zip(self.freezes.items(), _FREEZES, strict=True):
+            # The end of a run of unknown length isn't seen coming: then nothing is frozen by default.
+            early = math.inf if math.isinf(timeline.total_steps) else self._start_step + share * length
+            never = isinstance(value, float) and value == 1.0  # also if the run becomes longer than expected
+            self._freeze_steps[argument] = early if value is None else math.inf if never else at(argument, value)
+
+    def _freezes(self, argument: str, trainer: L.Trainer) -> bool:
+        """Whether ``"freeze_batch_norm"`` or ``"freeze_ranges"`` is reached at the next optimizer step."""
+        value, step = self.freezes[argument], trainer.global_step
+        return passed(
+            None if is_fast_dev_run(trainer) else value, self._freeze_steps[argument], trainer.current_epoch, step
+        )
 
     def _scale_rate(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the learning rate during each optimizer step only, so that schedulers and loggers see the original one."""
@@ -137,23 +155,35 @@ class QuantizationAwareTraining(QuantizingCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._placed and trainer.global_step >= self._start_step:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._placed and self._begins(trainer) and not self._waits(trainer):
             self.prepare(trainer, pl_module)
             self.place(pl_module)
-        step, rate = trainer.global_step, max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         self._peak = max(self._peak, rate)
         settled = self.freezes["freeze_batch_norm"] is not None or rate <= 0.1 * self._peak
         for forward in self._placed.values():
             bank = forward.bank
             if bank.active:  # ranges must be learned before they are frozen
-                bank.norms_frozen = bank.norms_frozen or (settled and step >= self._freeze_steps["freeze_batch_norm"])
-                bank.frozen = bank.frozen or step >= self._freeze_steps["freeze_ranges"]
+                bank.norms_frozen = bank.norms_frozen or (settled and self._freezes("freeze_batch_norm", trainer))
+                bank.frozen = bank.frozen or self._freezes("freeze_ranges", trainer)
             bank.learning = True
         self._unwatch()  # a skipped batch ends without `on_train_batch_end`
         if not self._checked:
             self._watch = CallWatch(pl_module, self.paths)
 
-    def fake_quant_step(self, trainer: L.Trainer) -> int:
+    def _waits(self, trainer: L.Trainer) -> bool:
+        """Whether channels still have to leave, because epochs aren't as long as expected."""
+        resizing = [c for c in compression_callbacks(trainer) if c.resizes and c.unfinished()]
+        if resizing and not self._waited:
+            self._waited = True
+            rank_zero_warn(
+                f"QuantizationAwareTraining({self.name!r}) waits beyond `start` ({self.start}) for the network's final shapes: "
+                f"{resizing[0].unfinished()}."
+            )
+        return bool(resizing)
+
+    def fake_quant_step(self, trainer: L.Trainer) -> float:
         """First optimizer step with fake-quantization; available after the start of training."""
         return self._start_step + math.ceil(self.settings.calibration_batches / trainer.accumulate_grad_batches)
 
@@ -168,12 +198,19 @@ class QuantizationAwareTraining(QuantizingCallback):
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         total, calibrated = timeline_of(trainer).total_steps, self.fake_quant_step(trainer)
-        phases = [f"calibration to step {calibrated}", f"fake-quant from step {calibrated}"]
+        batches = self.settings.calibration_batches
+        phases = [f"calibration to step {calibrated:g}", f"fake-quant from step {calibrated:g}"]
+        if math.isinf(calibrated):
+            where = f"epoch {self.start}" if isinstance(self.start, int) else f"{self.start:.0%} of the run"
+            phases = [f"calibration from {where}, fake-quant {batches} batches later"]
         for argument, what in (("freeze_batch_norm", "batch norm frozen"), ("freeze_ranges", "ranges final")):
-            step = self._freeze_steps[argument]
+            step, value = self._freeze_steps[argument], self.freezes[argument]
             low = ", once the learning rate is a tenth of its highest" if argument == "freeze_batch_norm" else ""
-            automatic = low if self.freezes[argument] is None else ""
-            phases += [f"{what} from step {math.ceil(step)}{automatic}"] if step < total else []
+            automatic = low if value is None else ""
+            if math.isinf(step):
+                phases += [f"{what} from epoch {value}"] if isinstance(value, int) else []
+            else:
+                phases += [f"{what} from step {math.ceil(step)}{automatic}"] if step < total else []
         return {"(phases)": "; ".join(phases), **super().plan(trainer, pl_module)}
 
     @override

@@ -303,12 +303,33 @@ def test_fit_resumes_from_the_overlay_s_checkpoint(tmp_path):
     assert main(base) == 0
     straight = torch.load("kept/last.ckpt", weights_only=True)
     assert straight["global_step"] == 12
-    assert main([*base, "--trainer.callbacks+=tests.cli.test_lightning_cli.StopAfter"]) == 0
+    assert main([*base, "--trainer.callbacks+=tests.cli.test_lightning_cli.StopAfter"]) == 1  # unfinished
     assert torch.load("kept/last.ckpt", weights_only=True)["global_step"] == 6
     assert main([*base, "--ckpt-path", "kept/last.ckpt"]) == 0
     resumed = torch.load("kept/last.ckpt", weights_only=True)
     assert resumed["global_step"] == 12
     assert all(torch.equal(resumed["state_dict"][name], value) for name, value in straight["state_dict"].items())
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_a_run_that_ends_unfinished_is_no_success(tmp_path, capfd, mark):
+    """8 steps an epoch, and two of ten calibration batches are missing; a user who marks the bundle knows."""
+    config = run_config(tmp_path)
+    callbacks = config["trainer"]["callbacks"]
+    callbacks[QAT]["init_args"]["calibration_batches"] = 10
+    if not mark:
+        del callbacks[EXPORT]
+    else:
+        callbacks[EXPORT]["init_args"] |= {"incomplete": "mark"}
+        del callbacks[QAT]
+        callbacks[PRUNING]["init_args"]["end"] = 2
+        callbacks.append({"class_path": "tests.cli.test_lightning_cli.StopAfter"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "-c", "run.yaml"]) == (0 if mark else 1)
+    err = capfd.readouterr().err.strip().splitlines()
+    if not mark:
+        assert err[-1].startswith("lightning-accel: error: The run ended before its targets were reached: Quantization")
+        assert "has seen 8 of 10 calibration batches" in err[-1]
 
 
 class StopAfter(L.Callback):

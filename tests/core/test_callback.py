@@ -1,10 +1,13 @@
-"""Best checkpoints and early stopping beside compression: a dense epoch's score is no rival."""
+"""Best checkpoints and early stopping beside compression; phases of runs whose epochs differ in length; runs that end unfinished."""
+
+import logging
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 
 import lightning_accel as la
+from tests.core import drift
 from tests.support.models import Classifier, loader
 
 
@@ -103,6 +106,7 @@ def test_stopping_before_is_an_error_that_names_the_epoch(trainer):
         fit.fit(Scores(), loader(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:.*has zeroed nearly all")
 def test_a_stop_of_before_a_resume_ends_nothing(trainer, tmp_path):
     """The state of the callback still says that it stopped; this run ends by its last epoch, with a new target ahead."""
 
@@ -118,3 +122,158 @@ def test_a_stop_of_before_a_resume_ends_nothing(trainer, tmp_path):
         run(0.5, max_epochs=8)
     stop = run(0.9, max_epochs=8, max_steps=20)  # in the middle of epoch 2
     assert stop.stopped_epoch == 1
+
+
+RUNS = {
+    "accumulation": lambda: ([GradientAccumulationScheduler({0: 4, 1: 2, 2: 1})], {"train_dataloaders": loader(128)}),
+    "grows": lambda: ([], {"datamodule": drift.Growing(16, 32, 64, 128)}),
+    "shrinks": lambda: ([], {"datamodule": drift.Growing(128, 64, 32, 16)}),
+    "stream": lambda: ([], {"train_dataloaders": drift.stream(64)}),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_epochs_are_epochs_whatever_their_length(trainer, kind):
+    """Zeros from epoch 1 on, all of them before the first step of epoch 3; fake-quant from epoch 4 on."""
+    extra, data = RUNS[kind]()
+    watch, pruning = drift.Watch(), la.WeightPruning(0.5, schedule="linear", scope="layer", start=1, end=3, every=1)
+    qat = la.QuantizationAwareTraining("portable", start=4, calibration_batches=1)
+    fit = trainer(*extra, pruning, qat, watch, max_epochs=6, reload_dataloaders_every_n_epochs=1)
+    fit.fit(Classifier(), **data)
+    epochs = {epoch: [s for s in watch.seen if s[0] == epoch] for epoch in range(6)}
+    assert all(s[drift.ZEROS] == 0 for s in epochs[0])
+    assert epochs[1][0][drift.ZEROS] == 0
+    assert epochs[2][0][drift.ZEROS] == pytest.approx(0.25, abs=1e-3)
+    assert [s[drift.ZEROS] for s in epochs[3]] == [0.5] * len(epochs[3])
+    assert watch.first(drift.QUANTIZED)[0] == 4
+    assert epochs[4][0][drift.QUANTIZED]
+    assert pruning.unfinished() == qat.unfinished() == ""
+    shares = [s[drift.ZEROS] for s in watch.seen]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_channels_leave_at_their_epochs(trainer, kind):
+    extra, data = RUNS[kind]()
+    watch, pruning = drift.Watch(), la.ChannelPruning(0.5, scope="layer", start=1, end=3)
+    fit = trainer(*extra, pruning, watch, max_epochs=5, reload_dataloaders_every_n_epochs=1)
+    fit.fit(Classifier(), **data)
+    widths = [next(s[drift.CHANNELS] for s in watch.seen if s[0] == epoch) for epoch in range(5)]
+    assert widths[0] == 8
+    assert 8 > widths[1] > widths[3] == widths[4] == 4
+    assert pruning.unfinished() == ""
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_shares_follow_what_is_known_of_the_run(trainer, kind):
+    """A half of 6 epochs: the last estimate before it begins is off by less than an epoch."""
+    extra, data = RUNS[kind]()
+    watch, pruning = drift.Watch(), la.WeightPruning(0.5, scope="layer", start=0.25, end=0.5)
+    qat = la.QuantizationAwareTraining("portable", start=0.75, calibration_batches=1)
+    fit = trainer(*extra, pruning, qat, watch, max_epochs=6, reload_dataloaders_every_n_epochs=1)
+    fit.fit(Classifier(), **data)
+    total, longest = fit.global_step, max(sum(s[0] == e for s in watch.seen) for e in range(6))
+    assert abs(watch.first(drift.ZEROS)[1] - 0.25 * total) <= longest
+    assert abs(watch.first(drift.ZEROS, 0.499)[1] - 0.5 * total) <= longest
+    assert abs(watch.first(drift.QUANTIZED)[1] - 0.75 * total) <= longest
+    assert pruning.unfinished() == qat.unfinished() == ""
+
+
+def test_shares_of_an_endless_stream_are_steps(trainer):
+    watch = drift.Watch()
+    pruning = la.WeightPruning(0.5, scope="layer", schedule="linear", start=0.25, end=0.5, every=1)
+    qat = la.QuantizationAwareTraining("portable", start=0.75, calibration_batches=1)
+    trainer(pruning, qat, watch, max_epochs=-1, max_steps=20).fit(Classifier(), drift.stream(0))
+    assert watch.first(drift.ZEROS) == (0, 6)  # the first mask update that isn't of share 0 follows step 5
+    assert watch.first(drift.ZEROS, 0.499) == (0, 10)
+    assert watch.first(drift.QUANTIZED) == (0, 15)
+    assert pruning.unfinished() == qat.unfinished() == ""
+
+
+def test_shares_of_a_stream_in_epochs_of_unknown_length(trainer):
+    """40 steps in 5 epochs that nobody knows beforehand: channels leave at the first epochs that begin at step 10 and step 20."""
+    watch, pruning = drift.Watch(), la.ChannelPruning(0.5, scope="layer", start=0.25, end=0.5)
+    trainer(pruning, watch, max_epochs=-1, max_steps=40).fit(Classifier(), drift.stream(64))
+    widths = [next(s[drift.CHANNELS] for s in watch.seen if s[0] == epoch) for epoch in range(5)]
+    assert widths[:2] == [8, 8]
+    assert widths[2] == 6
+    assert widths[3:] == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore:ExactResume. Stream is an iterable")  # exact from the ends of epochs
+@pytest.mark.parametrize(
+    "kind", ["grows", "shrinks", "stream"]
+)  # GradientAccumulationScheduler itself doesn't resume exactly
+@pytest.mark.parametrize("positions", [(1, 3), (0.2, 0.5), (1, None)], ids=["epochs", "shares", "mixed"])
+def test_drifting_runs_resume_bit_identically(trainer, tmp_path, kind, positions):
+    def run(ckpt_path=None):
+        torch.manual_seed(0)
+        extra, data = RUNS[kind]()
+        module, pruning = Classifier(), la.WeightPruning(0.5, start=positions[0], end=positions[1], every=1)
+        keep = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)]
+        settings = {"max_epochs": 5, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": not ckpt_path}
+        fit = trainer(la.ExactResume(), *extra, pruning, *keep, **settings)
+        fit.fit(module, **data, ckpt_path=ckpt_path)
+        return drift.weights(module), fit.global_step
+
+    want, steps = run()
+    for step in (16, 24) if kind == "stream" else (steps // 3, steps // 2, steps - 3):
+        got, _ = run(tmp_path / f"step={step}.ckpt")
+        assert all(torch.equal(want[name], got[name]) for name in want), step
+
+
+def last_line(caplog) -> tuple[int, str]:
+    return caplog.records[-1].levelno, caplog.records[-1].getMessage()
+
+
+def test_a_run_that_ends_unfinished_says_so_last(trainer, caplog):
+    """Whatever ended it, and however quiet the loggers are."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    try:
+        trainer(la.WeightPruning(0.5, end=1.0), max_epochs=-1, max_steps=3).fit(Classifier(), drift.stream(0))
+        trainer(la.WeightPruning(0.5, start=2, end=3), max_steps=3, max_epochs=-1).fit(Classifier(), drift.stream(0))
+    finally:
+        logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    level, line = last_line(caplog)
+    assert level == logging.ERROR
+    assert line == (
+        "The run ended before its targets were reached: WeightPruning('weights') reached sparsity 0.000 of 0.5. Train longer, or let the "
+        "phases end earlier."
+    )
+
+
+def test_fake_quant_that_never_starts_is_said(trainer, caplog):
+    """The epochs shrink to a batch each, and calibration needs four."""
+    qat = la.QuantizationAwareTraining("portable", start=2, calibration_batches=4)
+    fit = trainer(qat, la.WeightPruning(0.5, end=1), max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    fit.fit(Classifier(), datamodule=drift.Growing(64, 64, 8))
+    level, line = last_line(caplog)
+    assert level == logging.ERROR
+    assert (
+        "QuantizationAwareTraining('qat') hasn't trained with fake-quant yet: it starts at 2 and has seen 2 of 4"
+        in line
+    )
+    assert "WeightPruning" not in line
+
+
+def test_an_endless_stream_never_reaches_epoch_one(trainer, caplog):
+    trainer(la.ChannelPruning(0.5, start=1, end=1), max_epochs=3, max_steps=12).fit(Classifier(), drift.stream(0))
+    assert "ChannelPruning('channels') has gone 0% of the way" in last_line(caplog)[1]
+
+
+def test_a_finished_run_says_nothing(trainer, caplog):
+    trainer(la.WeightPruning(0.5, end=1)).fit(Classifier(), loader())
+    trainer(la.WeightPruning(0.5, end=1), fast_dev_run=True).fit(Classifier(), loader())
+    la.plan(trainer(la.WeightPruning(0.5, end=1)), Classifier(), train_dataloaders=loader())
+    assert "before its targets" not in caplog.text
+
+
+def test_quantization_waits_for_the_final_shapes(trainer):
+    """Planned: channels leave until step 20 of 40, at the beginning of epoch 3. Epochs become longer than expected."""
+    watch, pruning = drift.Watch(), la.ChannelPruning(0.5, scope="layer", start=1, end=0.5)
+    qat = la.QuantizationAwareTraining("portable", start=3, calibration_batches=1)
+    fit = trainer(pruning, qat, watch, max_epochs=5, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match=r"waits beyond `start` \(3\) for the network's final shapes: ChannelPruning"):
+        fit.fit(Classifier(), datamodule=drift.Growing(64, 64, 64, 512, 64))
+    assert watch.first(drift.QUANTIZED)[0] == 4
+    assert [s[drift.CHANNELS] for s in watch.seen][-1] == 4

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_accel import DistillationModule, LossTerm, Scheduled
 from lightning_accel.core.schedules import Timeline
+from lightning_accel.distillation.losses.base import check_are_logits
 from lightning_accel.distillation.losses.registry import named_loss
 from lightning_accel.distillation.losses.signature import required, wants
 from lightning_accel.distillation.targets import find, fits
@@ -310,3 +311,119 @@ def test_a_selection_names_what_is_there():
     module = DistillationModule(Pair(), Net(), outputs="[first]", task_loss=F.cross_entropy, optimizer=torch.optim.Adam)
     module.log = lambda *args, **kwargs: None
     assert module.training_step(batch, 0).requires_grad
+
+
+class Fits(L.LightningModule):
+    """A linear student with any head, loss and targets."""
+
+    def __init__(self, loss, outputs: int = 3, head: nn.Module | None = None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, outputs), *([head] if head else []))
+        self.loss = loss
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def batches(target: torch.Tensor) -> DataLoader:
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(16, 4), target), 8)
+
+
+BINARY, NUMBERS = (torch.arange(16) % 2).float()[:, None], torch.linspace(-2, 2, 16)[:, None]
+CLASSES, LABELS = torch.arange(16) % 3, (torch.arange(48).reshape(16, 3) % 5 > 2).float()
+
+
+def nll(probabilities, target):
+    return F.nll_loss(probabilities.clamp_min(1e-6).log(), target)
+
+
+@pytest.mark.parametrize("losses", ["kd", "hard", "dkd", "dist", "standardized_kd"])
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [(F.binary_cross_entropy_with_logits, BINARY), (F.mse_loss, NUMBERS)],
+    ids=["binary", "regression"],
+)
+def test_one_logit_is_refused_before_the_first_step(trainer, losses, loss, target):
+    module = DistillationModule(Fits(loss, 1), Net(1), losses=losses)
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(
+        ValueError, match=r'must have at least \d classes for \w+Loss, but got shape \(\d, 1\).*"multilabel"'
+    ):
+        trainer(max_epochs=1).fit(module, batches(target))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "target"),
+    [("multilabel", F.binary_cross_entropy_with_logits, BINARY), ("regression", F.mse_loss, NUMBERS)],
+)
+def test_what_is_named_instead_teaches(trainer, losses, loss, target):
+    """Alone: the student becomes its teacher."""
+    torch.manual_seed(0)
+    module = DistillationModule(Fits(loss, 1), Net(1), losses=losses, alpha=1.0)
+    data = batches(target)
+
+    def away():
+        x = data.dataset.tensors[0]
+        return float((module(x) - module.teacher(x)).detach().abs().mean())
+
+    before = away()
+    trainer(max_epochs=150).fit(module, data)
+    assert away() < 0.1 * before
+
+
+@pytest.mark.parametrize("losses", ["kd", "hard", "dkd", "dist", "standardized_kd", "multilabel"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_probabilities_in_the_place_of_logits_are_refused(trainer, losses, who):
+    probabilities = nn.Softmax(1)
+    student = Fits(nll, 3, probabilities) if who == "student" else Fits(F.cross_entropy)
+    teacher = Net() if who == "student" else nn.Sequential(Net(), probabilities)
+    argument = {"student": "outputs", "teacher": "teacher_outputs"}[who]
+    with pytest.raises(
+        ValueError, match=rf"Argument `{argument}` must lead to logits of the {who} .* got probabilities.*log\(\)"
+    ):
+        trainer(max_epochs=1).fit(DistillationModule(student, teacher, losses=losses), batches(CLASSES))
+
+
+def test_the_mend_for_probabilities_is_the_loss_of_the_logits():
+    """``log`` of a softmax: the logits up to a constant, at any temperature."""
+    student, teacher = torch.randn(6, 3), torch.randn(6, 3)
+    logs = [x.softmax(1).clamp_min(1e-6).log() for x in (student, teacher)]
+    torch.testing.assert_close(SoftTargetLoss(3.0)(*logs), SoftTargetLoss(3.0)(student, teacher))
+
+
+def test_probabilities_of_segmentation_in_half_precision():
+    values = torch.randn(2, 5, 4, 4).softmax(1).bfloat16()
+    with pytest.raises(ValueError, match="got probabilities"):
+        check_are_logits(values, 1, "teacher", "kd")
+    for logits in (torch.randn(2, 5, 4, 4), torch.eye(3), torch.zeros(4, 3), values.float().log()):
+        check_are_logits(logits, 1, "teacher", "kd")
+
+
+def test_a_sigmoid_before_the_sigmoid_of_the_loss_is_warned_of(trainer):
+    module = DistillationModule(Fits(F.binary_cross_entropy, 3, nn.Sigmoid()), Net(), losses="multilabel")
+    with pytest.warns(
+        UserWarning, match="'multilabel' applies a sigmoid to the student's outputs, and all of them are in"
+    ):
+        trainer(max_epochs=1).fit(module, batches(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "use"),
+    [(F.binary_cross_entropy_with_logits, LABELS, "multilabel"), (F.mse_loss, LABELS * 3 - 1, "regression")],
+)
+def test_targets_that_are_no_classes_are_noticed(trainer, loss, target, use):
+    with pytest.warns(UserWarning, match=f"'kd' compares probabilities of classes of which one is right.*{use}"):
+        trainer(max_epochs=1).fit(DistillationModule(Fits(loss), Net()), batches(target))
+
+
+@pytest.mark.parametrize("target", [CLASSES, F.one_hot(CLASSES).float(), torch.full((16, 3), 1 / 3)])
+def test_classes_and_soft_labels_are_not_warned_of(trainer, target):
+    trainer(max_epochs=1).fit(DistillationModule(Fits(F.cross_entropy), Net()), batches(target))

@@ -1,11 +1,13 @@
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_accel as la
+from lightning_accel import QuantizationAwareTraining, WeightPruning
 from lightning_accel.cli import main as cli
+from tests.core import drift
 from tests.support.models import Classifier, loader
 
 
@@ -241,3 +243,37 @@ def test_a_rate_that_depends_on_a_metric_is_not_guessed(trainer):
 
     made = la.plan(trainer(la.WeightPruning(0.5)), Plateau(), train_dataloaders=loader(), val_dataloaders=loader(16))
     assert (made.phases[0].lr, made.warnings) == (None, [])
+
+
+def test_a_stream_s_phases_are_at_its_steps_or_epochs(trainer):
+    """Its epochs have no known length: a share is a step, an epoch an epoch, and nothing is at epoch 0 that isn't."""
+    shares = trainer(WeightPruning(0.5, start=0.25, end=0.5), max_epochs=-1, max_steps=40)
+    planned = la.plan(shares, Classifier(), train_dataloaders=drift.stream(0))
+    assert [(p.steps, p.epochs) for p in planned.phases] == [((10, 20), (None, None))]
+    assert "WeightPruning: from step 10 to step 20" in str(planned)
+    assert "40 optimizer steps, an unknown number of an epoch" in str(planned)
+    epochs = trainer(WeightPruning(0.5, start=1, end=2), QuantizationAwareTraining("portable", start=3), max_epochs=5)
+    planned = la.plan(epochs, Classifier(), train_dataloaders=drift.stream(64))
+    assert [p.epochs for p in planned.phases] == [(1, 2), (3, 3)]
+    assert "QuantizationAwareTraining: from epoch 3\n" in str(planned)
+    assert "calibration from epoch 3, fake-quant 8 batches later" in str(planned)
+    assert planned.conflicts == []
+
+
+def test_the_rates_of_a_run_that_accumulates_on_a_schedule(trainer):
+    """4, 8 and 16 steps: a scheduler that moves by epochs has moved once at step 4 and twice at step 12."""
+
+    class Decaying(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 1.0)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)]
+
+    accumulate = GradientAccumulationScheduler({0: 4, 1: 2, 2: 1})
+    pruning = [
+        WeightPruning(0.5, start=e, end=e, include=g, name=g)
+        for e, g in enumerate(("net.conv1*", "net.conv2*", "net.head*"))
+    ]
+    planned = la.plan(trainer(accumulate, *pruning, max_epochs=3), Decaying(), train_dataloaders=loader(128))
+    assert planned.total_steps == 28
+    assert [p.steps for p in planned.phases] == [(0, 0), (4, 4), (12, 12)]
+    assert [p.lr for p in planned.phases] == pytest.approx([1.0, 0.1, 0.01])

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, glu, scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 
 IMAGES, TOKENS = (4, 3, 8, 8), (4, 5)
@@ -80,6 +80,59 @@ class Gated(nn.Module):
     def forward(self, x):
         value, gate = self.up(x).chunk(2, 1)
         return self.head(self.down(value * torch.sigmoid(gate)).relu().mean((2, 3)))
+
+
+class Glu(nn.Module):
+    """Gated linear units, as a function and as a module, with a batch norm behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 1)
+        self.gate, self.head = nn.GLU(dim=1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.gate(self.b(self.norm(glu(self.a(x), 1)))).mean((2, 3)))
+
+
+class Sliced(nn.Module):
+    """Two halves of one layer, whose size is written into the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.head(self.down(x[:, :8] * torch.sigmoid(x[:, 8:])).relu().mean((2, 3)))
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in ``transformers``, whose weight is (in, out); it is known by its name and its place."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / 3), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+
+class Gpt(nn.Module):
+    """A block of GPT-2: the values of attention are cached, by a concatenation with an empty tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm, self.value = nn.Embedding(11, 12), nn.LayerNorm(12), Conv1D(8, 12)
+        self.proj, self.fc, self.out, self.head = Conv1D(12, 8), Conv1D(20, 12), Conv1D(12, 20), nn.Linear(12, 3)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        values = torch.cat([torch.tensor([], device=x.device, dtype=x.dtype), self.value(self.norm(x))], dim=-2)
+        x = x + self.proj(values.mean(1, keepdim=True))
+        return self.head((x + self.out(gelu(self.fc(x)))).mean(1))
 
 
 class Squeezed(nn.Module):

@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_accel.distillation.scheduled import Scheduled, bounds
 from lightning_accel.errors import InvalidArgumentError
 
+_MANY = 16  # values that are hardly all in [0, 1] by chance, if they are logits
+
 
 def in_float32(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compute a loss ``(student, teacher, ...)`` in float32 (or float64, if an input is), also under autocast.
@@ -57,8 +59,11 @@ def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: s
         ``(P, C)``: all positions, or those selected by the mask.
 
     Raises:
-        InvalidArgumentError: ``dim`` is needed or out of range, or the mask has another shape or selects nothing.
+        InvalidArgumentError: ``dim`` is needed or out of range, there is one logit alone, or the mask has another shape or selects
+            nothing.
     """
+    if logits.ndim < 2:
+        check_classes(logits, None, what)
     if dim is None and logits.ndim != 2:
         raise InvalidArgumentError(
             f"Argument `dim` must name the dimension of the classes unless logits are (N, C), but got None with shape "
@@ -69,10 +74,72 @@ def as_rows(logits: Tensor, dim: int | None, mask: Tensor | None = None, what: s
         raise InvalidArgumentError(
             f"Argument `dim` must be a dimension of the logits {tuple(logits.shape)}, but got {dim}."
         )
+    check_classes(logits, dim, what)
     if logits.ndim == 2 and dim in (1, -1) and mask is None:
         return logits  # already rows; views would cost more than the loss
     rows = logits.movedim(dim, -1)
     return positions(rows, mask).reshape(-1, logits.shape[dim])
+
+
+def check_classes(logits: Tensor, dim: int | None, what: str, least: int = 2) -> None:
+    """Raise unless logits are of several classes: a softmax over one logit is 1, whatever the network computes.
+
+    Args:
+        logits: of any layout.
+        dim: dimension of the classes; ``None`` is that of ``(N, C)``.
+        what: name of the loss, for messages.
+        least: number of classes below which the loss is constant.
+
+    Raises:
+        InvalidArgumentError: there are fewer classes.
+    """
+    count = logits.shape[1 if dim is None else dim] if logits.ndim > 1 else 1
+    if count < least:
+        few = (
+            "one class is always certain"
+            if count == 1
+            else f"of {count} classes it sees the order alone, and has no gradient"
+        )
+        raise InvalidArgumentError(
+            f"Logits must have at least {least} classes for {what}, but got shape {tuple(logits.shape)}: {few}. Use "
+            '`losses="multilabel"` for a logit of its own for each label (binary: one), trained with a sigmoid, or '
+            '`losses="regression"` for numbers.'
+        )
+
+
+def check_are_logits(values: Tensor, dim: int | None, who: str, loss: str) -> None:
+    """Raise if values are probabilities already: the output of a softmax.
+
+    Args:
+        values: of any layout, as :func:`as_rows` takes them.
+        dim: dimension of the classes; ``None`` is that of ``(N, C)``.
+        who: ``"student"`` or ``"teacher"``, for messages.
+        loss: name of the loss, for messages.
+
+    Raises:
+        InvalidArgumentError: all values are in [0, 1], and those of each position sum up to 1.
+    """
+    dim = 1 if dim is None else dim
+    exact = 1e-3 if values.dtype in (torch.float32, torch.float64) else 2e-2  # sums in half precision
+    values = values.detach().float()
+    inside = bool(((values >= 0) & (values <= 1)).all()) and not bool((values == values.round()).all())
+    if inside and bool(((values.sum(dim) - 1).abs() < exact).all()):
+        argument = "outputs" if who == "student" else "teacher_outputs"
+        raise InvalidArgumentError(
+            f"Argument `{argument}` must lead to logits of the {who} for the loss {loss!r}, but got probabilities: all values are in "
+            "[0, 1], and those of each position sum up to 1. Name what precedes the softmax, or take the logarithm: "
+            f"`{argument}=lambda output: output.clamp_min(1e-6).log()`."
+        )
+
+
+def are_sigmoids(values: Tensor) -> bool:
+    """Whether values may be probabilities of single labels: there are many, and all are in [0, 1]."""
+    values = values.detach()
+    return (
+        values.numel() >= _MANY
+        and bool(((values >= 0) & (values <= 1)).all())
+        and not bool((values == values.round()).all())
+    )
 
 
 def positions(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,11 +184,24 @@ class Loss:
         adapts: whether an adapter maps student features to the teacher's channels before the loss.
         needs_all_logits: whether it needs more than the probabilities of a few classes and the sum of the rest.
         layers: whether it compares layers: ``"none"`` (logits alone), ``"optional"`` or ``"required"``.
+        outputs: kind of logits that it compares: ``"classes"``, of which one is right, ``"labels"``, of which each is right or wrong,
+            or ``"any"`` numbers.
     """
+
+    outputs = "any"
 
     adapts = True
     needs_all_logits = False
     layers = "none"
+
+    def check(self, logits: Tensor) -> None:
+        """Raise if the loss is constant for logits of this shape.
+
+        Raises:
+            InvalidArgumentError: it is.
+        """
+        if self.outputs == "classes":
+            as_rows(logits, getattr(self, "dim", None), None, type(self).__name__)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

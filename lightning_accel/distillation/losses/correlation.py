@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_accel.distillation.losses.base import Loss, as_rows, check_positive, check_same_shape, in_float32
+from lightning_accel.distillation.losses.base import (
+    Loss,
+    as_rows,
+    check_classes,
+    check_positive,
+    check_same_shape,
+    in_float32,
+)
 from lightning_accel.distillation.losses.logits import SoftTargetLoss
 from lightning_accel.distillation.losses.signature import wants
 from lightning_accel.distillation.scheduled import Number
@@ -79,6 +86,8 @@ class DISTLoss(Loss):
         4.0
     """
 
+    outputs = "classes"
+
     def __init__(
         self, temperature: Number = 1.0, beta: float = 1.0, gamma: float = 1.0, dim: int | None = None
     ) -> None:
@@ -86,6 +95,11 @@ class DISTLoss(Loss):
         check_positive("beta", beta, zero=True)
         check_positive("gamma", gamma, zero=True)
         self.temperature, self.beta, self.gamma, self.dim = temperature, beta, gamma, dim
+
+    def check(self, logits: Tensor) -> None:
+        """Raise if the loss is constant for logits of this shape; the correlation of two classes is 1 or -1."""
+        check_classes(logits, self.dim, "DISTLoss", 2 if self.gamma > 0 else 3)
+        super().check(logits)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of logits ``(N, C)``, a scalar."""
@@ -130,6 +144,7 @@ class StandardizedLoss(Loss):
         True
     """
 
+    outputs = "classes"
     needs_all_logits = True
 
     def __init__(self, loss: Callable[..., Tensor] | None = None, dim: int = 1) -> None:
@@ -137,8 +152,13 @@ class StandardizedLoss(Loss):
         self.dim = dim
         self.wants = wants(self.loss)  # further arguments of the inner loss
 
+    def check(self, logits: Tensor) -> None:
+        """Raise if the loss is constant for logits of this shape: two standardized logits are 1 and -1."""
+        check_classes(logits, self.dim, "StandardizedLoss", 3)
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, **others: Tensor) -> Tensor:
         """The loss of standardized logits, a scalar."""
+        self.check(student_logits)
         return self.loss(standardize(student_logits, self.dim), standardize(teacher_logits, self.dim), **others)
 
     def __repr__(self) -> str:

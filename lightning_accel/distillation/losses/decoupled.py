@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_accel.distillation.losses.base import Loss, as_rows, check_positive, check_same_shape, in_float32
+from lightning_accel.distillation.losses.base import (
+    Loss,
+    as_rows,
+    check_classes,
+    check_positive,
+    check_same_shape,
+    in_float32,
+)
 from lightning_accel.distillation.scheduled import Number
 from lightning_accel.errors import InvalidArgumentError
 
@@ -103,6 +110,8 @@ class DKDLoss(Loss):
         tensor(1.1920)
     """
 
+    outputs = "classes"
+
     def __init__(
         self,
         temperature: Number = 4.0,
@@ -116,6 +125,11 @@ class DKDLoss(Loss):
         check_positive("beta", beta, zero=True)
         self.temperature, self.alpha, self.beta = temperature, alpha, beta
         self.dim, self.ignore_index = dim, ignore_index
+
+    def check(self, logits: Tensor) -> None:
+        """Raise if the loss is constant for logits of this shape; without the target's part, two classes are too few."""
+        check_classes(logits, self.dim, "DKDLoss", 2 if self.alpha > 0 else 3)
+        super().check(logits)
 
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, mask: Tensor | None = None

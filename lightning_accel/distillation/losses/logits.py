@@ -38,7 +38,8 @@ def soft_target_loss(
         Scalar: the divergence summed over classes, averaged over all other dimensions, times ``temperature²``.
 
     Raises:
-        InvalidArgumentError: shapes differ, or have more than two dimensions while ``dim`` is None, or ``mask`` doesn't fit.
+        InvalidArgumentError: shapes differ, or have more than two dimensions while ``dim`` is None, there is one logit alone, or ``mask``
+            doesn't fit.
 
     Example:
         >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), temperature=1.0)
@@ -64,6 +65,8 @@ class SoftTargetLoss(Loss):
         >>> SoftTargetLoss(temperature=1.0)(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
         tensor(1.5232)
     """
+
+    outputs = "classes"
 
     def __init__(self, temperature: Number = 4.0, dim: int | None = None) -> None:
         check_positive("temperature", temperature)
@@ -98,7 +101,7 @@ def hard_label_loss(
         tensor(0.6931)
     """
     check_same_shape(student_logits, teacher_logits)
-    labels = as_rows(teacher_logits, dim, mask).argmax(1)
+    labels = as_rows(teacher_logits, dim, mask, "HardLabelLoss").argmax(1)
     return F.cross_entropy(as_rows(student_logits, dim, mask, "HardLabelLoss"), labels)
 
 
@@ -112,6 +115,8 @@ class HardLabelLoss(Loss):
         >>> HardLabelLoss()(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
         tensor(0.6931)
     """
+
+    outputs = "classes"
 
     def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
@@ -168,6 +173,7 @@ class MultiLabelLoss(Loss):
         tensor(0.1639)
     """
 
+    outputs = "labels"
     needs_all_logits = True
 
     def __init__(self, temperature: Number = 1.0) -> None:

@@ -1,7 +1,7 @@
 """Callback that removes channels during training."""
 
 from collections.abc import Callable, Sequence
-from math import ceil, isinf
+from math import ceil, inf, isinf
 from typing import Any
 
 import lightning as L
@@ -14,9 +14,10 @@ from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.calls.discovery import owner_and_call
-from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer, timeline_of
+from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer
+from lightning_accel.core.finite import check_weights, nan_weight
 from lightning_accel.core.globs import as_patterns
-from lightning_accel.core.schedules import check_schedule, fraction
+from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -93,7 +94,7 @@ class ChannelPruning(CompressionCallback):
         self._foreseen: tuple[dict[int, list[int]], dict[str, int]] | None = (
             None  # predicted removal, and sizes afterwards
         )
-        self._epochs = (0, 0)  # epochs of the first and the last removal
+        self._epochs: tuple[float, float] = (0, 0)  # of the first and the last removal; `inf` if not known yet
         self._collected: dict[str, torch.Tensor] = {}
         self._macs: int | None = None  # of the present module; None: not counted yet
         self._seen: nn.Module | None = None
@@ -112,6 +113,8 @@ class ChannelPruning(CompressionCallback):
         if self._seen is not pl_module:  # reused for another module, e.g. in a cross-validation
             self.reached, self._collected = 0.0, {}
         self._seen, self._plan, self._foreseen = pl_module, None, None
+        if trainer.ckpt_path is None:  # otherwise other weights come
+            check_weights(pl_module, "model")
         if not builds_layers_late(pl_module):
             self._prepare(trainer, pl_module)
 
@@ -195,7 +198,6 @@ class ChannelPruning(CompressionCallback):
             )
         if self._retargeted:
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
-        self._epochs = self._boundaries(trainer)
         begins = trainer.global_step == 0 and self._epochs[0] == 0 and not is_fast_dev_run(trainer)
         if self.target.method.needs_gradients and begins:
             raise InvalidArgumentError(
@@ -203,54 +205,58 @@ class ChannelPruning(CompressionCallback):
                 "gradients before the first removal. Start later or choose another criterion."
             )
 
-    def _boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
-        """Epochs of the first and the last removal, which happen at the start of the epoch.
+    @override
+    def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        """Determine the epochs of the first and the last removal, which happen at the start of the epoch.
 
         Raises:
             InvalidArgumentError: the run has no such epochs, or another callback captures the network before the last removal.
         """
-        if is_fast_dev_run(trainer):
-            return 0, 0
-        timeline = timeline_of(trainer)
-        length = timeline.steps_per_epoch
-
-        def epoch(argument: str, value: float) -> int:
-            return value if isinstance(value, int) else ceil(timeline.step(argument, value) / length)
-
-        first = epoch("start", self.start)
-        total = timeline.total_steps / length
+        first, last = self._epochs
+        if not self._begun:
+            first = self._boundary("start", self.start, timeline, check)
         if self.end is not None:
-            last = epoch("end", self.end)
+            last = self._boundary("end", self.end, timeline, check)
         elif self.schedule == "constant":
             last = first
-        elif isinf(timeline.total_steps):
+        elif isinf(timeline.max_epochs) and isinf(timeline.total_steps):
             raise InvalidArgumentError("Argument `end` must be given for a run of unknown length, but got None.")
         else:
-            last = first + int(total - first) // 2
-        if last >= total:
+            last = first if isinf(first) else first + max(timeline.epochs - first, 0) // 2
+        if check and last >= timeline.epochs and not isinf(timeline.epochs):
             raise InvalidArgumentError(
-                f"Argument `end` must lie before the end of the run, but got {self.end}, which is epoch {last} of {total:g}: the "
-                "network has to train after the last removal. Train longer or end earlier."
+                f"Argument `end` must lie before the end of the run, but got {self.end}, which is epoch {last:g} of {timeline.epochs:g}: "
+                "the network has to train after the last removal. Train longer or end earlier."
             )
-        if not isinf(length):
-            self._start_step, self._end_step = first * int(length), last * int(length)
+        self._epochs = first, last
+        self._start_step, self._end_step = (_first_step(epoch, timeline) for epoch in self._epochs)
+        if check:
+            self._check_captures(trainer, timeline)
+
+    def _boundary(self, argument: str, value: float, timeline: Timeline, check: bool) -> float:
+        """First epoch that begins at a position or after it; ``inf`` if that isn't known yet."""
+        step = timeline.step(argument, value) if check else timeline.estimate(value)
+        return value if isinstance(value, int) else _next_epoch(step, timeline)
+
+    def _check_captures(self, trainer: L.Trainer, timeline: Timeline) -> None:
+        """Raise if a callback captures the network before the last removal."""
         for callback in callbacks_of(trainer, CompressionCallback):
             if callback.captures:
-                begins = epoch("start", callback.start)
-                if begins < last or (
-                    isinstance(callback.start, float) and timeline.step("start", callback.start) < self._end_step
-                ):
+                step = timeline.step("start", callback.start)
+                begins = callback.start if isinstance(callback.start, int) else _next_epoch(step, timeline)
+                if begins < self._epochs[1] or (isinstance(callback.start, float) and step < self._end_step < inf):
                     raise InvalidArgumentError(
                         f"Argument `end` must be at or before the start of {type(callback).__name__} ({callback.start}), but got "
                         f"{self.end}: it needs the final shapes. End earlier or start it later."
                     )
-        return first, last
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        first, last = self._epochs
+        super().on_train_epoch_start(trainer, pl_module)
+        first, last = (0, 0) if is_fast_dev_run(trainer) else self._epochs
         epoch = trainer.current_epoch
         if epoch >= first:
+            self._begun = not is_fast_dev_run(trainer)
             # The last boundary reaches the target, also if it is the only one.
             due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
             if due > self.reached:
@@ -258,6 +264,11 @@ class ChannelPruning(CompressionCallback):
         self._collected = {}  # gradients of one epoch only
 
     def _remove(self, trainer: L.Trainer, pl_module: L.LightningModule, due: float) -> None:
+        if found := nan_weight(pl_module):
+            raise RunError(
+                f"Channels must have numbers as weights to be compared, but in epoch {trainer.current_epoch} {found}: training has "
+                "diverged. Lower the learning rate, or clip gradients."
+            )
         plan = self._prepare(trainer, pl_module)
         collected = self._collected
         if self.target.method.needs_gradients and not collected:
@@ -277,7 +288,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         if not self.target.method.needs_gradients or self.reached >= 1 or self._plan is None:
             return
-        if trainer.current_epoch < self._epochs[0] - 1:
+        if trainer.current_epoch < self._epochs[0] - 1 and not isinf(self._epochs[0]):
             return  # no removal at the end of this epoch
         for name, scores in self._plan.collect(pl_module).items():
             self._collected[name] = (
@@ -317,17 +328,33 @@ class ChannelPruning(CompressionCallback):
     def state_dict(self) -> dict[str, Any]:
         collected = {name: scores.cpu() for name, scores in self._collected.items()}
         target = [self.target.pruning_ratio, self.target.macs_reduction]
-        return {"reached": self.reached, "collected": collected, "target": target, **self.phase_state()}
+        state = {"reached": self.reached, "collected": collected, "target": target, "epochs": list(self._epochs)}
+        return {**state, **self.phase_state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.reached, self._collected = state_dict["reached"], dict(state_dict["collected"])
+        if self._begun:  # with the same positions
+            self._epochs = tuple(state_dict["epochs"])
         if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
             self.reached, self._retargeted = (
                 0.0,
                 True,
             )  # targets are absolute: the next boundary continues to the new one
+
+
+def _next_epoch(step: float, timeline: Timeline) -> float:
+    """First epoch that begins at a step or after it; ``inf`` if that isn't known yet."""
+    if step <= timeline.first_step:  # an epoch that is over can't be the first any more
+        return timeline.epoch
+    at = timeline.epoch_at(step)
+    return at if isinf(at) else ceil(at - 1e-9)
+
+
+def _first_step(epoch: float, timeline: Timeline) -> float:
+    """Optimizer step at which an epoch begins; ``inf`` if that isn't known yet."""
+    return inf if isinf(epoch) else timeline.estimate(int(epoch))
 
 
 def _and(layers: Sequence[str]) -> str:

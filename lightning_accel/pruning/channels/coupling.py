@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.attention import Attention, find_attention
-from lightning_accel.pruning.channels.layers import depthwise, makes_channels
+from lightning_accel.pruning.channels.layers import as_linear, depthwise, makes_channels
 
 Side = tuple[str, str]  # layer, and "out" (channels that it computes or passes on) or "in"
 
@@ -74,6 +75,11 @@ def coupled_channels(module: nn.Module, forward: Callable[[], list[torch.Tensor]
     Returns:
         One entry for each set that contains output channels of a convolution or linear layer.
     """
+    with as_linear(module):
+        return _coupled_channels(module, forward)
+
+
+def _coupled_channels(module: nn.Module, forward: Callable[[], list[torch.Tensor]]) -> list[Coupled]:
     graph = _dependency_graph(module, forward)
     attention = find_attention(module)
     hidden = {side for found in attention for side in found.fused}
@@ -93,6 +99,24 @@ def coupled_channels(module: nn.Module, forward: Callable[[], list[torch.Tensor]
     return found
 
 
+class _Followable(TorchFunctionMode):
+    """Computes operations that torch-pruning can't follow by others that it can.
+
+    These are ``glu``, by the two halves of its channels; and ``cat`` with empty tensors, as a cache of keys and values begins.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "glu":
+            value, dim = (*args, kwargs.get("dim", -1))[:2]
+            first, second = value.chunk(2, dim)
+            return first * second.sigmoid()
+        if name in ("cat", "concat") and args and isinstance(args[0], list | tuple):
+            filled = [tensor for tensor in args[0] if tensor.numel()]
+            return filled[0] if len(filled) == 1 else func(filled or args[0], *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
 def _layer(module: nn.Module, name: str) -> nn.Module | None:
     return None if "@" in name else module.get_submodule(name)
 
@@ -103,7 +127,11 @@ def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor
     with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore")  # about unknown operations, whose effect is verified later
         graph = torch_pruning.DependencyGraph()
-        outputs = lambda *_: [t for t in forward() if t.grad_fn is not None]  # noqa: E731
+
+        def outputs(*_: Any) -> list[torch.Tensor]:
+            with _Followable():
+                return [t for t in forward() if t.grad_fn is not None]
+
         try:
             return graph.build_dependency(module, example_inputs=(), forward_fn=outputs, verbose=False)
         except Exception as error:  # torch-pruning raises unrelated types

@@ -16,8 +16,9 @@ from lightning_accel.calls.batches import Call
 from lightning_accel.calls.copies import converted, copy_of, few_samples, layers_run, outputs_of
 from lightning_accel.core.globs import select
 from lightning_accel.pruning.channels.groups import Candidate, Group, candidate_groups
-from lightning_accel.pruning.channels.layers import FIXED_HEADS, makes_channels
+from lightning_accel.pruning.channels.layers import FIXED_HEADS, check_copyable, makes_channels
 from lightning_accel.pruning.channels.slices import Chosen, removal_of, removed
+from lightning_accel.pruning.weights.layers import is_hugging_face_conv1d
 
 NOT_RUN = "forward doesn't run it"
 _OTHERWISE = "without some of its channels the others compute something else"
@@ -121,8 +122,9 @@ def find_groups(
         Groups in the order of the layers.
 
     Raises:
-        InvalidArgumentError: a glob matches nothing; the forward can't be run in eval mode.
+        InvalidArgumentError: a glob matches nothing; the forward can't be run in eval mode; weights are computed by old hooks.
     """
+    check_copyable(module)
     reference = _Reference(module, path, call)
     candidates = candidate_groups(reference.module, reference.outputs)
     candidates += [Candidate(group, (), ()) for group in _unseen(reference, candidates, path)]
@@ -163,7 +165,7 @@ def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -
         reason = NOT_RUN if gradient is None else "the operations around it can't be followed"
         if isinstance(reference.module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             reason = FIXED_HEADS
-        units = weight.shape[0]
+        units = weight.shape[1 if is_hugging_face_conv1d(reference.module.get_submodule(name)) else 0]
         groups.append(Group(name, (name,), units, units, 1, {}, frozenset(), frozenset(), {}, reason))
     return groups
 

@@ -1,25 +1,29 @@
 """Callback that zeroes weights under masks, on a schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import isinf, isnan
 from typing import Any
 from zlib import crc32
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.calls.contexts import builds_layers_late
+from lightning_accel.calls.copies import parameter_count
 from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
+from lightning_accel.core.finite import nan_weight
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.criterion import Criterion
 from lightning_accel.pruning.weights.criteria import weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
+from lightning_accel.pruning.weights.layers import ADAPTER, WeightKind, weight_kinds
 from lightning_accel.pruning.weights.masks import (
     apply_masks_,
     check_reachable,
@@ -29,9 +33,10 @@ from lightning_accel.pruning.weights.masks import (
     sparsity_by_name,
 )
 from lightning_accel.pruning.weights.rewind import rewind_, snapshot
-from lightning_accel.pruning.weights.targets import SparsityTargets
+from lightning_accel.pruning.weights.targets import FROZEN, SparsityTargets, outputs_first, summary
 
 _UPDATES = 100  # default number of mask updates in a phase; more updates don't improve the result
+_NEARLY_EMPTY = 0.95  # share of zeros in a single tensor that is warned of
 _MEMORY = 0.9  # weight of the earlier steps in the moving average of scores that need gradients
 _WORTH = {
     "weight": "smaller when compressed; no speed-up in dense engines",
@@ -43,8 +48,15 @@ class WeightPruning(CompressionCallback):
     """Zero the least important weights during training (https://arxiv.org/abs/1710.01878).
 
     The share of zeros follows ``schedule`` from 0 at ``start`` to ``sparsity`` at ``end`` and stays there. Masks live in
-    this callback's state; the module gets neither hooks nor parametrizations. Logged: ``sparsity`` of all weights together and
-    of each weight, counted on the tensors.
+    this callback's state; the module gets neither hooks nor parametrizations. Logged: ``sparsity`` of the pruned weights together and
+    of each, and ``sparsity/total`` of all parameters of the module, counted on the tensors. A warning names each tensor of which more
+    than 95 % became zero, unless that is its target.
+
+    Pruned are the weights of layers: linear, convolutional (transposed, too), bilinear, recurrent and attention layers, their
+    subclasses, and Hugging Face's ``Conv1D``. Embeddings, class tokens, tables of positions, layer scales, norms and other
+    parameters are pruned only if a glob in ``include`` names them. Frozen weights stay as they are; those that thaw later
+    (``BackboneFinetuning``) are pruned to the share of the schedule from their first step on. Low-rank adapters (LoRA) over frozen
+    weights are refused: their zeros are lost when they are merged.
 
     Effect: NVIDIA's sparse tensor cores run 2:4 patterns faster. Other patterns improve the compression of files, but don't speed up
     dense engines. To reduce operations use :class:`~lightning_accel.ChannelPruning`.
@@ -63,7 +75,9 @@ class WeightPruning(CompressionCallback):
         start: epoch (int) or share of the run (float) at which pruning begins.
         end: epoch or share at whose first step the target is reached; ``None``: half of the run after ``start``,
             ``start`` itself for ``"constant"``.
-        include: name globs of parameters; ``None`` means all weights with two or more dimensions that divide into units.
+        include: name globs of parameters; ``None`` means the weights of layers that divide into units. A glob selects the weights of layers
+            that it matches; if it matches none of them, the other parameters with two or more dimensions that it matches, such as
+            ``"*.pos_embed"``.
         exclude: name globs; takes precedence over ``include``.
         every: optimizer steps between two mask updates; ``None``: a hundredth of the phase.
         rewind: epoch to whose start all weights are reset at each mask update, 0 for the initialization (lottery ticket,
@@ -71,8 +85,8 @@ class WeightPruning(CompressionCallback):
         name: the state's name in the checkpoint; needed if two are used.
 
     Raises:
-        InvalidArgumentError: an argument is out of its range; in ``setup``, a glob that matches nothing; before the first step, a
-            target below the present share of zeros, or weights that another WeightPruning prunes.
+        InvalidArgumentError: an argument is out of its range; in ``setup``, a glob that matches nothing, or a module of which only adapters
+            train; before the first step, a target below the present share of zeros, or weights that another WeightPruning prunes.
 
     Example:
         >>> WeightPruning(sparsity=0.8, end=8).sparsity
@@ -117,6 +131,8 @@ class WeightPruning(CompressionCallback):
         self.schedule, self.every, self.rewind = check_schedule(schedule), every, rewind
         self._clear()
         self._weights: dict[str, torch.nn.Parameter] = {}
+        self._frozen: dict[str, torch.nn.Parameter] = {}  # pruned once they train
+        self._kinds: dict[str, WeightKind] = {}
         self._hook: Any = None
         self._module: L.LightningModule | None = None
 
@@ -128,6 +144,7 @@ class WeightPruning(CompressionCallback):
         self._rewound: dict[str, torch.Tensor] = {}
         self._loaded_targets: dict[str, float] = {}
         self._last_step = -1
+        self._nearly_empty: set[str] = set()  # tensors that a warning has named
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -144,36 +161,41 @@ class WeightPruning(CompressionCallback):
         super().on_train_start(trainer, pl_module)
         check_one_optimizer(trainer, type(self).__name__)
         self._choose(trainer, pl_module)  # layers may have been created since setup
-        if self.end is None and self.schedule != "constant" and not is_fast_dev_run(trainer):
-            last = timeline_of(trainer).step("end", 1.0)
-            self._end_step = self._start_step + (last - self._start_step + 1) // 2
         self._check_zeros()
         if not self.masks:
-            for name, reason in self.targets.left_dense(pl_module).items():
-                rank_zero_info(f"WeightPruning: `{name}` stays dense: {reason}.")
+            self._report_choice(pl_module)
         self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
         # Directly after the update, before other callbacks (EMA, checkpoints) read the weights.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
-        back = (
-            0 if self.rewind is None or is_fast_dev_run(trainer) else timeline_of(trainer).step("rewind", self.rewind)
-        )
-        if back > self._start_step:
-            raise InvalidArgumentError(
-                f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
-            )
+        if self.rewind is not None and not self._begun and not is_fast_dev_run(trainer):
+            back = timeline_of(trainer, self._epoch).step("rewind", self.rewind)
+            if self.rewind > self.start if isinstance(self.start, int) else back > self._start_step:
+                raise InvalidArgumentError(
+                    f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
+                )
         self._remember(trainer, pl_module)
-        self._update(trainer.global_step, trainer)
+        self._update(trainer, trainer.current_epoch)
+
+    @override
+    def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        super()._place_phase(trainer, timeline, check)
+        if self.end is None and self.schedule != "constant":
+            last = timeline.step("end", 1.0) if check else timeline.total_steps
+            self._end_step = last if isinf(last) else self._start_step + (last - self._start_step + 1) // 2
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._remember(trainer, pl_module)
+        self._update(trainer, trainer.current_epoch)  # the epoch before may have been shorter than expected
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if not self._method.needs_gradients or self.reached == 1.0:
+        self._thaw()
+        if not self._method.needs_gradients or (self.reached == 1.0 and self.masks.keys() >= self._weights.keys()):
             return
         for name, weight in self._weights.items():
             if weight.grad is not None:
@@ -186,7 +208,7 @@ class WeightPruning(CompressionCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != self._last_step:  # gradient accumulation: no step in this batch
-            self._update(trainer.global_step, trainer)
+            self._update(trainer, trainer.current_epoch + int(trainer.is_last_batch))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
@@ -213,6 +235,8 @@ class WeightPruning(CompressionCallback):
 
     @override
     def unfinished(self) -> str:
+        if self._frozen and not self._weights:
+            return f"WeightPruning({self.name!r}) pruned nothing: {summary(list(self._frozen))} are still frozen"
         if self.reached >= 1.0:
             return ""
         if not isinstance(self.sparsity, dict):
@@ -243,17 +267,23 @@ class WeightPruning(CompressionCallback):
         self._importance, self._rewound = dict(state_dict["importance"]), dict(state_dict["rewound"])
 
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
-        """Share of zeros of each pruned weight in ``module``, and of all together under ``"all"``."""
-        weights = self._of(module) if self._chosen else self.targets.weights(module)
-        return sparsity_by_name(weights)
+        """Share of zeros of each pruned weight in ``module``, of these together (``"all"``), and of all parameters (``"total"``)."""
+        named = dict(module.named_parameters())
+        chosen = self._chosen or list(self._weights)
+        if not chosen or not named.keys() >= set(chosen):  # before a run, or another module than the run's
+            chosen = list(self.targets.selected(module))
+        shares = sparsity_by_name({name: named[name] for name in chosen})
+        return {**shares, "total": measured_sparsity(named.values())}
 
     @override
     def measured(self, pl_module: L.LightningModule) -> dict[str, dict[str, Any]]:
-        return {"sparsity": self.sparsity_of(pl_module)}
+        shares = self.sparsity_of(pl_module)
+        return {"sparsity": {"all parameters of the module" if n == "total" else n: s for n, s in shares.items()}}
 
     @override
     def layer_shares(self, pl_module: L.LightningModule) -> tuple[str, dict[str, float]]:
-        return "share of zeros", self.sparsity_of(pl_module)
+        shares = self.sparsity_of(pl_module)
+        return "share of zeros", {name: share for name, share in shares.items() if name != "total"}
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: Change) -> None:
@@ -287,30 +317,67 @@ class WeightPruning(CompressionCallback):
     def _log_name(self) -> str:
         return "sparsity" if self.name == "weights" else f"sparsity/{self.name}"
 
-    def _of(self, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        named = dict(module.named_parameters())
-        return {name: named[name] for name in self._chosen}
-
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Determine the weights to prune; after a resume those of the checkpoint, since frozen parameters may have changed."""
-        if not self._chosen:
-            self._weights = self.targets.weights(pl_module)
-        elif unknown := set(self._chosen) - dict(pl_module.named_parameters()).keys():
+        named, selected = dict(pl_module.named_parameters()), self.targets.selected(pl_module)
+        if unknown := set(self._chosen) - named.keys():
             raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
                 "Resume with the same `include` and `exclude`."
             )
-        else:
-            self._weights = self._of(pl_module)
-        for share, names in self.targets.groups(self._weights):
-            check_reachable({n: self._weights[n].shape for n in names}, share, self.granularity, self.scope)
+        chosen = self._chosen or [name for name, parameter in selected.items() if parameter.requires_grad]
+        self._weights = {name: named[name] for name in chosen}
+        self._frozen = {name: p for name, p in selected.items() if name not in self._weights}
+        self._kinds = weight_kinds(pl_module)
+        self._check_shapes({**self._weights, **self._frozen})
         self._check_resizing(trainer)
         for other in callbacks_of(trainer, WeightPruning):
-            if other is not self and (both := self._weights.keys() & other._weights.keys()):
+            mine, others = ({**c._weights, **c._frozen} for c in (self, other))
+            if other is not self and (both := mine.keys() & others.keys()):
                 raise InvalidArgumentError(
                     f"Argument `include` must choose weights that no other WeightPruning does, but got {sorted(both)[:3]} twice. "
                     "Use globs that don't overlap, or one callback with a dict of targets."
                 )
+
+    def _check_shapes(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise unless the targets are reachable."""
+        normed = {name: len(weights[name]) for name in weights if self._kinds[name].normed}
+        for share, names in self.targets.groups(weights):
+            shapes = {name: weights[name].shape for name in names}
+            shapes = {n: outputs_first(shape) if self._kinds[n].inputs_first else shape for n, shape in shapes.items()}
+            check_reachable(shapes, share, self.granularity, self.scope, {n: normed[n] for n in names if n in normed})
+
+    def _report_choice(self, pl_module: L.LightningModule) -> None:
+        """Report which share of the parameters is pruned, and which weights are not and why."""
+        count, total = sum(p.numel() for p in self._weights.values()), parameter_count(pl_module)
+        rank_zero_info(
+            f"WeightPruning: {len(self._weights)} tensors with {count:,} of the module's {total:,} parameters are pruned."
+        )
+        dense: dict[str, list[str]] = {}
+        for name, reason in self.targets.left_dense(pl_module).items():
+            dense.setdefault(reason, []).append(name)
+        for reason, names in dense.items():
+            verb, until = ("stays", "it trains") if len(names) == 1 else ("stay", "they train")
+            then = f" Pruned once {until}." if reason == FROZEN else ""
+            rank_zero_info(f"WeightPruning: {summary(names)} {verb} dense: {reason}.{then}")
+        if not self._weights:
+            rank_zero_warn(
+                f"WeightPruning({self.name!r}) prunes nothing as long as {summary(list(self._frozen))} are frozen. Set `requires_grad`, "
+                "or use a callback that thaws them."
+            )
+        if adapters := [name for name in self._weights if self._kinds[name].reason == ADAPTER]:
+            rank_zero_warn(
+                f"WeightPruning({self.name!r}) prunes low-rank adapters ({summary(adapters)}): their zeros are lost when they are merged."
+            )
+
+    def _thaw(self) -> None:
+        """Prune weights that were frozen so far and are trained from this step on."""
+        thawed = {name: p for name, p in self._frozen.items() if p.requires_grad}
+        if thawed:
+            self._weights |= thawed
+            self._frozen = {name: p for name, p in self._frozen.items() if name not in thawed}
+            self._chosen = list(self._weights)
+            rank_zero_info(f"WeightPruning: {summary(list(thawed))} are trained from now on, and pruned.")
 
     def _check_resizing(self, trainer: L.Trainer) -> None:
         """Raise unless tensors divide into units after another callback resized them."""
@@ -361,21 +428,29 @@ class WeightPruning(CompressionCallback):
         if self.rewind is not None and not self._rewound and trainer.current_epoch == self.rewind:
             self._rewound = snapshot(pl_module)
 
-    def _update(self, step: int, trainer: L.Trainer) -> None:
-        """Update the masks to the schedule at optimizer step ``step``, if an update is due."""
-        self._last_step = step
-        share = fraction(self.schedule, Timeline.progress(step, self._start_step, self._end_step))
-        every = self.every or max(1, (self._end_step - self._start_step) // _UPDATES)
-        due = step >= self._end_step or (step - self._start_step) % every == 0
-        if share <= self.reached or not due:
+    def _update(self, trainer: L.Trainer, epoch: int) -> None:
+        """Update the masks to the schedule at the next optimizer step, which belongs to ``epoch``, if an update is due."""
+        step = self._last_step = trainer.global_step
+        progress = self._progress(trainer, epoch)
+        share, span = fraction(self.schedule, progress), self._end_step - self._start_step
+        every = self.every or (1 if isinf(span) or isnan(span) else max(1, int(span) // _UPDATES))
+        due = progress >= 1.0 or (progress >= 0.0 and (step - self._start_step) % every == 0)
+        thawed = bool(self.masks) and not self.masks.keys() >= self._weights.keys()
+        if not self._weights or ((share <= self.reached or not due) and not thawed):
             return
+        share = max(share, self.reached)
         gradients = self._method.needs_gradients
         if gradients and not self._importance:
             raise InvalidArgumentError(
                 f"Argument `start` must leave a step before the first pruning with criterion {self.criterion!r}, but got {self.start}: "
                 "there is no gradient yet."
             )
-        criterion = self.criterion if not gradients else lambda name, weight, grad: self._importance[name]
+        criterion = self.criterion if not gradients else self._averaged
+        if self._module is not None and (found := nan_weight(self._module)):
+            raise RunError(
+                f"Weights must be numbers to be compared, but at step {step} {found}: training has diverged. Lower the learning rate, or "
+                "clip gradients."
+            )
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
         for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(
@@ -386,8 +461,10 @@ class WeightPruning(CompressionCallback):
                 scope=self.scope,
                 masks=self.masks,
                 generator=generator,
+                kinds=self._kinds,
             )
         self.reached = share
+        self._warn_of_empty_tensors()
         if self._rewound and step > 0 and self._module is not None:
             rewind_(self._module, self._rewound, trainer.optimizers[0])
             rank_zero_info(
@@ -397,6 +474,25 @@ class WeightPruning(CompressionCallback):
         for average in average_models(trainer):
             named = dict(average.named_parameters())
             apply_masks_({name: named[name] for name in self.masks}, self.masks)
+
+    def _averaged(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+        """Averaged score of a weight; 0 if the loss doesn't depend on it."""
+        return self._importance[name] if name in self._importance else torch.zeros_like(weight, dtype=torch.float32)
+
+    def _warn_of_empty_tensors(self) -> None:
+        """Warn once of each tensor that is nearly all zeros although its target is lower."""
+        shares = sparsity_by_name(self.masks)
+        for target, names in self.targets.groups(self.masks):
+            limit = max(_NEARLY_EMPTY, target)
+            empty = [n for n in names if shares[n] > limit + 1 / self.masks[n].numel() and n not in self._nearly_empty]
+            if empty:
+                self._nearly_empty |= set(empty)
+                few = ", ".join(f"`{name}` ({shares[name]:.1%})" for name in empty[:5])
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                rank_zero_warn(
+                    f"WeightPruning({self.name!r}) has zeroed nearly all of {few}{more}, at a target of {target:.0%}: their scores are "
+                    'small beside those of the other weights. Use scope="layer", or exclude them.'
+                )
 
     def _apply(self) -> None:
         apply_masks_(self._weights, self.masks)

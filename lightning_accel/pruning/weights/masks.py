@@ -9,6 +9,7 @@ from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.criterion import Criterion, WeightScores
 from lightning_accel.pruning.weights.criteria import RANDOM, scores_of, weight_criterion
 from lightning_accel.pruning.weights.granularity import granularity_of
+from lightning_accel.pruning.weights.layers import WeightKind
 from lightning_accel.pruning.weights.threshold import keep_highest
 
 SCOPES = ("layer", "global")
@@ -24,6 +25,7 @@ def prune_masks(
     masks: Mapping[str, torch.Tensor] | None = None,
     grads: Mapping[str, torch.Tensor | None] | None = None,
     generator: torch.Generator | None = None,
+    kinds: Mapping[str, WeightKind] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Masks under which a share of the weights is zero.
 
@@ -41,6 +43,8 @@ def prune_masks(
         masks: present masks, from an earlier call.
         grads: gradients by name, for the criteria that need them; default: each tensor's ``grad``.
         generator: for ``"random"``; ``None`` means the global one.
+        kinds: layout of tensors that aren't laid out ``(O, I, ...)``, and tensors of which each output channel keeps a weight, from
+            :func:`~lightning_accel.pruning.weights.layers.weight_kinds`.
 
     Returns:
         Boolean tensors of the weights' shapes; ``True`` where the weight stays.
@@ -55,19 +59,26 @@ def prune_masks(
     check_sparsity(sparsity)
     check_scope(scope)
     weight_criterion(criterion)
-    units = granularity_of(granularity)
+    units, kinds = granularity_of(granularity), kinds or {}
     if units.sparsity is not None and sparsity > units.sparsity + 1e-9:
         raise InvalidArgumentError(
             f"Argument `sparsity` must be at most {units.sparsity:g} with granularity {granularity!r}, but got {sparsity}."
         )
+
+    def outputs_first(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as ``(O, I, ...)``; the same call takes it back."""
+        return tensor.transpose(0, 1) if name in kinds and kinds[name].inputs_first else tensor
+
     for name, weight in weights.items():
         if units.name != "weight" and (
-            reason := "it has one dimension" if weight.ndim < 2 else units.misfit(weight.shape)
+            reason := "it has one dimension" if weight.ndim < 2 else units.misfit(outputs_first(name, weight).shape)
         ):
             raise InvalidArgumentError(
                 f"Argument `weights` must divide into units of {granularity!r}, but got `{name}`: {reason}."
             )
-    check_reachable({name: weight.shape for name, weight in weights.items()}, sparsity, granularity, scope)
+    shapes = {name: outputs_first(name, weight).shape for name, weight in weights.items()}
+    rows = {name: len(weight) for name, weight in weights.items() if name in kinds and kinds[name].normed}
+    check_reachable(shapes, sparsity, granularity, scope, rows)
     drawn = (
         {n: scores_of(criterion, n, w, generator=generator) for n, w in weights.items()} if criterion == RANDOM else {}
     )
@@ -77,9 +88,13 @@ def prune_masks(
         weight = weights[name]
         grad = weight.grad if grads is None else grads.get(name)
         found = drawn[name] if drawn else scores_of(criterion, name, weight, grad)
-        if masks is not None and name in masks:  # below every score: pruned weights stay pruned
-            own = isinstance(criterion, str) and not drawn  # a new tensor, which may be modified
-            found = (found if own else found.clone()).masked_fill_(~masks[name], -torch.inf)
+        masked, normed = masks is not None and name in masks, units.name == "weight" and name in rows
+        if (masked or normed) and not (isinstance(criterion, str) and not drawn):  # it isn't a new tensor
+            found = found.clone()
+        if masks is not None and masked:  # below every score: pruned weights stay pruned
+            found.masked_fill_(~masks[name], -torch.inf)
+        if normed:  # a channel of zeros has norm 0, by which the layer would divide
+            found.flatten(1).scatter_(1, found.flatten(1).argmax(1, keepdim=True), torch.inf)
         return found
 
     kept = {}
@@ -90,10 +105,14 @@ def prune_masks(
             keeps = keep_highest([lambda name=name: scores(name).reshape(-1) for name in names], sizes, drop)  # type: ignore[misc]
             kept.update({name: keep.reshape(weights[name].shape) for name, keep in zip(names, keeps, strict=True)})
             continue
-        parts = [(units.unit_scores(scores(name)), units.unit_size(weights[name].shape)) for name in names]
+        parts = [
+            (units.unit_scores(outputs_first(name, scores(name))), units.unit_size(shapes[name])) for name in names
+        ]
         zeros = sparsity * sum(weights[name].numel() for name in names)
         pruned = _units_that_go(parts, zeros, leave_one=units.dim is not None)
-        kept.update({name: units.expand(gone, scores(name)) for name, gone in zip(names, pruned, strict=True)})
+        for name, gone in zip(names, pruned, strict=True):
+            stay = units.expand(gone, outputs_first(name, scores(name)))
+            kept[name] = outputs_first(name, stay).contiguous()
     return kept
 
 
@@ -152,19 +171,36 @@ def sparsity_by_name(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, float]:
     return {**shares, "all": sum(zeros.values()) / total if total else 0.0}
 
 
-def check_reachable(shapes: Mapping[str, torch.Size], sparsity: float, granularity: str, scope: str) -> None:
-    """Raise if a share of zeros isn't reachable with one channel kept in each tensor.
+def check_reachable(
+    shapes: Mapping[str, torch.Size],
+    sparsity: float,
+    granularity: str,
+    scope: str,
+    rows: Mapping[str, int] | None = None,
+) -> None:
+    """Raise if a share of zeros isn't reachable with what has to be kept in each tensor.
 
     Args:
-        shapes: shapes of the tensors by name.
+        shapes: shapes ``(O, I, ...)`` of the tensors by name.
         sparsity: share of zeros.
-        granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`; only channels have a limit.
+        granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`; of channels one is kept in each tensor.
         scope: ``"layer"`` or ``"global"``.
+        rows: number of rows of the tensors that keep a weight in each row.
 
     Raises:
-        InvalidArgumentError: too few channels.
+        InvalidArgumentError: too few channels, or too few weights in a row.
     """
-    units = granularity_of(granularity)
+    units, rows = granularity_of(granularity), rows or {}
+    if units.name == "weight" and rows:
+        for names in [list(shapes)] if scope == "global" else [[name] for name in shapes]:
+            total = sum(shapes[name].numel() for name in names)
+            most = total - sum(rows.get(name, 0) for name in names)
+            if round(sparsity * total) > most:
+                raise InvalidArgumentError(
+                    f"Argument `sparsity` must leave a weight in each output channel of layers that divide by its norm, such as "
+                    f"`{next(iter(n for n in names if n in rows))}`: at most {most / total:.3f}, but got {sparsity:g}. Exclude them, or "
+                    "remove their weight norm."
+                )
     if units.dim is None:
         return
     for names in [list(shapes)] if scope == "global" else [[name] for name in shapes]:

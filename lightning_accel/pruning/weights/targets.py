@@ -3,57 +3,141 @@
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lightning_accel.core.globs import select
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.weights.granularity import granularity_of
+from lightning_accel.pruning.weights.layers import ADAPTER, WeightKind, weight_kinds
 from lightning_accel.pruning.weights.masks import check_sparsity
 
+FROZEN = "it is frozen"
 
-def prunable_parameters(
+
+def selected_parameters(
     module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), granularity: str = "weight"
 ) -> dict[str, nn.Parameter]:
-    """Prunable weights: trainable, floating point, two or more dimensions (biases and norms have one).
+    """Weights that the globs select and that can be pruned, trainable or frozen.
 
     Args:
         module: any module; tied parameters appear once, under their first name.
-        include: name globs; empty means all that divide into the granularity's units.
+        include: name globs; empty means the weights of layers that divide into the granularity's units. A glob selects the weights
+            of layers that it matches; if it matches none, the other floating-point parameters with two or more dimensions.
         exclude: name globs; takes precedence over ``include``.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
 
     Raises:
-        InvalidArgumentError: a glob matches nothing, nothing is left to prune, or a weight in ``include`` doesn't divide into units.
+        InvalidArgumentError: a glob matches nothing, nothing is left to prune, or a weight in ``include`` can't be pruned or doesn't divide
+            into units.
     """
-    units = granularity_of(granularity)
-    candidates = {
-        name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point() and p.ndim >= 2
-    }
-    names = select(candidates, include, exclude, "prunable parameter")
-    misfits = {name: reason for name in names if (reason := units.misfit(candidates[name].shape))}
+    kinds, named = weight_kinds(module), dict(module.named_parameters())
+    names = _selected(kinds, include, exclude)
+    misfits = {name: reason for name in names if (reason := _misfit(kinds[name], named[name].shape, granularity))}
     if misfits and include:
         name, reason = next(iter(misfits.items()))
         raise InvalidArgumentError(
             f"Argument `include` must name weights that divide into units of {granularity!r}, but got `{name}`: {reason}. "
             "Exclude it."
         )
-    chosen = {name: candidates[name] for name in names if name not in misfits}
+    if adapters := _adapters_only(kinds, named, names):
+        raise InvalidArgumentError(
+            f"Argument `include` must name weights that train beside adapters, but got {list(include) or None}: {summary(adapters)} train, "
+            "and most of the weights to prune are frozen. Zeros in an adapter are lost when it is merged. Merge the adapters into their "
+            "layers and train those, or name what is to be pruned."
+        )
+    chosen = {name: named[name] for name in names if name not in misfits}
     if not chosen:
-        why = "; ".join(f"`{name}`: {reason}" for name, reason in misfits.items()) or "every one is excluded"
-        raise InvalidArgumentError(f"Argument `include` must leave a parameter to prune, but got none: {why}.")
+        other = {name: kind.reason for name, kind in kinds.items() if kind.reason}
+        why = "; ".join(f"`{name}`: {reason}" for name, reason in [*misfits.items(), *other.items()][:6])
+        raise InvalidArgumentError(
+            f"Argument `include` must leave a parameter to prune, but got none: {why or 'every one is excluded'}."
+        )
+    return chosen
+
+
+def prunable_parameters(
+    module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), granularity: str = "weight"
+) -> dict[str, nn.Parameter]:
+    """Weights that the globs select, that can be pruned, and that are trained: frozen ones stay as they are.
+
+    Args:
+        module: any module; tied parameters appear once, under their first name.
+        include: as for :func:`selected_parameters`.
+        exclude: name globs; takes precedence over ``include``.
+        granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
+
+    Raises:
+        InvalidArgumentError: as for :func:`selected_parameters`, or all of them are frozen.
+    """
+    selected = selected_parameters(module, include, exclude, granularity)
+    chosen = {name: p for name, p in selected.items() if p.requires_grad}
+    if not chosen:
+        raise InvalidArgumentError(
+            f"Argument `include` must leave a parameter to prune, but got none: {summary(list(selected))} are frozen. Set "
+            "`requires_grad` of the weights to prune."
+        )
     return chosen
 
 
 def left_dense(
     module: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), granularity: str = "weight"
 ) -> dict[str, str]:
-    """Reasons why weights that the globs select are not pruned, by name."""
+    """Reasons why parameters with two or more dimensions that the globs match are not pruned, by name."""
+    kinds, named = weight_kinds(module), dict(module.named_parameters())
+    selected = set(_selected(kinds, include, exclude))
+    matched = select(kinds, include, exclude, "prunable parameter") if kinds else []
+    reasons = {}
+    for name in matched:
+        reason = _misfit(kinds[name], named[name].shape, granularity) if name in selected else kinds[name].reason
+        if name in selected and not named[name].requires_grad:
+            reason = reason or FROZEN
+        if reason:
+            reasons[name] = reason
+    return reasons
+
+
+def summary(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _selected(kinds: Mapping[str, WeightKind], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Names of the parameters that the globs select."""
+    select(kinds, include, exclude, "prunable parameter")  # raises for a glob that matches nothing
+    layers = [name for name, kind in kinds.items() if not kind.reason]
+    chosen = set() if include else set(layers)
+    for glob in include:
+        named = [name for name in kinds if fnmatchcase(name, glob)]
+        chosen |= set(named).intersection(layers) or set(named)
+    return [name for name in kinds if name in chosen and not any(fnmatchcase(name, glob) for glob in exclude)]
+
+
+def _misfit(kind: WeightKind, shape: torch.Size, granularity: str) -> str:
+    """Reason why a weight can't be pruned in units of ``granularity``; empty if it can."""
     units = granularity_of(granularity)
-    every = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.ndim >= 2}
-    frozen = {name: "it is frozen" for name, p in every.items() if not p.requires_grad}
-    chosen = select(every, include, exclude, "prunable parameter") if every else []
-    reasons = {name: frozen.get(name) or units.misfit(every[name].shape) for name in chosen}
-    return {name: reason for name, reason in reasons.items() if reason}
+    if kind.refusal or units.name == "weight":
+        return kind.refusal
+    if kind.inputs_first and kind.groups > 1:
+        return "it is a grouped transposed convolution, which has no such units"
+    if kind.normed and not units.keep:
+        return "its layer divides by the norm of each output channel, which must not be 0"
+    return units.misfit(outputs_first(shape) if kind.inputs_first else shape)
+
+
+def outputs_first(shape: torch.Size) -> torch.Size:
+    """Shape ``(O, I, ...)`` of a weight that is laid out ``(I, O, ...)``."""
+    return torch.Size([shape[1], shape[0], *shape[2:]])
+
+
+def _adapters_only(
+    kinds: Mapping[str, WeightKind], named: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> list[str]:
+    """Adapters that train while most of the named weights are frozen; none if those train, too."""
+    adapters = [name for name, kind in kinds.items() if kind.reason == ADAPTER and named[name].requires_grad]
+    frozen = sum(named[name].numel() for name in names if not named[name].requires_grad)
+    return adapters if frozen > sum(named[name].numel() for name in names) / 2 else []
 
 
 class SparsityTargets:
@@ -62,7 +146,7 @@ class SparsityTargets:
     Args:
         sparsity: share of zeros in [0, 1), or one for each name glob, or ``None`` for that of an N:M pattern.
         granularity: as in :func:`~lightning_accel.pruning.weights.granularity.granularity_of`.
-        include: name globs; empty means all weights with two or more dimensions that divide into units.
+        include: name globs, as for :func:`selected_parameters`.
         exclude: name globs; takes precedence over ``include``.
 
     Raises:
@@ -83,12 +167,21 @@ class SparsityTargets:
             self.include = tuple(self.shares)
 
     def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Weights of a module to prune, by name.
+        """Weights of a module to prune, by name: those of :meth:`selected` that are trained.
 
         Raises:
             InvalidArgumentError: a glob matches nothing, nothing is left, or two targets match one weight.
         """
-        chosen = prunable_parameters(module, self.include, self.exclude, self.granularity)
+        self.selected(module)  # raises for targets that overlap
+        return prunable_parameters(module, self.include, self.exclude, self.granularity)
+
+    def selected(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Weights of a module to prune, by name; frozen ones, too, which may train later.
+
+        Raises:
+            InvalidArgumentError: a glob matches nothing, nothing is left, or two targets match one weight.
+        """
+        chosen = selected_parameters(module, self.include, self.exclude, self.granularity)
         for name in chosen if self.by_glob else ():
             mine = {glob: share for glob, share in self.shares.items() if fnmatchcase(name, glob)}
             if len(set(mine.values())) > 1:

@@ -247,3 +247,49 @@ def test_errors():
 def test_repr_shows_settings():
     assert repr(SoftTargetLoss(2.0)) == "SoftTargetLoss(temperature=2.0, dim=None)"
     assert repr(StandardizedLoss()) == "StandardizedLoss(SoftTargetLoss(temperature=2.0, dim=None), dim=1)"
+
+
+# --- outputs for which a loss would be constant
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((8, 1), None), ((8,), None), ((8,), -1), ((2, 1, 4, 4), 1), ((2, 5, 1), -1)]
+)
+def test_one_logit_is_refused_with_what_to_use(name, shape, dim):
+    """A softmax over one logit is 1: the loss would be 0, or constant, and its gradient 0."""
+    values = torch.randn(shape)
+    with pytest.raises(
+        ValueError, match=r"Logits must have at least \d classes for .*\(.*1|8.*multilabel.*binary.*regression"
+    ):
+        ALL[name](dim)(values, values + 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "least"),
+    [
+        (SoftTargetLoss(), 2),
+        (DKDLoss(), 2),
+        (DKDLoss(alpha=0), 3),
+        (DISTLoss(), 2),
+        (DISTLoss(gamma=0), 3),
+        (StandardizedLoss(), 3),
+    ],
+)
+def test_no_loss_is_constant_for_the_fewest_classes_that_it_takes(loss, least):
+    """The correlation of two classes is 1 or -1, two standardized logits are 1 and -1, and beside the target there is one class."""
+    student, teacher = torch.randn(6, least, requires_grad=True), torch.randn(6, least)
+    target = {"target": torch.arange(6) % least} if isinstance(loss, DKDLoss) else {}
+    loss.check(student)
+    loss(student, teacher, **target).backward()
+    assert student.grad.abs().max() > 1e-3
+    with pytest.raises(ValueError, match=f"at least {least} classes"):
+        loss.check(student[:, : least - 1])
+
+
+def test_a_binary_logit_has_its_bernoulli_divergence():
+    """What the message names: T² KL of Bernoulli distributions, from SciPy's sigmoid."""
+    student, teacher = logits(9, 1)
+    p, q = expit(teacher / 4), expit(student / 4)
+    expected = 16 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
+    np.testing.assert_allclose(MultiLabelLoss(4.0)(*tensors(9, 1)).item(), expected, rtol=1e-9)

@@ -143,7 +143,23 @@ CASES = [
         {"grouped": "without some of its channels the others compute something else", "head": "output"},
     ),
     (nets.Scaled, X, {"up": (32, 1)}, {"stem": "LayerNorm `norm` normalises over its channels", "head": "output"}),
-    (nets.Parametrized, X, {"free": (6, 1)}, {"conv": "forward needs all of its channels", "head": "output"}),
+    (
+        nets.Parametrized,
+        X,
+        {"free": (6, 1)},
+        {
+            "conv": "forward needs all of its channels: the weight of `conv` is computed (WeightNorm); remove that",
+            "head": "output",
+        },
+    ),
+    (nets.Glu, X, {"a": (8, 2), "b": (6, 2)}, {"head": "output"}),
+    (nets.Sliced, X, {"down": (6, 1)}, {"up": "forward needs all of its channels: ", "head": "output"}),
+    (
+        nets.Gpt,
+        TOKENS,
+        {"value": (8, 1), "fc": (20, 1)},
+        {"proj": "LayerNorm `norm` normalises over its channels", "head": "output"},
+    ),
 ]
 NAMES = [
     *(
@@ -175,6 +191,9 @@ NAMES = [
         "shuffle",
         "layer scale",
         "weight norm",
+        "glu",
+        "slices",
+        "Hugging Face's Conv1D",
     ),
 ]
 
@@ -314,3 +333,37 @@ def test_a_forward_without_tensors_is_told():
         ValueError, match="Method `forward` must return tensors for channels to be removed, but got a None"
     ):
         find_groups(Nothing(3, 3), call_of(torch.randn(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "names"),
+    [
+        (torch.nn.utils.weight_norm, r"`stem.weight` \(WeightNorm\)"),
+        (lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5), r"`stem.weight` \(L1Unstructured\)"),
+    ],
+    ids=["weight norm", "prune"],
+)
+def test_weights_that_old_hooks_compute_are_refused_by_name(wrap, names):
+    module = nets.Residual()
+    module.stem = wrap(module.stem)
+    with pytest.raises(ValueError, match=rf"must have weights that are parameters .* {names}.*remove_weight_norm"):
+        find_groups(module, call_of(X))
+
+
+def test_old_spectral_norm_keeps_its_layer():
+    module = nets.Residual()
+    module.inner = torch.nn.utils.spectral_norm(module.inner)
+    groups = {g.layers[0]: g.kept for g in find_groups(module, call_of(X))}
+    assert groups["inner"] == (
+        "forward needs all of its channels: the weight of `inner` is computed (SpectralNorm); remove that to prune them"
+    )
+
+
+def test_hugging_face_layers_shrink_with_their_attributes():
+    module = nets.Gpt()
+    layer, weight = module.fc, module.fc.weight
+    prune_channels_(module, (TOKENS,), pruning_ratio=0.5, scope="layer")
+    assert module.fc is layer
+    assert module.fc.weight is weight
+    assert (layer.nf, layer.weight.shape, module.out.nx, module.out.weight.shape) == (10, (12, 10), 10, (10, 12))
