@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_accel.core.packages import counterpart, is_users
 from lightning_accel.core.patching import removed, swapped
 
 REPLACED = "replaced_forward"  # of a `forward` that this library has set on an instance: the one before it, or `None`
@@ -33,13 +34,13 @@ def own_signature(module: nn.Module) -> Signature:
 
 def builds_layers_late(pl_module: L.LightningModule) -> bool:
     """Whether the user's class may build layers or data after the callbacks' ``setup``."""
-    users = [c for c in type(pl_module).__mro__ if not c.__module__.startswith(("lightning", "torch"))]
+    users = [c for c in type(pl_module).__mro__ if is_users(c)]
     return any(hook in vars(c) for c in users for hook in ("setup", "configure_model"))
 
 
 def has_forward(module: L.LightningModule) -> bool:
     """Whether the user's class has a ``forward`` of its own."""
-    return type(module).forward is not L.LightningModule.forward
+    return type(module).forward is not counterpart(L.LightningModule, module).forward
 
 
 @contextmanager

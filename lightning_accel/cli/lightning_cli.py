@@ -169,7 +169,7 @@ class AccelTrainer(L.Trainer):
             ckpt_path: plan the rest of a run from its checkpoint.
             weights_only: accepted because ``fit`` saves it in its config; ignored.
         """
-        print(plan(self, model, datamodule, ckpt_path=ckpt_path))
+        print(plan(self, model, datamodule=datamodule, ckpt_path=ckpt_path))
 
 
 class AccelParser(LightningArgumentParser):

@@ -16,6 +16,7 @@ from lightning_accel.core import resizing, structure
 from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
+from lightning_accel.core.packages import TrainerCallback, both
 from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -24,7 +25,7 @@ _log = logging.getLogger("lightning.pytorch.accel")  # below Lightning's, whose 
 _PREFIX = "lightning_accel."
 
 
-class CompressionCallback(L.Callback):
+class CompressionCallback(TrainerCallback):
     """Base of the callbacks that change the network during ``fit``.
 
     Args:
@@ -430,7 +431,7 @@ def check_strategy(trainer: L.Trainer, who: str) -> None:
     Raises:
         InvalidArgumentError: the Trainer uses one.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not isinstance(trainer.strategy, both(SingleDeviceStrategy, DDPStrategy)):
         raise InvalidArgumentError(
             f"Argument `strategy` must be a single device or DDP with {who}, but got {type(trainer.strategy).__name__}. "
             "Strategies that shard parameters aren't supported."

@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_accel.core.packages import TrainerCallback, both, counterpart
 from lightning_accel.core.patching import Patches, patches_of_run
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError
@@ -76,7 +77,7 @@ def set_random_state(state: State, generators: Iterable[torch.Generator] = ()) -
         torch.cuda.set_rng_state(state["cuda"])
 
 
-class ExactResume(L.Callback):
+class ExactResume(TrainerCallback):
     """Make ``fit(ckpt_path=...)`` continue bit for bit, from any step of any epoch.
 
     Puts into the checkpoint, for every rank, the random states of Python, NumPy, torch and CUDA, those of generators that
@@ -181,7 +182,7 @@ class ExactResume(L.Callback):
             if (
                 epoch.ready == epoch.started == epoch.processed
             ):  # with `max_steps`, Lightning would repeat the epoch's end
-                _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+                counterpart(_Loop, loop).restarting.fset(loop, False)
             elif epoch.ready > epoch.started:  # saved as the epoch began: its batches are not those of the last epoch
                 loop.epoch_loop.restarting = False
         before = random_state()
@@ -291,7 +292,7 @@ def _inexact(trainer: L.Trainer) -> list[str]:
     combined = trainer.fit_loop._combined_loader
     loaders = [] if combined is None else [dl for dl in combined.flattened if not isinstance(dl, _Stateful)]
     reasons = []
-    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+    if isinstance(trainer.fit_loop._data_fetcher, both(_DataLoaderIterDataFetcher)):
         reasons.append(f"training_step takes a `dataloader_iter`: {ends}.")
     if len(loaders) > 1:
         reasons.append(f"there are {len(loaders)} training loaders, combined: {ends}.")

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_accel.core.packages import both
+
 _BAR, _REST = "#0072b2", "#dddddd"
 
 
@@ -64,14 +66,14 @@ def log_layers(loggers: Iterable[Logger], key: str, shares: Mapping[str, float],
         )
         return
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, both(TensorBoardLogger)):
             logger.experiment.add_figure(key, figure, step)
-        elif isinstance(logger, WandbLogger):
+        elif isinstance(logger, both(WandbLogger)):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "layers.png"
                 figure.savefig(file)
                 logger.log_image(key, [str(file)])
-        elif isinstance(logger, CSVLogger):
+        elif isinstance(logger, both(CSVLogger)):
             Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
             figure.savefig(Path(logger.log_dir) / f"{key.replace('/', '_')}.png")
         else:

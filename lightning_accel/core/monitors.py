@@ -15,16 +15,19 @@ def restart_monitors(trainer: L.Trainer) -> None:
     Files kept as best so far get the worst possible score, so the next one replaces them on disk and takes
     their name: a ``best.ckpt`` is never that of the dense network.
     """
-    for callback in callbacks_of(trainer, L.Callback):
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
-            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
-            callback.kth_value = worst
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count = 0
-            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if isinstance(callback, ModelCheckpoint | EarlyStopping) and callback.monitor is not None:
+    checkpoints, stopping = callbacks_of(trainer, ModelCheckpoint), callbacks_of(trainer, EarlyStopping)
+    for checkpoint in checkpoints:
+        if checkpoint.monitor is not None:
+            worst = torch.tensor(torch.inf if checkpoint.mode == "min" else -torch.inf)
+            checkpoint.best_k_models = dict.fromkeys(checkpoint.best_k_models, worst)
+            checkpoint.best_model_path, checkpoint.best_model_score, checkpoint.current_score = "", None, None
+            checkpoint.kth_value = worst
+    for stop in stopping:
+        stop.wait_count = 0
+        stop.best_score = torch.tensor(torch.inf if stop.mode == "min" else -torch.inf)
+    monitoring: list[ModelCheckpoint | EarlyStopping] = [*checkpoints, *stopping]
+    for callback in monitoring:
+        if callback.monitor is not None:
             rank_zero_info(
                 f"{type(callback).__name__}: every target is reached in epoch {trainer.current_epoch}; the best "
                 f"`{callback.monitor}` is counted from here."
@@ -36,4 +39,4 @@ def stopped_epochs(trainer: L.Trainer) -> list[int]:
     if not trainer.should_stop:
         return []
     watching = callbacks_of(trainer, EarlyStopping)
-    return [c.stopped_epoch for c in watching if c.stopping_reason is not EarlyStoppingReason.NOT_STOPPED]
+    return [c.stopped_epoch for c in watching if c.stopping_reason.name != EarlyStoppingReason.NOT_STOPPED.name]

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_accel.core.packages import both
 from lightning_accel.errors import InvalidArgumentError, RunError
 
 
@@ -98,7 +99,7 @@ def _cut(value: torch.Tensor, parameter: torch.Tensor, cut: Sequence[Any]) -> Se
 def rewrap(trainer: L.Trainer) -> None:
     """Rebuild the DDP wrapper, whose buckets and hooks are those of the old shapes. Collective."""
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+    if isinstance(strategy, both(DDPStrategy)) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model._remove_autograd_hooks()
         strategy.model = trainer.lightning_module
         strategy.configure_ddp()

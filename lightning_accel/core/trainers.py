@@ -4,12 +4,14 @@ from typing import TypeVar
 
 import lightning as L
 
+from lightning_accel.core.packages import both
+
 _Callback = TypeVar("_Callback", bound=L.Callback)
 
 
 def callbacks_of(trainer: L.Trainer, kind: type[_Callback]) -> list[_Callback]:
     """The Trainer's callbacks of a class, in the Trainer's order."""
-    return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]  # set by a connector
+    return [c for c in trainer.callbacks if isinstance(c, both(kind))]  # type: ignore[attr-defined]  # set by a connector
 
 
 def is_fast_dev_run(trainer: L.Trainer) -> bool:

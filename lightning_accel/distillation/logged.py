@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from lightning_accel.core.packages import counterpart
+
 
 def log_step(module: L.LightningModule, values: Mapping[str, Tensor | float]) -> None:
     """``self.log`` for each value, in ``training_step``.
@@ -18,7 +20,9 @@ def log_step(module: L.LightningModule, values: Mapping[str, Tensor | float]) ->
         values: scalars by name.
     """
     trainer = module._trainer
-    lightning = getattr(module.log, "__func__", None) is L.LightningModule.log  # and not the user's own way
+    lightning = (
+        getattr(module.log, "__func__", None) is counterpart(L.LightningModule, module).log
+    )  # and not the user's own way
     if trainer is None or not lightning:
         for name, value in values.items():
             module.log(name, value)

@@ -10,11 +10,19 @@ from typing import Any, Self
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_accel.calls.contexts import own_forwards
 from lightning_accel.core.callback import check_strategy
+from lightning_accel.core.packages import (
+    both,
+    check_one_package,
+    counterpart,
+    is_lightning_module,
+    is_overridden,
+    module_bases,
+    package_of,
+)
 from lightning_accel.core.structure import Change
 from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
 from lightning_accel.distillation.cache.teacher_cache import TeacherCache
@@ -67,7 +75,7 @@ class DistillationModule(_SharesStudent):
 
     Args:
         student: a LightningModule with a ``training_step``, or a plain ``nn.Module``, which is then trained on batches
-            ``(inputs, target)`` and needs ``task_loss`` and ``optimizer``.
+            ``(inputs, target)`` and needs ``task_loss`` and ``optimizer``, in a Trainer of ``lightning``.
         teacher: any module that takes the arguments of the student's ``forward``, frozen in place; the path of an ONNX file,
             engine or bundle; ``"ema"`` for the student's own average. See also :class:`Teacher`, :class:`TeacherEnsemble`.
         losses: a name (``"kd"``, ``"dkd"``, ...), a callable ``(student_logits, teacher_logits) -> scalar`` or a
@@ -144,7 +152,7 @@ class DistillationModule(_SharesStudent):
         if teacher_checkpoint is not None:
             load_weights_(network_of(network), teacher_checkpoint)
         freeze_(network, student)
-        if isinstance(student, L.LightningModule):
+        if is_lightning_module(student):
             keep_own_hparams_(student, DistillationModule)
         else:
             adopt_(student)
@@ -259,6 +267,11 @@ class DistillationModule(_SharesStudent):
         self.log(f"{stage}_distillation_loss", loss)
         return result
 
+    def configure_callbacks(self) -> Any:
+        """The student's ``configure_callbacks``; the first hook, so that a Trainer of another package is named as such."""
+        check_one_package(self.trainer, student=self._student)
+        return super().configure_callbacks()
+
     def setup(self, stage: str) -> None:
         """The student's ``setup``, and checks of the distillation."""
         super().setup(stage)
@@ -342,7 +355,8 @@ class DistillationModule(_SharesStudent):
 
 @cache  # one combined class per student class, for isinstance and pickling
 def _distilled_class(student: Any) -> type[L.LightningModule]:
-    base = student if issubclass(student, L.LightningModule) else supervised_class(student)
+    base = student if issubclass(student, both(L.LightningModule)) else supervised_class(student)
+    lightning = counterpart(L.LightningModule, base)
 
     @wraps(base.training_step)  # Lightning inspects this signature
     def training_step(self: DistillationModule, *args: Any, **kwargs: Any) -> Any:
@@ -350,9 +364,11 @@ def _distilled_class(student: Any) -> type[L.LightningModule]:
 
     methods: dict[str, Any] = {"training_step": training_step}
     for name, stage in (("validation_step", "val"), ("test_step", "test")):
-        if getattr(base, name) is not getattr(L.LightningModule, name):
+        if getattr(base, name) is not getattr(lightning, name):
             methods[name] = _evaluating(getattr(base, name), name, stage)
-    return type(f"Distilled{student.__name__}", (DistillationModule, base), methods)
+        # DistillationModule brings `lightning`'s LightningModule along, which must not come before the student's own classes.
+    bases = (base,) if package_of(base) == "lightning" else (*module_bases(base), L.LightningModule)
+    return type(f"Distilled{student.__name__}", (DistillationModule, *bases), methods)
 
 
 def _evaluating(own: Callable[..., Any], name: str, stage: str) -> Callable[..., Any]:
@@ -373,7 +389,7 @@ def _blank(student_class: Any) -> nn.Module:
 
 
 def _check_student(student: nn.Module, task_loss: Any, optimizer: Any) -> None:
-    lightning = isinstance(student, L.LightningModule)
+    lightning = is_lightning_module(student)
     for argument, value in (("task_loss", task_loss), ("optimizer", optimizer)):
         if lightning and value is not None:
             raise InvalidArgumentError(

@@ -21,6 +21,7 @@ from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -42,7 +43,7 @@ from lightning_accel.reports.model import Report
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
-class ModelExport(L.Callback):
+class ModelExport(TrainerCallback):
     """Write the trained network as a verified bundle when ``fit`` ends.
 
     Before training, a preflight exports, checks and test-builds the untrained network. At the end the weights are

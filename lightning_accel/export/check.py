@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import all_engines, engine_named, resolve
 from lightning_accel.errors import InvalidArgumentError
@@ -163,7 +163,7 @@ def _tried(
 
 def _train(module: nn.Module) -> tuple[str, list[str]]:
     """Check what the callbacks require, as far as possible without a Trainer."""
-    if not isinstance(module, L.LightningModule):
+    if not is_lightning_module(module):
         return "no LightningModule: the functions take it, the callbacks want one", []
     if not module.automatic_optimization:
         raise InvalidArgumentError(

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -11,12 +12,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core import rank_zero
 from torch import nn
 
 from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.calls.example import named_arrays
+from lightning_accel.core.packages import counterpart, is_overridden
 from lightning_accel.core.patching import Patches, swapped
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.onnx.export import OnnxExport
@@ -52,10 +54,11 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
     # Layers and data are there; a `setup` that builds them would build them anew, untrained. An overridden `prepare_data`
     # is a collective under DDP, whose other ranks have gone.
     hooks = dict.fromkeys(("setup", "teardown", "configure_model"), _nothing)
-    hooks["prepare_data"] = MethodType(L.LightningModule.prepare_data, module)
+    hooks["prepare_data"] = MethodType(counterpart(L.LightningModule, module).prepare_data, module)
     users = getattr(data.trainer, "datamodule", None)
-    loaders = _Loaders(data.loader if data.loaders is None else data.loaders, users)
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    held_out = data.loader if data.loaders is None else data.loaders
+    loaders = _loaders_class(counterpart(L.LightningDataModule, module))(held_out, users)
+    log = rank_zero.log  # of the package that was imported last
     level, training = log.level, module.training
     log.setLevel(logging.ERROR)
     patches = Patches()
@@ -65,10 +68,10 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
     try:
         with warnings.catch_warnings(), isolated_random():
             warnings.simplefilter("ignore")  # advice on loaders, given once already during the run
-            trainer = L.Trainer(
+            trainer = counterpart(L.Trainer, module)(
                 accelerator="cpu",
                 devices=1,
-                logger=DummyLogger(),  # a `validation_step` may draw into `self.logger.experiment`
+                logger=counterpart(DummyLogger, module)(),  # a `validation_step` may draw into `self.logger.experiment`
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -83,14 +86,14 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
         log.setLevel(level)
 
 
-class _Loaders(L.LightningDataModule):
+class _Loaders:
     """The held-out loaders with the transfer hooks of the user's datamodule, whose data is set up already."""
 
     def __init__(self, loaders: Any, users: L.LightningDataModule | None) -> None:
         super().__init__()
         self._loaders, self._users = loaders, users
         for hook in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-            if users is not None and is_overridden(hook, users):
+            if users is not None and is_overridden(hook, users, L.LightningDataModule):
                 setattr(self, hook, getattr(users, hook))
 
     def val_dataloader(self) -> Any:
@@ -102,6 +105,12 @@ class _Loaders(L.LightningDataModule):
         if users is None:
             raise AttributeError(name)
         return getattr(users, name)
+
+
+@cache
+def _loaders_class(datamodule: type[L.LightningDataModule]) -> type[Any]:
+    """:class:`_Loaders` as a datamodule of the package whose Trainer takes it."""
+    return type("_Loaders", (_Loaders, datamodule), {})
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.core.optional import require
+from lightning_accel.core.packages import both
 from lightning_accel.reports.model import Report
 
 _COLUMNS = ("name", "engine", "accuracy", "parameters", "file_bytes", "p50_ms", "p90_ms", "speedup", "note")
@@ -66,13 +67,13 @@ def log_bundle(
     folder = Path(dirpath)
     for logger in loggers:
         logger.log_metrics(scalars(report), step)
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, both(WandbLogger)):
             _log_wandb(logger, report, folder, step, checkpoint)
-        elif isinstance(logger, TensorBoardLogger):
+        elif isinstance(logger, both(TensorBoardLogger)):
             image = require("matplotlib.image", "report", "The report in TensorBoard").imread(folder / "report.png")
             logger.experiment.add_image("report", image[..., :3], step, dataformats="HWC")
             logger.experiment.add_text("report", (folder / "report.md").read_text(encoding="utf-8"), step)
-        elif isinstance(logger, CSVLogger):
+        elif isinstance(logger, both(CSVLogger)):
             Path(logger.log_dir).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / "report.html", Path(logger.log_dir) / "report.html")
         else:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_accel.calls.batches import Call, canonical_call
 from lightning_accel.calls.contexts import own_signature
+from lightning_accel.core.packages import both
 from lightning_accel.core.structure import constructor_arguments, load_into, read_checkpoint
 from lightning_accel.errors import InvalidArgumentError
 
@@ -49,7 +50,7 @@ def build_module(class_path: str, ckpt: str | Path | None, init: Mapping[str, An
             f"Argument `module` must be a LightningModule or nn.Module, but got {class_path!r}, which is none."
         )
     if ckpt is not None:
-        if not issubclass(cls, L.LightningModule):
+        if not issubclass(cls, both(L.LightningModule)):
             raise InvalidArgumentError(
                 f"Argument `--ckpt-path` must be left out for {class_path}, which is no LightningModule, but got {str(ckpt)!r}."
             )

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
@@ -16,6 +15,7 @@ from lightning_accel.calls.contexts import has_forward
 from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
 from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
+from lightning_accel.core.packages import TrainerCallback, check_one_package, counterpart
 from lightning_accel.core.schedules import Timeline
 from lightning_accel.errors import RunError
 from lightning_accel.planning.conflicts import conflicts
@@ -97,22 +97,25 @@ class Plan:
 def plan(
     trainer: L.Trainer,
     model: L.LightningModule,
-    datamodule: L.LightningDataModule | None = None,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
+    datamodule: L.LightningDataModule | None = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
 ) -> Plan:
     """Run ``fit`` up to the first training step, and predict the changes of the callbacks from there.
 
-    All checks before training run. Nothing is trained, logged or written.
+    All checks before training run. Nothing is trained, logged or written. Called as ``trainer.fit`` is:
+    ``plan(trainer, model, train_loader, val_loader)`` or ``plan(trainer, model, datamodule=datamodule)``.
 
     Args:
         trainer: Trainer with the callbacks.
         model: as for ``fit``.
-        datamodule: as for ``fit``.
-        train_dataloaders: as for ``fit``.
+        train_dataloaders: as for ``fit``; a datamodule may stand here, too.
         val_dataloaders: as for ``fit``.
+        datamodule: as for ``fit``.
         ckpt_path: checkpoint to plan the rest of a run from.
+        weights_only: as for ``fit``.
 
     Returns:
         The plan; ``print`` it.
@@ -120,12 +123,13 @@ def plan(
     Raises:
         InvalidArgumentError: as ``fit`` would raise before its first step.
     """
+    check_one_package(trainer, model=model, train_dataloaders=train_dataloaders, datamodule=datamodule)
     stop = _BeforeTheFirstStep()
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     sanity, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
     trainer.callbacks, trainer.loggers = [_NoEnd(), *callbacks, stop], []  # type: ignore[attr-defined]
     try:
-        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = sanity
@@ -134,15 +138,15 @@ def plan(
     return stop.plan
 
 
-class _NoEnd(Callback):
+class _NoEnd(TrainerCallback):
     """Ends a run without a training step before other callbacks export it."""
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        raise _TunerExitException
+        raise counterpart(_TunerExitException, trainer)
 
 
-class _BeforeTheFirstStep(Callback):
+class _BeforeTheFirstStep(TrainerCallback):
     """Creates the plan once loaders, optimizers and schedulers exist, then ends the run."""
 
     def __init__(self) -> None:
@@ -151,7 +155,9 @@ class _BeforeTheFirstStep(Callback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.plan = _plan(trainer, pl_module)
-        raise _TunerExitException  # Lightning's exception for the end of a dry run, which isn't reported as a failure
+        raise counterpart(
+            _TunerExitException, trainer
+        )  # Lightning's exception for the end of a dry run, which isn't reported as a failure
 
 
 def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:

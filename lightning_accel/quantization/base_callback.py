@@ -14,6 +14,7 @@ from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
+from lightning_accel.core.packages import counterpart
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
@@ -70,7 +71,7 @@ class QuantizingCallback(CompressionCallback):
                 'Use "32-true", "bf16-mixed" or "16-mixed".'
             )
         if getattr(pl_module, "_compiler_ctx", None) is not None:
-            to_uncompiled(pl_module)
+            counterpart(to_uncompiled, pl_module)(pl_module)
             rank_zero_warn(f"{who} captures `forward` itself: the module runs without torch.compile in this fit.")
         if not builds_layers_late(pl_module):
             self.prepare(trainer, pl_module)

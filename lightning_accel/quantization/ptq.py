@@ -17,6 +17,7 @@ from lightning_accel.calls.discovery import clear_call, find_submodule, submodul
 from lightning_accel.calls.loaders import peek
 from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
+from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
@@ -117,7 +118,7 @@ def calibration_call(
 ) -> tuple[nn.Module, Call]:
     """The module that is called with the batches, and its arguments for the first batch."""
     caller = model
-    if isinstance(model, L.LightningModule) and not has_forward(model):
+    if is_lightning_module(model) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
             raise InvalidArgumentError(
                 f"Argument `module` must name the submodule to quantize, but got {list(paths)}, and "

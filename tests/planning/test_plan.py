@@ -1,3 +1,4 @@
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -133,7 +134,6 @@ def test_a_run_that_is_over_is_not_shipped_by_its_plan(trainer, tmp_path):
         la.plan(
             trainer(*both(), max_epochs=2),
             Classifier(),
-            None,
             loader(),
             loader(),
             ckpt_path=str(tmp_path / "over.ckpt"),
@@ -277,3 +277,22 @@ def test_the_rates_of_a_run_that_accumulates_on_a_schedule(trainer):
     assert planned.total_steps == 28
     assert [p.steps for p in planned.phases] == [(0, 0), (4, 4), (12, 12)]
     assert [p.lr for p in planned.phases] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_a_plan_is_called_as_fit_is(trainer):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+        val_dataloader = train_dataloader
+
+    calls = [
+        la.plan(trainer(la.WeightPruning(sparsity=0.5)), Classifier(), loader(), loader()),
+        la.plan(trainer(la.WeightPruning(sparsity=0.5)), Classifier(), loader(), val_dataloaders=loader()),
+        la.plan(
+            trainer(la.WeightPruning(sparsity=0.5)), Classifier(), train_dataloaders=loader(), val_dataloaders=loader()
+        ),
+        la.plan(trainer(la.WeightPruning(sparsity=0.5)), Classifier(), Data()),
+        la.plan(trainer(la.WeightPruning(sparsity=0.5)), Classifier(), datamodule=Data()),
+    ]
+    assert all(made.to_dict() == calls[0].to_dict() for made in calls)
