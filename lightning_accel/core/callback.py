@@ -120,6 +120,7 @@ class CompressionCallback(TrainerCallback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        structure.keep_record(pl_module)
         if stage == "fit":
             self._counting, self._epoch, self._begun, self._ended = False, None, False, False
             self._placed_epoch = -1
@@ -292,10 +293,6 @@ class CompressionCallback(TrainerCallback):
         if last and trainer.is_global_zero and (missing := unfinished_targets(trainer)):
             # An error, logged after all else: warnings are often filtered, and this isn't the network that was asked for.
             _log.error(unfinished_line(missing))
-
-    @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        structure.save_record(pl_module, checkpoint)
 
 
 def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:

@@ -18,7 +18,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
-from lightning_accel.core.patching import patches_of_run
+from lightning_accel.core.patching import patches_of_run, place
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
 
@@ -53,13 +53,15 @@ class ChangeHandler:
     Args:
         replay: makes the change on a module that does not have it.
         undo: takes it back; raises ``ValueError`` if it can't be taken back.
-        restore: gives a replayed change the state that its owner saved in the checkpoint (ranges, for instance).
+        save: state of a change that a checkpoint holds besides its arguments (ranges, for instance).
+        restore: gives a replayed change that state.
         resized: what became of each parameter's shape. Changes that resize are made on averaged copies too.
     """
 
     replay: Callable[[nn.Module, Change], None]
     undo: Callable[[nn.Module, Change], None]
-    restore: Callable[[nn.Module, Change, dict[str, Any]], None]
+    save: Callable[[nn.Module, Change], dict[str, Any]] = lambda module, change: {}
+    restore: Callable[[nn.Module, Change, dict[str, Any]], None] = lambda module, change, state: None
     resized: Callable[[Change], Resized] = lambda change: {}
 
 
@@ -121,18 +123,42 @@ def replay(module: nn.Module, changes: list[Change]) -> list[Change]:
         undo(module, change)
     for change in changes[common:]:
         apply(module, change)
+    if changes:
+        keep_record(module)
     return changes[common:]
 
 
 def save_record(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write the record of ``module`` into a checkpoint; several callbacks may do so with the same content."""
-    changes = [asdict(change) for change in record_of(module)]
-    checkpoint.setdefault(CHECKPOINT_KEY, {})["structure"] = changes
+    """Write the record of a module, and the state of its changes, into a checkpoint."""
+    changes = record_of(module)
+    entry = checkpoint.setdefault(CHECKPOINT_KEY, {})
+    entry["structure"] = [asdict(change) for change in changes]
+    entry["states"] = [_handler_of(change).save(module, change) for change in changes]
 
 
 def load_record(checkpoint: dict[str, Any]) -> list[Change]:
     """The record in a checkpoint; empty if there is none."""
     return [Change(**entry) for entry in checkpoint.get(CHECKPOINT_KEY, {}).get("structure", [])]
+
+
+def keep_record(module: nn.Module) -> None:
+    """Let every checkpoint of a LightningModule hold its record, also one of weights alone, or without a callback of this library."""
+    if hasattr(module, "on_save_checkpoint") and not isinstance(vars(module).get("on_save_checkpoint"), _SavesRecord):
+        place(module, "on_save_checkpoint", _SavesRecord(module))
+
+
+class _SavesRecord:
+    """Replaces a module's ``on_save_checkpoint``: Lightning calls those of callbacks only with ``save_weights_only=False``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._before = module, vars(module).get("on_save_checkpoint")
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        if self._before is None:
+            type(self._module).on_save_checkpoint(self._module, checkpoint)  # type: ignore[attr-defined]  # a LightningModule has one
+        else:
+            self._before(checkpoint)
+        save_record(self._module, checkpoint)
 
 
 def before_next_restore(trainer: Trainer, module: LightningModule, action: Callable[[dict[str, Any]], None]) -> None:
@@ -253,11 +279,10 @@ def load_into(module: LightningModule, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Give each replayed change the state that its owner saved."""
-    states = checkpoint.get("callbacks", {})
-    for change in record_of(module):
-        if change.owner in states:
-            _handler_of(change).restore(module, change, states[change.owner])
+    """Give each replayed change the state in the checkpoint."""
+    states = checkpoint.get(CHECKPOINT_KEY, {}).get("states", [])
+    for change, state in zip(record_of(module), states, strict=False):  # a float checkpoint has none
+        _handler_of(change).restore(module, change, state)
 
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:

@@ -152,8 +152,11 @@ class QuantizingCallback(CompressionCallback):
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        for forward in self._placed.values():
-            forward.follow()
+        record = structure.record_of(pl_module)
+        for path, forward in self._placed.items():
+            if forward.follow():
+                index = next(i for i, c in enumerate(record) if c.kind == "quantize" and c.args["module"] == path)
+                record[index] = quantize_change(forward, self.state_key)
 
     def place(self, pl_module: L.LightningModule) -> None:
         """Replace ``forward`` by the captured graphs, and record the change."""

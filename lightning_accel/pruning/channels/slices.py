@@ -174,7 +174,6 @@ structure.register(
     structure.ChangeHandler(
         replay=lambda module, change: remove_(module, change.args),
         undo=_undo,
-        restore=lambda module, change, state: None,
         resized=lambda change: change.args["parameters"],
     ),
 )

@@ -202,18 +202,22 @@ class QuantizedForward:
                 break
         return found
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         """Plan anew if ``forward`` has come to run other operators in evaluation; before ranges are learned, anything may change.
+
+        Returns:
+            Whether the plan is another one.
 
         Raises:
             InvalidArgumentError: with learned ranges, other operators than those would be quantized.
         """
         calls = self._calls_of(training=False)
         if calls is None or self._calls is None or not _differing(calls, self._calls):
-            return
+            return False
         if self.bank.batches:
             self.graph()  # raises if others would be quantized
         self._plan_anew()
+        return True
 
     def graph(self) -> GraphModule:
         """The eval graph of the module as it is now, with its quantized operators: what is exported.
@@ -363,12 +367,15 @@ def _undo(module: nn.Module, change: Change) -> None:
     release(module.get_submodule(change.args["module"]))
 
 
+def _save(module: nn.Module, change: Change) -> dict[str, Any]:
+    return quantized_forwards(module)[change.args["module"]].bank.state_dict()
+
+
 def _restore(module: nn.Module, change: Change, state: dict[str, Any]) -> None:
-    path = change.args["module"]
-    quantized_forwards(module)[path].bank.load_state_dict(state["ranges"][path])
+    quantized_forwards(module)[change.args["module"]].bank.load_state_dict(state)
 
 
-structure.register("quantize", structure.ChangeHandler(_replay, _undo, _restore))
+structure.register("quantize", structure.ChangeHandler(_replay, _undo, _save, _restore))
 
 
 def quantization_map(module: nn.Module) -> dict[str, str]:
