@@ -42,8 +42,8 @@ def resolve(root: nn.Module, path: str | None) -> tuple[Any, str]:
 def observed(owner: Any, method: str, observer: Observer) -> Iterator[None]:
     """Context in which calls of ``owner.method`` go through an observer, which makes the actual call.
 
-    The method is replaced on the instance, which covers ``self(x)`` and ``self.forward(x)``. An earlier replacement, such as a captured
-    graph, is called by the observer and restored afterwards.
+    The method is replaced on the instance, which covers ``self(x)`` and ``self.forward(x)``. An earlier replacement, such as
+    quantization, is called by the observer and restored afterwards.
     """
     function = getattr(owner, method)
 

@@ -185,10 +185,8 @@ def _forward(module: nn.Module, call: Call) -> tuple[str, list[str]]:
 
 
 def _capture(module: nn.Module, call: Call) -> tuple[str, list[str]]:
-    description = describe_inputs(*call)
-    graphs = [capture(module, description, training) for training in (False, True)]
-    nodes = [sum(node.op == "call_function" for node in graph.graph.nodes) for graph in graphs]
-    return f"{nodes[0]} operators in evaluation, {nodes[1]} in training", []
+    graph = capture(module, describe_inputs(*call)).graph
+    return f"{sum(node.op == 'call_function' for node in graph.nodes)} operators", []
 
 
 def _export(module: nn.Module, call: Call, folder: Path, made: dict[str, Any]) -> tuple[str, list[str]]:

@@ -36,7 +36,7 @@ class QuantizingCallback(CompressionCallback):
     def __init__(self, settings: QuantizationSettings, *, name: str, start: int | float) -> None:
         super().__init__(name=name, start=start)
         self.settings = settings
-        self._prepared: dict[str, QuantizedForward] = {}  # captured before training, put in place at `start`
+        self._prepared: dict[str, QuantizedForward] = {}  # planned before training, put in place at `start`
         self._placed: dict[str, QuantizedForward] = {}
 
     @property
@@ -72,7 +72,7 @@ class QuantizingCallback(CompressionCallback):
             )
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             counterpart(to_uncompiled, pl_module)(pl_module)
-            rank_zero_warn(f"{who} captures `forward` itself: the module runs without torch.compile in this fit.")
+            rank_zero_warn(f"{who} quantizes while `forward` runs: the module runs without torch.compile in this fit.")
         if not builds_layers_late(pl_module):
             self.prepare(trainer, pl_module)
 
@@ -83,7 +83,7 @@ class QuantizingCallback(CompressionCallback):
 
     @override
     def structure_changed(self, pl_module: L.LightningModule, change: structure.Change) -> None:
-        self._prepared = {}  # captured with the old shapes
+        self._prepared = {}  # planned with the old shapes
 
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
@@ -159,7 +159,7 @@ class QuantizingCallback(CompressionCallback):
                 record[index] = quantize_change(forward, self.state_key)
 
     def place(self, pl_module: L.LightningModule) -> None:
-        """Replace ``forward`` by the captured graphs, and record the change."""
+        """Quantize in ``forward`` from now on, and record the change."""
         for path, forward in self._prepared.items():
             forward.follow()  # Python that `forward` reads may have changed since `setup`
             forward.take_over(pl_module.get_submodule(path))

@@ -16,7 +16,7 @@ from lightning_accel.errors import InvalidArgumentError, RunError
 class EMATeacher(nn.Module):
     """Exponential moving average of the student (https://arxiv.org/abs/1703.01780): self-distillation.
 
-    Built from the student when ``fit`` begins, without its captured graphs, so it stays float while the student is
+    Built from the student when ``fit`` begins, without its quantization, so it stays float while the student is
     quantized. It is part of the training's state: the checkpoint keeps it beside the student, and a resume goes on with it.
 
     Args:

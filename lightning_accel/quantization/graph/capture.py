@@ -11,7 +11,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -32,13 +32,12 @@ from lightning_accel.quantization.graph.sites import marked_sites
 CALLS = "calls"  # in a captured graph's `meta`: how often each function was called in each submodule
 
 
-def capture(module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str = "") -> GraphModule:
-    """Capture ``module.forward`` in train or eval mode.
+def capture(module: nn.Module, description: Mapping[str, Any], path: str = "") -> GraphModule:
+    """Capture ``module.forward`` in eval mode.
 
     Args:
         module: the module; neither its mode, its tensors nor the random generators change.
         description: inputs, from :func:`describe_inputs`.
-        training: mode in which it is captured; ``None``: the present mode of each submodule.
         path: the module's name, for the error message.
 
     Returns:
@@ -48,9 +47,9 @@ def capture(module: nn.Module, description: Mapping[str, Any], training: bool | 
         CaptureError: ``torch.export`` fails; the message names the user's file and line, and a submodule that can be captured.
     """
     try:
-        return _export(module, description, training)
+        return _export(module, description)
     except Exception as error:  # torch.export raises unrelated types
-        raise CaptureError(_explain(module, description, training, path, error)) from error
+        raise CaptureError(_explain(module, description, path, error)) from error
 
 
 @contextmanager
@@ -73,7 +72,7 @@ def no_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _export(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> GraphModule:
+def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
     tensor = next(iter(module.parameters()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     args, kwargs = example_inputs(description, device)
@@ -82,7 +81,7 @@ def _export(module: nn.Module, description: Mapping[str, Any], training: bool | 
         kept_state(module),
         named_keywords(module, kwargs),
         one_rank(module),
-        nullcontext() if training is None else mode(module, training),
+        mode(module, False),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # developer notes of torch.export
@@ -128,9 +127,7 @@ def _out_of_place(graph_module: GraphModule) -> None:
             node.target = twin
 
 
-def _explain(
-    module: nn.Module, description: Mapping[str, Any], training: bool | None, path: str, error: Exception
-) -> str:
+def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error: Exception) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if fixed := re.findall(r"You marked .*?\.size\(\)\[(\d+)\] as dynamic but .* a constant \((\d+)\)", str(error)):
@@ -144,7 +141,7 @@ def _explain(
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
     if line := user_line(error, module):
         message += f" (at {line})"
-    works = _submodule_that_works(module, description, training)
+    works = _submodule_that_works(module, description)
     if works:
         name = f"{path}.{works}" if path else works
         return f'{message}. Its submodule `{name}` can be captured: use QuantizationAwareTraining(module="{name}").'
@@ -194,7 +191,7 @@ def user_line(error: BaseException, module: nn.Module) -> str:
     return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
 
 
-def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], training: bool | None) -> str:
+def _submodule_that_works(module: nn.Module, description: Mapping[str, Any]) -> str:
     """Largest submodule, at most two levels deep, that can be captured with its inputs; empty if there is none."""
     calls: dict[str, dict[str, Any]] = {}
 
@@ -227,7 +224,7 @@ def _submodule_that_works(module: nn.Module, description: Mapping[str, Any], tra
             handle.remove()
     for name in sorted(calls, key=lambda n: -sum(p.numel() for p in candidates[n].parameters()))[:6]:
         try:
-            _export(candidates[name], calls[name], training)
+            _export(candidates[name], calls[name])
         except Exception:  # can't be captured either
             continue
         return name

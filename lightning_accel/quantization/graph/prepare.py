@@ -120,7 +120,7 @@ class QuantizedForward:
 
     def _planned(self) -> tuple[GraphModule, QuantizationPlan, dict[str, str]]:
         """The eval graph, its plan, and the shared ranges: key of each activation -> key of its row."""
-        graph = capture(self.module, self.inputs, False, self.path)
+        graph = capture(self.module, self.inputs, self.path)
         if ATTENTION in self.target.operators and self.activations == "static":
             take_apart_attention(graph)
         plan = plan_points(graph, self.target, self.include, self.exclude)
