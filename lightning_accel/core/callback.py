@@ -21,7 +21,7 @@ from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
 
-_log = logging.getLogger("lightning.pytorch.accel")  # below Lightning's, whose handler prints it
+LOG = logging.getLogger("lightning.pytorch.accel")  # below Lightning's, whose handler prints it
 _PREFIX = "lightning_accel."
 
 
@@ -50,8 +50,10 @@ class CompressionCallback(TrainerCallback):
         self._ended = False  # whether the run came to its end
         self._looks = False  # whether this callback looks at the loss of a step
         self._batch: Any = None  # of the present step, to name what a NaN comes from
+        self._told = True  # whether conflicts with other phases were told in this run
         self._placed_epoch = -1  # epoch at whose beginning the phase was placed last
 
+    prunes_weights = False  # whether the callback zeroes weights
     resizes = 0  # what the channels of tensors that the callback resizes stay a multiple of; 0: it resizes none
     wants_low_rate = (
         True  # whether it should start at a small share of the peak learning rate; else only end well above 0
@@ -102,6 +104,10 @@ class CompressionCallback(TrainerCallback):
         """Planned change of each layer or weight, by name, or the reason why it stays; available after ``on_train_start``."""
         return {}
 
+    def conflicts(self, trainer: L.Trainer) -> list[str]:
+        """Phases of the run that counteract this one, each with its fix; available after ``on_train_start``."""
+        return []
+
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
         """Parameters and MACs of the network once the phase is over, if it changes them."""
         return {}
@@ -123,7 +129,7 @@ class CompressionCallback(TrainerCallback):
         structure.keep_record(pl_module)
         if stage == "fit":
             self._counting, self._epoch, self._begun, self._ended = False, None, False, False
-            self._placed_epoch = -1
+            self._placed_epoch, self._told = -1, False
             check_supported(trainer, pl_module, type(self).__name__)
             for argument, value in (("start", self.start), ("end", self.end)):
                 endless = trainer.max_epochs in (None, -1) or is_fast_dev_run(trainer)
@@ -157,6 +163,10 @@ class CompressionCallback(TrainerCallback):
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._enter_epoch(trainer)
+        found = self.conflicts(trainer) if not self._told and trainer.is_global_zero else []
+        self._told = True
+        for text in found:
+            LOG.warning("Conflict: %s", text)
 
     @override
     def on_train_batch_start(
@@ -292,7 +302,7 @@ class CompressionCallback(TrainerCallback):
         self._ended = False
         if last and trainer.is_global_zero and (missing := unfinished_targets(trainer)):
             # An error, logged after all else: warnings are often filtered, and this isn't the network that was asked for.
-            _log.error(unfinished_line(missing))
+            LOG.error(unfinished_line(missing))
 
 
 def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:

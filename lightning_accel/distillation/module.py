@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_accel.calls.contexts import own_forwards
-from lightning_accel.core.callback import check_strategy
+from lightning_accel.core.callback import LOG, check_strategy
 from lightning_accel.core.packages import (
     both,
     check_one_package,
@@ -26,6 +26,7 @@ from lightning_accel.core.packages import (
 from lightning_accel.core.structure import Change
 from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
 from lightning_accel.distillation.cache.teacher_cache import TeacherCache
+from lightning_accel.distillation.conflicts import conflicts
 from lightning_accel.distillation.fill_cache import fill
 from lightning_accel.distillation.hparams import keep_own_hparams_
 from lightning_accel.distillation.layers.paths import recorded
@@ -293,6 +294,8 @@ class DistillationModule(_SharesStudent):
 
     def on_train_start(self) -> None:
         """The student's ``on_train_start``, after the cache is filled."""
+        for text in conflicts(self._distillation) if self.trainer.is_global_zero else ():
+            LOG.warning("Conflict: %s", text)
         fill(self, self._distillation, self._inputs)
         super().on_train_start()
 

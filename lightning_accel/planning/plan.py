@@ -17,8 +17,8 @@ from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
 from lightning_accel.core.packages import TrainerCallback, check_one_package, counterpart
 from lightning_accel.core.schedules import Timeline
+from lightning_accel.distillation.conflicts import conflicts
 from lightning_accel.errors import RunError
-from lightning_accel.planning.conflicts import conflicts
 from lightning_accel.quantization.base_callback import QuantizingCallback
 
 _HIGH = 0.1  # share of the peak learning rate above which quantization starts too early
@@ -160,6 +160,13 @@ class _BeforeTheFirstStep(TrainerCallback):
         )  # Lightning's exception for the end of a dry run, which isn't reported as a failure
 
 
+def _conflicts(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """Phases that counteract each other, and fixes; errors that prevent a run are raised in ``setup``."""
+    found = [text for callback in compression_callbacks(trainer) for text in callback.conflicts(trainer)]
+    distillation = getattr(pl_module, "_distillation", None)
+    return found if distillation is None else [*found, *conflicts(distillation)]
+
+
 def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     timeline = timeline_of(trainer)
     callbacks = compression_callbacks(trainer)
@@ -168,7 +175,7 @@ def _plan(trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
     sizes |= {f"after {type(c).__name__}": size for c in callbacks if (size := c.predicted(pl_module))}
     sizes |= {f"after {type(c).__name__}": {} for c in callbacks if isinstance(c, QuantizingCallback)}
     _add_bytes(sizes, pl_module, callbacks)
-    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=conflicts(trainer, pl_module))
+    made = Plan(timeline.steps_per_epoch, timeline.total_steps, sizes, conflicts=_conflicts(trainer, pl_module))
     for callback in sorted(callbacks, key=lambda c: c.steps[0]):
         first, last = callback.steps
         end = callback.end if callback.end is not None else callback.start if last == first else None

@@ -196,6 +196,31 @@ class QuantizationAwareTraining(QuantizingCallback):
         return settled
 
     @override
+    def conflicts(self, trainer: L.Trainer) -> list[str]:
+        if is_fast_dev_run(trainer):
+            return []
+        timeline = timeline_of(trainer)
+        found = []
+        for pruning in (c for c in compression_callbacks(trainer) if c.prunes_weights):
+            end = pruning.steps[1]
+            late = {what: step for what, step in self.settles().items() if step < end < math.inf}
+            if late:
+                what, step = min(late.items(), key=lambda item: item[1])
+                found.append(
+                    f"{type(pruning).__name__}({pruning.name!r}) ends in epoch {timeline.epoch_at(end):g}, after {what} became final in "
+                    f"epoch {timeline.epoch_at(step):.4g}: they belong to a network that still had more weights. End it by epoch "
+                    f"{max(math.floor(timeline.epoch_at(step)), 0)}, or start QuantizationAwareTraining later."
+                )
+        total, begins = timeline.total_steps, self.fake_quant_step(trainer)
+        if begins >= total and not math.isinf(total) and not math.isinf(begins):
+            found.append(
+                f"QuantizationAwareTraining({self.name!r}) trains no step with fake-quant: it starts at step {self.steps[0]:g}, observes "
+                f"{self.settings.calibration_batches} batches until step {begins:g}, and the run ends at step {total:g}. Start it "
+                "earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
+            )
+        return found
+
+    @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:
         total, calibrated = timeline_of(trainer).total_steps, self.fake_quant_step(trainer)
         batches = self.settings.calibration_batches

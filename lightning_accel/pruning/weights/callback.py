@@ -96,6 +96,7 @@ class WeightPruning(CompressionCallback):
     """
 
     wants_low_rate = False
+    prunes_weights = True
 
     def __init__(
         self,

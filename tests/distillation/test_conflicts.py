@@ -1,4 +1,4 @@
-"""Phases that work against each other are found by ``plan``, with what mends them; and mending them does."""
+"""Phases that work against each other are found by ``plan`` and told by ``fit``, with what mends them; and mending them does."""
 
 import pytest
 
@@ -63,3 +63,15 @@ def test_a_teacher_whose_loss_does_not_count(trainer):
 def test_channels_that_leave_after_the_shapes_are_captured_are_an_error(trainer):
     with pytest.raises(ValueError, match=r"it needs the final shapes\. End earlier or start it later"):
         conflicts(trainer, la.ChannelPruning(0.5, end=3), qat(start=1))
+
+
+def test_fit_tells_what_plan_knows(trainer, caplog):
+    caplog.set_level("WARNING", logger="lightning.pytorch.accel")
+    callbacks = [la.WeightPruning(0.5, end=2), qat(ranges="mse", start=1)]
+    (planned,) = conflicts(trainer, *callbacks, epochs=2)
+    caplog.clear()
+    trainer(*callbacks, max_epochs=2).fit(Classifier(), loader())
+    assert [record.getMessage() for record in caplog.records] == [f"Conflict: {planned}"]
+    caplog.clear()
+    trainer(max_epochs=1).fit(la.DistillationModule(student=Classifier(), teacher=Residual(8), alpha=0.0), loader())
+    assert "`alpha` is 0" in caplog.text
