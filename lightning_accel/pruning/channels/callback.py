@@ -232,6 +232,11 @@ class ChannelPruning(CompressionCallback):
         self._start_step, self._end_step = (_first_step(epoch, timeline) for epoch in self._epochs)
         if check:
             self._check_captures(trainer, timeline)
+            if isinf(timeline.steps_per_epoch) and self._epochs != (0, 0):
+                rank_zero_info(
+                    "ChannelPruning: the training data has no length. Channels leave at the beginning of an epoch, which an endless stream "
+                    "never reaches again: set `limit_train_batches` for it."
+                )
 
     def _boundary(self, argument: str, value: float, timeline: Timeline, check: bool) -> float:
         """First epoch that begins at a position or after it; ``inf`` if that isn't known yet."""
@@ -251,8 +256,7 @@ class ChannelPruning(CompressionCallback):
                     )
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def _enter_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first, last = (0, 0) if is_fast_dev_run(trainer) else self._epochs
         epoch = trainer.current_epoch
         if epoch >= first:

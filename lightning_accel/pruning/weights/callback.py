@@ -174,8 +174,8 @@ class WeightPruning(CompressionCallback):
                 raise InvalidArgumentError(
                     f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
                 )
-        self._remember(trainer, pl_module)
-        self._update(trainer, trainer.current_epoch)
+        if self._placed_epoch == trainer.current_epoch or is_fast_dev_run(trainer):  # what an epoch brings is known
+            self._enter_epoch(trainer, pl_module)
 
     @override
     def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
@@ -185,8 +185,7 @@ class WeightPruning(CompressionCallback):
             self._end_step = last if isinf(last) else self._start_step + (last - self._start_step + 1) // 2
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def _enter_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remember(trainer, pl_module)
         self._update(trainer, trainer.current_epoch)  # the epoch before may have been shorter than expected
 
