@@ -150,6 +150,9 @@ def test_epochs_are_epochs_whatever_their_length(trainer, kind):
     assert pruning.unfinished() == qat.unfinished() == ""
     shares = [s[drift.ZEROS] for s in watch.seen]
     assert shares == sorted(shares)
+    begins = [epochs[epoch][0][1] for epoch in range(6)]  # in the report, too
+    assert pruning.steps == (begins[1], begins[3])
+    assert qat.steps[0] == begins[4]
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -162,6 +165,7 @@ def test_channels_leave_at_their_epochs(trainer, kind):
     assert widths[0] == 8
     assert 8 > widths[1] > widths[3] == widths[4] == 4
     assert pruning.unfinished() == ""
+    assert pruning.steps == tuple(next(s[1] for s in watch.seen if s[0] == epoch) for epoch in (1, 3))
 
 
 @pytest.mark.parametrize("kind", RUNS)
