@@ -158,11 +158,15 @@ class CompressionCallback(TrainerCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_epoch(trainer)
+        between = self._epoch is not None and self._epoch[0] != trainer.current_epoch
+        self._place(trainer)
+        if between:  # resumed at the end of an epoch: Lightning has yet to ask for the next one's loader
+            self._placed_epoch = -1
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._enter_epoch(trainer)
+        self._place(trainer)
+        self._enter_epoch(trainer, pl_module)
         found = self.conflicts(trainer) if not self._told and trainer.is_global_zero else []
         self._told = True
         for text in found:
@@ -173,7 +177,12 @@ class CompressionCallback(TrainerCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batch = batch if self._looks else None
-        self._enter_epoch(trainer)  # after some resumes Lightning leaves `on_train_epoch_start` out
+        if self._placed_epoch != trainer.current_epoch and not is_fast_dev_run(trainer):
+            self._place(trainer)  # after some resumes Lightning leaves `on_train_epoch_start` out
+            self._enter_epoch(trainer, pl_module)
+
+    def _enter_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called before the first step of an epoch, with the phase placed by what is known at its beginning."""
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
@@ -190,14 +199,12 @@ class CompressionCallback(TrainerCallback):
                 f"The loss of `training_step` must be a number, but got NaN in step {trainer.global_step}: {found}."
             )
 
-    def _enter_epoch(self, trainer: L.Trainer) -> None:
-        """Place the phase by what is known of the run at the beginning of an epoch, once for each epoch."""
+    def _place(self, trainer: L.Trainer) -> None:
+        """Place the phase by what is known of the run at the beginning of an epoch."""
         if is_fast_dev_run(trainer):
             self._start_step = self._end_step = 0  # a batch or two: everything is tried at once
             return
         first, present = self._epoch is None, trainer.current_epoch
-        if self._epoch is not None and self._epoch[0] == present and self._placed_epoch == present:
-            return
         if self._epoch is None:
             self._epoch = (present, first_step_of_epoch(trainer))
         elif self._epoch[0] != present:

@@ -150,6 +150,9 @@ def test_epochs_are_epochs_whatever_their_length(trainer, kind):
     assert pruning.unfinished() == qat.unfinished() == ""
     shares = [s[drift.ZEROS] for s in watch.seen]
     assert shares == sorted(shares)
+    begins = [epochs[epoch][0][1] for epoch in range(6)]  # in the report, too
+    assert pruning.steps == (begins[1], begins[3])
+    assert qat.steps[0] == begins[4]
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -162,6 +165,7 @@ def test_channels_leave_at_their_epochs(trainer, kind):
     assert widths[0] == 8
     assert 8 > widths[1] > widths[3] == widths[4] == 4
     assert pruning.unfinished() == ""
+    assert pruning.steps == tuple(next(s[1] for s in watch.seen if s[0] == epoch) for epoch in (1, 3))
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -201,25 +205,48 @@ def test_shares_of_a_stream_in_epochs_of_unknown_length(trainer):
 
 
 @pytest.mark.filterwarnings("ignore:ExactResume. Stream is an iterable")  # exact from the ends of epochs
-@pytest.mark.parametrize(
-    "kind", ["grows", "shrinks", "stream"]
-)  # GradientAccumulationScheduler itself doesn't resume exactly
+@pytest.mark.parametrize("kind", RUNS)
 @pytest.mark.parametrize("positions", [(1, 3), (0.2, 0.5), (1, None)], ids=["epochs", "shares", "mixed"])
 def test_drifting_runs_resume_bit_identically(trainer, tmp_path, kind, positions):
     def run(ckpt_path=None):
         torch.manual_seed(0)
         extra, data = RUNS[kind]()
         module, pruning = Classifier(), la.WeightPruning(0.5, start=positions[0], end=positions[1], every=1)
-        keep = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)]
+        keep = [
+            ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1),
+            ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1),
+        ]
         settings = {"max_epochs": 5, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": not ckpt_path}
-        fit = trainer(la.ExactResume(), *extra, pruning, *keep, **settings)
+        fit = trainer(la.ExactResume(), *extra, pruning, *([] if ckpt_path else keep), **settings)
         fit.fit(module, **data, ckpt_path=ckpt_path)
         return drift.weights(module), fit.global_step
 
     want, steps = run()
-    for step in (16, 24) if kind == "stream" else (steps // 3, steps // 2, steps - 3):
-        got, _ = run(tmp_path / f"step={step}.ckpt")
-        assert all(torch.equal(want[name], got[name]) for name in want), step
+    # GradientAccumulationScheduler itself resumes exactly from the ends of epochs alone.
+    within = [] if kind in ("stream", "accumulation") else [steps // 3, steps // 2, steps - 3]
+    for name in ("epoch=1", "epoch=2", *(f"step={step}" for step in within)):
+        got, _ = run(tmp_path / f"{name}.ckpt")
+        assert all(torch.equal(want[key], got[key]) for key in want), name
+
+
+@pytest.mark.filterwarnings("ignore:.*waits beyond `start`")  # an epoch that grows past both positions
+@pytest.mark.parametrize("kind", ["grows", "shrinks"])
+def test_channels_and_fake_quant_of_drifting_runs_resume_bit_identically(trainer, tmp_path, kind):
+    def run(ckpt_path=None):
+        torch.manual_seed(0)
+        _, data = RUNS[kind]()
+        module, pruning = Classifier(), la.ChannelPruning(0.4, start=0.2, end=0.5)
+        qat = la.QuantizationAwareTraining("portable", start=0.6, calibration_batches=1)
+        keep = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)]
+        settings = {"max_epochs": 6, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": not ckpt_path}
+        fit = trainer(la.ExactResume(), pruning, qat, *keep, **settings)
+        fit.fit(module, **data, ckpt_path=ckpt_path)
+        return drift.weights(module)
+
+    want = run()
+    for epoch in (0, 3):
+        got = run(tmp_path / f"epoch={epoch}.ckpt")
+        assert all(torch.equal(want[key], got[key]) for key in want), epoch
 
 
 def last_line(caplog) -> tuple[int, str]:

@@ -215,7 +215,9 @@ class ChannelPruning(CompressionCallback):
         first, last = self._epochs
         if not self._begun:
             first = self._boundary("start", self.start, timeline, check)
-        if self.end is not None:
+        if self.reached >= 1.0 and not check:
+            pass  # over, whatever becomes of the rest of the run
+        elif self.end is not None:
             last = self._boundary("end", self.end, timeline, check)
         elif self.schedule == "constant":
             last = first
@@ -229,9 +231,16 @@ class ChannelPruning(CompressionCallback):
                 "the network has to train after the last removal. Train longer or end earlier."
             )
         self._epochs = first, last
-        self._start_step, self._end_step = (_first_step(epoch, timeline) for epoch in self._epochs)
+        first_step, last_step = (_first_step(epoch, timeline) for epoch in self._epochs)
+        self._start_step = self._start_step if self._begun else first_step
+        self._end_step = self._end_step if self.reached >= 1.0 and not check else last_step
         if check:
             self._check_captures(trainer, timeline)
+            if isinf(timeline.steps_per_epoch) and self._epochs != (0, 0):
+                rank_zero_info(
+                    "ChannelPruning: the training data has no length. Channels leave at the beginning of an epoch, which an endless stream "
+                    "never reaches again: set `limit_train_batches` for it."
+                )
 
     def _boundary(self, argument: str, value: float, timeline: Timeline, check: bool) -> float:
         """First epoch that begins at a position or after it; ``inf`` if that isn't known yet."""
@@ -251,12 +260,12 @@ class ChannelPruning(CompressionCallback):
                     )
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def _enter_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first, last = (0, 0) if is_fast_dev_run(trainer) else self._epochs
         epoch = trainer.current_epoch
         if epoch >= first:
-            self._begun = not is_fast_dev_run(trainer)
+            if not self._begun and not is_fast_dev_run(trainer):
+                self._begun, self._start_step = True, trainer.global_step
             # The last boundary reaches the target, also if it is the only one.
             due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
             if due > self.reached:
@@ -279,6 +288,8 @@ class ChannelPruning(CompressionCallback):
             collected = {g.name: torch.zeros(g.units) for g in plan.groups}
         chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, collected))  # the same choice on every rank
         self.reached = due
+        if due >= 1.0:
+            self._end_step = trainer.global_step
         if chosen:
             change_structure(trainer, pl_module, plan.change(pl_module, chosen, self.state_key))
 

@@ -8,6 +8,7 @@ from zlib import crc32
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_accel.calls.contexts import builds_layers_late
@@ -154,7 +155,7 @@ class WeightPruning(CompressionCallback):
             if self._module is not pl_module:  # reused for another module, e.g. in a cross-validation
                 self._clear()
             self._module = pl_module
-        if stage == "fit" and not builds_layers_late(pl_module):
+        if stage == "fit" and not builds_layers_late(pl_module) and not any(map(is_lazy, pl_module.parameters())):
             self._choose(trainer, pl_module)
 
     @override
@@ -175,19 +176,21 @@ class WeightPruning(CompressionCallback):
                 raise InvalidArgumentError(
                     f"Argument `rewind` must be at or before `start` ({self.start}), but got {self.rewind}."
                 )
-        self._remember(trainer, pl_module)
-        self._update(trainer, trainer.current_epoch)
+        if self._placed_epoch == trainer.current_epoch or is_fast_dev_run(trainer):  # what an epoch brings is known
+            self._enter_epoch(trainer, pl_module)
 
     @override
     def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
+        ended = self._end_step if self.reached >= 1.0 and not check else None
         super()._place_phase(trainer, timeline, check)
-        if self.end is None and self.schedule != "constant":
+        if ended is not None:  # the step that it ended at, whatever becomes of the rest of the run
+            self._end_step = ended
+        elif self.end is None and self.schedule != "constant":
             last = timeline.step("end", 1.0) if check else timeline.total_steps
             self._end_step = last if isinf(last) else self._start_step + (last - self._start_step + 1) // 2
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def _enter_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remember(trainer, pl_module)
         self._update(trainer, trainer.current_epoch)  # the epoch before may have been shorter than expected
 
@@ -320,7 +323,13 @@ class WeightPruning(CompressionCallback):
 
     def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Determine the weights to prune; after a resume those of the checkpoint, since frozen parameters may have changed."""
-        named, selected = dict(pl_module.named_parameters()), self.targets.selected(pl_module)
+        named = dict(pl_module.named_parameters())
+        if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
+            raise InvalidArgumentError(
+                f"Argument `model` must have initialized layers to choose weights from, but got lazy ones: {summary(lazy)}. Run the module "
+                "on a batch before `fit`."
+            )
+        selected = self.targets.selected(pl_module)
         if unknown := set(self._chosen) - named.keys():
             raise InvalidArgumentError(
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
@@ -465,6 +474,8 @@ class WeightPruning(CompressionCallback):
                 kinds=self._kinds,
             )
         self.reached = share
+        if progress >= 1.0:
+            self._end_step = step
         self._warn_of_empty_tensors()
         if self._rewound and step > 0 and self._module is not None:
             rewind_(self._module, self._rewound, trainer.optimizers[0])

@@ -404,3 +404,17 @@ def test_weights_that_stay_frozen_are_reported_and_left_unfinished(trainer):
         "WeightPruning('weights') pruned nothing: `backbone.0.weight`, `backbone.2.weight` are still frozen"
     )
     assert math.isclose(pruning.sparsity_of(module)["all"], 0.0)
+
+
+def test_lazy_layers(trainer):
+    """They are initialized by the first batch of validation, before training; without validation they would never be."""
+    lazy = lambda: Lit(nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(4)))  # noqa: E731
+    module = lazy()
+    with pytest.raises(
+        ValueError, match=r"must have initialized layers .* `net.1.weight`, .* Run the module on a batch"
+    ):
+        trainer(WeightPruning(0.5, end=1)).fit(module, loader())
+    module = lazy()
+    module(next(iter(loader()))[0])
+    trainer(WeightPruning(0.5, end=1)).fit(module, loader())
+    assert share(torch.cat([module.net[i].weight.detach().flatten() for i in (1, 3)])) == pytest.approx(0.5, abs=1e-3)
