@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from lightning_accel.core.patching import Patches, removed, swapped
 
 TRAINING, VALIDATION = "training_step", "validation_step"
 _STAGES = {TRAINING: RunningStage.TRAINING, VALIDATION: RunningStage.VALIDATING}
+_TORCH = str(Path(torch.__file__).parent)
 _UNWATCHED = (nn.ModuleList, nn.ModuleDict)  # have no forward
 
 
@@ -203,9 +205,9 @@ def _copied(module: nn.Module, trainer: L.Trainer | None) -> Any:
 def one_line(error: BaseException) -> str:
     """Text of an error in the user's code, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return (
-        f"{type(error).__name__}: {' '.join(str(error).split())[:300]} (at {frames[-1].filename}:{frames[-1].lineno})"
-    )
+    users = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text} (at {users[-1].filename}:{users[-1].lineno})"
 
 
 def shipped_call(module: nn.Module, call: Call) -> Call:

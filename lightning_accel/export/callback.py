@@ -33,7 +33,7 @@ from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
 from lightning_accel.export.pipeline import write_bundle
-from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
+from lightning_accel.export.preflight import check_engine, check_installed, try_out, warn_of_objects
 from lightning_accel.export.ptq_baseline import predictions_of
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.pre_post import surrounded
@@ -182,7 +182,7 @@ class ModelExport(TrainerCallback):
             check_destination(self.dirpath)
         self.check_plan(trainer)
         check_strategy(trainer, type(self).__name__)
-        check_readable(trainer, pl_module)
+        warn_of_objects(trainer, pl_module)
         if not builds_layers_late(pl_module):
             self._preflight(trainer, pl_module)
 

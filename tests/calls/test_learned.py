@@ -18,6 +18,8 @@ from lightning_accel.calls.learned import LearnedInputs, ReplayedInputs, learned
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 
+pytestmark = pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+
 
 class Rows(Dataset):
     def __len__(self):
@@ -300,7 +302,7 @@ def test_a_list_with_a_tensor_for_each_sample_is_named(trainer):
     data = DataLoader(Rows(), 8, collate_fn=lambda rows: ([r["image"] for r in rows], 0))
     with pytest.raises(
         InvalidArgumentError,
-        match=r"`inputs` must give .* but got a list of 8 tensors of shape \(8,\), one for each sample",
+        match=r"`inputs` must .* but got a list of 8 tensors of shape \(8,\), one for each sample",
     ):
         trainer(la.QuantizationAwareTraining("portable")).fit(Detector(), data, data)
 
