@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,13 @@ from lightning_accel.errors import InvalidArgumentError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 InputsFunction = Callable[[Any], Any]
+
+
+class WholeCall(NamedTuple):
+    """Positional and keyword arguments together, as a learned ``inputs`` function returns them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def canonical_call(
@@ -72,6 +79,8 @@ def call_by_signature(own: Signature, name: str, batch: Any, inputs: InputsFunct
 
 def as_call(value: Any) -> Call:
     """Arguments as users write them: a tuple is positional arguments, a dict keyword arguments, anything else the one argument."""
+    if isinstance(value, WholeCall):
+        return value.args, value.kwargs
     if isinstance(value, tuple):
         return value, {}
     return ((), dict(value)) if isinstance(value, Mapping) else ((value,), {})
@@ -101,6 +110,19 @@ def _by_signature(parameters: Mapping[str, Parameter], batch: Any) -> Call:
             return tuple(first), {}  # ((a, b), target)
         return tuple(batch[:count]), {}
     return (batch,), {}
+
+
+_TARGETS = ("label", "labels", "target", "targets", "y")
+
+
+def is_target(name: str) -> bool:
+    """Whether an argument or key has the usual name of a target.
+
+    Example:
+        >>> is_target("labels"), is_target("mc_labels"), is_target("target_size")
+        (True, True, False)
+    """
+    return name in _TARGETS or name.endswith(("_label", "_labels", "_target", "_targets"))
 
 
 def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | None:

@@ -42,9 +42,12 @@ def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def few_samples(call: Call) -> Call:
-    """A call with the first samples of its batch; the batch is the first dimension of the first tensor."""
+    """A call with the first samples of its batch; the batch is the first dimension of the first tensor.
+
+    Where first dimensions differ one tensor may point into another, as the edges of a graph do: such a call stays whole.
+    """
     sizes = [t.shape[0] for t in _tensors(call) if t.ndim]
-    size = sizes[0] if sizes else 0
+    size = sizes[0] if len(set(sizes)) == 1 else 0
 
     def shorten(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[:_SAMPLES] if tensor.ndim and tensor.shape[0] == size else tensor

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.batches import Call, canonical_call, given_call
+from lightning_accel.calls.batches import Call, canonical_call, given_call, is_target
 from lightning_accel.calls.contexts import named_keywords, own_signature
 from lightning_accel.calls.names import Axes, checked_axes, input_names
-from lightning_accel.calls.shapes import batch_shapes, describe_inputs, example_inputs, traced_batch
+from lightning_accel.calls.shapes import batch_shapes, describe_inputs, example_inputs, plain_call, traced_batch
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ class ExampleCall:
         call = canonical_call(signature, *given_call(inputs))
         found = input_names(signature, call, names)
         axes = checked_axes(dynamic or {}, found, call)
-        return cls(signature, call, tuple(found), axes, describe_inputs(*call, [axes.get(name, {}) for name in found]))
+        described = describe_inputs(*call, [axes.get(name, {}) for name in found])
+        return cls(signature, call, tuple(found), axes, _with_targets(described, signature, call))
 
     def with_axes(self, axes: Axes) -> "ExampleCall":
         """The same call with other dynamic axes, which were checked before."""
         described = describe_inputs(*self.call, [axes.get(name, {}) for name in self.input_names])
-        return replace(self, axes=axes, description=described)
+        return replace(self, axes=axes, description=_with_targets(described, self.signature, self.call))
 
     def feeds(self) -> dict[str, np.ndarray]:
         """The example's own tensors as named arrays."""
@@ -75,7 +76,10 @@ class ExampleCall:
 
     def feeds_of(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         """Tensors of another call of the same network as named arrays."""
-        return named_arrays(canonical_call(self.signature, args, kwargs), self.input_names)
+        given = plain_call(*canonical_call(self.signature, args, kwargs))
+        leaves = pytree.tree_flatten_with_path(plain_call(*self.call))[0]
+        tensors = [pytree.key_get(given, path) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return {name: tensor.detach().cpu().numpy() for name, tensor in zip(self.input_names, tensors, strict=True)}
 
     def filled(self, tensors: Mapping[str, torch.Tensor]) -> Call:
         """The example with other tensors in it, by input name; constants stay."""
@@ -93,6 +97,15 @@ class ExampleCall:
         with named_keywords(source, kwargs):
             axes = [self.axes.get(name, {}) for name in self.input_names]
             yield (args, kwargs), batch_shapes(source, args, kwargs, traced_batch(self.description), axes)
+
+
+def _with_targets(description: dict[str, Any], signature: Signature, call: Call) -> dict[str, Any]:
+    """The description with the positions and names of targets that ``forward`` has a default for and that the call leaves out."""
+    parameters = list(signature.parameters.values())
+    bound = signature.bind(*call[0], **call[1]).arguments
+    absent = [p for p in parameters if p.default is None and is_target(p.name) and bound.get(p.name) is None]
+    found = [p.name if p.name in call[1] else parameters.index(p) for p in absent]
+    return {**description, "targets": found} if found else description
 
 
 def named_arrays(call: Call, names: Sequence[str]) -> dict[str, np.ndarray]:

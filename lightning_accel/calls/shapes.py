@@ -192,7 +192,8 @@ class InputGuard:
 
     def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
         self._what = what
-        example = example_inputs(inputs, torch.device("meta"))
+        example = self._example = example_inputs(inputs, torch.device("meta"))
+        self._targets = set(inputs.get("targets", ()))
         leaves, self._spec = pytree.tree_flatten(example)
         batch = traced_batch(inputs)
         self._words = _words(example)
@@ -207,9 +208,14 @@ class InputGuard:
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check a call in canonical form, as :func:`plain_call` gives it.
 
+        Keys of dicts that the network doesn't read, and targets that it doesn't need, may be there or not.
+
         Raises:
             InvalidArgumentError: it differs from what was captured.
         """
+        args = tuple([None if i in self._targets else value for i, value in enumerate(args)])
+        kwargs = {name: None if name in self._targets else value for name, value in kwargs.items()}
+        args, kwargs = _only_known((args, kwargs), self._example)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec:
             raise InvalidArgumentError(
@@ -240,6 +246,15 @@ class InputGuard:
                 raise InvalidArgumentError(
                     f"An input of the quantized `{self._what}` must have dtype {dtype}, as captured, but got {leaf.dtype}."
                 )
+
+
+def _only_known(value: Any, example: Any) -> Any:
+    """A call without the keys of dict arguments that the example lacks."""
+    if isinstance(value, dict) and isinstance(example, dict) and example.keys() <= value.keys():
+        return {key: _only_known(value[key], item) for key, item in example.items()}
+    if isinstance(value, tuple) and isinstance(example, tuple) and len(value) == len(example):
+        return tuple([_only_known(item, other) for item, other in zip(value, example, strict=True)])
+    return value
 
 
 def _same(leaf: Any, want: Any) -> bool:

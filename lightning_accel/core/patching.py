@@ -120,6 +120,11 @@ class Patches:
 _RUNS: "weakref.WeakKeyDictionary[L.Trainer, Patches]" = weakref.WeakKeyDictionary()
 
 
+def current_run(trainer: L.Trainer) -> object | None:
+    """What stands for the trainer's current run: another object in each; ``None`` before it has patches and after its teardown."""
+    return _RUNS.get(trainer)
+
+
 def patches_of_run(trainer: L.Trainer) -> Patches:
     """Patches of the trainer's current run, undone when it ends: normally, or by an exception in any hook.
 

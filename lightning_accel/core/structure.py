@@ -5,9 +5,11 @@ under ``checkpoint["lightning_accel"]["structure"]``, and is replayed on a fresh
 restored. A capability registers how its kind of change is replayed and undone; this file knows no kind by name.
 """
 
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -18,6 +20,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_accel.core.checkpoints import foreign_in, load_without_objects
 from lightning_accel.core.patching import patches_of_run, place
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
@@ -198,13 +201,15 @@ class _BeforeRestore:
 def read_plain(path: str | Path, argument: str) -> Any:
     """Read what ``torch.save`` wrote, on the CPU and without unpickling foreign code.
 
+    Objects that ``weights_only=True`` refuses become placeholders, see :mod:`~lightning_accel.core.checkpoints`.
+
     Args:
         path: the file.
         argument: whose value the path is, for the messages.
 
     Raises:
         MissingFileError: there is no such file.
-        InvalidArgumentError: the file is damaged, or holds more than plain values and tensors.
+        InvalidArgumentError: the file is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -213,13 +218,22 @@ def read_plain(path: str | Path, argument: str) -> Any:
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # an object, or a damaged file
+        read: Callable[[], Any] = partial(load_without_objects, path)
     except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
-        reason = text.splitlines()[0] if text else type(error).__name__
-        raise InvalidArgumentError(
-            f"Argument `{argument}` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged, "
-            "half-written, or holds objects that `weights_only=True` refuses (keep hyper-parameters plain values)."
-        ) from error
+        raise _unreadable(path, argument, error) from error
+    try:
+        return read()
+    except Exception as error:
+        raise _unreadable(path, argument, error) from error
+
+
+def _unreadable(path: Path, argument: str, error: Exception) -> InvalidArgumentError:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return InvalidArgumentError(
+        f"Argument `{argument}` must be a readable checkpoint, but got {str(path)!r}: {reason}. The file is damaged or half-written."
+    )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -250,10 +264,18 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
 
     Raises:
         MissingFileError: there is no such file.
-        InvalidArgumentError: the file is damaged.
+        InvalidArgumentError: the file is damaged, or a hyper-parameter in it is an object, which isn't unpickled, and ``init`` lacks it.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    module = cls(**constructor_arguments(cls, checkpoint, init))
+    arguments = constructor_arguments(cls, checkpoint, init)
+    try:
+        signature(cls).bind(**arguments)
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"The arguments of {cls.__name__}{signature(cls)} must be in the checkpoint's hyper-parameters or be passed, but got "
+            f"{sorted(arguments)}: {error}. Pass it: load_from_checkpoint({cls.__name__}, path, name=...)."
+        ) from error
+    module = cls(**arguments)
     module.configure_model()
     load_into(module, checkpoint)
     return module.eval()
@@ -262,11 +284,24 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
 def constructor_arguments(
     cls: type[LightningModule], checkpoint: Mapping[str, Any], init: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a module's constructor: the checkpoint's hyper-parameters, as far as it takes them, and what goes over them."""
+    """Arguments of a module's constructor: the checkpoint's hyper-parameters, as far as it takes them, and what goes over them.
+
+    Raises:
+        InvalidArgumentError: a hyper-parameter is an object, which isn't unpickled, and nothing goes over it.
+    """
     accepted = signature(cls.__init__).parameters.values()
     takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in accepted)
     names = {p.name for p in accepted}
     kept = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if takes_any or k in names}
+    objects = {k: path for k, v in kept.items() if k not in init and (path := foreign_in(v))}
+    if objects:
+        name, path = next(iter(objects.items()))
+        listed = ", ".join(f"{k}=..." for k in objects)
+        raise InvalidArgumentError(
+            f"Argument `{name}` of {cls.__name__} must be passed, but got none, and the checkpoint's hyper-parameter holds a {path}, which "
+            f"isn't unpickled, since that could run code. Build it anew: load_from_checkpoint({cls.__name__}, path, {listed}); its "
+            "weights are in the checkpoint if it is a submodule."
+        )
     return {**kept, **init}
 
 

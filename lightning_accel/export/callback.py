@@ -19,18 +19,21 @@ from lightning_accel.bundle.provenance import run_of
 from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
+from lightning_accel.calls.discovery import chosen_path
+from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
 from lightning_accel.core.packages import TrainerCallback
+from lightning_accel.core.patching import patches_of_run
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
-from lightning_accel.export.held_out import held_out
+from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
 from lightning_accel.export.pipeline import write_bundle
-from lightning_accel.export.preflight import check_engine, check_installed, check_readable, try_out
+from lightning_accel.export.preflight import check_engine, check_installed, try_out, warn_of_objects
 from lightning_accel.export.ptq_baseline import predictions_of
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.pre_post import surrounded
@@ -173,12 +176,13 @@ class ModelExport(TrainerCallback):
         if stage != "fit":
             return
         self._ready = False
+        patches_of_run(trainer)  # from here on loaders are asked for once
         self._curves, self._run, self._untrained = Curves(), run_of(trainer, pl_module), None
         if trainer.is_global_zero:
             check_destination(self.dirpath)
         self.check_plan(trainer)
         check_strategy(trainer, type(self).__name__)
-        check_readable(trainer, pl_module)
+        warn_of_objects(trainer, pl_module)
         if not builds_layers_late(pl_module):
             self._preflight(trainer, pl_module)
 
@@ -203,7 +207,7 @@ class ModelExport(TrainerCallback):
         if any(callback.quantizing for callback in self._quantizing):  # calibrated, and not yet trained a step
             self._quantizing = []
             part = surrounded(self._part(trainer, pl_module), self.preprocess, self.postprocess)
-            found = predictions_of(part, held_out(trainer, self.data, self.inputs))
+            found = predictions_of(part, self._held_out(trainer, pl_module))
             self._untrained = None if found is None else {"step": trainer.global_step, **found.to_dict()}
 
     @override
@@ -292,7 +296,7 @@ class ModelExport(TrainerCallback):
         return ExportSpec(
             module=pl_module,
             part=self._part(trainer, pl_module),
-            data=held_out(trainer, self.data, self.inputs),
+            data=self._held_out(trainer, pl_module),
             engines=self._wanted_engines(trainer),
             precision=self._wanted_precision(trainer),
             samples=self.samples,
@@ -306,6 +310,13 @@ class ModelExport(TrainerCallback):
             output_kind=self.output_kind,
             **run_facts,
         )
+
+    def _held_out(self, trainer: L.Trainer, pl_module: L.LightningModule) -> HeldOut:
+        """Held-out data, and how the network is called with it."""
+        data = held_out(trainer, self.data, self.inputs)
+        if self.preprocess is None:  # else the data is what that takes
+            data.learn(pl_module, self._part(trainer, pl_module))
+        return data
 
     @staticmethod
     def _best(trainer: L.Trainer) -> str:
@@ -398,6 +409,8 @@ class ModelExport(TrainerCallback):
         if not trainer.is_global_zero:
             return
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
+        if not forwards and not has_forward(pl_module):
+            chosen_path(pl_module, trainer, type(self).__name__)  # says which one
         self._check_kernels(trainer, forwards)
         try_out(self._spec(trainer, pl_module), forwards)
 
@@ -414,11 +427,14 @@ class ModelExport(TrainerCallback):
         return self.precision or ("int8" if _qat(trainer) else "fp32")
 
     def _part(self, trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
-        """The module to export: the LightningModule's ``forward``, or the one submodule that is trained quantization-aware."""
+        """The module to export: the LightningModule's ``forward``; without one, what is quantized or what ``training_step`` calls."""
         if has_forward(pl_module):
             return pl_module
         paths = [path for c in _qat(trainer) for path in c.paths]
-        if len(paths) == 1 and paths[0]:
+        paths = [path for path in paths if path] or list(quantized_forwards(pl_module))
+        if not paths and not _qat(trainer) and (called := called_path(trainer, pl_module)):
+            paths = [called]
+        if len(paths) == 1:
             return pl_module.get_submodule(paths[0])
         raise InvalidArgumentError(
             f"Argument `model` must have a `forward` to export, but {type(pl_module).__name__} has none. Write one that takes the "

@@ -21,6 +21,7 @@ from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import all_engines, engine_named, resolve
@@ -175,7 +176,12 @@ def _train(module: nn.Module) -> tuple[str, list[str]]:
             f"Argument `model` must have a `forward` to export, but {type(module).__name__} has none. Write one that takes the "
             "network's inputs and returns its outputs."
         )
-    return "automatic optimization, and a `forward`", []
+    objects = unreadable(dict(module.hparams_initial))
+    lines = [
+        f"the hyper-parameter `{name}` holds a {kind}: to load a checkpoint pass it, load_from_checkpoint(..., {name}=...)"
+        for name, kind in objects.items()
+    ]
+    return "automatic optimization, and a `forward`", lines
 
 
 def _forward(module: nn.Module, call: Call) -> tuple[str, list[str]]:

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch, target_from_batch
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.calls.example import named_arrays
-from lightning_accel.calls.loaders import peek
+from lightning_accel.calls.learned import learned_inputs
+from lightning_accel.calls.loaders import first_of, peek, validation_loader
 from lightning_accel.core.finite import nan_array
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.verification.compare import Network
@@ -38,6 +39,13 @@ class HeldOut:
     trainer: L.Trainer | None = None
     loaders: Any = None
 
+    def learn(self, pl_module: L.LightningModule, part: nn.Module) -> None:
+        """Call a part of the module as the user's own steps do, unless ``inputs`` says how."""
+        if self.inputs is None and self.trainer is not None:
+            with isolated_random():
+                batch = self._transferred(peek(self.loader, "data"))
+            self.inputs = learned_inputs(self.trainer, pl_module, part, batch)
+
     def first_call(self, module: nn.Module) -> Call:
         """Arguments of ``forward`` for the first batch; the loader's state is unchanged."""
         with isolated_random():
@@ -59,7 +67,8 @@ class HeldOut:
                 yield call, self._target(batch, call)
 
     def _target(self, batch: Any, call: Call) -> torch.Tensor | None:
-        return target_from_batch(batch, len(call[0]) + len(call[1]) if self.inputs is None else None)
+        taken = len(call[0]) + len(call[1]) if self.inputs is None else getattr(self.inputs, "leading", None)
+        return target_from_batch(batch, taken)
 
     def _transferred(self, batch: Any) -> Any:
         """The batch on the CPU, after the user's ``on_before_batch_transfer`` and ``on_after_batch_transfer``."""
@@ -81,7 +90,7 @@ class HeldOut:
         parts: list[dict[str, np.ndarray]] = []
         have = 0
         for call, _ in self.calls(module):
-            parts.append(named_arrays(call, names))
+            parts.append(_same_length(named_arrays(call, names)))
             have += batch_of(call)
             if have >= count:
                 break
@@ -143,6 +152,22 @@ def check_samples(network: Network, samples: Mapping[str, np.ndarray], source: s
         )
 
 
+def _same_length(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Check that the first dimension of each input is the batch.
+
+    Raises:
+        InvalidArgumentError: it isn't.
+    """
+    if len({array.shape[:1] for array in feeds.values()}) > 1 or any(not array.ndim for array in feeds.values()):
+        shapes = {name: array.shape for name, array in feeds.items()}
+        raise InvalidArgumentError(
+            f"Argument `inputs` must give tensors with one batch as their first dimension, but got {shapes}: a bundle is verified "
+            "sample by sample, which nodes and edges of a graph, for instance, can't be. Pass `inputs=` a function of the batch that "
+            "pads them to one entry a sample, or make what never changes a buffer of the module."
+        )
+    return feeds
+
+
 def batch_of(call: Call) -> int:
     """Number of samples in a call."""
     return next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)).shape[0]
@@ -163,23 +188,17 @@ def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> He
         return HeldOut(data, "loader given as `data`", inputs, trainer)
     if data not in (None, "val", "test"):
         raise InvalidArgumentError(f'Argument `data` must be a loader, "val" or "test", but got {data!r}.')
-    loop = trainer.fit_loop.epoch_loop.val_loop
     datamodule = getattr(trainer, "datamodule", None)
     with isolated_random():
-        if data == "test":
-            loader = datamodule.test_dataloader() if datamodule is not None else None
-        elif loop._data_source.instance is not None and loop._data_source.is_defined():
-            loader = loop._data_source.dataloader()
-        else:
-            loader = None
-    loaders = loader
-    if isinstance(loader, list | tuple):
-        loader = loader[0] if loader else None
-    if isinstance(loader, dict):
-        loader = next(iter(loader.values()), None)
+        loader = _test_loader(datamodule) if data == "test" else validation_loader(trainer)
+    loaders, loader = loader, first_of(loader)
     if loader is None:
         raise InvalidArgumentError(
             "Argument `data` must be held-out data, but got None and the Trainer has no "
             f"{'test' if data == 'test' else 'validation'} loader. Pass ModelExport(data=loader), or give `fit` a validation loader."
         )
     return HeldOut(loader, f"{'test' if data == 'test' else 'validation'} loader", inputs, trainer, loaders)
+
+
+def _test_loader(datamodule: Any) -> Any:
+    return None if datamodule is None else datamodule.test_dataloader()

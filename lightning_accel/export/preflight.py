@@ -1,6 +1,5 @@
 """Preflight: find export problems before training instead of after it."""
 
-import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +8,10 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.finite import check_weights
 from lightning_accel.core.optional import require
 from lightning_accel.core.patching import Patches
@@ -55,25 +56,18 @@ def check_engine(target: Target, engine: str, forms: Iterable[str] = ()) -> None
         )
 
 
-def check_readable(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Check that hyper-parameters can be loaded from the checkpoint without unpickling.
-
-    Raises:
-        InvalidArgumentError: one can't; the message names it.
-    """
+def warn_of_objects(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Warn of hyper-parameters that won't be read back from the checkpoint; the bundle is written from memory all the same."""
     for where in (pl_module, getattr(trainer, "datamodule", None)):
-        for name, value in dict(getattr(where, "hparams_initial", {})).items():
-            file = io.BytesIO()
-            try:
-                torch.save(value, file)
-                file.seek(0)
-                torch.load(file, weights_only=True)
-            except Exception as error:  # pickle and torch.load raise a dozen unrelated types
-                raise InvalidArgumentError(
-                    f"Argument `{name}` of {type(where).__name__}, a saved hyper-parameter, must be a plain value, but got a "
-                    f"{type(value).__name__}: checkpoints are read with `weights_only=True`, which refuses it. Pass a plain value, or "
-                    f"`save_hyperparameters(ignore=[{name!r}])`."
-                ) from error
+        who, found = type(where).__name__, unreadable(dict(getattr(where, "hparams_initial", {})))
+        if found:
+            listed = ", ".join(f"`{name}` ({kind})" for name, kind in found.items())
+            needs = ", ".join(f"{name}=..." for name in found)
+            rank_zero_warn(
+                f"Hyper-parameters of {who} hold objects, {listed}, which are not unpickled from a checkpoint, since that could run "
+                f"code. The bundle is written from memory. To load the checkpoint later pass them: load_from_checkpoint({who}, path, "
+                f"{needs}); or leave them out with `save_hyperparameters(ignore={list(found)})`."
+            )
 
 
 def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:

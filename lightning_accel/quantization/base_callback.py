@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
-from lightning_accel.calls.discovery import owner_and_call
+from lightning_accel.calls.discovery import chosen_path, owner_and_call
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.core.packages import counterpart
@@ -32,6 +32,7 @@ class QuantizingCallback(CompressionCallback):
     """
 
     captures = True
+    trains = True  # whether training runs with fake-quantization, so that its steps must call what is quantized
 
     def __init__(self, settings: QuantizationSettings, *, name: str, start: int | float) -> None:
         super().__init__(name=name, start=start)
@@ -87,6 +88,7 @@ class QuantizingCallback(CompressionCallback):
 
     @override
     def structure_replayed(self, pl_module: L.LightningModule) -> None:
+        self.settings.adopt(structure.record_of(pl_module), self.state_key)
         self._placed = {p: f for p, f in quantized_forwards(pl_module).items() if p in self.paths}
         for forward in self._placed.values():
             wanted = (self.target.name, self.settings.includes, self.settings.excludes)
@@ -113,6 +115,8 @@ class QuantizingCallback(CompressionCallback):
         Returns:
             Quantized forwards by path, in place now or from ``start`` on. A second call does nothing.
         """
+        if self.trains or not has_forward(pl_module):
+            self.settings.choose(lambda: chosen_path(pl_module, trainer, type(self).__name__))
         for path in self.paths:
             if path in self._placed or path in self._prepared:
                 continue

@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode
 from lightning_accel.calls.discovery import clear_call, find_submodule, submodule_call
-from lightning_accel.calls.loaders import peek
+from lightning_accel.calls.learned import learned_inputs
+from lightning_accel.calls.loaders import first_batch, peek, training_batches
 from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
 from lightning_accel.core.packages import is_lightning_module
@@ -94,7 +95,7 @@ def quantize_(
     if isinstance(data, Iterator):  # it can be read only once: the first batch is used for shapes and for calibration
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call = calibration_call(model, paths, shown, inputs)
+    caller, call, inputs = calibration_call(model, paths, shown, inputs)
     forwards = {}
     for path in paths:
         owner = find_submodule(model, path, "module") if path else model
@@ -115,8 +116,8 @@ def quantize_(
 
 def calibration_call(
     model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
-) -> tuple[nn.Module, Call]:
-    """The module that is called with the batches, and its arguments for the first batch."""
+) -> tuple[nn.Module, Call, InputsFunction | None]:
+    """The module that is called with the batches, its arguments for the first batch, and how they follow from a batch."""
     caller = model
     if is_lightning_module(model) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
@@ -125,7 +126,10 @@ def calibration_call(
                 f"`{type(model).__name__}` has no `forward`."
             )
         caller = find_submodule(model, paths[0], "module")
-    return caller, clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), model), inputs)
+    if inputs is None and is_lightning_module(model):
+        inputs = learned_inputs(None, model, caller, on_device_of(peek(data, "data"), model))
+    call = clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), model), inputs)
+    return caller, call, inputs
 
 
 def on_device_of(batch: Any, model: nn.Module) -> Any:
@@ -188,7 +192,8 @@ class PostTrainingQuantization(QuantizingCallback):
         target: name, or a ``Target`` of your own.
         calibration_batches: largest number of batches of the training loader.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
-        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``.
+        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``,
+            or without one the largest network that ``training_step`` calls.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
         inputs: maps a batch to the arguments of ``forward``.
@@ -204,6 +209,8 @@ class PostTrainingQuantization(QuantizingCallback):
         >>> PostTrainingQuantization(target="portable").target.weight_max
         63
     """
+
+    trains = False
 
     def __init__(
         self,
@@ -256,12 +263,14 @@ class PostTrainingQuantization(QuantizingCallback):
         self.place(pl_module)
         caller: nn.Module = pl_module if has_forward(pl_module) else pl_module.get_submodule(self.paths[0])
         with isolated_random():
-            loader = trainer.fit_loop._data_source.dataloader()
             batches = (
                 trainer.strategy.batch_to_device(batch, pl_module.device)
-                for batch in islice(loader, self.settings.calibration_batches)
+                for batch in islice(training_batches(trainer), self.settings.calibration_batches)
             )
-            calls = (call_from_batch(caller, batch, self.inputs) for batch in batches)
+            inputs = self.inputs
+            if inputs is None:
+                inputs = learned_inputs(trainer, pl_module, caller, first_batch(trainer, pl_module.device))
+            calls = (call_from_batch(caller, batch, inputs) for batch in batches)
             calibrate_(list(self._placed.values()), caller, calls, ranks_of(trainer))
 
     @override

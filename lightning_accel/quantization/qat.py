@@ -34,8 +34,8 @@ class QuantizationAwareTraining(QuantizingCallback):
     Args:
         target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
         start: epoch (int) or share of the run (float) at which fake-quantization begins.
-        module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``. Name them
-            if ``training_step`` calls them instead of ``forward``.
+        module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: the
+            LightningModule's ``forward``, or else the largest network that the step calls, which a message names.
         include: globs of operators to quantize (module paths); ``None`` means all.
         exclude: globs of operators that stay float.
         calibration_batches: number of training batches to learn ranges from before the first step with fake-quantization.
@@ -47,7 +47,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         freeze_ranges: epoch or share of the run at which ranges are frozen; ``None``: after five sixths of the phase;
             ``1.0``: never.
         lr_scale: factor on the learning rate from ``start`` on; the scheduler is not modified.
-        inputs: maps a batch to the arguments of ``forward``; needed only if they can't be derived from its signature.
+        inputs: maps a batch to the arguments of ``forward``; needed only if the module's own steps don't show them.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
         name: the state's name in the checkpoint.
 

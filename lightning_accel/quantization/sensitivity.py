@@ -90,7 +90,7 @@ def sensitivity(
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
 
-    caller, _ = calibration_call(copy, list(forwards), kept, inputs)
+    caller, _, inputs = calibration_call(copy, list(forwards), kept, inputs)
     calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
 
     def results(on: set[str]) -> list[Any]:

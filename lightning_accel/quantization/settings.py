@@ -1,5 +1,6 @@
 """Settings that quantization-aware training, post-training quantization and :func:`quantize_` share."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -8,6 +9,7 @@ from lightning_accel.calls.batches import Call, InputsFunction
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import METHODS
 from lightning_accel.quantization.arithmetic.targets import Target, target_of
@@ -22,7 +24,8 @@ class QuantizationSettings:
         target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
         calibration_batches: number of batches that ranges are learned from.
         ranges: how ranges are learned, see :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
-        module: dotted path(s) of the submodules to quantize; ``None`` means ``forward`` of the whole module.
+        module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: ``forward`` of the
+            whole module, or its largest network.
         include: globs of operators to quantize; ``None`` means all.
         exclude: globs of operators that stay float.
         inputs: maps a batch to the arguments of ``forward``.
@@ -68,6 +71,26 @@ class QuantizationSettings:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def choose(self, choice: Callable[[], str]) -> None:
+        """Quantize what is chosen if ``module`` names nothing; a second call does nothing.
+
+        Args:
+            choice: returns a path.
+        """
+        if self.module is None and self.paths == [""] and self.inputs is None:
+            object.__setattr__(self, "paths", [choice()])
+
+    def adopt(self, record: Iterable[Change], owner: str) -> None:
+        """Quantize what a recorded run chose if ``module`` names nothing.
+
+        Args:
+            record: changes of a module.
+            owner: ``state_key`` of the callback that quantized it.
+        """
+        found = [change.args["module"] for change in record if change.kind == "quantize" and change.owner == owner]
+        if self.module is None and found:
+            object.__setattr__(self, "paths", found)
 
     def prepare(self, owner: nn.Module, call: Call, path: str) -> QuantizedForward:
         """Capture the ``forward`` of a module and insert fake-quantization, without putting it in place.

@@ -84,11 +84,12 @@ def test_a_submodule_that_training_step_calls(trainer):
     with pytest.raises(
         ValueError, match=r'which it did not call. It called: net. Use QuantizationAwareTraining\(module="net"\)'
     ):
-        trainer(QuantizationAwareTraining("portable", start=1)).fit(Direct(), loader())
-    module = Direct()
-    assert "forward" not in vars(module)
-    trainer(QuantizationAwareTraining("portable", start=0, module="net")).fit(module, loader())
-    assert list(quantized_forwards(module)) == ["net"]
+        trainer(QuantizationAwareTraining("portable", start=1, inputs=lambda batch: batch[0])).fit(Direct(), loader())
+    for named in (None, "net"):
+        module = Direct()
+        trainer(QuantizationAwareTraining("portable", start=0, module=named)).fit(module, loader())
+        assert "forward" not in vars(module)
+        assert list(quantized_forwards(module)) == ["net"]
 
 
 def test_a_module_without_forward(trainer):
@@ -104,10 +105,11 @@ def test_a_module_without_forward(trainer):
             return torch.optim.SGD(self.parameters(), 0.1)
 
     with pytest.raises(ValueError, match=r"`Bare` has no `forward`. There are: net"):
-        trainer(QuantizationAwareTraining("portable", start=0)).fit(Bare(), loader())
-    module = Bare()
-    trainer(QuantizationAwareTraining("portable", start=0, module="net")).fit(module, loader())
-    assert list(quantized_forwards(module)) == ["net"]
+        trainer(QuantizationAwareTraining("portable", start=0, inputs=lambda b: b[0])).fit(Bare(), loader())
+    for named in (None, "net"):
+        module = Bare()
+        trainer(QuantizationAwareTraining("portable", start=0, module=named)).fit(module, loader())
+        assert list(quantized_forwards(module)) == ["net"]
 
 
 class Text(L.LightningModule):
@@ -158,7 +160,7 @@ def test_what_cannot_be_captured_fails_in_setup(trainer):
     assert watch.seen == []
 
 
-def test_a_part_that_the_batch_does_not_fit_says_how_it_was_called(trainer):
+def test_parts_are_called_with_what_the_step_gives_them(trainer):
     class Steps(Classifier):
         """Calls its parts one after the other, and has no forward."""
 
@@ -171,10 +173,12 @@ def test_a_part_that_the_batch_does_not_fit_says_how_it_was_called(trainer):
         def training_step(self, batch, batch_idx):
             return self.neck(self.net(batch[0])).square().mean()
 
-    with pytest.raises(CaptureError) as refused:
-        trainer(QuantizationAwareTraining("portable", module=["net", "neck"])).fit(Steps(), loader())
-    (note,) = refused.value.__notes__
-    assert note.startswith("`Steps` has no `forward`, so `neck` was called with the batch itself.")
+    module = Steps()
+    trainer(QuantizationAwareTraining("portable", start=0, module=["net", "neck"])).fit(module, loader())
+    assert {path: f.inputs["args"][0]["tensor"][1:] for path, f in quantized_forwards(module).items()} == {
+        "net": [3, 8, 8],
+        "neck": [4],
+    }
 
 
 @pytest.mark.parametrize(

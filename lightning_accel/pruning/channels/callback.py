@@ -11,9 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
-from lightning_accel.calls.contexts import builds_layers_late
+from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.copies import parameter_count
-from lightning_accel.calls.discovery import owner_and_call
+from lightning_accel.calls.discovery import chosen_path, owner_and_call
 from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer
 from lightning_accel.core.finite import check_weights, nan_weight
 from lightning_accel.core.globs import as_patterns
@@ -132,6 +132,8 @@ class ChannelPruning(CompressionCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ChannelPlan:
         """Find the groups of the network, so that errors occur before the run."""
         if self._plan is None:
+            if not self.module and not has_forward(pl_module):
+                self.module = chosen_path(pl_module, trainer, type(self).__name__)
             _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)
             self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target), None
             for group in self._plan.groups:
