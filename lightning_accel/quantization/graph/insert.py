@@ -72,7 +72,8 @@ def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, nam
     graph_module.add_module(name, fake)
     users = set(root.users)
     # Each version of a tensor that is overwritten in place has its own readers.
-    before = point.node if point.version or any(writes(user) for user in users) else _first(root, users)
+    overwritten = any(writes(user) and user.args[0] is root for user in users)
+    before = point.node if point.index is not None and (point.version or overwritten) else _first(root, users)
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.call_module(name, (root,))
     node.meta = dict(root.meta)

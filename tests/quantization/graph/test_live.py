@@ -87,6 +87,30 @@ def test_in_place_operators_train_as_the_others(target):
     assert all(torch.equal(a, b) for a, b in zip(gradients(one, x), gradients(other, x), strict=True))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_tensor_that_is_read_by_what_overwrites_another(target):
+    """As in GhostNet: a rectifier's result is added in place to a later one."""
+
+    class Ghost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = functional.relu_(self.stem(x))
+            y = self.a(x)
+            y += x
+            return self.b(y).mean((2, 3))
+
+    torch.manual_seed(0)
+    module, x = Ghost(), torch.randn(4, 3, 8, 8)
+    forward = quantized(module, x, target=target)
+    gradients(module, x)
+    module.eval()
+    with torch.no_grad():
+        assert torch.equal(module(x), convert(forward)[0](x))
+
+
 def test_a_result_that_nobody_takes_is_seen_in_the_tensor_that_was_overwritten():
     class Dropped(nn.Module):
         def __init__(self, dropped):
