@@ -217,16 +217,8 @@ class ChannelPruning(CompressionCallback):
         first, last = self._epochs
         if not self._begun:
             first = self._boundary("start", self.start, timeline, check)
-        if self.reached >= 1.0 and not check:
-            pass  # over, whatever becomes of the rest of the run
-        elif self.end is not None:
-            last = self._boundary("end", self.end, timeline, check)
-        elif self.schedule == "constant":
-            last = first
-        elif isinf(timeline.max_epochs) and isinf(timeline.total_steps):
-            raise InvalidArgumentError("Argument `end` must be given for a run of unknown length, but got None.")
-        else:
-            last = first if isinf(first) else first + max(timeline.epochs - first, 0) // 2
+        if self.reached < 1.0 or check:  # otherwise it is over, whatever becomes of the rest of the run
+            last = self._last_epoch(first, timeline, check)
         if check and last >= timeline.epochs and not isinf(timeline.epochs):
             raise InvalidArgumentError(
                 f"Argument `end` must lie before the end of the run, but got {self.end}, which is epoch {last:g} of {timeline.epochs:g}: "
@@ -243,6 +235,16 @@ class ChannelPruning(CompressionCallback):
                     "ChannelPruning: the training data has no length. Channels leave at the beginning of an epoch, which an endless stream "
                     "never reaches again: set `limit_train_batches` for it."
                 )
+
+    def _last_epoch(self, first: float, timeline: Timeline, check: bool) -> float:
+        """Epoch of the last removal; ``inf`` if that isn't known yet."""
+        if self.end is not None:
+            return self._boundary("end", self.end, timeline, check)
+        if self.schedule == "constant" or isinf(first):
+            return first
+        if isinf(timeline.max_epochs) and isinf(timeline.total_steps):
+            raise InvalidArgumentError("Argument `end` must be given for a run of unknown length, but got None.")
+        return first + max(timeline.epochs - first, 0) // 2
 
     def _boundary(self, argument: str, value: float, timeline: Timeline, check: bool) -> float:
         """First epoch that begins at a position or after it; ``inf`` if that isn't known yet."""
