@@ -1,10 +1,11 @@
 """Export a module's ``forward`` in eval mode as one ONNX file, with the trained Q/DQ nodes."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from functools import partial
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +16,14 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_accel.calls import names as call_names
-from lightning_accel.calls.batches import Call
-from lightning_accel.calls.contexts import isolated_random, mode, own_forward
+from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.contexts import isolated_random, mode, own_forward, own_signature
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
     dynamic_axes,
+    plain_call,
 )
 from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.errors import CaptureError, InvalidArgumentError
@@ -227,8 +229,16 @@ def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedInteg
         for path, graph in converted.items():
             parent, _, key = path.rpartition(".")
             owner = module.get_submodule(parent)
+            takes = partial(_canonical, graph.forward, own_signature(module.get_submodule(path)))
+            stack.enter_context(swapped(graph, "forward", takes))
             stack.enter_context(swapped_child(owner, key, graph))
         yield module
+
+
+def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs: Any) -> Any:
+    """Call a captured graph, which takes its arguments in canonical form, as the module it stands for is called."""
+    args, kwargs = plain_call(*canonical_call(own, args, kwargs))
+    return forward(*args, **kwargs)
 
 
 @contextmanager
