@@ -408,7 +408,7 @@ def test_a_quantized_part_that_forward_calls_by_keyword_ships(trainer, tmp_path)
         assert torch.allclose(torch.from_numpy(runner(x.numpy())), module.eval()(x), atol=0.05)  # a rounding step
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace`")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torchscript_is_named(trainer):
     class Scripted(OtherName):
         def __init__(self):
