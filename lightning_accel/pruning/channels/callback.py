@@ -133,8 +133,8 @@ class ChannelPruning(CompressionCallback):
             compiled = [f"`{name}`" for name, part in pl_module.named_modules() if isinstance(part, OptimizedModule)]
             if compiled:
                 raise InvalidArgumentError(
-                    f"Argument `model` must not hold `torch.compile`d modules, whose graphs have fixed widths, but got {', '.join(compiled)}. "
-                    "Compile the network after pruning, or not in `configure_model`."
+                    f"Argument `model` must not hold `torch.compile`d modules, whose graphs have fixed widths, but got "
+                    f"{', '.join(compiled)}. Compile the network after pruning, or not in `configure_model`."
                 )
             if not self.module and not has_forward(pl_module):
                 self.module = chosen_path(pl_module, trainer, type(self).__name__)

@@ -549,6 +549,6 @@ def test_a_module_that_configure_model_compiles_is_named(trainer):
             self.net = torch.compile(self.net, backend="eager")
 
     with pytest.raises(
-        ValueError, match="must not hold `torch.compile`d modules, whose graphs have fixed widths, but got `net`"
+        ValueError, match=r"must not hold `torch.compile`d modules, whose graphs have fixed widths, but got `net`"
     ):
         trainer(la.ChannelPruning(pruning_ratio=0.3)).fit(Compiles(), loader())
