@@ -30,7 +30,7 @@ from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.onnx.translations import TRANSLATIONS
-from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
+from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name, user_line
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
@@ -180,9 +180,10 @@ def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     except Exception as error:  # torch.export documents no common base
         if str(error).startswith("Method `forward` must"):
             raise
+        first, where = (str(error).strip() or type(error).__name__).splitlines()[0], user_line(error, source)
         raise CaptureError(
             fixed_batch(error, f"`{type(source).__name__}.forward`")
-            or f"Argument `module` must be one that torch.export can capture, but got: {error}"
+            or f"Argument `module` must be one that torch.export can capture, but got: {first}{f' (at {where})' if where else ''}."
         ) from error
 
 
