@@ -150,6 +150,21 @@ def chosen_path(pl_module: L.LightningModule, trainer: L.Trainer, who: str) -> s
     return path
 
 
+def _check_python(module: nn.Module) -> None:
+    """Check that a module consists of Python code that can be traced.
+
+    Raises:
+        InvalidArgumentError: a part of it was compiled by ``torch.jit``.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"`{name}`" if name else "the module itself"
+            raise InvalidArgumentError(
+                f"Argument `model` must consist of Python modules, but got a ScriptModule, {what}: TorchScript has no code that can be "
+                "pruned or captured. Pass the module that was scripted or traced."
+            )
+
+
 def owner_and_call(
     pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
@@ -159,6 +174,7 @@ def owner_and_call(
         InvalidArgumentError: the module has no ``forward``, or there is no submodule at the path.
     """
     forward_exists = has_forward(pl_module)
+    _check_python(find_submodule(pl_module, path) if path else pl_module)
     if not path:
         if not forward_exists:
             raise InvalidArgumentError(

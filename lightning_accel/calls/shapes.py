@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_accel.errors import InvalidArgumentError
@@ -19,6 +20,11 @@ def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
     """The call with plain dicts, lists and tuples in place of their subclasses (OrderedDict, BatchEncoding, namedtuples)."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            raise InvalidArgumentError(
+                "Argument `inputs` must hold tensors with a batch dimension, but got a PackedSequence, whose shape depends on the "
+                "lengths of its sequences. Pass the padded batch and the lengths, and let `forward` pack them or use a mask."
+            )
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, tuple):

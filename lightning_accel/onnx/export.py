@@ -1,10 +1,11 @@
 """Export a module's ``forward`` in eval mode as one ONNX file, with the trained Q/DQ nodes."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
+from functools import partial
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,20 +16,21 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lightning_accel.calls import names as call_names
-from lightning_accel.calls.batches import Call
-from lightning_accel.calls.contexts import isolated_random, mode, own_forward
+from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.contexts import isolated_random, mode, own_forward, own_signature
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
     dynamic_axes,
+    plain_call,
 )
 from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.onnx.translations import TRANSLATIONS
-from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
+from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name, user_line
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
@@ -178,9 +180,10 @@ def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     except Exception as error:  # torch.export documents no common base
         if str(error).startswith("Method `forward` must"):
             raise
+        first, where = (str(error).strip() or type(error).__name__).splitlines()[0], user_line(error, source)
         raise CaptureError(
             fixed_batch(error, f"`{type(source).__name__}.forward`")
-            or f"Argument `module` must be one that torch.export can capture, but got: {error}"
+            or f"Argument `module` must be one that torch.export can capture, but got: {first}{f' (at {where})' if where else ''}."
         ) from error
 
 
@@ -227,8 +230,16 @@ def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedInteg
         for path, graph in converted.items():
             parent, _, key = path.rpartition(".")
             owner = module.get_submodule(parent)
+            takes = partial(_canonical, graph.forward, own_signature(module.get_submodule(path)))
+            stack.enter_context(swapped(graph, "forward", takes))
             stack.enter_context(swapped_child(owner, key, graph))
         yield module
+
+
+def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs: Any) -> Any:
+    """Call a captured graph, which takes its arguments in canonical form, as the module it stands for is called."""
+    args, kwargs = plain_call(*canonical_call(own, args, kwargs))
+    return forward(*args, **kwargs)
 
 
 @contextmanager

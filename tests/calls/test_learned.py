@@ -374,3 +374,62 @@ def test_learned_inputs_of_a_batch():
     learned = learned_inputs(None, pair, pair, views([Rows()[0], Rows()[1]]))
     assert isinstance(learned, LearnedInputs)
     assert learned.leading == 1
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, image, labels=None):
+        return self.b(torch.relu(self.a(image)))
+
+
+class CallsByKeyword(Base):
+    """The step calls a part that `forward` calls by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Keywords()
+
+    def forward(self, image, labels=None):
+        return self.model(image=image, labels=labels)
+
+    def logits(self, batch):
+        return self.model(batch["image"])
+
+
+def test_a_quantized_part_that_forward_calls_by_keyword_ships(trainer, tmp_path):
+    module, qat = CallsByKeyword(), la.QuantizationAwareTraining("portable", start=0, calibration_batches=2)
+    assert ship(trainer, tmp_path, module, callbacks=[qat]) == ["image"]
+    assert list(quantized_forwards(module)) == ["model"]
+    x = torch.randn(4, 8)
+    with la.load_runner(tmp_path / "b") as runner:
+        assert torch.allclose(torch.from_numpy(runner(x.numpy())), module.eval()(x), atol=0.05)  # a rounding step
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_is_named(trainer):
+    class Scripted(OtherName):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.jit.trace(self.model, torch.randn(2, 8))
+
+    with pytest.raises(InvalidArgumentError, match="must consist of Python modules, but got a ScriptModule, `model`"):
+        trainer(la.QuantizationAwareTraining("portable")).fit(Scripted(), loader())
+
+
+def test_packed_sequences_are_named(trainer):
+    class Packs(OtherName):
+        def forward(self, packed):
+            return self.model(packed.data)
+
+        def training_step(self, batch, batch_idx):
+            return self(nn.utils.rnn.pack_sequence(list(batch["image"][:, None]))).square().mean()
+
+        validation_step = training_step
+
+    with pytest.raises(
+        InvalidArgumentError, match="`inputs` must hold tensors with a batch dimension, but got a PackedSequence"
+    ):
+        trainer(la.QuantizationAwareTraining("portable")).fit(Packs(), loader(), loader())

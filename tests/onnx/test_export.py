@@ -375,3 +375,17 @@ def test_code_that_makes_the_batch_a_constant_is_told_what_to_write_instead(tmp_
         export_onnx(Tokens().eval(), torch.randn(2, 4), tmp_path / "n.onnx")
     with pytest.raises(CaptureError, match=expected):
         quantize(Tokens(), [torch.randn(2, 4)])
+
+
+class DependsOnValues(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_failed_capture_is_a_line_and_prints_no_graph(tmp_path, capfd):
+    with pytest.raises(
+        CaptureError, match=r"torch.export can capture, but got: .*\(at .*test_export.py:\d+\)\.$"
+    ) as raised:
+        export_onnx(DependsOnValues(), torch.randn(2, 4), tmp_path / "x.onnx")
+    assert len(str(raised.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
@@ -132,6 +133,12 @@ class ChannelPruning(CompressionCallback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> ChannelPlan:
         """Find the groups of the network, so that errors occur before the run."""
         if self._plan is None:
+            compiled = [f"`{name}`" for name, part in pl_module.named_modules() if isinstance(part, OptimizedModule)]
+            if compiled:
+                raise InvalidArgumentError(
+                    f"Argument `model` must not hold `torch.compile`d modules, whose graphs have fixed widths, but got "
+                    f"{', '.join(compiled)}. Compile the network after pruning, or not in `configure_model`."
+                )
             if not self.module and not has_forward(pl_module):
                 self.module = chosen_path(pl_module, trainer, type(self).__name__)
             _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)

@@ -5,13 +5,14 @@ optimizers, EMA, checkpoints and device moves work as before.
 """
 
 import inspect
+import io
 import logging
 import re
 import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -63,11 +64,12 @@ def one_rank(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_logs() -> Iterator[None]:
-    """Suppress torch.export's developer logs; errors are still raised."""
+    """Suppress torch.export's developer logs and the graphs that it prints when it fails; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

@@ -541,3 +541,14 @@ def test_the_functional_taylor_reads_the_gradients_that_are_there():
     module(x).square().sum().backward()
     prune_channels_(module, x, pruning_ratio=0.5, criterion="taylor")
     assert module.stem.out_channels + module.inner.out_channels == 10
+
+
+def test_a_module_that_configure_model_compiles_is_named(trainer):
+    class Compiles(Classifier):
+        def configure_model(self):
+            self.net = torch.compile(self.net, backend="eager")
+
+    with pytest.raises(
+        ValueError, match=r"must not hold `torch.compile`d modules, whose graphs have fixed widths, but got `net`"
+    ):
+        trainer(la.ChannelPruning(pruning_ratio=0.3)).fit(Compiles(), loader())
