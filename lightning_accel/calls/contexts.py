@@ -111,16 +111,21 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 def isolated_random(seed: int | None = None) -> Iterator[None]:
     """Restore the state of the global random generators after the block; with a ``seed`` they start from it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
+        if on_device is not None:
+            torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -137,6 +142,15 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | None) or (
         type(value) in (tuple, list) and all(_is_plain(item) for item in value)
     )
+
+
+@contextmanager
+def unlogged(module: nn.Module) -> Iterator[None]:
+    """Let a LightningModule log nothing inside the block."""
+    with ExitStack() as stack:
+        for name in ("log", "log_dict") if hasattr(module, "log") else ():
+            stack.enter_context(swapped(module, name, lambda *_, **__: None))
+        yield
 
 
 @contextmanager

@@ -58,50 +58,25 @@ def fold_norm(
 class FoldedOperator(nn.Module):
     """A convolution or linear layer with quantized weight, and the following batch norm folded by :func:`fold_norm`.
 
+    The conversion replaces it.
+
     Args:
-        bank: ranges and target, and whether fake-quantization is active.
-        name: of the operator in the plan.
+        bank: ranges and target.
         operator: an ``aten`` convolution or linear.
         axis: output channels of the weight.
         rest: arguments of ``operator`` after the bias.
         epsilon: of the batch norm; ``None`` if there is none.
     """
 
-    def __init__(
-        self, bank: RangeBank, name: str, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None
-    ) -> None:
+    def __init__(self, bank: RangeBank, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None) -> None:
         super().__init__()
-        self.bank, self.name, self.operator, self.axis, self.rest, self.epsilon = (
-            bank,
-            name,
-            operator,
-            axis,
-            rest,
-            epsilon,
-        )
+        self.bank, self.operator, self.axis, self.rest, self.epsilon = bank, operator, axis, rest, epsilon
 
     def fold(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` for export."""
         return fold_norm(weight, bias, self.axis, self.bank.target, norm, self.epsilon)
-
-    def forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Output of the operator (and batch norm in eval mode)."""
-        if self.bank.active and self.name not in self.bank.off:
-            integers, scale, bias = self.fold(weight, bias, *norm)
-            return cast(
-                torch.Tensor, self.operator(x, integers * per_channel(scale, weight.ndim, self.axis), bias, *self.rest)
-            )
-        y = self.operator(x, weight, bias, *self.rest)
-        if self.epsilon is None:
-            return cast(torch.Tensor, y)
-        gamma, beta, mean, variance = norm
-        return cast(
-            torch.Tensor, aten.batch_norm.default(y, gamma, beta, mean, variance, False, 0.0, self.epsilon, False)
-        )
 
 
 class DynamicLinear(nn.Module):
@@ -127,19 +102,12 @@ class DynamicLinear(nn.Module):
 
 
 class FoldedEmbedding(nn.Module):
-    """An embedding whose table is stored as integers with one scale: lookup in integers, then scaling."""
+    """An embedding whose table is stored as integers with one scale; the conversion replaces it."""
 
-    def __init__(self, bank: RangeBank, name: str) -> None:
+    def __init__(self, bank: RangeBank) -> None:
         super().__init__()
-        self.bank, self.name = bank, name
+        self.bank = bank
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers (in float, the table's shape) and the scale ``(1,)`` for export."""
         return quantize_weight(weight, None, self.bank.target)
-
-    def forward(self, weight: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the table."""
-        if not self.bank.active or self.name in self.bank.off:
-            return cast(torch.Tensor, aten.embedding.default(weight, indices))
-        integers, scale = self.fold(weight)
-        return cast(torch.Tensor, aten.embedding.default(integers, indices) * scale)

@@ -28,10 +28,6 @@ def place_fake_quants(
         bank: holds the ranges.
     """
     rows = {key: i for i, key in enumerate(bank.keys)}
-    readers: dict[int, set[str]] = {}
-    for point in plan.points:
-        if not point.weight:
-            readers.setdefault(rows[tensors[point.key]], set()).add(point.operator)
     placed: dict[tuple[Node, int, int], Node] = {}
     for point in plan.points:
         if point.weight:
@@ -42,7 +38,7 @@ def place_fake_quants(
         for root in point.roots:
             at = (root, row, point.version)
             if at not in placed:
-                fake = ActivationFakeQuant(bank, row, frozenset(readers[row]))
+                fake = ActivationFakeQuant(bank, row)
                 placed[at] = _insert(graph_module, point, root, f"fake_quant_{row}", fake)
             for source, reader in point.moved:
                 if source is root:
@@ -113,7 +109,7 @@ def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) 
     node, name = point.node, _folded_name(graph_module, point)
     graph = graph_module.graph
     if node.target is aten.embedding.default:
-        graph_module.add_module(name, FoldedEmbedding(bank, point.operator))
+        graph_module.add_module(name, FoldedEmbedding(bank))
         with graph.inserting_before(node):
             folded = graph.call_module(name, node.args[:2])
         _replace(node, folded)
@@ -122,7 +118,7 @@ def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) 
     norm = foldable_norm(node)
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
     epsilon: Any = None if norm is None else norm.args[7]
-    operator = FoldedOperator(bank, point.operator, node.target, point.axis or 0, tuple(node.args[3:]), epsilon)
+    operator = FoldedOperator(bank, node.target, point.axis or 0, tuple(node.args[3:]), epsilon)
     graph_module.add_module(name, operator)
     last = node if norm is None else norm
     with graph.inserting_before(last):

@@ -1,35 +1,27 @@
-"""Fake-quantization modules of a captured graph, and free names for added modules and tensors."""
+"""Places of quantization in a captured graph, and free names for added modules and tensors."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from lightning_accel.quantization.arithmetic.observers import RangeBank
 
 
 class ActivationFakeQuant(nn.Module):
-    """Fake-quant of one activation.
+    """Place where one activation is quantized; the conversion replaces it.
 
     Args:
         bank: holds its range.
         index: its row in the bank.
-        operators: the operators that read it; inactive while all of them compute in float.
     """
 
-    def __init__(self, bank: RangeBank, index: int, operators: frozenset[str] = frozenset()) -> None:
+    def __init__(self, bank: RangeBank, index: int) -> None:
         super().__init__()
-        self.bank, self.index, self.operators = bank, index, operators
+        self.bank, self.index = bank, index
 
     def qparams(self) -> tuple[float, int]:
         """Present scale (exactly representable in float32) and zero point."""
         return float(self.bank.scales[self.index]), int(self.bank.zero_points[self.index])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape as ``x``."""
-        if self.bank.off and self.operators <= self.bank.off:
-            return x
-        return self.bank.quantize(self.index, x, training=False)
 
 
 def free_name(graph_module: nn.Module, name: str, suffixes: Sequence[str] = ("",)) -> str:

@@ -23,6 +23,7 @@ from lightning_accel.calls.contexts import (
     own_forward,
     own_signature,
     plain_attributes,
+    unlogged,
 )
 from lightning_accel.calls.shapes import InputGuard, example_inputs, plain_call
 from lightning_accel.core import structure
@@ -179,6 +180,7 @@ class QuantizedForward:
         try:
             with (
                 kept_state(self.module),
+                unlogged(self.module),
                 own_forward(self.module),
                 one_rank(self.module),
                 mode(self.module, training),

@@ -3,6 +3,7 @@
 import random
 from types import MethodType
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -368,3 +369,25 @@ def test_a_plan_of_plain_values_quantizes_another_instance_without_a_capture(rea
         assert torch.equal(other.train(training)(x), module.train(training)(x))
     assert again.record() == record
     assert quantized_forwards(other) == {"": again}
+
+
+def test_trial_runs_log_nothing():
+    class Logs(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.logged = nn.Linear(6, 3), []
+
+        def log(self, name, value):
+            self.logged.append(name)
+
+        def forward(self, x):
+            y = self.a(x)
+            self.log("mean", y.mean())
+            return y
+
+    module, x = Logs(), torch.randn(16, 6)
+    forward = quantized(module, x)
+    assert module.logged == ["mean"]  # by the call in `quantized`
+    forward.follow()
+    forward.graph()
+    assert module.logged == ["mean"]
