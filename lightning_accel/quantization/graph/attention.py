@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lightning_accel.errors import CaptureError
-
 aten = torch.ops.aten
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 SCORES, VALUES = "attention_scores", "attention_values"
@@ -89,18 +87,17 @@ def attention(
         value: ``(..., S, V)``.
         attn_mask: ``(..., L, S)``: where to look, or what to add to the scores.
         dropout_p: share of the weights that is dropped.
-        is_causal: must be false, see :func:`take_apart_attention`.
+        is_causal: whether each position looks at none after it. A network may say so by a mask when it is captured.
         scale: of the scores; ``None``: ``1 / sqrt(E)``.
-        enable_gqa: must be false.
+        enable_gqa: whether several heads share a key and a value.
 
     Returns:
         ``(..., L, V)``.
     """
-    if is_causal or enable_gqa:
-        raise CaptureError(
-            "Arguments `is_causal` and `enable_gqa` of attention must be False, as they were when the network was captured, but got "
-            f"{is_causal} and {enable_gqa}. Exclude this attention from quantization with `exclude`."
-        )
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scores = torch.matmul(quantized(SCORES, 0, query), quantized(SCORES, 1, key.transpose(-2, -1)))
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     boolean = attn_mask is not None and attn_mask.dtype is torch.bool

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
-from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature
+from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
@@ -81,6 +81,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
     keep = torch.get_rng_state()
     with (
         kept_state(module),
+        unlogged(module),
         named_keywords(module, kwargs),
         one_rank(module),
         mode(module, False),

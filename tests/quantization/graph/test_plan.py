@@ -9,6 +9,7 @@ from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.contexts import own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.quantization.arithmetic.targets import OPERATORS, Target, target_of
+from lightning_accel.quantization.graph.attention import attention
 from lightning_accel.quantization.graph.convert import convert
 from lightning_accel.quantization.graph.modules import ActivationFakeQuant
 from lightning_accel.quantization.graph.prepare import QuantizedForward
@@ -140,6 +141,16 @@ def test_a_rectifier_that_somebody_else_reads_stays():
     learn(module, forward, x)
     # not rounded: no engine computes it in integers
     assert torch.equal(module(x)[1], torch.relu(module.norm(x)).mean())
+
+
+@pytest.mark.parametrize(("causal", "shared"), [(True, False), (False, True), (True, True)])
+def test_attention_in_parts_is_causal_and_shares_heads_as_the_fused_kernel_does(causal, shared):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 8) for heads in (4, *((2, 2) if shared else (4, 4))))
+    options = {"is_causal": causal, "enable_gqa": shared}
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    got = attention(lambda part, index, x: x, query, key, value, **options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [None, "bool", "float"])
