@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from lightning_accel.quantization.graph.attention import PARTS
-from lightning_accel.quantization.graph.operators import clip_of
+from lightning_accel.quantization.graph.operators import JOINS, clip_of
 from lightning_accel.quantization.graph.plan import KNOWN, WEIGHTED, QuantizationPlan, QuantizationPoint, aten
 from lightning_accel.quantization.graph.sites import Site, operand_of, site_of
 
@@ -39,6 +39,7 @@ class SiteAction:
 
     Args:
         operands: position and keyword of each argument to quantize -> row in the bank.
+        joined: position of each tensor to quantize in the list that is the first argument -> row.
         result: row of the result; ``None``: it isn't quantized.
         clip: limits, if the function is a clipping activation.
         returned: whether the network returns the result: it returns what was there before quantization.
@@ -51,6 +52,7 @@ class SiteAction:
     """
 
     operands: dict[tuple[int, str], int] = field(default_factory=dict)
+    joined: dict[int, int] = field(default_factory=dict)
     result: int | None = None
     clip: tuple[float, float] | None = None
     returned: bool = False
@@ -65,6 +67,7 @@ class SiteAction:
         """The action as plain values, without those that it does nothing with; see :meth:`of`."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found |= {name: [[*key, row] for key, row in found[name].items()] for name in ("operands", "attention")}
+        found["joined"] = [list(item) for item in self.joined.items()]
         found |= {name: list(found[name]) if found[name] else None for name in ("clip", "weight")}
         found["norm"] = (
             None if self.norm is None else [list(self.norm.site), list(self.norm.tensors), self.norm.epsilon]
@@ -78,6 +81,7 @@ class SiteAction:
         given = dict(plain)
         for name in ("operands", "attention"):
             given[name] = {(first, second): row for first, second, row in given.get(name, [])}
+        given["joined"] = dict(given.get("joined", []))
         for name in ("clip", "weight"):
             if name in given:
                 given[name] = tuple(given[name])
@@ -127,6 +131,8 @@ class _Sites:
         positions = [p.index for p in self._points.get(name, []) if p.index is not None]
         if self._known[site] > 1 or any(operand_of(site, index) is None for index in positions):
             return f"it is computed inside of `{site[1]}`, whose operands can't be replaced"
+        if any(site_of(reader) is None for p in self._points.get(name, []) for _, reader in p.moved):
+            return "no call of a torch function moves its data"
         results = [root for p in self._points.get(name, []) if p.index is None for root in p.roots]
         norm = foldable_norm(node)
         if not all(self.makes(made) for made in [*results, *([norm] if norm is not None else [])]):
@@ -153,21 +159,42 @@ def actions_of(plan: QuantizationPlan, rows: Mapping[str, int]) -> Actions:
         rows: key of each activation -> its row in the bank.
     """
     actions: Actions = {}
+    made = {root for point in plan.points if point.shared or point.index is None for root in point.roots}
     for point, node, site in _of_points(plan):
         action = actions.setdefault(site, SiteAction())
-        part = node.meta.get("operator_name")
         if point.weight:
             _weigh(action, point, site, plan.dynamic)
-        elif point.shared or point.index is None:
-            for root in point.roots:
-                made = actions.setdefault(_known(site_of(root)), SiteAction())
-                made.result, made.clip = rows[point.key], clip_of(root)
-                made.returned = any(user.op == "output" for user in root.users)
-        elif part in PARTS:
-            action.attention[str(part), point.index] = rows[point.key]
-        else:
-            action.operands[_known(operand_of(site, point.index))] = rows[point.key]
+            continue
+        row = rows[point.key]
+        for root in point.roots:
+            if root in made:
+                source = actions.setdefault(_known(site_of(root)), SiteAction())
+                source.result, source.clip = row, clip_of(root)
+                source.returned = any(user.op == "output" for user in root.users)
+        for root, reader in point.moved:
+            if root not in made and reader is node:
+                _read(action, point, site, row)
+            elif (
+                root not in made
+            ):  # quantized where it begins to be moved: other readers of what is moved read that, too
+                _move(actions.setdefault(_known(site_of(reader)), SiteAction()), root, reader, row)
     return {site: action for site, action in actions.items() if action != SiteAction()}
+
+
+def _read(action: SiteAction, point: QuantizationPoint, site: Site, row: int) -> None:
+    part, index = point.node.meta.get("operator_name"), _known(point.index)
+    if part in PARTS:
+        action.attention[str(part), index] = row
+    else:
+        action.operands[_known(operand_of(site, index))] = row
+
+
+def _move(action: SiteAction, root: Node, reader: Node, row: int) -> None:
+    if reader.target in JOINS:
+        parts: Any = reader.args[0]
+        action.joined |= {index: row for index, part in enumerate(parts) if part is root}
+    else:
+        action.operands[0, "input"] = row
 
 
 def _of_points(plan: QuantizationPlan) -> Iterator[tuple[QuantizationPoint, Node, Site]]:

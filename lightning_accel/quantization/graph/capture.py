@@ -97,6 +97,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
                 graph_module.meta[CALLS] = counts[-1]
             finally:
                 torch.set_rng_state(keep)
+    graph_module._forward_pre_hooks.clear()  # compare inputs with the example's structure, before `forward` could bind them
     for node in list(graph_module.graph.nodes):  # inputs are compared by InputGuard, with better messages
         if node.op == "call_module" and node.target == "_guards_fn":
             graph_module.graph.erase_node(node)

@@ -194,6 +194,11 @@ class FakeQuantMode(SiteMode):
             given[0] = overwritten.clone()
         for place, operand in action.operands.items():
             _put(given, kwargs, place, self._twin(operand, _get(given, kwargs, place)))
+        if action.joined:
+            parts = list(_get(given, kwargs, (0, "tensors")))
+            for index, operand in action.joined.items():
+                parts[index] = self._twin(operand, parts[index])
+            _put(given, kwargs, (0, "tensors"), parts)
         result = self._weighed(action, func, given, kwargs) if action.operator else func(*given, **kwargs)
         quantized = result if row is None else self._quantized(row, result)
         if overwritten is not None:

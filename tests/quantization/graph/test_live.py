@@ -76,6 +76,35 @@ def test_evaluation_equals_the_exported_graph_bit_for_bit(target):
         assert torch.equal(module(x), convert(forward)[0](x))
 
 
+class Moved(nn.Module):
+    """Tensors that dropout, a view, a slice and a concatenation move, each read in float as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b, self.c = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 4)
+        self.conv, self.drop = nn.Conv1d(4, 4, 1), nn.Dropout(0.1)
+
+    def forward(self, x):  # (N, 4, 8)
+        y = self.drop(self.norm(x))
+        y = y + self.a(y)
+        z = torch.sigmoid(y)
+        first, second = z.chunk(2, dim=1)
+        joined = torch.cat([first, second], 1)
+        w = self.conv(joined) + joined
+        v = torch.cat([torch.tanh(w), y], -1)
+        return self.c(v) + v.mean() + self.b(y.view(-1, 8)).view_as(y)[..., :4]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_moved_is_quantized_for_all_that_read_it_afterwards(target):
+    torch.manual_seed(0)
+    module, x = Moved(), torch.randn(6, 4, 8)
+    forward = quantized(module, x, target=target)
+    module.eval()
+    with torch.no_grad():
+        assert torch.equal(module(x), convert(forward)[0](x))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_in_place_operators_train_as_the_others(target):
     torch.manual_seed(0)
