@@ -1,6 +1,7 @@
 """Networks of timm and transformers under each callback, trained 20 steps beside plain Lightning: is any of them trained differently?
 
-Until a callback begins to act, a run with it must be the plain run: every loss the same, to the last bit. `quantized` calibrates
+Until a callback begins to act, a run with it must be the plain run: every loss the same (to 1e-6, where attention
+is computed in parts; else to the last bit). `quantized` calibrates
 through the first epoch, then trains with fake-quantization; `weights` and `channels` begin in the second epoch. What is refused must be
 refused by an error of this library.
 

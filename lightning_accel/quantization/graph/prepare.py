@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.fx import GraphModule
 
 from lightning_accel.calls.batches import canonical_call
@@ -258,6 +259,7 @@ class QuantizedForward:
             type(self.module).forward.__get__(self.module) if self.replaced_forward is None else self.replaced_forward
         )
 
+    @_disable_dynamo  # torch.compile would trace past the function mode, and compile the float network
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same signature and result as the module's own ``forward``."""
         if not self.module.training and not self._warned:

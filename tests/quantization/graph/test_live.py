@@ -420,3 +420,13 @@ def test_trial_runs_log_nothing():
     forward.follow()
     forward.graph()
     assert module.logged == ["mean"]
+
+
+def test_a_compiled_network_computes_in_integers_too():
+    torch.manual_seed(0)
+    module, x = Residual(), torch.randn(6, 3, 10, 10)
+    quantized(module, x)
+    module.eval()
+    with torch.no_grad():
+        want = module(x)
+        assert torch.equal(torch.compile(module, backend="eager")(x), want)
