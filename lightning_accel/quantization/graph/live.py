@@ -177,7 +177,8 @@ class FakeQuantMode(SiteMode):
         if action.attention:
             return attention(self._attending(action), *args, **kwargs)
         row, clip, bank = action.result, action.clip, self._bank
-        overwrites = name.endswith("_") or (clip is not None and (args[-1] is True or kwargs.get("inplace") is True))
+        in_place = name.endswith("_") and not name.endswith("__")
+        overwrites = in_place or (clip is not None and (args[-1] is True or kwargs.get("inplace") is True))
         if clip is not None and row is not None and self._training and bank.active:
             # The activation and its quantization in one pass.
             x = _first_argument(*args, **kwargs)
