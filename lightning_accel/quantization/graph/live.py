@@ -177,8 +177,9 @@ class FakeQuantMode(SiteMode):
         if action.attention:
             return attention(self._attending(action), *args, **kwargs)
         row, clip, bank = action.result, action.clip, self._bank
-        in_place = name.endswith("_") and not name.endswith("__")
-        overwrites = in_place or (clip is not None and (args[-1] is True or kwargs.get("inplace") is True))
+        overwrites = name.endswith("_") and not name.endswith("__")
+        if clip is not None:
+            overwrites = overwrites or kwargs.get("inplace") is True or any(value is True for value in args[-1:])
         if clip is not None and row is not None and self._training and bank.active:
             # The activation and its quantization in one pass.
             x = _first_argument(*args, **kwargs)
@@ -189,10 +190,11 @@ class FakeQuantMode(SiteMode):
                 return quantized
         given, kwargs = list(args), dict(kwargs)
         overwritten = None
-        if overwrites and (row is not None or (0, "input") in action.operands):
-            # Gradients need the values before and after: the function overwrites a copy, whose result goes to the tensor.
-            overwritten = given[0]
-            given[0] = overwritten.clone()
+        if bank.active and overwrites and (row is not None or (0, "input") in action.operands):
+            overwritten = _get(given, kwargs, (0, "input"))
+            if torch.is_grad_enabled() or action.returned:
+                # The values before and after are needed: the function overwrites a copy, whose result goes to the tensor.
+                _put(given, kwargs, (0, "input"), overwritten.clone())
         for place, operand in action.operands.items():
             _put(given, kwargs, place, self._twin(operand, _get(given, kwargs, place)))
         if action.joined:

@@ -150,7 +150,7 @@ def test_a_result_that_nobody_takes_is_seen_in_the_tensor_that_was_overwritten()
         def forward(self, x):
             y = self.a(x)
             if self.dropped:
-                functional.relu_(y)
+                functional.relu(input=y, inplace=True)
                 return self.b(y) + y.mean()
             y = functional.relu(y)
             return self.b(y) + y.mean()
