@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel.calls.batches import Call, canonical_call, is_target
-from lightning_accel.calls.contexts import isolated_random, own_forward, own_signature
+from lightning_accel.calls.contexts import isolated_random, own_forwards, own_signature, unlogged
 from lightning_accel.core.packages import counterpart, is_lightning_module, is_overridden
 from lightning_accel.core.patching import Patches, removed, swapped
 
@@ -131,11 +131,10 @@ def _run(module: Any, trainer: L.Trainer | None, step: str, batch: Any, keep: fr
         for path, part in module.named_modules():
             if not isinstance(part, _UNWATCHED):
                 watch(path, part)
-        for name in ("log", "log_dict"):
-            patches.swap(module, name, _nothing)
         if validating:
             module.eval()
         with (
+            unlogged(module),
             _quiet(trainer, _STAGES[step]),
             torch.inference_mode(False),
             torch.set_grad_enabled(not validating),
@@ -164,10 +163,6 @@ def _detached(leaf: Any) -> Any:
     )  # the batch's own stay themselves
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Replaces ``self.log`` while a step is observed."""
-
-
 @contextmanager
 def _quiet(trainer: L.Trainer | None, stage: RunningStage) -> Iterator[None]:
     """The Trainer in a stage, with loggers that write nothing."""
@@ -192,8 +187,7 @@ def _copied(module: nn.Module, trainer: L.Trainer | None) -> Any:
         for part in parts:
             if "_trainer" in vars(part):
                 stack.enter_context(removed(part, "_trainer"))
-            if "forward" in vars(part):
-                stack.enter_context(own_forward(part))
+        stack.enter_context(own_forwards(module))
         copy = deepcopy(module, memo)
     originals = dict(module.named_modules())
     for path, part in copy.named_modules():

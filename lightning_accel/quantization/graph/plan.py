@@ -34,6 +34,7 @@ from lightning_accel.quantization.graph.operators import (
     roots_of,
     writes,
 )
+from lightning_accel.quantization.graph.sites import Calls
 
 aten = torch.ops.aten
 
@@ -116,6 +117,7 @@ class QuantizationPlan:
         counts: how often each kind of operator runs in each module.
         operators: name of an operator -> its node.
         dynamic: whether the inputs of linear layers are quantized dynamically.
+        calls: of each function in each submodule in one run, in training (True) and in evaluation (False).
     """
 
     points: list[QuantizationPoint] = field(default_factory=list)
@@ -123,6 +125,7 @@ class QuantizationPlan:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     operators: dict[str, Node] = field(default_factory=dict)
     dynamic: bool = False
+    calls: dict[bool, Calls] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, str]:
         """Shared ranges of activations: key of each activation -> key of the first reader."""
@@ -154,8 +157,6 @@ def plan_points(
     target: Target,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    *,
-    training: bool = False,
 ) -> QuantizationPlan:
     """Find the operands and results to quantize.
 
@@ -164,8 +165,6 @@ def plan_points(
         target: determines the operators in integers, and fusions.
         include: globs over operator names (module path, e.g. ``"body.*"``); empty means all.
         exclude: globs; wins over ``include``.
-        training: whether it is the train graph, whose plan is not reduced by fusions; it is later restricted to the points of the
-            eval graph.
 
     Raises:
         InvalidArgumentError: a glob matches no quantizable operator.
@@ -189,7 +188,7 @@ def plan_points(
         while name in plan.operators:  # a module may already have this name
             name += "_"
         plan.operators[name] = node
-        if reason := _why_not(node, parameters, target, training):
+        if reason := _why_not(node, parameters, target):
             if reason != "nothing":
                 plan.kept_float[name] = reason
             continue
@@ -199,12 +198,12 @@ def plan_points(
         if name not in chosen:
             plan.kept_float[name] = "excluded"
             continue
-        plan.points += _points(name, node, versions[node], target, written, training)
+        plan.points += _points(name, node, versions[node], target, written)
     return plan
 
 
 def _points(
-    name: str, node: Node, versions: list[int], target: Target, written: Counter[Node], training: bool
+    name: str, node: Node, versions: list[int], target: Target, written: Counter[Node]
 ) -> list[QuantizationPoint]:
     """The points of one operator."""
     points = []
@@ -214,7 +213,7 @@ def _points(
     else:
         roles = [(0, "0"), (1, "1")] if node.target in PAIRED else [(0, "input")]
         position, axis = -1, None
-    whole = training or target.both_summands or PAIRED.get(node.target) != SUM
+    whole = target.both_summands or PAIRED.get(node.target) != SUM
     fused = None if whole else fused_summand(node)
     spatial = node.target in CONVOLUTIONS or node.target in POOLED or PAIRED.get(node.target) == SUM
     for index, role in roles:
@@ -296,7 +295,7 @@ def _is_float32(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
-def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target, training: bool) -> str:
+def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Target) -> str:
     """Reason why an operator isn't quantized; empty if it is, ``"nothing"`` if no report is needed."""
     if node.target is FUSED_ATTENTION:
         return (
@@ -334,7 +333,7 @@ def _why_not(node: Node, parameters: dict[str, torch.nn.Parameter], target: Targ
     if kind == SUM:
         if shapes[0] != shapes[1] or len(shapes[0]) < 2 or node.kwargs.get("alpha", 1) != 1:
             return "nothing"  # a broadcast bias or position, or a sum of scalars
-        if not _residual(node) and not training:
+        if not _residual(node):
             return "no convolution before it, into which engines would fuse it"
         if target.outputs and reads_of(result_of(node), "output"):
             return f"{target.name} would need its result in integers too, and that is the network's output"

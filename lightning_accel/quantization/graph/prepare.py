@@ -130,8 +130,8 @@ class QuantizedForward:
             self._restrict(plan)
         reachable(plan)
         shipped: Calls = graph.meta[CALLS]
-        self._counts = {False: shipped, True: self._calls_in_training(plan) or shipped}
-        _in_training_too(plan, self._counts)
+        plan.calls = {False: shipped, True: self._calls_in_training(plan) or shipped}
+        _in_training_too(plan)
         if not plan.points:
             what = f"`{self.path}`" if self.path else "the module"
             raise InvalidArgumentError(
@@ -159,7 +159,7 @@ class QuantizedForward:
                 readers.setdefault(rows[point.key], set()).add(point.operator)
         frozen = {row: frozenset(names) for row, names in readers.items()}
         what = self.path or type(self.module).__name__
-        self.live = LivePlan(actions_of(plan, rows), frozen, self._counts, what)
+        self.live = LivePlan(actions_of(plan, rows), frozen, plan.calls, what)
         self.forms, self.kept_float = forms_of(plan, self.activations), plan.kept_float
         self.quantized = list(dict.fromkeys(point.operator for point in plan.points))
         self._attributes = plain_attributes(self.module)
@@ -300,14 +300,14 @@ def _differing(first: Calls, second: Calls) -> str:
     )
 
 
-def _in_training_too(plan: QuantizationPlan, counts: Mapping[bool, Calls]) -> None:
+def _in_training_too(plan: QuantizationPlan) -> None:
     """Keep those operators float whose function runs another number of times in training, so that calls can't be matched."""
     for name, node in plan.operators.items():
         sites = {
             site for made in (node, foldable_norm(node)) if made is not None and (site := site_of(made)) is not None
         }
         for path, function, _ in sites:
-            trained, shipped = (counts[training][path, function] for training in (True, False))
+            trained, shipped = (plan.calls[training][path, function] for training in (True, False))
             if name in plan.kept_float or trained == shipped:
                 continue
             plan.kept_float[name] = (
