@@ -23,11 +23,12 @@ import lightning_accel as la
 from experiments import print_environment
 from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
-from lightning_accel.verification.compare import FACTOR, Verification
+from lightning_accel.verification.channels import FACTOR
 from lightning_accel.verification.engine import prove_engine
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import ENGINES, FILES
 from tests.support.networks import Bottleneck, ResNet, VisionTransformer, efficientnet_b0, mobilenet_v2, with_statistics
 from tests.support.zoo import ZOO, samples

@@ -17,7 +17,7 @@ from lightning_accel.reports.model import KEPT_FLOAT, METHOD, NOISE, LayerTable,
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.plots import plot_comparison
 from lightning_accel.reports.run_report import comparison_table, render_markdown
-from lightning_accel.verification.compare import Verification
+from lightning_accel.verification.result import Verification
 
 
 def verification_line(check: Verification) -> dict[str, Any]:

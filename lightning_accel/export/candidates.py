@@ -12,7 +12,6 @@ from torch import nn
 
 from lightning_accel.benchmarking.comparison import usable_cores
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
-from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
@@ -25,8 +24,9 @@ from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.reports.model import Row
 from lightning_accel.verification import tolerances
-from lightning_accel.verification.compare import FACTOR, Verification
+from lightning_accel.verification.channels import FACTOR
 from lightning_accel.verification.engine import prove_engine
+from lightning_accel.verification.result import Verification
 
 FP16_ALTERNATIVE = "network fp16, tensorrt"
 
@@ -142,12 +142,16 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
         ]
         if candidates.alternative is not None:
             check = verify_alternative(
-                runners[FP16_ALTERNATIVE], folder / REFERENCE, files.samples, (1, 7, spec.batch_size)
+                runners[FP16_ALTERNATIVE],
+                folder / REFERENCE,
+                files.samples,
+                (1, 7, spec.batch_size),
+                check_agreement=spec.predicts,
             )
             check.raise_if_failed(spec.command)
             files.checks.append(check)
         networks = {label: runner.run for label, runner in runners.items()}
-        counts = {} if spec.output_kind == VALUES else count_correct(networks, files.shipped, whole, spec.data)
+        counts = {} if not spec.predicts else count_correct(networks, files.shipped, whole, spec.data)
         candidates.labelled = bool(counts)
         candidates.rows |= {
             label: replace(candidates.rows[label], correct=c, total=n) for label, (c, n) in counts.items()
@@ -207,6 +211,7 @@ def _verify_engine(spec: ExportSpec, files: Files, runner: Runner, precision: st
         tolerance=tolerances.ENGINES[precision],
         batch_sizes=(1, 7, spec.batch_size),
         axes=files.shipped.axes,
+        check_agreement=spec.predicts,
     )
     if kernels is not None:
         files.proofs.setdefault("kernels", {})[runner.engine] = kernels.to_dict()

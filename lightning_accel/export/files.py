@@ -24,11 +24,12 @@ from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.reports.model import KEPT_FLOAT, LayerTable
-from lightning_accel.verification.compare import Network, Verification, verify
+from lightning_accel.verification.compare import Network, verify
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import FILES, FLOAT
 
 MODEL, REFERENCE, PROGRAM, SAMPLES = "model.onnx", "reference.onnx", "model.pt2", "samples.npz"
@@ -96,6 +97,7 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
         tolerance=tolerance,
         what=f"{'fp32 reference' if half else 'file'} (as written)",
         batch_sizes=sizes,
+        check_agreement=spec.predicts,
         repeat=spec.command,
     )
     files = Files(exported, network, samples, proof.null, engine_precision=spec.precision)
@@ -136,6 +138,7 @@ def _write_reference(
             tolerance=FLOAT,
             what="fp32 reference (as written)",
             batch_sizes=(1, 7, spec.batch_size),
+            check_agreement=spec.predicts,
             repeat=spec.command,
         )
     files.checks.append(proof.check)
@@ -162,6 +165,7 @@ def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, p
             tolerance=FILES[precision],
             batch_sizes=(1, 7, spec.batch_size),
             axes=files.shipped.axes,
+            check_agreement=spec.predicts,
         )
     if precision.startswith("int8") or not check.passed:
         check = check.against(files.null.noise(FILES[precision], rounding=half))

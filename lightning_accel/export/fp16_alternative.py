@@ -11,8 +11,9 @@ from lightning_accel.benchmarking.measure import Ratio, median_ratio
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
 from lightning_accel.onnx.half_precision import check_lowered, lower_precision
-from lightning_accel.verification.compare import Feeds, Verification, verify
+from lightning_accel.verification.compare import Feeds, verify
 from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import FP16
 
 FILE, ENGINE = "engines/fp16.onnx", "engines/fp16.engine"
@@ -62,9 +63,19 @@ def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str,
     }
 
 
-def verify_alternative(runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int]) -> Verification:
+def verify_alternative(
+    runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int], *, check_agreement: bool
+) -> Verification:
     """Compare the fp16 engine with the float reference, which was verified before."""
     with load_runner(reference, "onnxruntime", emulate=True) as right:
         what = "tensorrt in fp16 (its kernels)"
-        check = verify(right.run, runner.run, samples, engine=what, tolerance=FP16, batch_sizes=batch_sizes)
+        check = verify(
+            right.run,
+            runner.run,
+            samples,
+            engine=what,
+            tolerance=FP16,
+            batch_sizes=batch_sizes,
+            check_agreement=check_agreement,
+        )
     return check if check.passed else check.against(NullDivergence(reference, samples).noise(FP16, rounding="fp16"))

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
+from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.export.held_out import HeldOut
@@ -80,6 +81,11 @@ class ExportSpec:
     def example(self, whole: nn.Module) -> ExampleCall:
         """How ``whole`` is called: the first held-out batch, with the axes that may change."""
         return ExampleCall.of(whole, self.data.first_call(whole), dynamic=self.dynamic)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether outputs may hold logits, whose largest is a prediction."""
+        return self.output_kind != VALUES
 
     @property
     def bare(self) -> bool:

@@ -169,7 +169,7 @@ class Report:
         batch_size: samples in a call of the latency measurement.
         threads: of each engine.
         verification: each comparison with the trained network, see
-            :meth:`~lightning_accel.verification.compare.Verification.to_dict`.
+            :meth:`~lightning_accel.verification.result.Verification.to_dict`.
         proofs: counts of what is equal: ``integers`` bit for bit, ``nodes`` one by one, ``lowered`` to half precision, ``kernels``.
         engines: the manifest's line for each engine.
         layers: tables by layer.

@@ -96,6 +96,7 @@ def _readable(line: Mapping[str, Any]) -> dict[str, Any]:
         "batch_sizes": lambda v: ", ".join(f"{size} ({count})" for size, count in v.items()),
         "tolerance": lambda v: f"median {v['median']:g}, max {v['maximum']:g}, agreement {v['agreement']:g}",
         "metric": lambda v: ", ".join(f"{name} {a:.4f} -> {b:.4f}" for name, (a, b) in v.items()),
+        "outputs": lambda v: ", ".join(f"{name} ({line['kind']})" for name, line in v.items()),
     }
     titles = {"batch_sizes": "batch sizes (samples)", "metric": "metric, PyTorch -> engine"}
     return {titles.get(k, k): words[k](v) if k in words else v for k, v in line.items()}

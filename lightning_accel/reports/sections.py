@@ -153,9 +153,11 @@ def verification(report: Report) -> Markup | None:
             f"{name}: {a:.4f} in PyTorch, {b:.4f} in the engine" for name, (a, b) in (check.get("metric") or {}).items()
         ]
         notes = [plain(check[key]) for key in ("note", "first_divergence", "failures") if check.get(key)]
+        outputs = check.get("outputs") or {}
+        each = [_output(name, line) for name, line in outputs.items()] if len(outputs) > 1 else []
         rows.append(
             [
-                under(check["engine"], *metric, *notes),
+                under(check["engine"], *metric, *each, *notes),
                 passed(check.get("passed")),
                 check.get("samples"),
                 under(exact(check.get("median_error")), _limit("at most", exact(limit.get("median")))),
@@ -173,6 +175,13 @@ def verification(report: Report) -> Markup | None:
     lines = [[check["engine"], *(exact(check["distribution"].get(key)) for key in shares)] for check in spread]
     caption = "Divergence: that share of all errors is at most as large."
     return join([shown, table(caption, ["compared", *shares], lines)])
+
+
+def _output(name: str, line: Mapping[str, Any]) -> str:
+    """One output of several: what it holds, and its largest error or the share of equal values."""
+    if "equal" in line:
+        return f"{name} ({line['kind']}): {share(line['equal'])} equal"
+    return f"{name} ({line['kind']}): largest error {exact(line.get('maximum'))}"
 
 
 def engines(report: Report) -> Markup | None:

@@ -16,9 +16,10 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification import tolerances
-from lightning_accel.verification.compare import Verification, verify
+from lightning_accel.verification.compare import verify
 from lightning_accel.verification.engine import prove_engine
 from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.result import Verification
 
 SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
 _FLOAT = ("fp32", "fp16", "bf16")
@@ -101,6 +102,7 @@ def verify_bundle(
     if unknown := [engine for engine in engines or () if engine not in shipped]:
         raise InvalidArgumentError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
     feeds, wanted = split_samples(_samples_of(folder, samples), manifest)
+    predicts = manifest.get("output_kind") != "values"
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
     proofs: list[EngineProof] = []
     with ExitStack() as stack:
@@ -118,6 +120,7 @@ def verify_bundle(
                 engine="file (as written)",
                 tolerance=limits,
                 batch_sizes=(known.count,),
+                check_agreement=predicts,
             )
             if not check.passed:
                 check = check.against(NullDivergence(folder / file, feeds).noise(limits))
@@ -139,6 +142,7 @@ def verify_bundle(
                 tolerance=tolerances.ENGINES[line["precision"]],
                 batch_sizes=batch_sizes,
                 axes=axes,
+                check_agreement=predicts,
             )
             proofs.append(EngineProof(engine, line["file"], check))
     return proofs

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from lightning_accel.engines.base import Runner
 from lightning_accel.engines.registry import runs_onnx
-from lightning_accel.verification.compare import Feeds, Network, Verification, verify
+from lightning_accel.verification.compare import Feeds, Network, verify
 from lightning_accel.verification.kernels import KernelCheck, check_kernels
 from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
 
 
@@ -26,6 +27,7 @@ def prove_engine(
     batch_sizes: Sequence[int],
     axes: Mapping[str, Mapping[int, str]] | None = None,
     kernels: bool = True,
+    check_agreement: bool = True,
 ) -> tuple[Verification, KernelCheck | None]:
     """Compare an engine with the trained network, or with the file that was proven equal to it.
 
@@ -40,6 +42,7 @@ def prove_engine(
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
         axes: as in :func:`~lightning_accel.verification.compare.verify`.
         kernels: whether integer kernels are isolated, where the engine runs regions of a file.
+        check_agreement: as in :func:`~lightning_accel.verification.compare.verify`.
 
     Returns:
         The comparison of the outputs, and that of the integer kernels if any can be isolated.
@@ -52,6 +55,7 @@ def prove_engine(
         tolerance=tolerance,
         batch_sizes=batch_sizes,
         axes=axes,
+        check_agreement=check_agreement,
     )
     isolated = None
     if precision == "int8" and kernels and runs_onnx(runner.engine):

@@ -11,10 +11,11 @@ from typing import Any
 from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
-from lightning_accel.verification.compare import Feeds, Network, Verification, verify
+from lightning_accel.verification.compare import Feeds, Network, verify
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
 from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import FLOAT, Tolerance
 
 _FEW = 8
@@ -96,6 +97,7 @@ def prove_file(
     tolerance: Tolerance,
     what: str = "file (as written)",
     batch_sizes: Sequence[int] = (1, 7, 32),
+    check_agreement: bool = True,
     repeat: str = "",
 ) -> FileProof:
     """Compare a file, run with all engine optimizations turned off, with PyTorch.
@@ -107,6 +109,7 @@ def prove_file(
         tolerance: limits for the outputs of a network that hardly differs from itself.
         what: name of the file in the result and in messages.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
+        check_agreement: as in :func:`~lightning_accel.verification.compare.verify`.
         repeat: command that repeats the step, for the message.
 
     Returns:
@@ -115,7 +118,7 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes)
+    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes, check_agreement)
     nodes = check_nodes(export.path, export.program, samples)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
     null = NullDivergence(export.path, samples, nodes.noise, network, others)
@@ -138,6 +141,7 @@ def _end_to_end(
     tolerance: Tolerance,
     what: str,
     batch_sizes: Sequence[int],
+    check_agreement: bool,
 ) -> Verification:
     try:
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
@@ -149,6 +153,7 @@ def _end_to_end(
                 tolerance=tolerance,
                 batch_sizes=batch_sizes,
                 axes=export.axes,
+                check_agreement=check_agreement,
             )
     except ModuleNotFoundError:
         raise

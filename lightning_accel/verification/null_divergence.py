@@ -19,7 +19,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.onnx.file import reads
-from lightning_accel.verification.compare import Feeds, Network, Verification, verify
+from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
 
 REPLICATES = 4  # runs with noise from different seeds; in every other one a channel's noise is the same everywhere

@@ -104,6 +104,18 @@ def test_what_is_not_proven_or_not_complete_is_said_first():
     assert "proven: what ships" not in render_html(report)
 
 
+def test_each_output_of_several_has_its_error():
+    report = whole_report()
+    outputs = {"boxes": {"kind": "values", "maximum": 2.5e-4}, "mask": {"kind": "integers", "equal": 0.999}}
+    report.verification[0]["outputs"] = outputs
+    text = render_html(report)
+    assert "boxes (values): largest error 2.5e-04" in text
+    assert "mask (integers): 99.90 % equal" in text
+    assert "boxes (values), mask (integers)" in render_markdown(report)
+    del outputs["mask"]
+    assert "boxes (values): largest error" not in render_html(report)
+
+
 def test_each_variant_has_its_numbers_or_its_reason():
     text = render_html(whole_report())
     section = text[text.index('id="variants"') : text.index('id="verification"')]

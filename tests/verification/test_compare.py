@@ -187,8 +187,10 @@ def test_integers_and_booleans_are_counted():
     assert verify(right, right, SAMPLES, batch_sizes=(40,)).equal == 1.0
     result = verify(right, wrong, SAMPLES, batch_sizes=(40,))
     off = ((SAMPLES["x"] > 0) != (SAMPLES["x"] > 0.5)).sum()
-    assert result.equal == pytest.approx(1 - off / (40 + 200))
-    assert any(line.startswith("integers and booleans are equal on ") for line in result.failures)
+    assert result.equal == result.outputs["on"]["equal"] == pytest.approx(1 - off / 200)
+    assert result.outputs["class"] == {"kind": "integers", "equal": 1.0}
+    assert any(line.startswith("integers and booleans of output on are equal on ") for line in result.failures)
+    assert not any("output class" in line for line in result.failures)
 
 
 def noisy(size, seed):
