@@ -1,7 +1,7 @@
 """List the runtime variants of a bundle, with the reason why a variant can't run or ship."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,15 @@ def variants_of(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVarian
             variants += _of_providers(reference, model, precision)
     for spec in (spec for spec in engines if spec.source == "built" and spec.name != "tensorrt"):
         variants += _of_built(spec, folder, manifest)
-    return [*variants, *_of_tensorrt(folder, manifest, reference)]
+    variants += _of_tensorrt(folder, manifest, reference)
+    return [_failed(variant, manifest.get("failed", {}).get(variant.engine)) for variant in variants]
+
+
+def _failed(variant: RuntimeVariant, failure: Mapping[str, str] | None) -> RuntimeVariant:
+    """A variant of an engine that failed when the bundle was written is measured, and never ships."""
+    if failure is None:
+        return variant
+    return replace(variant, unshippable=f"{variant.engine} failed when the bundle was written: {failure['reason']}")
 
 
 def _of_pytorch(folder: Path, manifest: Mapping[str, Any]) -> list[RuntimeVariant]:

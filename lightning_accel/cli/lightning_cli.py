@@ -23,7 +23,7 @@ from lightning_accel.cli.errors import one_line, run_guarded
 from lightning_accel.cli.options import did_you_mean, join_lists, unknown_arguments, with_dashes, with_underscores
 from lightning_accel.core import structure
 from lightning_accel.core.callback import may_be_incomplete, unfinished_line, unfinished_targets
-from lightning_accel.core.trainers import is_fast_dev_run
+from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.errors import InvalidArgumentError, LightningAccelError, RunError
 from lightning_accel.export.bundle_reports import summary
@@ -275,7 +275,8 @@ def run(given: Sequence[str]) -> int:
         given: command line without the program's name.
 
     Returns:
-        Exit code: 0; 1 for an error, also a ``fit`` that ends before its targets are reached; 2 for a command line or config that
+        Exit code: 0; 1 for an error, also a ``fit`` that ends before its targets are reached, or an engine that isn't in the bundle
+        because it failed; 2 for a command line or config that
         can't be parsed.
     """
     sys.path.insert(0, os.getcwd())  # class paths in a config are looked for in the current folder
@@ -291,7 +292,8 @@ def _run(given: Sequence[str]) -> int:
     excused = is_fast_dev_run(cli.trainer) or may_be_incomplete(cli.trainer) or not cli.trainer.is_global_zero
     if cli.subcommand == "fit" and not excused and (missing := unfinished_targets(cli.trainer)):
         raise RunError(unfinished_line(missing))
-    return 0
+    exports = callbacks_of(cli.trainer, ModelExport)
+    return 1 if any(export.report and export.report["failed"] for export in exports) else 0
 
 
 def options_of(command: str) -> list[str]:

@@ -95,6 +95,12 @@ def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
         engine, entry = default["engine"], default
     elif engine in shipped:
         entry = shipped[engine]
+    elif engine in manifest.get("failed", {}):
+        reason = manifest["failed"][engine]["reason"]
+        raise InvalidArgumentError(
+            f"Argument `engine` must be one of the bundle's engines {list(shipped)}, but got {engine!r}, which failed when the bundle was "
+            f"written: {reason}"
+        )
     else:
         raise InvalidArgumentError(
             f"Argument `engine` must be one of the bundle's engines {list(shipped)}, but got {engine!r}. "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lightning_accel.export.failures import failed_line
 from lightning_accel.export.files import SAMPLES
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.quantization.graph.prepare import quantized_forwards
@@ -95,4 +96,5 @@ def summary(report: Report, dirpath: str | Path) -> str:
         lines.append(
             f"Finish the proof on the machine that runs it: lightning-accel verify {shlex.quote(str(dirpath))}{data}"
         )
-    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}"])
+    last = [line] if (line := failed_line(report)) else []
+    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}", *last])

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -29,6 +29,7 @@ from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
+from lightning_accel.export.failures import failed_line
 from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.history import history, measured, timeline
 from lightning_accel.export.logging import log_bundle
@@ -76,11 +77,13 @@ class ModelExport(TrainerCallback):
         benchmark: how those variants are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
         output_kind: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
             metrics. ``None``: by the type of the held-out targets, integers or floating point.
+        strict: whether one failing engine fails the run. By default the other engines ship, manifest and report mark the failed
+            one with its reason, a warning says so, before training if it fails then already, and only if none passes it is an error.
         name: the callback's name.
 
     Raises:
         InvalidArgumentError: an argument is out of its range; or, in ``setup``, contradicts the other callbacks.
-        VerificationError: an exported file differs from the trained network.
+        VerificationError: an exported file differs from the trained network, or every engine does.
 
     Example:
         >>> ModelExport("artifacts", engines=["tensorrt"]).ckpt_path
@@ -105,6 +108,7 @@ class ModelExport(TrainerCallback):
         budgets: Budgets | None = None,
         benchmark: BenchmarkSettings | None = None,
         output_kind: str | None = None,
+        strict: bool = False,
         name: str = "export",
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
@@ -142,7 +146,7 @@ class ModelExport(TrainerCallback):
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
-        self.budgets, self.benchmark, self.output_kind = budgets, benchmark, output_kind
+        self.budgets, self.benchmark, self.output_kind, self.strict = budgets, benchmark, output_kind, strict
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
@@ -243,6 +247,8 @@ class ModelExport(TrainerCallback):
             return
         report = self.export(trainer, pl_module, self.ckpt_path)
         log_bundle(trainer.loggers, report, self.dirpath, trainer.global_step, self._exported)
+        if line := failed_line(report):
+            rank_zero_warn(f"ModelExport: {line}")
         print(f"\n{summary(report, self.dirpath)}")
 
     def export(self, trainer: L.Trainer, pl_module: L.LightningModule, ckpt_path: str) -> Report:
@@ -258,8 +264,9 @@ class ModelExport(TrainerCallback):
 
         Raises:
             RunError: the network hasn't reached its targets.
-            InvalidArgumentError: the bundle's folder is a file or holds something else, or an engine's kernels compute another arithmetic.
-            VerificationError: an exported file differs from the trained network.
+            InvalidArgumentError: the bundle's folder is a file or holds something else, or the only engine's kernels compute another
+                arithmetic.
+            VerificationError: an exported file differs from the trained network, or every engine does.
         """
         check_destination(self.dirpath)  # `setup` did in a fit, but the run, or nothing, came before this
         if ckpt_path == "best":
@@ -275,7 +282,7 @@ class ModelExport(TrainerCallback):
             raise RunError(
                 "The network must be quantized to ship as int8, but no QuantizationAwareTraining phase has begun."
             )
-        self._check_kernels(trainer, quantized_forwards(pl_module))  # of this machine, where there was no preflight
+        refused = self._refused(trainer, quantized_forwards(pl_module))  # on this machine, where there was no preflight
         pl_module.to("cpu")
         spec = self._spec(
             trainer,
@@ -285,6 +292,7 @@ class ModelExport(TrainerCallback):
             compression=measured(trainer, pl_module),
             command=self._command(ckpt_path),
             unfinished=[f"{reason}." for reason in unfinished],
+            refused=refused,
             **run_facts,
         )
         report = write_bundle(spec, self.dirpath)
@@ -308,6 +316,7 @@ class ModelExport(TrainerCallback):
             budgets=self.budgets,
             benchmark=self.benchmark,
             output_kind=self.output_kind,
+            strict=self.strict,
             **run_facts,
         )
 
@@ -411,14 +420,20 @@ class ModelExport(TrainerCallback):
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
         if not forwards and not has_forward(pl_module):
             chosen_path(pl_module, trainer, type(self).__name__)  # says which one
-        self._check_kernels(trainer, forwards)
+        for error in self._refused(trainer, forwards).values():  # a contradiction of arguments, which costs nothing yet
+            raise error
         try_out(self._spec(trainer, pl_module), forwards)
 
-    def _check_kernels(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> None:
-        """Check that the engines reproduce the networks' arithmetic on this machine."""
+    def _refused(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> dict[str, InvalidArgumentError]:
+        """The engines that don't reproduce the network's arithmetic on this machine, and why."""
+        refused: dict[str, InvalidArgumentError] = {}
         for forward in forwards.values():
             for engine in self._wanted_engines(trainer):
-                check_engine(forward.target, engine, forward.forms)
+                try:
+                    check_engine(forward.target, engine, forward.forms)
+                except InvalidArgumentError as error:
+                    refused.setdefault(engine, error)
+        return refused
 
     def _wanted_engines(self, trainer: L.Trainer) -> list[str]:
         return self.engines or next(([c.target.engines[0]] for c in _qat(trainer)), ["onnxruntime"])

@@ -16,7 +16,8 @@ from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
-from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line
+from lightning_accel.export.failures import ARITHMETIC, BUILD, LOAD, VERIFY, EngineFailures
+from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, engine_file
 from lightning_accel.export.fp16_alternative import build_alternative, choose_precision, verify_alternative
 from lightning_accel.export.ptq_baseline import beside_untrained
 from lightning_accel.export.spec import ExportSpec
@@ -45,6 +46,7 @@ class Candidates:
         lines: of the manifest, one for each engine.
         labels: label of each engine's row.
         alternative: line of the fp16 engine beside an int8 engine for a GPU that is here.
+        failures: engines that failed, and aren't among the others.
         labelled: whether held-out labels are classes of the first output.
         earned: whether quantization-aware training was worth it, in sentences.
     """
@@ -58,6 +60,7 @@ class Candidates:
     lines: list[dict[str, Any]] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     alternative: dict[str, Any] | None = None
+    failures: EngineFailures = field(default_factory=EngineFailures)
     labelled: bool = False
     earned: list[str] = field(default_factory=list)
 
@@ -72,7 +75,8 @@ def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path)
         scratch: for the teacher's file, which doesn't ship.
     """
     name = "network" if spec.teacher is None else "student"
-    candidates = Candidates(name, sum(p.numel() for p in spec.part.parameters()), usable_cores())
+    parameters, failures = sum(p.numel() for p in spec.part.parameters()), EngineFailures(spec.strict)
+    candidates = Candidates(name, parameters, usable_cores(), failures=failures)
     rows = candidates.rows
     if spec.teacher is not None:
         shipped = files.shipped.example
@@ -84,7 +88,15 @@ def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path)
         label = f"{name} fp32"
         candidates.paths[label] = folder / REFERENCE
         rows[label] = Row(label, "onnxruntime", parameters=candidates.parameters)
-    candidates.lines = [build_line(engine, files, folder) for engine in spec.engines]
+    for engine in spec.engines:
+        if engine in spec.refused:
+            failures.add(engine, ARITHMETIC, spec.refused[engine])
+            continue
+        with failures.collect(engine, BUILD):
+            candidates.lines.append(build_line(engine, files, folder))
+        if engine in failures:
+            _remove(engine_file(engine, folder))
+    failures.require_others(spec.engines)
     # Speed-ups refer to the first row, so an engine that can't run here doesn't come first.
     for line in sorted(candidates.lines, key=lambda line: not line["runs_here"]):
         if not line["runs_here"] and set(candidates.paths) <= {"teacher"}:  # nothing else says how good the network is
@@ -111,7 +123,9 @@ def _add_reference(candidates: Candidates, folder: Path, spec: ExportSpec) -> No
     assert spec.precision == "fp32"  # every other precision has a float32 reference of its own
     label = f"{candidates.name} fp32"
     candidates.paths[label] = folder / MODEL
-    candidates.rows[label] = Row(label, "onnxruntime", parameters=candidates.parameters)
+    row = Row(label, "onnxruntime", parameters=candidates.parameters)
+    teacher = {name: other for name, other in candidates.rows.items() if name == "teacher"}
+    candidates.rows = {**teacher, label: row, **candidates.rows}  # speed-ups refer to the first row that is no engine's
 
 
 def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Module, folder: Path) -> BenchmarkResult:
@@ -128,18 +142,16 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
         The latencies.
 
     Raises:
-        VerificationError: an engine doesn't compute what was trained.
+        VerificationError: no engine computes what was trained, or one doesn't and failures are strict.
     """
     runners: dict[str, Runner] = {}
     try:
+        _verify_engines(candidates, spec, files, runners, folder)
         for label, file in candidates.paths.items():
-            engine = candidates.rows[label].engine
-            runners[label] = _load(file, engine, candidates.threads)
+            if label not in runners:
+                runners[label] = _load(file, candidates.rows[label].engine, candidates.threads)
             candidates.rows[label].file_bytes = file.stat().st_size
-        files.checks += [
-            _verify_engine(spec, files, runners[label], precision, folder)
-            for label, precision in candidates.precisions.items()
-        ]
+        runners = {label: runners[label] for label in candidates.paths}  # in the order of the report
         if candidates.alternative is not None:
             check = verify_alternative(
                 runners[FP16_ALTERNATIVE],
@@ -169,6 +181,48 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
     if candidates.alternative is not None:
         _choose_engine(candidates, candidates.alternative, measured)
     return measured
+
+
+def _verify_engines(
+    candidates: Candidates, spec: ExportSpec, files: Files, runners: dict[str, Runner], folder: Path
+) -> None:
+    """Load and verify each engine; those that fail are no candidates any more.
+
+    Raises:
+        VerificationError: all of them failed.
+    """
+    for label, precision in list(candidates.precisions.items()):
+        engine = str(candidates.rows[label].engine)
+        with candidates.failures.collect(engine, LOAD):
+            runners[label] = _load(candidates.paths[label], engine, candidates.threads)
+        if label in runners:
+            with candidates.failures.collect(engine, VERIFY):
+                files.checks.append(_verify_engine(spec, files, runners[label], precision, folder))
+        if engine in candidates.failures:
+            _drop(candidates, engine, runners, folder)
+            files.proofs.get("kernels", {}).pop(engine, None)
+    candidates.failures.require_others(spec.engines)
+    if set(candidates.paths) <= {"teacher"}:
+        _add_reference(candidates, folder, spec)
+
+
+def _drop(candidates: Candidates, engine: str, runners: dict[str, Runner], folder: Path) -> None:
+    """Remove a failed engine, and its own file, from the bundle."""
+    label = candidates.labels.pop(engine)
+    if label in runners:
+        runners.pop(label).close()
+    for known in (candidates.rows, candidates.paths, candidates.precisions):
+        known.pop(label, None)
+    line = next(line for line in candidates.lines if line["engine"] == engine)
+    candidates.lines.remove(line)
+    if line["file"] not in (MODEL, *(other["file"] for other in candidates.lines)):
+        _remove(folder / line["file"])
+
+
+def _remove(file: Path) -> None:
+    """Remove an engine's file and what lies beside it under the same name."""
+    for found in file.parent.glob(f"{file.name}*"):
+        found.unlink()
 
 
 def _choose_engine(candidates: Candidates, alternative: dict[str, Any], measured: BenchmarkResult) -> None:

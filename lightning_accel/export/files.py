@@ -173,6 +173,11 @@ def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, p
     files.checks.append(check)
 
 
+def engine_file(engine: str, folder: Path) -> Path:
+    """Path of the file that is built for an engine."""
+    return folder / "engines" / f"model{next(iter(engine_named(engine).suffixes), f'.{engine}')}"
+
+
 def build_line(engine: str, files: Files, folder: Path) -> dict[str, Any]:
     """Build the file of an engine; returns its entry for the report."""
     spec = engine_named(engine)
@@ -182,7 +187,7 @@ def build_line(engine: str, files: Files, folder: Path) -> dict[str, Any]:
         status = "verified and measured here"
         return {"engine": engine, "status": status, "file": file, "precision": precision, "runs_here": True}
     built_from = files.engine_file if spec.rest_in_fp16 else MODEL
-    out = folder / "engines" / f"model{next(iter(spec.suffixes), f'.{engine}')}"
+    out = engine_file(engine, folder)
     out.parent.mkdir(exist_ok=True)
     entries = resolve(spec.build)(folder / built_from, out, precision)
     entries.pop("warnings", None)

@@ -33,7 +33,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         The report.
 
     Raises:
-        VerificationError: an exported file differs from the trained network.
+        VerificationError: an exported file differs from the trained network, or every engine does.
         MissingPackageError: an engine isn't installed.
     """
     with staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
@@ -43,9 +43,11 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         measured = run_all(candidates, spec, files, whole, folder)
         report = _report(spec, files, candidates, measured)
         default = next((line for line in candidates.lines if line["runs_here"]), candidates.lines[0])
+        report.failed = candidates.failures.replaced(spec.engines, default["engine"])
         content: dict[str, Any] = {
             "default": {"engine": default["engine"], "file": default["file"]},
             "engines": {line["engine"]: line for line in candidates.lines},
+            "failed": {f.engine: {"step": f.step, "reason": f.reason} for f in report.failed},
             "model": MODEL,
             "precision": spec.precision,
             "trained": "int8" if spec.precision == "int8" and not quantized_after_training(spec.module) else "fp32",

@@ -18,6 +18,7 @@ from lightning_accel.core.patching import Patches
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
+from lightning_accel.export.failures import BUILD, VERIFY, EngineFailures, sentence
 from lightning_accel.export.held_out import check_samples
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
@@ -74,11 +75,11 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
     """Export, verify and build the untrained network, which stays unchanged.
 
     Args:
-        spec: the export.
+        spec: the export; if it isn't ``strict``, an engine that fails is warned of, as long as another one passes.
         forwards: those that training will quantize, by path in the module.
 
     Raises:
-        VerificationError: the exported file differs from the network.
+        VerificationError: the exported file differs from the network, or all engines fail.
         InvalidArgumentError: weights or held-out samples have NaN.
     """
     check_weights(spec.module, "model")
@@ -99,8 +100,10 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
             )
         prove_nodes(export, samples, "the untrained network's file")
+        failures = EngineFailures(spec.strict)
         for name in spec.engines:
-            _try_engine(spec, export, name, samples)
+            with failures.collect(name, VERIFY):
+                _try_engine(spec, export, name, samples)
         built = [engine for engine in map(engine_named, spec.engines) if engine.source == "built"]
         half = "fp16" if export.trained and any(engine.rest_in_fp16 for engine in built) else spec.precision
         if half in HALVES:
@@ -109,7 +112,14 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         for engine in built:
             lowered = spec.precision in HALVES or (half in HALVES and engine.rest_in_fp16)
             source = folder / "half.onnx" if lowered else export.path
-            resolve(engine.build)(source, folder / f"preflight_{engine.name}", half)
+            with failures.collect(engine.name, BUILD):
+                resolve(engine.build)(source, folder / f"preflight_{engine.name}", half)
+        failures.require_others(spec.engines)
+        for failure in failures.failed:
+            rank_zero_warn(
+                f"ModelExport: engine {failure.engine} fails already on the untrained network, and won't be in the bundle unless that "
+                f"changes: {failure.reason} To stop here instead, pass strict=True."
+            )
 
 
 def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
@@ -131,8 +141,8 @@ def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapp
         raise
     except Exception as error:  # engines raise a dozen unrelated types
         raise RunError(
-            f"Argument `engines` must name engines that run this network, but {engine} can't: {error} Leave it out, or change what it "
-            "names."
+            f"Argument `engines` must name engines that run this network, but {engine} can't: {sentence(str(error))} Leave it out, or "
+            "change what it names."
         ) from error
     if export.trained:
         kernels = check_kernels(export.path, engine, samples)

@@ -12,6 +12,7 @@ from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.scores import VALUES
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.reports.model import LayerTable, Phase
@@ -45,6 +46,8 @@ class ExportSpec:
         timeline: when each callback changed the network.
         curves: logged metrics of each epoch, for the report.
         run: the command and configuration of the run, for the report.
+        strict: whether one failing engine fails the export.
+        refused: engines whose kernels compute another arithmetic on this machine, and why.
         untrained: predictions of the int8 network before training, see :mod:`~lightning_accel.export.ptq_baseline`.
     """
 
@@ -71,6 +74,8 @@ class ExportSpec:
     timeline: Sequence[Phase] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    refused: Mapping[str, InvalidArgumentError] = field(default_factory=dict)
     untrained: Mapping[str, Any] | None = None
 
     @property

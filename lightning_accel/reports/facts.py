@@ -54,10 +54,15 @@ def facts(report: Report) -> list[Fact]:
         found.append(Fact("Proof", value, _proofs(report.proofs), passed == len(checks)))
     waiting = [line for line in report.engines if not line.get("runs_here", True)]
     found += [Fact("Not run here", str(line["engine"]), str(line["status"]), good=False) for line in waiting]
+    found += [Fact("Failed", f.engine, _failure(f.reason, f.replaced_by), good=False) for f in report.failed]
     found += [Fact("Incomplete", "targets not reached", reason, good=False) for reason in report.notes_of(INCOMPLETE)]
     if report.benchmark.get("noisy"):
         found.append(Fact("Noise", "too high", "latencies can't be told apart finely on this machine", good=False))
     return found
+
+
+def _failure(reason: str, replaced_by: str) -> str:
+    return f"{reason} The default is {replaced_by} instead." if replaced_by else reason
 
 
 def decision_of(report: Report) -> str:

@@ -157,6 +157,24 @@ class Phase:
     end: int | None = None
 
 
+@dataclass(frozen=True)
+class FailedEngine:
+    """An engine that was asked for and isn't in the bundle.
+
+    Args:
+        engine: its name.
+        step: the step that failed: ``"build"``, ``"load"``, ``"verify"`` (it computes something else) or ``"arithmetic"`` (its kernels
+            compute another integer arithmetic).
+        reason: the error, in one line.
+        replaced_by: engine that is the bundle's default in its place; empty if it wouldn't have been the default.
+    """
+
+    engine: str
+    step: str
+    reason: str
+    replaced_by: str = ""
+
+
 @dataclass
 class Report:
     """The report of one bundle; an empty value was not measured or doesn't apply.
@@ -172,6 +190,7 @@ class Report:
             :meth:`~lightning_accel.verification.result.Verification.to_dict`.
         proofs: counts of what is equal: ``integers`` bit for bit, ``nodes`` one by one, ``lowered`` to half precision, ``kernels``.
         engines: the manifest's line for each engine.
+        failed: engines that were asked for, failed, and aren't in the bundle.
         layers: tables by layer.
         quantization: operator -> ``"int8"``, or ``"float: "`` and the reason.
         phases: changes to the network, as sentences.
@@ -194,6 +213,7 @@ class Report:
     verification: list[dict[str, Any]] = field(default_factory=list)
     proofs: dict[str, Any] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[FailedEngine] = field(default_factory=list)
     layers: list[LayerTable] = field(default_factory=list)
     quantization: dict[str, str] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
@@ -226,7 +246,13 @@ class Report:
                 f"Argument `report` must have schema {SCHEMA}, but got {values['schema']!r}. Write the bundle again."
             )
         known = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
-        for name, kind in (("rows", Row), ("layers", LayerTable), ("timeline", Phase), ("notes", Note)):
+        for name, kind in (
+            ("rows", Row),
+            ("layers", LayerTable),
+            ("timeline", Phase),
+            ("notes", Note),
+            ("failed", FailedEngine),
+        ):
             known[name] = [item if isinstance(item, kind) else kind(**item) for item in known.get(name, [])]
         return cls(**known)
 

@@ -154,6 +154,9 @@ def whole_report() -> Report:
                 for e in range(4)
             ],
             "run": {"command": "lightning-accel fit -c run.yaml", "config": "model:\n  class_path: pkg.Net # <b>\n"},
+            "failed": [
+                {"engine": "openvino", "step": "load", "reason": "no such operator.", "replaced_by": "onnxruntime"}
+            ],
             "phases": ["WeightPruning.weights: from step 0 to 20, of 40"],
             "benchmark": {"null_ratio": [0.8, 1.2], "rounds": 200, "noisy": True},
             "environment": {"cpu": "AMD EPYC", "cpu_flags": {"avx2": True}, "cores": 2, "gpu": None},

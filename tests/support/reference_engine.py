@@ -8,6 +8,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lightning_accel.engines.base import Runner, TensorSpec
 from lightning_accel.engines.registry import EngineSpec
+from lightning_accel.errors import EngineError
 
 
 class ReferenceRunner(Runner):
@@ -37,6 +38,15 @@ class WrongRunner(ReferenceRunner):
         return [1.1 * array for array in super()._execute(feeds)]
 
 
+class UnloadableRunner(ReferenceRunner):
+    """The same, and it can't load any file."""
+
+    engine = "unloadable"
+
+    def __init__(self, path, *, threads=None):
+        raise EngineError("it has no such operator")
+
+
 def _spec(value):
     tensor = value.type.tensor_type
     shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
@@ -48,6 +58,12 @@ def build(onnx_file: Path, out: Path, precision: str):
     out.write_bytes(Path(onnx_file).read_bytes())
     here = {"runs_here": True, "library": "reference", "version": onnx.__version__, "precision": precision}
     return {"status": "built here", "file": out.name, **here, "warnings": ["a warning of the builder"]}
+
+
+def fails_to_build(onnx_file: Path, out: Path, precision: str):
+    """A builder that leaves half a file."""
+    out.write_bytes(b"half of it")
+    raise EngineError("the builder ran out of memory")
 
 
 def refuses(arithmetic):
@@ -64,4 +80,8 @@ ENGINE = EngineSpec(
     refuses=f"{_HERE}:refuses",
 )
 WRONG = EngineSpec("wrong", f"{_HERE}:WrongRunner", modules=("onnx",))
+UNLOADABLE = EngineSpec("unloadable", f"{_HERE}:UnloadableRunner", modules=("onnx",))
+UNBUILDABLE = EngineSpec(
+    "unbuildable", f"{_HERE}:ReferenceRunner", source="built", build=f"{_HERE}:fails_to_build", modules=("onnx",)
+)
 BUILT = EngineSpec("compiled", f"{_HERE}:ReferenceRunner", source="built", build=f"{_HERE}:build", modules=("onnx",))
