@@ -1,5 +1,6 @@
 """OpenVINO engine for CPUs; reads ONNX files directly."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class OpenVinoRunner(Runner):
             core = ov.Core()
             compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
         except Exception as error:  # OpenVINO raises RuntimeError and its own subclasses of Exception
-            raise EngineError(f"OpenVINO could not load `{Path(path).name}`: {error}") from error
+            raise EngineError(f"OpenVINO could not load `{Path(path).name}`: {_reason(error)}") from error
         self._request: Any = compiled.create_infer_request()
         super().__init__(path, [_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
 
@@ -60,6 +61,18 @@ class OpenVinoRunner(Runner):
 
     def _release(self) -> None:
         self._request = None
+
+
+def _reason(error: Exception) -> str:
+    """OpenVINO's message in one line: operators and reasons, without its source files and summaries."""
+    noise = re.compile(
+        r"Exception from |Check '|While validating |FrontEnd API failed|Model wasn't fully|Summary:|-- Conversion is"
+    )
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [
+        line.replace(" with a message:", ":").removeprefix("-- ") for line in lines if line and not noise.match(line)
+    ]
+    return " ".join(said) or " ".join(lines)
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -31,8 +31,10 @@ from lightning_accel.quantization.arithmetic.targets import Target, cannot_repro
 from lightning_accel.quantization.graph.capture import capture, user_line
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import quantize
+from lightning_accel.verification.engine_trial import try_engine
 from lightning_accel.verification.file import prove_nodes
 from lightning_accel.verification.integers import check_integers
+from lightning_accel.verification.network import ModuleNetwork
 
 _SAMPLES = 8
 _LOST_IN = ("__del__", "remove", "_remove")  # finalizers and callbacks of weak references: Python drops what they raise
@@ -129,7 +131,9 @@ def check(
             ("export", "capture", partial(_export, module, call, Path(folder), made)),
             ("quantize", *quantizing),
         ]
-        steps += [(f"build {engine}", "", partial(_build, engine, wanted, made, Path(folder))) for engine in chosen]
+        steps += [
+            (f"build {engine}", "", partial(_build, engine, module, wanted, made, Path(folder))) for engine in chosen
+        ]
         for name, needs, step in steps:
             if name.startswith("build "):
                 needs = _needs(name.removeprefix("build "), wanted, made)
@@ -210,7 +214,7 @@ def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: di
     export = export_onnx(small, call, folder / "int8.onnx")
     counts = check_integers(export.path, export.trained)
     forwards = list(quantized_forwards(small).values())
-    made["quantize"] = export, call
+    made["quantize"], made["network"] = (export, call), ModuleNetwork(small, export)
     made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
     return _told(f"{target}: ", forwards, counts["integers"])
 
@@ -235,7 +239,7 @@ def _needs(engine: str, target: Target, made: Mapping[str, Any]) -> str:
     return "export" if cannot_reproduce(target, engine, forms=made.get("forms", ())) else "quantize"
 
 
-def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
+def _build(engine: str, module: nn.Module, target: Target, made: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
     needs = _needs(engine, target, made)
     if needs == "export" and made.get("quantize") is made["export"]:  # there is no other file than the int8 one
         raise InvalidArgumentError(cannot_reproduce(target, engine, forms=made["forms"]))
@@ -250,8 +254,12 @@ def _build(engine: str, target: Target, made: dict[str, Any], folder: Path) -> t
         size = out.with_name(entries["file"]).stat().st_size
         detail = f"{what}, {entries['library']} {entries['version']}, {size:,} bytes, {run}"
         return detail, list(entries.get("warnings", ()))
-    with load_runner(export.path, engine) as runner:
-        runner.run(_samples(export, call))
+    floating, own_call = made.get("export", (None, call))
+    if floating is not None:
+        with mode(module, False):
+            try_engine(floating, ModuleNetwork(module, floating), engine, _samples(floating, own_call))
+    if needs == "quantize" and export is not floating:
+        try_engine(export, made["network"], engine, _samples(export, call))
     return f"{what}, runs here", []
 
 

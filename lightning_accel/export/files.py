@@ -114,9 +114,7 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
         _lower(spec, files, exported.path, folder / HALF_MODEL, "fp16", "int8+fp16")
         files.engine_file, files.engine_precision = HALF_MODEL, "int8+fp16"
     if any(engine_named(e).source == "program" for e in spec.engines):
-        assert exported.captured is not None
-        names = {"inputs": exported.input_names, "outputs": exported.output_names}
-        torch.export.save(exported.captured, folder / PROGRAM, extra_files={NAMES_FILE: json.dumps(names)})
+        save_program(exported, folder / PROGRAM)
     if spec.keep_samples:
         few = {name: array[: spec.keep_samples] for name, array in samples.items()}
         np.savez(folder / SAMPLES, allow_pickle=False, **few, **files.network(few))
@@ -171,6 +169,13 @@ def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, p
         check = check.against(files.null.noise(FILES[precision], rounding=half))
     check.raise_if_failed(spec.command)
     files.checks.append(check)
+
+
+def save_program(export: OnnxExport, path: Path) -> None:
+    """Write the ``torch.export`` program of an exported network, with the names of its inputs and outputs."""
+    assert export.captured is not None
+    names = {"inputs": export.input_names, "outputs": export.output_names}
+    torch.export.save(export.captured, path, extra_files={NAMES_FILE: json.dumps(names)})
 
 
 def engine_file(engine: str, folder: Path) -> Path:

@@ -17,14 +17,16 @@ from lightning_accel.core.optional import require
 from lightning_accel.core.patching import Patches
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
-from lightning_accel.errors import InvalidArgumentError, RunError, VerificationError
-from lightning_accel.export.failures import BUILD, VERIFY, EngineFailures, sentence
+from lightning_accel.errors import InvalidArgumentError, VerificationError
+from lightning_accel.export.failures import BUILD, LOAD, VERIFY, EngineFailures, sentence
+from lightning_accel.export.files import save_program
 from lightning_accel.export.held_out import check_samples
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce
 from lightning_accel.quantization.graph.prepare import QuantizedForward
+from lightning_accel.verification.engine_trial import try_engine
 from lightning_accel.verification.file import check_repeatable, prove_nodes
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.kernels import check_kernels
@@ -94,21 +96,26 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         )
         check_integers(export.path, export.trained)
         samples = spec.data.samples(whole, export.input_names, _SAMPLES)
-        check_samples(ModuleNetwork(whole, export), samples, spec.data.source, trained=False)
-        if random := check_repeatable(ModuleNetwork(whole, export), samples):
+        network = ModuleNetwork(whole, export)
+        check_samples(network, samples, spec.data.source, trained=False)
+        if random := check_repeatable(network, samples):
             raise VerificationError(
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
             )
-        prove_nodes(export, samples, "the untrained network's file")
+        nodes = prove_nodes(export, samples, "the untrained network's file")
         failures = EngineFailures(spec.strict)
         for name in spec.engines:
             with failures.collect(name, VERIFY):
-                _try_engine(spec, export, name, samples)
+                _try_engine(export, network, name, samples, nodes.noise)
         built = [engine for engine in map(engine_named, spec.engines) if engine.source == "built"]
         half = "fp16" if export.trained and any(engine.rest_in_fp16 for engine in built) else spec.precision
         if half in HALVES:
             lower_precision(export.path, folder / "half.onnx", half, samples=samples)
             check_lowered(export.path, folder / "half.onnx", half)
+        for name in spec.engines:
+            if spec.precision in HALVES and runs_onnx(name) and name not in failures:
+                with failures.collect(name, LOAD):
+                    _load_half(folder / "half.onnx", name, samples)
         for engine in built:
             lowered = spec.precision in HALVES or (half in HALVES and engine.rest_in_fp16)
             source = folder / "half.onnx" if lowered else export.path
@@ -118,32 +125,26 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         for failure in failures.failed:
             rank_zero_warn(
                 f"ModelExport: engine {failure.engine} fails already on the untrained network, and won't be in the bundle unless that "
-                f"changes: {failure.reason} To stop here instead, pass strict=True."
+                f"changes: {sentence(failure.reason)} To stop here instead, pass strict=True."
             )
 
 
-def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray]) -> None:
-    """Check that an engine on this machine loads the file, runs it at several batch sizes, and has correct kernels.
-
-    Outputs aren't compared: those of an untrained network are mostly ties.
+def _try_engine(
+    export: OnnxExport, network: ModuleNetwork, engine: str, samples: Mapping[str, np.ndarray], rms: Mapping[str, float]
+) -> None:
+    """Check that an engine on this machine loads the file, runs it at several batch sizes, and computes what PyTorch computes.
 
     Raises:
-        VerificationError: its integer kernels compute something else.
+        VerificationError: an operator, or an integer kernel, computes something else.
         RunError: it can't load or run the file.
     """
-    if not runs_onnx(engine):  # TensorRT is built below; PyTorch runs the program that was captured
+    if engine_named(engine).source == "program":
+        save_program(export, program := export.path.with_suffix(".pt2"))
+        with load_runner(program, engine) as runner:
+            runner.run(dict(samples))
+    if not runs_onnx(engine):  # engines that build a file are tried by building it
         return
-    try:
-        with load_runner(export.path, engine) as runner:
-            for batch in (1, len(next(iter(samples.values())))):
-                runner.run({name: array[:batch] for name, array in samples.items()})
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # engines raise a dozen unrelated types
-        raise RunError(
-            f"Argument `engines` must name engines that run this network, but {engine} can't: {sentence(str(error))} Leave it out, or "
-            "change what it names."
-        ) from error
+    try_engine(export, network, engine, samples, rms)
     if export.trained:
         kernels = check_kernels(export.path, engine, samples)
         if kernels.diverging:
@@ -152,6 +153,12 @@ def _try_engine(spec: ExportSpec, export: OnnxExport, engine: str, samples: Mapp
                 f"Argument `engines` must name engines whose kernels compute this network on this machine, but those of {engine} "
                 f"don't. {kernels.diverging} The target {other!r} is made for them; or leave {engine} out."
             )
+
+
+def _load_half(file: Path, engine: str, samples: Mapping[str, np.ndarray]) -> None:
+    """Run the half-precision file once; what it computes is proven on the trained network."""
+    with load_runner(file, engine) as runner:
+        runner.run(dict(samples))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ must be isn't a fixed number: the error of PyTorch's own float32 result against 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,21 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from lightning_accel.core.optional import require
 from lightning_accel.onnx.file import reads
 from lightning_accel.quantization.graph.plan import module_of
+from lightning_accel.verification.segments import CHUNK, Segment, cut_segments, run_segments
 
 FACTOR = 32.0  # kernels of one operator differ by a few units in the last place; on right files the largest ratio seen was 11
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _EXACT = {"QuantizeLinear", "DequantizeLinear"}
 # Approximated by polynomials, which are exact to the last places of the function's range and not of each small value.
 _APPROXIMATED = {"Sigmoid", "Tanh", "Erf", "Softmax", "Exp", "Gelu", "Softplus", "Sin", "Cos", "LSTM", "GRU", "RNN"}
 _UNIT = 2.0**-24  # unit roundoff of float32
 _FLIP = 1.01  # integers made by several nodes at once: one step either way is a rounding on the edge
-_CHUNK = 2**28  # bytes of tensors that one session is fed and returns
 _FEW, _MANY = 2, 8  # samples: of a network whose tensors take much memory, and of others
 
 
@@ -55,21 +53,6 @@ class NodeCheck:
     noise: dict[str, float] = field(default_factory=dict, repr=False)
 
 
-@dataclass
-class _Segment:
-    """A tensor that PyTorch has too, and the nodes that compute it from others of that kind; mostly one node.
-
-    Args:
-        output: name of the tensor.
-        places: where the nodes stand in the file.
-        nodes: the nodes, in the file's order.
-    """
-
-    output: str
-    places: list[int]
-    nodes: list[onnx.NodeProto]
-
-
 def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray]) -> NodeCheck:
     """Compare each node of a file with the program it was exported from.
 
@@ -82,14 +65,14 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
         feeds: inputs by the file's names, in the order of the program's inputs; at most 8 samples of them are used.
     """
     model = onnx.load(path)
-    reference = _recorded(program, feeds, [value.name for value in model.graph.output])
+    reference = record_program(program, feeds, [value.name for value in model.graph.output])
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     if wrong := _wrong_constant(reference, constants):
         return NodeCheck(0, len(model.graph.node), float("inf"), wrong, float("inf"))
-    segments = list(_segments(model, reference.values, constants))
+    segments = list(cut_segments(model, reference.values, constants))
     seen: set[int] = set()  # places of nodes
     largest, ratio, noise = 0.0, 0.0, dict[str, float]()
-    for segment, got, failure in _results(model, segments, constants, reference.values):
+    for segment, got, failure in run_segments(model, segments, constants, reference.values):
         seen |= set(segment.places)
         if got is None:
             says, share = f"it can't be run: {failure}", float("inf")
@@ -100,12 +83,12 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
             if own <= FACTOR:
                 continue
             says = f"it is off by {share:.2e} of its range"
-        sentence = _sentence(segment, reference.origin.get(segment.output, ""), constants, says)
+        sentence = node_sentence(segment, reference.origin.get(segment.output, ""), constants, says)
         return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
     return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
 
 
-def _wrong_constant(reference: "_Reference", constants: Mapping[str, onnx.TensorProto]) -> str:
+def _wrong_constant(reference: "Reference", constants: Mapping[str, onnx.TensorProto]) -> str:
     """The first stored tensor that the exporter computed in advance and that isn't PyTorch's, in one sentence; empty if there is none.
 
     Its readers are fed PyTorch's value, so that no node shows it.
@@ -122,7 +105,8 @@ def _wrong_constant(reference: "_Reference", constants: Mapping[str, onnx.Tensor
     return ""
 
 
-def _sentence(segment: _Segment, origin: str, constants: Mapping[str, onnx.TensorProto], says: str) -> str:
+def node_sentence(segment: Segment, origin: str, constants: Mapping[str, onnx.TensorProto], says: str) -> str:
+    """Which nodes differ, the module they come from, and by how much."""
     chain = " -> ".join(f"{node.op_type} `{node.name}`" for node in segment.nodes)
     weights = [f"`{name}`" for node in segment.nodes for name in node.input if name in constants]
     return (
@@ -147,7 +131,7 @@ class _Recorder(Interpreter):
 
 
 @dataclass
-class _Reference:
+class Reference:
     """Every tensor of a program on a few samples.
 
     Args:
@@ -194,16 +178,16 @@ def _wide(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
-def _recorded(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
+def record_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> Reference:
     """Run the program on as many samples as fit into memory."""
     reference = _run_program(program, {name: array[:_FEW] for name, array in feeds.items()}, outputs)
     bytes_each = sum(array.nbytes for array in reference.values.values()) / _FEW
-    if bytes_each * _MANY > _CHUNK or all(len(array) <= _FEW for array in feeds.values()):
+    if bytes_each * _MANY > CHUNK or all(len(array) <= _FEW for array in feeds.values()):
         return reference
     return _run_program(program, {name: array[:_MANY] for name, array in feeds.items()}, outputs)
 
 
-def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
+def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> Reference:
     graph_module: Any = program.module()
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
@@ -216,7 +200,7 @@ def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outp
             next(tensors) if isinstance(n.meta.get("val"), torch.Tensor) else n.meta.get("val") for n in placeholders
         ]
         recorder.run(*inputs, enable_io_processing=False)
-    reference = _Reference(dict(feeds), {}, {}, recorder.env)
+    reference = Reference(dict(feeds), {}, {}, recorder.env)
     for node, value in recorder.env.items():
         if isinstance(value, torch.Tensor) and node.op == "call_function":
             reference.values[node.name] = value.detach().cpu().numpy()
@@ -230,118 +214,13 @@ def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outp
     return reference
 
 
-def _segments(
-    model: onnx.ModelProto, values: Mapping[str, np.ndarray], constants: Mapping[str, onnx.TensorProto]
-) -> Iterator[_Segment]:
-    """The file cut at every tensor that PyTorch has too, in the order of its nodes."""
-    nodes = list(model.graph.node)
-    place = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    inputs = {value.name for value in model.graph.input}
-    for name in place:
-        if name not in values or name in inputs:
-            continue
-        found: set[int] = set()
-        waiting, complete = [name], True
-        while waiting and complete:
-            wanted = waiting.pop()
-            if not wanted or wanted in constants or (wanted in values and wanted != name):
-                continue
-            complete = wanted in place
-            if complete and place[wanted] not in found:
-                found.add(place[wanted])
-                waiting.extend(reads(nodes[place[wanted]]))
-        segment = _Segment(name, sorted(found), [nodes[index] for index in sorted(found)])
-        if complete and not any(node.op_type in _RANDOM for node in segment.nodes):
-            yield segment
-
-
-def _results(
-    model: onnx.ModelProto,
-    segments: Sequence[_Segment],
-    constants: Mapping[str, onnx.TensorProto],
-    values: Mapping[str, np.ndarray],
-) -> Iterator[tuple[_Segment, np.ndarray | None, str]]:
-    """Run the file's nodes, many in one session; ``None`` and the reason for those that fail."""
-    chunk: list[_Segment] = []
-    size = 0
-    for index, segment in enumerate(segments):
-        chunk.append(segment)
-        size += 2 * values[segment.output].nbytes
-        if size > _CHUNK or index == len(segments) - 1:
-            try:
-                yield from [
-                    (s, array, "") for s, array in zip(chunk, _run(model, chunk, constants, values), strict=True)
-                ]
-            except Exception:  # ONNX Runtime's exceptions have no common class but this one
-                yield from (_alone(model, s, constants, values) for s in chunk)
-            chunk, size = [], 0
-
-
-def _alone(
-    model: onnx.ModelProto,
-    segment: _Segment,
-    constants: Mapping[str, onnx.TensorProto],
-    values: Mapping[str, np.ndarray],
-) -> tuple[_Segment, np.ndarray | None, str]:
-    try:
-        return segment, _run(model, [segment], constants, values)[0], ""
-    except Exception as failure:  # ONNX Runtime's exceptions have no common class but this one
-        return segment, None, str(failure).splitlines()[0]
-
-
-def _run(
-    model: onnx.ModelProto,
-    segments: Sequence[_Segment],
-    constants: Mapping[str, onnx.TensorProto],
-    values: Mapping[str, np.ndarray],
-) -> list[np.ndarray]:
-    """Compute a few tensors, each from the reference's values: every known tensor is an input of its readers and also an output."""
-    ends = {segment.output for segment in segments}
-    nodes: dict[int, onnx.NodeProto] = {}
-    for segment in segments:
-        for index, node in zip(segment.places, segment.nodes, strict=True):
-            if index not in nodes:
-                nodes[index] = onnx.NodeProto()
-                nodes[index].CopyFrom(node)
-                for i, name in enumerate(node.output):
-                    if name in values:  # even where it isn't asked for here, since its name is an input's
-                        nodes[index].output[i] = f"{name}::file"
-    read = {name for segment in segments for node in segment.nodes for name in reads(node)}
-    inputs = sorted(read & values.keys())
-    graph = helper.make_graph(
-        [nodes[index] for index in sorted(nodes)],
-        "nodes",
-        [
-            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(values[n].dtype), values[n].shape)
-            for n in inputs
-        ],
-        [
-            helper.make_tensor_value_info(f"{n}::file", helper.np_dtype_to_tensor_dtype(values[n].dtype), None)
-            for n in sorted(ends)
-        ],
-        [constants[name] for name in sorted(read & constants.keys())],
-    )
-    cut = helper.make_model(
-        graph, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
-    )
-    ort = require("onnxruntime", "cpu", "Verification")
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # a node that can't be run is reported once, by name
-    session = ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    result: list[np.ndarray] = session.run(
-        [f"{segment.output}::file" for segment in segments], {name: values[name] for name in inputs}
-    )
-    return result
-
-
 @dataclass(frozen=True)
 class _Error:
     share: float  # of the tensor's range
     rms: float
 
 
-def _errors(reference: _Reference, segment: _Segment, got: np.ndarray) -> tuple[_Error, float]:
+def _errors(reference: Reference, segment: Segment, got: np.ndarray) -> tuple[_Error, float]:
     """The error of a segment, and the largest of its channels in multiples of PyTorch's own."""
     want = reference.values[segment.output]
     if want.shape != got.shape:

@@ -96,9 +96,7 @@ def test_speed_is_compared_with_the_float_file_where_the_only_engine_that_ran_fa
     assert read_manifest(tmp_path / "bundle")["default"]["engine"] == "tensorrt"
 
 
-@pytest.mark.parametrize(
-    "engines", [["wrong"], ["unloadable"], ["unbuildable"], ["unbuildable", "unloadable"]], ids="+".join
-)
+@pytest.mark.parametrize("engines", [["wrong"], ["unloadable"], ["unbuildable"], ["wrong", "unloadable"]], ids="+".join)
 def test_where_none_passes_there_is_no_bundle(trainer, tmp_path, engines):
     with pytest.raises(RuntimeError) as error:
         fit(trainer, tmp_path / "bundle", engines)
@@ -110,7 +108,7 @@ def test_where_none_passes_there_is_no_bundle(trainer, tmp_path, engines):
         )
 
 
-@pytest.mark.parametrize("failing", ["unloadable", "unbuildable"])
+@pytest.mark.parametrize("failing", FAILING)
 def test_strict_stops_before_training(trainer, tmp_path, failing):
     module = Classifier()
     export = la.ModelExport(tmp_path / "bundle", engines=["onnxruntime", failing], data="val", strict=True)

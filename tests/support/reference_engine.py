@@ -38,6 +38,16 @@ class WrongRunner(ReferenceRunner):
         return [1.1 * array for array in super()._execute(feeds)]
 
 
+class WrongWholeRunner(ReferenceRunner):
+    """The same, and only a whole network is wrong, as by an optimization across operators; outputs of parts have names with colons."""
+
+    engine = "wrong whole"
+
+    def _execute(self, feeds):
+        arrays = super()._execute(feeds)
+        return arrays if any("::" in name for name in self.output_names) else [array[:, ::-1] for array in arrays]
+
+
 class UnloadableRunner(ReferenceRunner):
     """The same, and it can't load any file."""
 
@@ -80,6 +90,7 @@ ENGINE = EngineSpec(
     refuses=f"{_HERE}:refuses",
 )
 WRONG = EngineSpec("wrong", f"{_HERE}:WrongRunner", modules=("onnx",))
+WRONG_WHOLE = EngineSpec("wrong whole", f"{_HERE}:WrongWholeRunner", modules=("onnx",))
 UNLOADABLE = EngineSpec("unloadable", f"{_HERE}:UnloadableRunner", modules=("onnx",))
 UNBUILDABLE = EngineSpec(
     "unbuildable", f"{_HERE}:ReferenceRunner", source="built", build=f"{_HERE}:fails_to_build", modules=("onnx",)
