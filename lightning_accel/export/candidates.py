@@ -124,8 +124,10 @@ def _add_reference(candidates: Candidates, folder: Path, spec: ExportSpec) -> No
     label = f"{candidates.name} fp32"
     candidates.paths[label] = folder / MODEL
     row = Row(label, "onnxruntime", parameters=candidates.parameters)
-    teacher = {name: other for name, other in candidates.rows.items() if name == "teacher"}
-    candidates.rows = {**teacher, label: row, **candidates.rows}  # speed-ups refer to the first row that is no engine's
+    others = {name: other for name, other in candidates.rows.items() if name != "teacher"}
+    for name in others:  # speed-ups refer to the first row, which comes before those of engines that don't run here
+        del candidates.rows[name]
+    candidates.rows |= {label: row, **others}
 
 
 def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Module, folder: Path) -> BenchmarkResult:

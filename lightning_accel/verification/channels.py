@@ -76,12 +76,18 @@ class AxisErrors:
         if len(rows):
             np.maximum(rows, off.max(axis=others)[: len(rows)], out=rows, casting="same_kind")
             self.drawn += len(rows)
-        finite = np.isfinite(reference)
         whole = (0, *others)
-        self.low = np.minimum(self.low, np.where(finite, reference, np.inf).min(axis=whole))
-        self.high = np.maximum(self.high, np.where(finite, reference, -np.inf).max(axis=whole))
-        numbers = np.where(finite, reference, 0.0)
-        self.sums, self.squares = self.sums + numbers.sum(axis=whole), self.squares + (numbers**2).sum(axis=whole)
+        low, high = reference.min(axis=whole), reference.max(axis=whole)
+        numbers = reference
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            finite = np.isfinite(reference)
+            low = np.where(finite, reference, np.inf).min(axis=whole)
+            high = np.where(finite, reference, -np.inf).max(axis=whole)
+            numbers = np.where(finite, reference, 0.0)
+        self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
+        axes = "abcdefghijkl"[: reference.ndim]
+        self.sums = self.sums + numbers.sum(axis=whole)
+        self.squares = self.squares + np.einsum(f"{axes},{axes}->{axes[self.axis]}", numbers, numbers)
         self.values += reference.size // max(self.size, 1)
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_accel.verification.channels import FACTOR
+from lightning_accel.verification.channels import FACTOR, AxisErrors
 from lightning_accel.verification.significance import upper_share
 from lightning_accel.verification.tolerances import Tolerance
 
@@ -55,6 +55,11 @@ class Positives:
     def __init__(self, axis: int, size: int, threshold: float) -> None:
         self.axis, self.threshold = axis, threshold
         self.both, self.either, self.samples = (np.zeros(size, np.int64) for _ in range(3))
+
+    @staticmethod
+    def possible(errors: AxisErrors) -> bool:
+        """Whether a channel of this axis may hold scores: values from 0 to 1."""
+        return bool(((errors.low >= 0.0) & (errors.high <= 1.0)).any())
 
     def add(self, reference: np.ndarray, other: np.ndarray) -> None:
         """Add a batch, both ``(N, ...)``."""

@@ -78,8 +78,9 @@ class OutputErrors:
     def _add_axes(self, a: np.ndarray, b: np.ndarray, off: np.ndarray, start: int) -> None:
         if a.ndim == 1:  # one value for each sample is one channel
             a, b, off = a[:, None], b[:, None], off[:, None]
-        with np.errstate(invalid="ignore"):
-            self.normed &= a.shape[-1] > 1 and bool(np.all(np.abs((a**2).sum(-1) - 1.0) < 1e-3))
+        if self.normed:
+            with np.errstate(invalid="ignore", over="ignore"):
+                self.normed = a.shape[-1] > 1 and bool(np.all(np.abs(np.einsum("...i,...i->...", a, a) - 1.0) < 1e-3))
         for axis in {1, a.ndim - 1} - self.varying:
             size = a.shape[axis]
             if axis in self.axes and self.axes[axis].size != size:
@@ -89,11 +90,12 @@ class OutputErrors:
                 self.axes[axis] = AxisErrors(axis, size, max(self.samples, len(a)))
                 self.positives[axis] = Positives(axis, size, _PROBABILITY)
             self.axes[axis].add(a, off, start)
-            self.positives[axis].add(a, b)
-            with np.errstate(invalid="ignore"):
-                sums = bool(a.min() >= 0.0 and np.all(np.abs(a.sum(axis) - 1.0) < 1e-3))
-            self.summing[axis] = self.summing.get(axis, True) and sums
-            if size > 1:
+            if self.positives[axis].possible(self.axes[axis]):
+                self.positives[axis].add(a, b)
+            if self.summing.get(axis, True):
+                with np.errstate(invalid="ignore"):
+                    self.summing[axis] = bool(self.low >= 0.0 and np.all(np.abs(a.sum(axis) - 1.0) < 1e-3))
+            if size > 1 and (axis == 1 or a.ndim == 3 or self.summing[axis]):  # where classes may lie
                 best = np.partition(a, -2, axis=axis).take([-2, -1], axis)
                 margin = best.take(1, axis) - best.take(0, axis)
                 same = a.argmax(axis) == b.argmax(axis)
