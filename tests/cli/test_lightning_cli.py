@@ -17,9 +17,11 @@ import lightning_accel as la
 from lightning_accel.cli.lightning_cli import AccelCLI
 from lightning_accel.cli.main import main
 from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS
+from lightning_accel.engines.registry import register_engine, unregister_engine
 from lightning_accel.export.logging import scalars
 from lightning_accel.reports.model import Report, Row
 from tests.support.models import Classifier, images
+from tests.support.reference_engine import UNLOADABLE
 
 pytestmark = [
     # Lightning 2.6 calls what jsonargparse 4.49 has renamed.
@@ -330,6 +332,24 @@ def test_a_run_that_ends_unfinished_is_no_success(tmp_path, capfd, mark):
     if not mark:
         assert err[-1].startswith("lightning-accel: error: The run ended before its targets were reached: Quantization")
         assert "has seen 8 of 10 calibration batches" in err[-1]
+
+
+@pytest.mark.filterwarnings("ignore:ModelExport. ")
+def test_a_run_without_one_of_its_engines_is_no_success(tmp_path, capsys):
+    """The bundle is there, with the other engine; the exit code and the last line say that one is missing."""
+    register_engine(UNLOADABLE)
+    try:
+        config = run_config(tmp_path)
+        export = config["trainer"]["callbacks"][EXPORT]
+        export["init_args"] |= {"engines": ["onnxruntime", "unloadable"]}
+        config["trainer"]["callbacks"] = [export]
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "-c", "run.yaml"]) == 1
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith("FAILED, and not in the bundle: unloadable (load): it has no such operator.")
+        la.load_runner(export["init_args"]["dirpath"]).close()
+    finally:
+        unregister_engine("unloadable")
 
 
 class StopAfter(L.Callback):
