@@ -72,6 +72,28 @@ def output_names(result: ResultShape, given: Sequence[str] | None) -> list[str]:
     return _checked("output_names", short_names(result.paths(), "output"), given)
 
 
+def chosen_outputs(names: Sequence[str], outputs: Sequence[str] | Mapping[str, str] | None) -> dict[int, str]:
+    """Position of each output that is kept, in the order of the result, and its name.
+
+    Args:
+        names: default names of all outputs.
+        outputs: names to keep, or ``{name: name in the file}``; ``None`` for all.
+
+    Raises:
+        InvalidArgumentError: a name that isn't an output, none at all, or one name twice.
+    """
+    if outputs is None:
+        return dict(enumerate(names))
+    wanted = dict(outputs) if isinstance(outputs, Mapping) else {name: name for name in outputs}
+    whole = not isinstance(outputs, str) and all(isinstance(new, str) and new for new in wanted.values())
+    if not wanted or not whole or wanted.keys() - set(names) or len(set(wanted.values())) != len(list(outputs)):
+        raise InvalidArgumentError(
+            f"Argument `outputs` must hold names of outputs, each once, of {list(names)}, or map them to names in the file, but got "
+            f"{outputs!r}."
+        )
+    return {place: wanted[name] for place, name in enumerate(names) if name in wanted}
+
+
 def _checked(argument: str, names: list[str], given: Sequence[str] | None) -> list[str]:
     if given is None:
         return names

@@ -1,6 +1,6 @@
 """Describe the inputs of a call by shapes and types, and rebuild an equivalent call from the description."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,22 +78,22 @@ def describe_inputs(
 
 def dynamic_axes(description: Mapping[str, Any]) -> list[dict[int, str]]:
     """Further dynamic axes of each tensor, as :func:`describe_inputs` got them."""
-    return [dict(entry.get("axes", [])) for entry in _tensors(description)]
+    return [dict(entry.get("axes", [])) for entry in tensor_entries(description)]
 
 
 def traced_batch(description: Mapping[str, Any]) -> int:
     """Batch size to capture with: not 0 or 1, which torch.export specializes, and no size of a fixed dimension."""
-    fixed = {size for entry in _tensors(description) if not entry["batch"] for size in entry[_TENSOR][:1]}
+    fixed = {size for entry in tensor_entries(description) if not entry["batch"] for size in entry[_TENSOR][:1]}
     return next(n for n in range(3, 10**6) if n not in fixed)
 
 
-def _tensors(entry: Any) -> Iterator[Mapping[str, Any]]:
+def tensor_entries(entry: Any) -> Iterator[Mapping[str, Any]]:
     """Entry of each tensor in a description, in order."""
     if isinstance(entry, Mapping) and _TENSOR in entry:
         yield entry
     elif isinstance(entry, Mapping | list | tuple):
         for item in entry.values() if isinstance(entry, Mapping) else entry:
-            yield from _tensors(item)
+            yield from tensor_entries(item)
 
 
 def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -176,6 +176,17 @@ class ResultShape:
         if not tensors:
             raise InvalidArgumentError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
         return ResultShape(spec, tuple(_HERE if isinstance(v, torch.Tensor) else v for v in leaves)), tensors
+
+    def pick(self, result: Any) -> list[torch.Tensor]:
+        """Tensors of another result of the same form, at the places where this one has tensors."""
+        leaves = pytree.tree_leaves(result)
+        return [leaf for leaf, kept in zip(leaves, self.constants, strict=True) if kept is _HERE]
+
+    def select(self, places: Collection[int]) -> "ResultShape":
+        """The shape with these of its tensors only, by position; ``None`` stands for the others."""
+        tensors = [i for i, constant in enumerate(self.constants) if constant is _HERE]
+        gone = {i for place, i in enumerate(tensors) if place not in places}
+        return ResultShape(self.spec, tuple(None if i in gone else c for i, c in enumerate(self.constants)))
 
     def rebuild(self, tensors: Iterable[Any]) -> Any:
         """The result with other tensors in it."""

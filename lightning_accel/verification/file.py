@@ -14,7 +14,7 @@ from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Feeds, Network, Verification, verify
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
-from lightning_accel.verification.null_divergence import NullDivergence
+from lightning_accel.verification.null_divergence import NullDivergence, with_constants
 from lightning_accel.verification.tolerances import FLOAT, Tolerance
 
 _FEW = 8
@@ -97,6 +97,7 @@ def prove_file(
     what: str = "file (as written)",
     batch_sizes: Sequence[int] = (1, 7, 32),
     repeat: str = "",
+    constants: Feeds | None = None,
 ) -> FileProof:
     """Compare a file, run with all engine optimizations turned off, with PyTorch.
 
@@ -108,6 +109,7 @@ def prove_file(
         what: name of the file in the result and in messages.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
         repeat: command that repeats the step, for the message.
+        constants: inputs that have no batch, passed with every batch of samples.
 
     Returns:
         What was measured.
@@ -115,11 +117,13 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes)
-    nodes = check_nodes(export.path, export.program, samples)
+    held = constants or {}
+    check = _end_to_end(export, with_constants(network, held), samples, tolerance, what, batch_sizes, held)
+    feeds = {name: held[name] if name in held else samples[name] for name in export.input_names}
+    nodes = check_nodes(export.path, export.program, feeds, held)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
-    null = NullDivergence(export.path, samples, nodes.noise, network, others)
-    random = "" if check.passed else check_repeatable(network, samples)
+    null = NullDivergence(export.path, samples, nodes.noise, network, others, held)
+    random = "" if check.passed else check_repeatable(with_constants(network, held), samples)
     if random:  # such a network is as far from itself as from anything
         check.failures.append(random)
     elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
@@ -138,12 +142,13 @@ def _end_to_end(
     tolerance: Tolerance,
     what: str,
     batch_sizes: Sequence[int],
+    constants: Feeds,
 ) -> Verification:
     try:
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
             return verify(
                 network,
-                runner.run,
+                with_constants(runner.run, constants),
                 samples,
                 engine=what,
                 tolerance=tolerance,

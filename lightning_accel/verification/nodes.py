@@ -6,7 +6,7 @@ must be isn't a fixed number: the error of PyTorch's own float32 result against 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class _Segment:
     nodes: list[onnx.NodeProto]
 
 
-def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray]) -> NodeCheck:
+def check_nodes(
+    path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray], constants: Collection[str] = ()
+) -> NodeCheck:
     """Compare each node of a file with the program it was exported from.
 
     Nodes whose output isn't in the program (the exporter writes some operators as several nodes) are run together
@@ -80,16 +82,17 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
         path: the ONNX file.
         program: from :func:`~lightning_accel.onnx.export.export_onnx`.
         feeds: inputs by the file's names, in the order of the program's inputs; at most 8 samples of them are used.
+        constants: inputs that have no batch and stay whole.
     """
     model = onnx.load(path)
-    reference = _recorded(program, feeds, [value.name for value in model.graph.output])
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    if wrong := _wrong_constant(reference, constants):
+    reference = _recorded(program, feeds, [value.name for value in model.graph.output], constants)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    if wrong := _wrong_constant(reference, stored):
         return NodeCheck(0, len(model.graph.node), float("inf"), wrong, float("inf"))
-    segments = list(_segments(model, reference.values, constants))
+    segments = list(_segments(model, reference.values, stored))
     seen: set[int] = set()  # places of nodes
     largest, ratio, noise = 0.0, 0.0, dict[str, float]()
-    for segment, got, failure in _results(model, segments, constants, reference.values):
+    for segment, got, failure in _results(model, segments, stored, reference.values):
         seen |= set(segment.places)
         if got is None:
             says, share = f"it can't be run: {failure}", float("inf")
@@ -100,7 +103,7 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
             if own <= FACTOR:
                 continue
             says = f"it is off by {share:.2e} of its range"
-        sentence = _sentence(segment, reference.origin.get(segment.output, ""), constants, says)
+        sentence = _sentence(segment, reference.origin.get(segment.output, ""), stored, says)
         return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
     return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
 
@@ -194,13 +197,19 @@ def _wide(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
-def _recorded(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:
+def _recorded(
+    program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str], constants: Collection[str]
+) -> _Reference:
     """Run the program on as many samples as fit into memory."""
-    reference = _run_program(program, {name: array[:_FEW] for name, array in feeds.items()}, outputs)
+
+    def first(count: int) -> dict[str, np.ndarray]:
+        return {name: array if name in constants else array[:count] for name, array in feeds.items()}
+
+    reference = _run_program(program, first(_FEW), outputs)
     bytes_each = sum(array.nbytes for array in reference.values.values()) / _FEW
-    if bytes_each * _MANY > _CHUNK or all(len(array) <= _FEW for array in feeds.values()):
+    if bytes_each * _MANY > _CHUNK or all(len(a) <= _FEW for name, a in feeds.items() if name not in constants):
         return reference
-    return _run_program(program, {name: array[:_MANY] for name, array in feeds.items()}, outputs)
+    return _run_program(program, first(_MANY), outputs)
 
 
 def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> _Reference:

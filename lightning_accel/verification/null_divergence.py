@@ -176,6 +176,7 @@ class NullDivergence:
         rms: by tensor, the noise that was measured in the file's nodes.
         network: the network in PyTorch; ``None`` if it isn't available.
         others: the same in other orders of summation, by name.
+        constants: inputs that have no batch, passed with every batch of samples.
     """
 
     path: Path
@@ -183,6 +184,7 @@ class NullDivergence:
     rms: Mapping[str, float] = field(default_factory=dict)
     network: Network | None = None
     others: Mapping[str, Network] = field(default_factory=dict)
+    constants: Feeds = field(default_factory=dict)
     _known: dict[Any, dict[str, Verification]] = field(default_factory=dict)
 
     def orders(self, tolerance: Tolerance) -> dict[str, Verification]:
@@ -227,7 +229,13 @@ class NullDivergence:
 
     def _compared(self, one: Network, other: Network, name: str, tolerance: Tolerance) -> Verification:
         few = {key: array[:_SAMPLES] for key, array in self.samples.items()}
+        one, other = with_constants(one, self.constants), with_constants(other, self.constants)
         return verify(one, other, few, engine=name, tolerance=tolerance, batch_sizes=(_BATCH,))
+
+
+def with_constants(network: Network, constants: Feeds) -> Network:
+    """A network as a function of its other inputs, these being the same in every batch."""
+    return (lambda feeds: network({**feeds, **constants})) if constants else network
 
 
 def one_ulp(network: Network) -> Network:

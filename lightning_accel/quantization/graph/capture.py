@@ -4,16 +4,12 @@ The module is not changed: the graph is stored outside of ``_modules`` and reads
 optimizers, EMA, checkpoints and device moves work as before.
 """
 
-import inspect
 import io
 import logging
 import re
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -25,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.operators import is_view
@@ -140,10 +137,11 @@ def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error
             f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
-    if reason_known := taken_name(error, module) or fixed_batch(error, what):
+    line = user_line(error, module)
+    if reason_known := taken_name(error, module) or fixed_batch(error, f"{what} (at {line})" if line else what):
         return reason_known
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
-    if line := user_line(error, module):
+    if line:
         message += f" (at {line})"
     works = _submodule_that_works(module, description)
     if works:
@@ -175,24 +173,6 @@ def fixed_batch(error: BaseException, what: str) -> str:
         f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
         "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
     )
-
-
-def user_line(error: BaseException, module: nn.Module) -> str:
-    """Innermost line of the traceback outside of installed packages."""
-    installed = sysconfig.get_paths()["purelib"]
-    here = str(Path(__file__).parents[2])
-    found = ""
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            file = frame.filename
-            if not file.startswith((installed, here, "<", sysconfig.get_paths()["stdlib"])):
-                found = f"{file}:{frame.lineno}"
-        seen = seen.__cause__ or seen.__context__
-    if found:
-        return found
-    source = inspect.getsourcefile(type(module))
-    return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
 
 
 def _submodule_that_works(module: nn.Module, description: Mapping[str, Any]) -> str:
