@@ -156,8 +156,12 @@ class ResultShape:
     constants: tuple[Any, ...]
 
     @staticmethod
-    def of(result: Any) -> "tuple[ResultShape, list[torch.Tensor]]":
+    def of(result: Any, *, others: bool = False) -> "tuple[ResultShape, list[torch.Tensor]]":
         """Separate a result into its shape and its tensors.
+
+        Args:
+            result: what ``forward`` returned.
+            others: whether objects that are neither tensors nor plain values may be there, ``None`` standing for them.
 
         Returns:
             Its shape and its tensors, in order.
@@ -167,15 +171,19 @@ class ResultShape:
         """
         leaves, spec = pytree.tree_flatten(result)
         for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS:
+            if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS and not others:
+                cache = "Pass `use_cache=False`, as an argument or in the model's `config`. " if is_cache(leaf) else ""
                 raise InvalidArgumentError(
                     f"Method `forward` must return tensors and plain values, but got a {type(leaf).__name__} in {_words(result)}. "
-                    "Return it as a tensor, or not at all."
+                    f"{cache}Return it as a tensor or not at all, or choose others with `outputs`."
                 )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:
             raise InvalidArgumentError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
-        return ResultShape(spec, tuple(_HERE if isinstance(v, torch.Tensor) else v for v in leaves)), tensors
+        kept = (leaf if type(leaf) in _CONSTANTS else None for leaf in leaves)
+        return ResultShape(
+            spec, tuple(_HERE if isinstance(v, torch.Tensor) else c for v, c in zip(leaves, kept, strict=True))
+        ), tensors
 
     def pick(self, result: Any) -> list[torch.Tensor]:
         """Tensors of another result of the same form, at the places where this one has tensors."""
@@ -197,6 +205,11 @@ class ResultShape:
         """Path of each tensor in the nested structure."""
         found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.constants), self.spec))
         return [path for path, leaf in found if leaf is _HERE]
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values of ``transformers``, for instance a ``DynamicCache``."""
+    return any(base.__name__.endswith("Cache") for base in type(value).__mro__)
 
 
 class InputGuard:

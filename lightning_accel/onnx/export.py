@@ -141,7 +141,7 @@ def export_onnx(
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
         call, shapes = stack.enter_context(example.traceable(source, device))
-        results = stack.enter_context(_tensors_only(source, choose))
+        results = stack.enter_context(_tensors_only(source, choose, others=outputs is not None))
         program = _captured(source, call, shapes)
         check_deterministic(program, module)
         first = example.unused is None
@@ -265,7 +265,7 @@ def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs
 
 
 @contextmanager
-def _tensors_only(module: nn.Module, choose: Choose) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
+def _tensors_only(module: nn.Module, choose: Choose, others: bool) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
     """``module.forward`` returns the chosen tensors alone, as ONNX does; yields the shapes that its results had, with the names."""
     if isinstance(
         module, GraphModule
@@ -276,7 +276,7 @@ def _tensors_only(module: nn.Module, choose: Choose) -> Iterator[list[tuple[Resu
     shapes: list[tuple[ResultShape, dict[int, str]]] = []
 
     def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        shape, found = ResultShape.of(forward(*args, **kwargs))
+        shape, found = ResultShape.of(forward(*args, **kwargs), others=others)
         chosen = choose(shape)
         shapes.append((shape.select(chosen), chosen))
         return tuple(found[place] for place in chosen)

@@ -12,6 +12,7 @@ import onnx
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 from lightning_accel import __version__
+from lightning_accel.errors import CaptureError
 
 LARGEST = 2**31 - 2**24  # protobuf refuses 2 GB; what isn't weights needs some of them
 _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference reads it
@@ -78,7 +79,7 @@ def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
     weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     beside = path.with_name(f"{path.name}.data")
     if weights < largest:
-        onnx.checker.check_model(model, full_check=True)
+        _check(model)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
@@ -93,11 +94,27 @@ def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
         convert_model_to_external_data(model, location=beside.name, size_threshold=_SMALL, convert_attribute=False)
         write_external_data_tensors(model, str(folder))
         (folder / path.name).write_bytes(model.SerializeToString(deterministic=True))
-        onnx.checker.check_model(str(folder / path.name), full_check=True)  # by path: it reads the weights too
+        _check(str(folder / path.name))  # by path: it reads the weights too
         os.replace(folder / beside.name, beside)  # first: a file whose weights are missing is refused by every reader
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(model: onnx.ModelProto | str) -> None:
+    """Check that a file is valid and that its shapes fit together.
+
+    Raises:
+        CaptureError: they don't; the message names the node, which is called after its module.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CaptureError(
+            f"Argument `module` must be one that torch.onnx writes as a valid file, but got one whose file isn't: {reason}. Compute what "
+            "the named node stands for in another way, and report it to PyTorch."
+        ) from error
 
 
 def reads(node: onnx.NodeProto) -> list[str]:

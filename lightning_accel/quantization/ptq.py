@@ -172,6 +172,7 @@ def calibrate_(
                 f"Leave it out, or let `{type(caller).__name__}.forward` call it."
             )
     for forward in forwards:
+        forward.bank.check_observed()
         forward.bank.activate()
         forward.bank.frozen = True
 

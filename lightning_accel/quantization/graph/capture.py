@@ -138,7 +138,8 @@ def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error
             "unroll time). Leave it out and pad to one size."
         )
     line = user_line(error, module)
-    if reason_known := taken_name(error, module) or fixed_batch(error, f"{what} (at {line})" if line else what):
+    at = f"{what} (at {line})" if line else what
+    if reason_known := taken_name(error, module) or fixed_batch(error, at) or unknown_result(error, at):
         return reason_known
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
     if line:
@@ -172,6 +173,19 @@ def fixed_batch(error: BaseException, what: str) -> str:
     return (
         f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
         "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
+    )
+
+
+def unknown_result(error: BaseException, what: str) -> str:
+    """Explanation if the code returns an object that torch.export can't take apart; otherwise empty."""
+    found = re.search(r"Found <class '([\w.]+)'> in output, which is not a known type", str(error))
+    if found is None:
+        return ""
+    name = found[1].rpartition(".")[2]
+    way = "Pass `use_cache=False`, as an argument or in the model's `config`" if name.endswith("Cache") else "Leave it out"
+    return (
+        f"Method `forward` must return tensors and plain values, but {what} returns a {name}. {way}, or register it with "
+        "`torch.utils._pytree.register_dataclass`."
     )
 
 

@@ -57,6 +57,7 @@ def convert(
         raise InvalidArgumentError(
             "Ranges must have seen data before convert, but got none: train, or calibrate, past `start`."
         )
+    bank.check_observed()
     graph_module = forward.graph()
     if choose is not None:
         _drop_what_only_others_need(graph_module, choose)
