@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call, canonical_call, given_call, is_target
 from lightning_accel.calls.contexts import named_keywords, own_signature
-from lightning_accel.calls.names import Axes, checked_axes, input_names
+from lightning_accel.calls.names import Axes, checked_axes, checked_batch, input_names
 from lightning_accel.calls.shapes import (
+    batch_axes,
     batch_shapes,
     describe_inputs,
     example_inputs,
     plain_call,
     tensor_entries,
-    traced_batch,
 )
 
 
@@ -49,7 +49,14 @@ class ExampleCall:
 
     @classmethod
     def of(
-        cls, module: nn.Module, inputs: Any, *, names: Sequence[str] | None = None, dynamic: Axes | None = None
+        cls,
+        module: nn.Module,
+        inputs: Any,
+        *,
+        names: Sequence[str] | None = None,
+        dynamic: Axes | None = None,
+        batch: str = "dynamic",
+        batch_axis: Mapping[str, int | None] | None = None,
     ) -> "ExampleCall":
         """Derive everything from one call.
 
@@ -58,6 +65,8 @@ class ExampleCall:
             inputs: a tensor, a tuple of positional or a dict of keyword arguments, or ``(args, kwargs)``.
             names: names of the inputs; ``None``: the parameter names of ``forward`` and the keys of dicts.
             dynamic: axes beyond the batch that may change.
+            batch: ``"dynamic"``, or ``"fixed"`` for a network that takes the example's shapes only.
+            batch_axis: axis of the batch of inputs where it isn't the first one; ``None`` for inputs without a batch.
 
         Raises:
             InvalidArgumentError: the inputs hold no tensor, or names or axes don't fit them.
@@ -70,8 +79,9 @@ class ExampleCall:
         signature = own_signature(module)
         call = canonical_call(signature, *given_call(inputs))
         found = input_names(signature, call, names)
-        axes = checked_axes(dynamic or {}, found, call)
-        described = describe_inputs(*call, [axes.get(name, {}) for name in found])
+        batches = checked_batch(batch, batch_axis, found, call)
+        axes = checked_axes(dynamic or {}, found, call, batches)
+        described = describe_inputs(*call, [axes.get(name, {}) for name in found], batches)
         return cls(signature, call, tuple(found), axes, _with_targets(described, signature, call))
 
     @property
@@ -80,14 +90,15 @@ class ExampleCall:
         return tuple(name for name in self.tensor_names if name not in (self.unused or ()))
 
     @property
-    def batched(self) -> tuple[str, ...]:
-        """Names of the inputs whose first dimension is the batch: it has the size of the first tensor's."""
-        entries = dict(zip(self.tensor_names, tensor_entries(self.description), strict=True))
-        return tuple(name for name in self.input_names if entries[name]["batch"])
+    def batch_axes(self) -> dict[str, int]:
+        """Axis of each input that is the batch; inputs without one, and all of a fixed batch, aren't in it."""
+        found = dict(zip(self.tensor_names, batch_axes(self.description), strict=True))
+        return {name: axis for name in self.input_names if (axis := found[name]) is not None}
 
-    def with_axes(self, axes: Axes) -> "ExampleCall":
-        """The same call with other dynamic axes, which were checked before."""
-        described = describe_inputs(*self.call, [axes.get(name, {}) for name in self.tensor_names])
+    def with_axes(self, axes: Axes, batch: Sequence[int | None] | None = None) -> "ExampleCall":
+        """The same call with other dynamic axes, which were checked before, and another axis of each tensor as the batch."""
+        batches = batch_axes(self.description) if batch is None else batch
+        described = describe_inputs(*self.call, [axes.get(name, {}) for name in self.tensor_names], batches)
         return replace(self, axes=axes, description=_with_targets(described, self.signature, self.call))
 
     def without(self, unused: Sequence[str]) -> "ExampleCall":
@@ -140,12 +151,12 @@ class ExampleCall:
         args, kwargs = example_inputs(self.description, device)
         with named_keywords(source, kwargs):
             axes = [self.axes.get(name, {}) for name in self.tensor_names]
-            yield (args, kwargs), batch_shapes(source, args, kwargs, traced_batch(self.description), axes)
+            yield (args, kwargs), batch_shapes(source, args, kwargs, batch_axes(self.description), axes)
 
 
 def _symbols(entry: Mapping[str, Any]) -> list[tuple[int, str]]:
     """Axes of a described tensor that vary, each with its symbol."""
-    batch = [(0, "batch")] if entry["batch"] else []
+    batch = [(entry.get("batch_axis", 0), "batch")] if entry["batch"] else []
     return batch + [(axis, symbol) for axis, symbol in entry.get("axes", [])]
 
 

@@ -163,7 +163,8 @@ def _same_length(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise InvalidArgumentError(
             f"Argument `inputs` must give tensors with one batch as their first dimension, but got {shapes}: a bundle is verified "
             "sample by sample, which nodes and edges of a graph, for instance, can't be. Pass `inputs=` a function of the batch that "
-            "pads them to one entry a sample, or make what never changes a buffer of the module."
+            "pads them to one entry a sample, or make what never changes a buffer of the module. `export_onnx(batch_axis=...)` writes a "
+            "verified file of such a network without a bundle."
         )
     return feeds
 

@@ -23,6 +23,7 @@ from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
+    batch_axes,
     dynamic_axes,
     plain_call,
 )
@@ -96,6 +97,8 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     outputs: Sequence[str] | Mapping[str, str] | None = None,
     dynamic: Axes | None = None,
+    batch: str = "dynamic",
+    batch_axis: Mapping[str, int | None] | None = None,
     preprocess: nn.Module | None = None,
     postprocess: nn.Module | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -121,13 +124,15 @@ def export_onnx(
     example = (
         inputs
         if isinstance(inputs, ExampleCall)
-        else ExampleCall.of(module, inputs, names=input_names, dynamic=dynamic)
+        else ExampleCall.of(module, inputs, names=input_names, dynamic=dynamic, batch=batch, batch_axis=batch_axis)
     )
     parts = quantized_forwards(module) if quantized else {}
     opset = max([OPSET, *(part.target.opset for part in parts.values())]) if opset is None else opset
     if dynamic is None and not example.axes and "" in parts:
         captured = zip(example.tensor_names, dynamic_axes(parts[""].inputs), strict=True)
-        example = example.with_axes({name: of_input for name, of_input in captured if of_input})
+        example = example.with_axes(
+            {name: of_input for name, of_input in captured if of_input}, batch_axes(parts[""].inputs)
+        )
     _check_captured(example, parts)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     trained: dict[str, TrainedIntegers] = {}
@@ -154,7 +159,7 @@ def export_onnx(
             f"export_onnx: no output depends on the inputs {list(example.unused)}; the file has only {list(example.input_names)}."
         )
     model = written.model_proto
-    onnx_file.clean(model, example.axes, metadata or {})
+    onnx_file.clean(model, example.axes, metadata or {}, example.batch_axes)
     onnx_file.write(model, Path(path), largest)
     apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
     return OnnxExport(Path(path), example, tuple(names_out), apart, trained, result, program)
@@ -265,7 +270,9 @@ def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs
 
 
 @contextmanager
-def _tensors_only(module: nn.Module, choose: Choose, others: bool) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
+def _tensors_only(
+    module: nn.Module, choose: Choose, others: bool
+) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
     """``module.forward`` returns the chosen tensors alone, as ONNX does; yields the shapes that its results had, with the names."""
     if isinstance(
         module, GraphModule

@@ -18,7 +18,12 @@ LARGEST = 2**31 - 2**24  # protobuf refuses 2 GB; what isn't weights needs some 
 _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference reads it
 
 
-def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
+def clean(
+    model: onnx.ModelProto,
+    axes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, Any],
+    batch: Mapping[str, int],
+) -> None:
     """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
 
     Shapes of intermediate tensors are dropped too: every reader infers them, and in a small int8 file they take an eighth of the size.
@@ -27,6 +32,7 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         model: changed in place.
         axes: names of dynamic axes beyond the batch, ``{input: {axis: name}}``.
         metadata: further notes; values that are no strings are written as JSON.
+        batch: axis of each input that is the batch.
     """
     graphs = [model.graph, *model.functions]
     for holder in [model, *graphs]:
@@ -44,7 +50,7 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         value.doc_string = ""
     names: dict[str, str] = {}
     for value in model.graph.input:
-        wanted = {0: "batch", **axes.get(value.name, {})}
+        wanted = {**axes.get(value.name, {}), **({batch[value.name]: "batch"} if value.name in batch else {})}
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and axis in wanted:
                 names.setdefault(dim.dim_param, wanted[axis])

@@ -12,9 +12,10 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Feeds, Network, Verification, verify
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
-from lightning_accel.verification.null_divergence import NullDivergence, with_constants
+from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.tolerances import FLOAT, Tolerance
 
 _FEW = 8
@@ -97,7 +98,7 @@ def prove_file(
     what: str = "file (as written)",
     batch_sizes: Sequence[int] = (1, 7, 32),
     repeat: str = "",
-    constants: Feeds | None = None,
+    layout: Layout | None = None,
 ) -> FileProof:
     """Compare a file, run with all engine optimizations turned off, with PyTorch.
 
@@ -109,7 +110,7 @@ def prove_file(
         what: name of the file in the result and in messages.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
         repeat: command that repeats the step, for the message.
-        constants: inputs that have no batch, passed with every batch of samples.
+        layout: how samples become the inputs of a call; ``None``: they are.
 
     Returns:
         What was measured.
@@ -117,13 +118,14 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    held = constants or {}
-    check = _end_to_end(export, with_constants(network, held), samples, tolerance, what, batch_sizes, held)
-    feeds = {name: held[name] if name in held else samples[name] for name in export.input_names}
-    nodes = check_nodes(export.path, export.program, feeds, held)
+    form = layout or Layout(dict.fromkeys(samples, 0))
+    check = _end_to_end(export, form, network, samples, tolerance, what, batch_sizes)
+    feeds = form.feeds({name: array[:_FEW] for name, array in samples.items()})
+    whole = () if layout is None else export.input_names
+    nodes = check_nodes(export.path, export.program, {name: feeds[name] for name in export.input_names}, whole)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
-    null = NullDivergence(export.path, samples, nodes.noise, network, others, held)
-    random = "" if check.passed else check_repeatable(with_constants(network, held), samples)
+    null = NullDivergence(export.path, samples, nodes.noise, network, others, layout)
+    random = "" if check.passed else check_repeatable(form.adapt(network), samples)
     if random:  # such a network is as far from itself as from anything
         check.failures.append(random)
     elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
@@ -137,18 +139,18 @@ def prove_file(
 
 def _end_to_end(
     export: OnnxExport,
+    form: Layout,
     network: Network,
     samples: Feeds,
     tolerance: Tolerance,
     what: str,
     batch_sizes: Sequence[int],
-    constants: Feeds,
 ) -> Verification:
     try:
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
             return verify(
-                network,
-                with_constants(runner.run, constants),
+                form.adapt(network),
+                form.adapt(runner.run),
                 samples,
                 engine=what,
                 tolerance=tolerance,

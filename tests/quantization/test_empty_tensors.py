@@ -56,7 +56,9 @@ def test_experts_are_calibrated_by_the_batches_that_reach_them(tmp_path, activat
 
 
 def test_an_expert_without_any_token_is_named():
-    with pytest.raises(InvalidArgumentError, match=r"or empty tensors only, at \['experts\.2.*Give more batches") as raised:
+    with pytest.raises(
+        InvalidArgumentError, match=r"or empty tensors only, at \['experts\.2.*Give more batches"
+    ) as raised:
         quantize(Experts(), [tokens(i % 2) for i in range(4)])
     assert "experts.1" not in str(raised.value)
     assert quantize(Experts(), [tokens(i % 2) for i in range(4)], exclude="experts.2*") is not None

@@ -52,7 +52,7 @@ def test_without_verification_it_stays(tmp_path, broken_writer):
 
 def test_batches_of_one_and_of_the_example_are_compared(tmp_path):
     module = Residual().eval()
-    for size, sizes in ((1, {1: 3, 3: 3}), (5, {1: 5, 5: 5})):
+    for size, sizes in ((1, {1: 16, 16: 16}), (20, {1: 20, 20: 20})):
         export = export_onnx(module, torch.randn(size, 3, 8, 8), tmp_path / "m.onnx", verify=False)
         proof = prove_example(export, module)
         assert proof.check.batch_sizes == sizes
@@ -77,3 +77,31 @@ def test_the_module_keeps_its_mode_and_the_random_numbers_continue(tmp_path):
     export_onnx(module, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx")
     assert module.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Cancelled(nn.Module):
+    """A mean whose summands cancel: PyTorch's is exact on this grid, other orders of summation round."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.0472384058))
+
+    def forward(self, x):
+        return (torch.round(x * 40) * self.scale).mean((2, 3))
+
+
+def test_a_mean_of_values_that_cancel_is_no_fault(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 4, 4)
+    assert export_onnx(Cancelled(), torch.cat((x, -x), 2), tmp_path / "m.onnx").path.is_file()
+
+
+def test_an_example_is_completed_by_scaled_copies():
+    given = {"x": np.full((2, 3), 2.0, np.float32), "ids": np.array([[1], [4]])}
+    found = exported.varied(given, 5, seed=0)
+    assert np.array_equal(found["x"][:2], given["x"])
+    assert found["ids"].ravel().tolist() == [1, 4, 1, 4, 1]
+    assert ((found["x"][2:] >= 1.0) & (found["x"][2:] <= 3.0)).all()
+    assert len(np.unique(found["x"][2:])) == 9
+    assert not np.array_equal(found["x"], exported.varied(given, 5, seed=1)["x"])
+    assert len(exported.varied(given, 1, seed=0)["x"]) == 2

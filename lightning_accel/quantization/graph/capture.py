@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
-from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.calls.shapes import batch_axes, batch_shapes, describe_inputs, dynamic_axes, example_inputs
 from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
@@ -87,7 +87,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
         warnings.simplefilter("ignore")  # developer notes of torch.export
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
-                shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
+                shapes = batch_shapes(module, args, kwargs, batch_axes(description), dynamic_axes(description))
                 with marked_sites(module) as counts:
                     program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
                 graph_module = program.module()
@@ -172,7 +172,8 @@ def fixed_batch(error: BaseException, what: str) -> str:
         return ""
     return (
         f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
-        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
+        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number. For a network that takes one batch size "
+        'only, pass batch="fixed" to `export_onnx` and `quantize`.'
     )
 
 
@@ -182,7 +183,11 @@ def unknown_result(error: BaseException, what: str) -> str:
     if found is None:
         return ""
     name = found[1].rpartition(".")[2]
-    way = "Pass `use_cache=False`, as an argument or in the model's `config`" if name.endswith("Cache") else "Leave it out"
+    way = (
+        "Pass `use_cache=False`, as an argument or in the model's `config`"
+        if name.endswith("Cache")
+        else "Leave it out"
+    )
     return (
         f"Method `forward` must return tensors and plain values, but {what} returns a {name}. {way}, or register it with "
         "`torch.utils._pytree.register_dataclass`."
