@@ -226,7 +226,7 @@ def test_axes_beyond_the_batch(tmp_path):
     ("dynamic", "message"),
     [
         ({"x": {1: "time"}}, r"must name inputs, of \['ids', 'mask'\], but got 'x'"),
-        ({"ids": {0: "n"}}, r"must give axes 1 to 1 of input `ids` of shape \(4, 6\)"),
+        ({"ids": {0: "n"}}, r"must give axes of \[1\] of input `ids` of shape \(4, 6\)"),
         ({"ids": {2: "n"}}, "but got 2"),
         ({"ids": {1: "two words"}}, 'by an identifier other than "batch"'),
         ({"ids": {1: "batch"}}, 'by an identifier other than "batch"'),
