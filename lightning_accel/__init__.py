@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lightning_accel.errors import VerificationError as VerificationError
     from lightning_accel.export.callback import ModelExport as ModelExport
     from lightning_accel.export.check import check as check
-    from lightning_accel.onnx.export import export_onnx as export_onnx
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_accel.quantization.qat import QuantizationAwareTraining as QuantizationAwareTraining
     from lightning_accel.verification.bundle import verify_bundle as verify_bundle
     from lightning_accel.verification.compare import verify as verify
+    from lightning_accel.verification.exported import export_onnx as export_onnx
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _PUBLIC = {
     "quantize": "quantization.ptq",
     "plan": "planning.plan",
     "check": "export.check",
-    "export_onnx": "onnx.export",
+    "export_onnx": "verification.exported",
     "verify": "verification.compare",
     "verify_bundle": "verification.bundle",
     "load_runner": "engines.base",

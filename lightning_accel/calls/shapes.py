@@ -1,6 +1,6 @@
 """Describe the inputs of a call by shapes and types, and rebuild an equivalent call from the description."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,31 +35,42 @@ def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
 
 
 def describe_inputs(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], axes: Sequence[Mapping[int, str]] | None = None
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    axes: Sequence[Mapping[int, str]] | None = None,
+    batch: Sequence[int | None] | None = None,
 ) -> dict[str, Any]:
     """Shapes and types of a call's inputs as plain values that fit into a checkpoint.
 
-    Tensors whose first dimension equals that of the first tensor have a dynamic batch. Plain values are constants.
+    Plain values are constants.
 
     Args:
         args: positional arguments.
         kwargs: keyword arguments.
         axes: further dynamic axes of each tensor, in order: ``{axis: symbol}``; axes of one symbol have one size.
+        batch: axis of each tensor, in order, that is the batch; ``None``: none. By default it is the first one of tensors whose
+            first dimension equals that of the first tensor.
 
     Raises:
         InvalidArgumentError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
     """
     args, kwargs = plain_call(args, kwargs)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not tensors or tensors[0].ndim == 0:
+    if not tensors or (batch is None and tensors[0].ndim == 0):
         raise InvalidArgumentError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
-    batch = tensors[0].shape[0]
-    further = iter(axes if axes is not None else [{}] * len(tensors))
+    if batch is None:
+        batch = [0 if t.ndim > 0 and t.shape[0] == tensors[0].shape[0] else None for t in tensors]
+    further, own = iter(axes if axes is not None else [{}] * len(tensors)), iter(batch)
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            dynamic = value.ndim > 0 and value.shape[0] == batch
-            entry = {_TENSOR: list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "batch": dynamic}
+            axis = next(own)
+            entry = {
+                _TENSOR: list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "batch": axis is not None,
+                **({"batch_axis": axis} if axis else {}),
+            }
             named = [[axis, symbol] for axis, symbol in next(further).items()]
             return {**entry, "axes": named} if named else entry
         if isinstance(value, Mapping):
@@ -78,22 +89,27 @@ def describe_inputs(
 
 def dynamic_axes(description: Mapping[str, Any]) -> list[dict[int, str]]:
     """Further dynamic axes of each tensor, as :func:`describe_inputs` got them."""
-    return [dict(entry.get("axes", [])) for entry in _tensors(description)]
+    return [dict(entry.get("axes", [])) for entry in tensor_entries(description)]
+
+
+def batch_axes(description: Mapping[str, Any]) -> list[int | None]:
+    """Axis of each tensor that is the batch, as :func:`describe_inputs` got them; ``None`` for tensors without one."""
+    return [entry.get("batch_axis", 0) if entry["batch"] else None for entry in tensor_entries(description)]
 
 
 def traced_batch(description: Mapping[str, Any]) -> int:
-    """Batch size to capture with: not 0 or 1, which torch.export specializes, and no size of a fixed dimension."""
-    fixed = {size for entry in _tensors(description) if not entry["batch"] for size in entry[_TENSOR][:1]}
+    """Batch size to capture with: not 0 or 1, which torch.export specializes, and no size in the example."""
+    fixed = {size for entry in tensor_entries(description) for size in entry[_TENSOR]}
     return next(n for n in range(3, 10**6) if n not in fixed)
 
 
-def _tensors(entry: Any) -> Iterator[Mapping[str, Any]]:
+def tensor_entries(entry: Any) -> Iterator[Mapping[str, Any]]:
     """Entry of each tensor in a description, in order."""
     if isinstance(entry, Mapping) and _TENSOR in entry:
         yield entry
     elif isinstance(entry, Mapping | list | tuple):
         for item in entry.values() if isinstance(entry, Mapping) else entry:
-            yield from _tensors(item)
+            yield from tensor_entries(item)
 
 
 def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -102,7 +118,9 @@ def example_inputs(description: Mapping[str, Any], device: torch.device) -> tupl
 
     def build(entry: Mapping[str, Any]) -> Any:
         if _TENSOR in entry:
-            shape = [batch, *entry[_TENSOR][1:]] if entry["batch"] else entry[_TENSOR]
+            shape = list(entry[_TENSOR])
+            if entry["batch"]:
+                shape[entry.get("batch_axis", 0)] = batch
             return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device)
         if "mapping" in entry:
             return {key: build(item) for key, item in entry["mapping"]}
@@ -119,24 +137,24 @@ def batch_shapes(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    size: int,
+    batch: Sequence[int | None],
     axes: Sequence[Mapping[int, str]] | None = None,
 ) -> Any:
-    """``dynamic_shapes`` for ``torch.export``: the first dimension is the batch wherever it has the traced ``size``.
+    """``dynamic_shapes`` for ``torch.export``.
 
     Args:
         module: module that is captured.
         args: positional arguments of the example.
         kwargs: keyword arguments.
-        size: batch of the example.
+        batch: axis of each tensor that is the batch, in order, see :func:`batch_axes`.
         axes: further dynamic axes of each tensor, in order; axes of one name have one size.
     """
     shapes = torch.export.ShapesCollection()
-    batch = torch.export.Dim("batch")
+    size = torch.export.Dim("batch")
     free = torch.export.Dim.DYNAMIC  # within what the code asks of it: at least 3 for a kernel of 3
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    for leaf, further in zip(tensors, axes or [{}] * len(tensors), strict=True):
-        found: dict[int, Any] = {0: batch} if leaf.ndim and leaf.shape[0] == size else {}
+    for leaf, axis, further in zip(tensors, batch, axes or [{}] * len(tensors), strict=True):
+        found: dict[int, Any] = {} if axis is None else {axis: size}
         found |= dict.fromkeys(further, free)
         if found:
             shapes[leaf] = found
@@ -156,8 +174,12 @@ class ResultShape:
     constants: tuple[Any, ...]
 
     @staticmethod
-    def of(result: Any) -> "tuple[ResultShape, list[torch.Tensor]]":
+    def of(result: Any, *, others: bool = False) -> "tuple[ResultShape, list[torch.Tensor]]":
         """Separate a result into its shape and its tensors.
+
+        Args:
+            result: what ``forward`` returned.
+            others: whether objects that are neither tensors nor plain values may be there, ``None`` standing for them.
 
         Returns:
             Its shape and its tensors, in order.
@@ -167,15 +189,30 @@ class ResultShape:
         """
         leaves, spec = pytree.tree_flatten(result)
         for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS:
+            if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS and not others:
+                cache = "Pass `use_cache=False`, as an argument or in the model's `config`. " if is_cache(leaf) else ""
                 raise InvalidArgumentError(
                     f"Method `forward` must return tensors and plain values, but got a {type(leaf).__name__} in {_words(result)}. "
-                    "Return it as a tensor, or not at all."
+                    f"{cache}Return it as a tensor or not at all, or choose others with `outputs`."
                 )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:
             raise InvalidArgumentError(f"Method `forward` must return at least one tensor, but got {_words(result)}.")
-        return ResultShape(spec, tuple(_HERE if isinstance(v, torch.Tensor) else v for v in leaves)), tensors
+        kept = (leaf if type(leaf) in _CONSTANTS else None for leaf in leaves)
+        return ResultShape(
+            spec, tuple(_HERE if isinstance(v, torch.Tensor) else c for v, c in zip(leaves, kept, strict=True))
+        ), tensors
+
+    def pick(self, result: Any) -> list[torch.Tensor]:
+        """Tensors of another result of the same form, at the places where this one has tensors."""
+        leaves = pytree.tree_leaves(result)
+        return [leaf for leaf, kept in zip(leaves, self.constants, strict=True) if kept is _HERE]
+
+    def select(self, places: Collection[int]) -> "ResultShape":
+        """The shape with these of its tensors only, by position; ``None`` stands for the others."""
+        tensors = [i for i, constant in enumerate(self.constants) if constant is _HERE]
+        gone = {i for place, i in enumerate(tensors) if place not in places}
+        return ResultShape(self.spec, tuple(None if i in gone else c for i, c in enumerate(self.constants)))
 
     def rebuild(self, tensors: Iterable[Any]) -> Any:
         """The result with other tensors in it."""
@@ -186,6 +223,11 @@ class ResultShape:
         """Path of each tensor in the nested structure."""
         found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.constants), self.spec))
         return [path for path, leaf in found if leaf is _HERE]
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values of ``transformers``, for instance a ``DynamicCache``."""
+    return any(base.__name__.endswith("Cache") for base in type(value).__mro__)
 
 
 class InputGuard:
@@ -201,13 +243,13 @@ class InputGuard:
         example = self._example = example_inputs(inputs, torch.device("meta"))
         self._targets = set(inputs.get("targets", ()))
         leaves, self._spec = pytree.tree_flatten(example)
-        batch = traced_batch(inputs)
         self._words = _words(example)
-        axes = iter(dynamic_axes(inputs))
+        batch, axes = iter(batch_axes(inputs)), iter(dynamic_axes(inputs))
         self._wanted: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                free = {**({0: "N"} if leaf.ndim and leaf.shape[0] == batch else {}), **next(axes)}
+                axis = next(batch)
+                free = {**({} if axis is None else {axis: "N"}), **next(axes)}
                 leaf = (tuple(free.get(i, n) for i, n in enumerate(leaf.shape)), leaf.dtype)
             self._wanted.append(leaf)
 

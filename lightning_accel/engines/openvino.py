@@ -47,16 +47,20 @@ class OpenVinoRunner(Runner):
             config["INFERENCE_NUM_THREADS"] = threads
         try:
             core = ov.Core()
-            compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
+            model = core.read_model(str(path))
+            # Before it is compiled: folding an operator that does nothing gives a port the names on both sides of it.
+            names = [_name(port) for port in (*model.inputs, *model.outputs)]
+            compiled = core.compile_model(model, "CPU", config)
         except Exception as error:  # OpenVINO raises RuntimeError and its own subclasses of Exception
             raise EngineError(f"OpenVINO could not load `{Path(path).name}`: {_reason(error)}") from error
         self._request: Any = compiled.create_infer_request()
-        super().__init__(path, [_spec(port) for port in compiled.inputs], [_spec(port) for port in compiled.outputs])
+        specs = [_spec(name, port) for name, port in zip(names, (*compiled.inputs, *compiled.outputs), strict=True)]
+        super().__init__(path, specs[: len(compiled.inputs)], specs[len(compiled.inputs) :])
 
     def _execute(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         with self._lock:  # an infer request holds the inputs and outputs of one call
             self._check_open()
-            self._request.infer(feeds)
+            self._request.infer(list(feeds.values()))  # by position, in the order of the inputs
             return [self._request.get_output_tensor(index).data.copy() for index in range(len(self.outputs))]
 
     def _release(self) -> None:
@@ -75,6 +79,13 @@ def _reason(error: Exception) -> str:
     return " ".join(said) or " ".join(lines)
 
 
-def _spec(port: Any) -> TensorSpec:
+def _name(port: Any) -> str:
+    """Name of an input or output in the file it was read from: that of its node, where the port has several."""
+    name = str(port.get_node().get_friendly_name()).removesuffix("/sink_port_0")
+    known = port.get_names()
+    return name if name in known or not known else min(known)
+
+
+def _spec(name: str, port: Any) -> TensorSpec:
     shape = tuple(None if size.is_dynamic else size.get_length() for size in port.partial_shape)
-    return TensorSpec(port.get_any_name(), np.dtype(port.element_type.to_dtype()), shape)
+    return TensorSpec(name, np.dtype(port.element_type.to_dtype()), shape)

@@ -19,7 +19,7 @@ from lightning_accel.bundle.provenance import run_of
 from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
-from lightning_accel.calls.discovery import chosen_path
+from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
 from lightning_accel.core.callback import check_strategy, compression_callbacks
@@ -70,6 +70,9 @@ class ModelExport(TrainerCallback):
         postprocess: module that maps the network's result to the file's outputs, e.g. probabilities.
         metadata: key-value pairs stored in file and manifest, e.g. ``{"class_names": ["cat", "dog"]}``.
         dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
+        module: dotted path of the submodule to ship, called as the user's own steps call it; ``None``: the whole module's
+            ``forward``, or without one what is quantized or what ``training_step`` calls.
+        outputs: names of the outputs to write, see :func:`export_onnx`, or ``{name: name in the file}``; ``None``: all.
         keep_samples: how many held-out samples are shipped with the trained network's outputs, so that
             ``lightning-accel verify`` needs no data on another machine. They are part of your data.
         budgets: run the network in the common runtime variants, each in a process of its own, and let the fastest within these
@@ -104,6 +107,8 @@ class ModelExport(TrainerCallback):
         postprocess: nn.Module | None = None,
         metadata: dict[str, Any] | None = None,
         dynamic: dict[str, dict[int, str]] | None = None,
+        module: str | None = None,
+        outputs: list[str] | dict[str, str] | None = None,
         keep_samples: int = 0,
         budgets: Budgets | None = None,
         benchmark: BenchmarkSettings | None = None,
@@ -146,6 +151,7 @@ class ModelExport(TrainerCallback):
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
+        self.module, self.outputs = module, outputs
         self.budgets, self.benchmark, self.output_kind, self.strict = budgets, benchmark, output_kind, strict
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
@@ -312,6 +318,7 @@ class ModelExport(TrainerCallback):
             postprocess=self.postprocess,
             metadata=self.metadata,
             dynamic=self.dynamic,
+            outputs=self.outputs,
             keep_samples=self.keep_samples,
             budgets=self.budgets,
             benchmark=self.benchmark,
@@ -418,7 +425,7 @@ class ModelExport(TrainerCallback):
         if not trainer.is_global_zero:
             return
         forwards = {p: f for c in _qat(trainer) for p, f in c.prepare(trainer, pl_module).items()}
-        if not forwards and not has_forward(pl_module):
+        if not forwards and self.module is None and not has_forward(pl_module):
             chosen_path(pl_module, trainer, type(self).__name__)  # says which one
         for error in self._refused(trainer, forwards).values():  # a contradiction of arguments, which costs nothing yet
             raise error
@@ -443,6 +450,8 @@ class ModelExport(TrainerCallback):
 
     def _part(self, trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
         """The module to export: the LightningModule's ``forward``; without one, what is quantized or what ``training_step`` calls."""
+        if self.module is not None:
+            return find_submodule(pl_module, self.module)
         if has_forward(pl_module):
             return pl_module
         paths = [path for c in _qat(trainer) for path in c.paths]

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_accel.benchmarking.comparison import usable_cores
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
+from lightning_accel.calls.example import ExampleCall
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
@@ -81,7 +82,8 @@ def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path)
     if spec.teacher is not None:
         shipped = files.shipped.example
         teacher = surrounded(spec.teacher, spec.preprocess, spec.postprocess)
-        exported = export_onnx(teacher, shipped.call, scratch / "teacher.onnx", input_names=shipped.input_names)
+        example = ExampleCall.of(teacher, shipped.call, names=shipped.tensor_names).without(shipped.unused or ())
+        exported = export_onnx(teacher, example, scratch / "teacher.onnx")
         candidates.paths["teacher"] = exported.path
         rows["teacher"] = Row("teacher", "onnxruntime", parameters=sum(p.numel() for p in spec.teacher.parameters()))
     if (folder / REFERENCE).is_file():

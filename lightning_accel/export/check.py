@@ -19,8 +19,8 @@ from torch import nn
 
 from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
-from lightning_accel.calls.example import named_arrays
 from lightning_accel.calls.shapes import describe_inputs
+from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
@@ -28,7 +28,7 @@ from lightning_accel.engines.registry import all_engines, engine_named, resolve
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
-from lightning_accel.quantization.graph.capture import capture, user_line
+from lightning_accel.quantization.graph.capture import capture
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import quantize
 from lightning_accel.verification.engine_trial import try_engine
@@ -264,7 +264,7 @@ def _build(engine: str, module: nn.Module, target: Target, made: dict[str, Any],
 
 
 def _samples(export: OnnxExport, call: Call) -> dict[str, np.ndarray]:
-    feeds = named_arrays(call, export.input_names)
+    feeds = export.example.named(call)
     batch = len(next(iter(feeds.values())))
     for name, array in feeds.items():
         if array.ndim == 0 or len(array) != batch:

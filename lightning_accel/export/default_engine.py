@@ -64,7 +64,7 @@ def decide_default(
     Returns:
         Changes to the manifest.
     """
-    feeds, targets = spec.data.everything(spec.whole, files.shipped.input_names)
+    feeds, targets = spec.data.everything(spec.whole, files.shipped.example)
     outputs = _outputs(files, feeds, spec.batch_size)
     here = any(line["runs_here"] for line in content["engines"].values())
     written: dict[str, Any] = {file.relative_to(folder).as_posix(): {} for file in folder.rglob("*") if file.is_file()}

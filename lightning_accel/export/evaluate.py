@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import isolated_random
-from lightning_accel.calls.example import named_arrays
 from lightning_accel.core.packages import counterpart, is_overridden
 from lightning_accel.core.patching import Patches, swapped
 from lightning_accel.export.held_out import HeldOut
@@ -130,7 +129,7 @@ def count_correct(
         labels = class_labels(target)
         if labels is None:
             return {}
-        feeds = named_arrays(call, export.input_names)
+        feeds = export.example.named(call)
         for name, network in networks.items():
             logits = next(iter(network(feeds).values()))
             if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:

@@ -83,8 +83,9 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
         )
     half = spec.precision in HALVES
     options: dict[str, Any] = {"metadata": spec.metadata, "opset": BF16_OPSET if spec.precision == "bf16" else None}
+    options |= {"outputs": spec.outputs}
     exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
-    samples = spec.data.samples(whole, exported.input_names, spec.samples)
+    samples = spec.data.samples(whole, exported.example, spec.samples)
     network = ModuleNetwork(whole, exported)
     check_samples(network, samples, spec.data.source)
     sizes = (1, 7, spec.batch_size)

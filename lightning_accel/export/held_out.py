@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch, target_from_batch
 from lightning_accel.calls.contexts import isolated_random
-from lightning_accel.calls.example import named_arrays
+from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.learned import learned_inputs
 from lightning_accel.calls.loaders import first_of, peek, validation_loader
 from lightning_accel.core.finite import nan_array
@@ -81,7 +81,7 @@ class HeldOut:
         finally:
             self.trainer.state.stage = stage
 
-    def samples(self, module: nn.Module, names: tuple[str, ...], count: int) -> dict[str, np.ndarray]:
+    def samples(self, module: nn.Module, example: ExampleCall, count: int) -> dict[str, np.ndarray]:
         """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.
 
         Raises:
@@ -90,7 +90,7 @@ class HeldOut:
         parts: list[dict[str, np.ndarray]] = []
         have = 0
         for call, _ in self.calls(module):
-            parts.append(_same_length(named_arrays(call, names)))
+            parts.append(_same_length(example.named(call)))
             have += batch_of(call)
             if have >= count:
                 break
@@ -98,9 +98,9 @@ class HeldOut:
             raise InvalidArgumentError(
                 f"Argument `data` must hold held-out samples, but got none from the {self.source}."
             )
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in example.input_names}
 
-    def everything(self, module: nn.Module, names: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    def everything(self, module: nn.Module, example: ExampleCall) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """All samples as named arrays ``(S, ...)``, and their targets if every batch has one.
 
         Raises:
@@ -109,14 +109,14 @@ class HeldOut:
         parts: list[dict[str, np.ndarray]] = []
         targets: list[np.ndarray] = []
         for call, target in self.calls(module):
-            parts.append(named_arrays(call, names))
+            parts.append(example.named(call))
             if target is not None:
                 targets.append(target.numpy())
         if not parts:
             raise InvalidArgumentError(
                 f"Argument `data` must hold held-out samples, but got none from the {self.source}."
             )
-        feeds = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        feeds = {name: np.concatenate([part[name] for part in parts]) for name in example.input_names}
         whole = len(targets) == len(parts) and len({(array.dtype, array.shape[1:]) for array in targets}) == 1
         return feeds, np.concatenate(targets) if whole else None
 
@@ -163,7 +163,8 @@ def _same_length(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise InvalidArgumentError(
             f"Argument `inputs` must give tensors with one batch as their first dimension, but got {shapes}: a bundle is verified "
             "sample by sample, which nodes and edges of a graph, for instance, can't be. Pass `inputs=` a function of the batch that "
-            "pads them to one entry a sample, or make what never changes a buffer of the module."
+            "pads them to one entry a sample, or make what never changes a buffer of the module. `export_onnx(batch_axis=...)` writes a "
+            "verified file of such a network without a bundle."
         )
     return feeds
 

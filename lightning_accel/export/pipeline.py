@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import BenchmarkResult
 from lightning_accel.bundle.revision import git_revision
@@ -15,11 +17,12 @@ from lightning_accel.calls.contexts import mode
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import Candidates, list_candidates, row_that_ships, run_all
 from lightning_accel.export.default_engine import decide_default, output_kind_of
-from lightning_accel.export.files import MODEL, Files, write_files
+from lightning_accel.export.file_size import why_not_smaller
+from lightning_accel.export.files import MODEL, REFERENCE, Files, write_files
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
-from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Note, Report
+from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, SIZE, UNUSED_INPUTS, Note, Report
 
 
 def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
@@ -41,7 +44,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         files = write_files(spec, whole, spec.example(whole), folder)
         candidates = list_candidates(spec, files, folder, Path(scratch))
         measured = run_all(candidates, spec, files, whole, folder)
-        report = _report(spec, files, candidates, measured)
+        report = _report(spec, files, candidates, measured, _of_the_file(files, folder))
         default = next((line for line in candidates.lines if line["runs_here"]), candidates.lines[0])
         report.failed = candidates.failures.replaced(spec.engines, default["engine"])
         content: dict[str, Any] = {
@@ -54,6 +57,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             "output_kind": output_kind_of(spec, files, labelled=candidates.labelled),
             "inputs": list(files.shipped.input_names),
             "outputs": list(files.shipped.output_names),
+            "unused_inputs": list(files.shipped.unused),
         }
         if spec.budgets is not None:
             content |= decide_default(spec, files, folder, content, report)
@@ -77,7 +81,21 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
     return report
 
 
-def _report(spec: ExportSpec, files: Files, candidates: Candidates, measured: BenchmarkResult) -> Report:
+def _of_the_file(files: Files, folder: Path) -> list[Note]:
+    """Notes on the inputs and the size of the file that ships."""
+    found = []
+    if files.shipped.unused:
+        left_out = ", ".join(f"`{name}`" for name in files.shipped.unused)
+        found.append(Note(UNUSED_INPUTS, f"The file has no inputs for {left_out}: no output depends on them."))
+    if files.shipped.trained and (why := why_not_smaller(folder / MODEL, folder / REFERENCE)):
+        rank_zero_info(f"ModelExport: {why}")
+        found.append(Note(SIZE, why))
+    return found
+
+
+def _report(
+    spec: ExportSpec, files: Files, candidates: Candidates, measured: BenchmarkResult, of_the_file: list[Note]
+) -> Report:
     """The report without its rows and the one that ships."""
     return Report(
         title=f"{type(spec.module).__name__.removeprefix('Distilled')}, as it ships",
@@ -102,6 +120,7 @@ def _report(spec: ExportSpec, files: Files, candidates: Candidates, measured: Be
         notes=[
             *(Note(INCOMPLETE, reason) for reason in spec.unfinished),
             *(Note(QAT_BENEFIT, line) for line in candidates.earned),
+            *of_the_file,
             *notes(spec, files.samples, files.proofs, measured, candidates.threads),
         ],
     )

@@ -93,9 +93,10 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
             folder / "preflight.onnx",
             metadata=spec.metadata,
             opset=BF16_OPSET if spec.precision == "bf16" else None,
+            outputs=spec.outputs,
         )
         check_integers(export.path, export.trained)
-        samples = spec.data.samples(whole, export.input_names, _SAMPLES)
+        samples = spec.data.samples(whole, export.example, _SAMPLES)
         network = ModuleNetwork(whole, export)
         check_samples(network, samples, spec.data.source, trained=False)
         if random := check_repeatable(network, samples):

@@ -39,6 +39,7 @@ class ExportSpec:
         postprocess: module after it.
         metadata: key-value pairs stored in the file.
         dynamic: axes beyond the batch that may change.
+        outputs: which outputs are written, and their names; ``None``: all.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
         budgets: budgets for choosing the default among the common variants; ``None``: no choice.
         benchmark: how those variants are measured; ``None`` for the defaults.
@@ -67,6 +68,7 @@ class ExportSpec:
     postprocess: nn.Module | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dynamic: Axes = field(default_factory=dict)
+    outputs: Sequence[str] | Mapping[str, str] | None = None
     keep_samples: int = 0
     budgets: Budgets | None = None
     benchmark: BenchmarkSettings | None = None

@@ -6,12 +6,10 @@ from lightning_accel.core.lazy import lazy
 
 if TYPE_CHECKING:
     from lightning_accel.onnx.export import OnnxExport as OnnxExport
-    from lightning_accel.onnx.export import export_onnx as export_onnx
     from lightning_accel.onnx.half_precision import check_lowered as check_lowered
     from lightning_accel.onnx.half_precision import lower_precision as lower_precision
 
 _PUBLIC = {
-    "export_onnx": "onnx.export",
     "OnnxExport": "onnx.export",
     "lower_precision": "onnx.half_precision",
     "check_lowered": "onnx.half_precision",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -22,20 +23,30 @@ from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
+    batch_axes,
     dynamic_axes,
     plain_call,
 )
+from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped, swapped_child
-from lightning_accel.errors import CaptureError, InvalidArgumentError
+from lightning_accel.errors import CaptureError, InvalidArgumentError, LightningAccelError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
-from lightning_accel.onnx.translations import TRANSLATIONS
-from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name, user_line
+from lightning_accel.onnx.refusals import check_deterministic, unwritable
+from lightning_accel.onnx.translations.dynamic_linear import TRANSLATIONS
+from lightning_accel.onnx.translations.rewrite import rewritten
+from lightning_accel.onnx.used_inputs import keep_used_inputs
+from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
 OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
 NEWEST = 23  # the newest that it writes
+
+
+Choose = Callable[
+    [ResultShape], dict[int, str]
+]  # of a result: positions of the tensors that are written, and their names
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class OnnxExport:
         return self.example.input_names
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of tensors of the call that no output depends on: the file has no such inputs."""
+        return self.example.unused or ()
+
+    @property
     def axes(self) -> Axes:
         """Dynamic axes beyond the batch, ``{input: {axis: name}}``."""
         return self.example.axes
@@ -79,47 +95,28 @@ def export_onnx(
     quantized: bool = True,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    outputs: Sequence[str] | Mapping[str, str] | None = None,
     dynamic: Axes | None = None,
+    batch: str = "dynamic",
+    batch_axis: Mapping[str, int | None] | None = None,
     preprocess: nn.Module | None = None,
     postprocess: nn.Module | None = None,
     metadata: Mapping[str, Any] | None = None,
     opset: int | None = None,
     largest: int = onnx_file.LARGEST,
 ) -> OnnxExport:
-    """Write ``module.forward`` in eval mode as ONNX, with a dynamic batch.
+    """Write ``module.forward`` in eval mode as ONNX without running the file.
 
-    A module that was trained quantization-aware is written with its integers and Q/DQ nodes. The file holds no paths of
-    this machine: the same weights and metadata give the same bytes in any folder.
-
-    Args:
-        module: any module; mode, weights and random generators stay as they are.
-        inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments, or an
-            :class:`~lightning_accel.calls.example.ExampleCall`, whose names and axes then count. Only shapes and types
-            matter; the first dimension is the batch. With ``preprocess`` it is a call of that module.
-        path: file to write.
-        quantized: ``False`` writes the float network under the fake-quants.
-        input_names: default: the parameter names of ``forward`` and keys of dicts.
-        output_names: default: ``"output"``, or the keys of the result.
-        dynamic: further axes that may change, ``{input name: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``. Axes of
-            the same name always have the same size. ``None``: those that a quantized ``forward`` was captured with.
-        preprocess: module that maps the file's inputs (for example uint8 pixels) to the network's arguments; stays in float.
-        postprocess: module that maps the network's result to the file's outputs (softmax, top-k); stays in float.
-        metadata: key-value pairs stored in the file, e.g. ``{"class_names": ["cat", "dog"]}``.
-        opset: 18 to 23. ``None``: the lowest that supports the network and, if it is quantized, its target.
-        largest: bytes above which weights go to ``<path>.data`` beside the file; protobuf ends at 2 GB.
+    :func:`lightning_accel.verification.exported.export_onnx` is the public function, with the same arguments, which also compares
+    the file with PyTorch; an export of a bundle compares it on held-out data instead.
 
     Returns:
         The file's names and the program behind it.
 
     Raises:
-        CaptureError: the module can't be captured.
+        CaptureError: the module can't be captured, holds an operator that can't be written, or draws random numbers.
         InvalidArgumentError: names, axes or an opset that don't fit.
         InvalidArgumentTypeError: ``preprocess`` or ``postprocess`` is no module.
-
-    Example:
-        >>> export = export_onnx(nn.Linear(4, 2), torch.zeros(1, 4), tmp_path / "linear.onnx")  # doctest: +SKIP
-        >>> export.input_names  # doctest: +SKIP
-        ('input',)
     """
     if opset is not None and opset not in range(OPSET, NEWEST + 1):
         raise InvalidArgumentError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
@@ -127,13 +124,15 @@ def export_onnx(
     example = (
         inputs
         if isinstance(inputs, ExampleCall)
-        else ExampleCall.of(module, inputs, names=input_names, dynamic=dynamic)
+        else ExampleCall.of(module, inputs, names=input_names, dynamic=dynamic, batch=batch, batch_axis=batch_axis)
     )
     parts = quantized_forwards(module) if quantized else {}
     opset = max([OPSET, *(part.target.opset for part in parts.values())]) if opset is None else opset
     if dynamic is None and not example.axes and "" in parts:
-        captured = zip(example.input_names, dynamic_axes(parts[""].inputs), strict=True)
-        example = example.with_axes({name: of_input for name, of_input in captured if of_input})
+        captured = zip(example.tensor_names, dynamic_axes(parts[""].inputs), strict=True)
+        example = example.with_axes(
+            {name: of_input for name, of_input in captured if of_input}, batch_axes(parts[""].inputs)
+        )
     _check_captured(example, parts)
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     trained: dict[str, TrainedIntegers] = {}
@@ -141,20 +140,47 @@ def export_onnx(
         stack.enter_context(mode(module, False))
         stack.enter_context(isolated_random())
         stack.enter_context(torch.no_grad())
-        source = stack.enter_context(_shipped(module, quantized, trained))
+        choose = partial(_chosen, outputs)
+        source = stack.enter_context(_shipped(module, quantized, trained, choose))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # notes of the exporter to its own developers
         stack.enter_context(no_logs())
         call, shapes = stack.enter_context(example.traceable(source, device))
-        results = stack.enter_context(_tensors_only(source))
+        results = stack.enter_context(_tensors_only(source, choose, others=outputs is not None))
         program = _captured(source, call, shapes)
-        names_out = call_names.output_names(results[-1], output_names)
+        check_deterministic(program, module)
+        first = example.unused is None
+        example = _used(example, program)
+        result, chosen = results[-1]
+        names_out = call_names.output_names(result, output_names if outputs is None else list(chosen.values()))
         written = _written(program, module, opset, list(example.input_names), names_out)
+    if first and example.unused:
+        rank_zero_info(
+            f"export_onnx: no output depends on the inputs {list(example.unused)}; the file has only {list(example.input_names)}."
+        )
     model = written.model_proto
-    onnx_file.clean(model, example.axes, metadata or {})
+    onnx_file.clean(model, example.axes, metadata or {}, example.batch_axes)
     onnx_file.write(model, Path(path), largest)
     apart = written.exported_program or program  # decomposed by the exporter: its names are the file's
-    return OnnxExport(Path(path), example, tuple(names_out), apart, trained, results[-1], program)
+    return OnnxExport(Path(path), example, tuple(names_out), apart, trained, result, program)
+
+
+def _used(example: ExampleCall, program: ExportedProgram) -> ExampleCall:
+    """Drop inputs that no output depends on from the program; an example that was captured before stays as it is."""
+    known = example.unused
+    keep = () if known is None else tuple(i for i, name in enumerate(example.tensor_names) if name not in known)
+    unused = [example.tensor_names[place] for place in keep_used_inputs(program, keep)]
+    if known is not None and set(known) != set(unused):
+        needed = [name for name in known if name not in unused]
+        raise InvalidArgumentError(
+            f"Argument `inputs` must leave out tensors that no output depends on, but the outputs depend on {needed}."
+        )
+    return example.without(unused)
+
+
+def _chosen(outputs: Sequence[str] | Mapping[str, str] | None, result: ResultShape) -> dict[int, str]:
+    """Positions of the outputs that are written, and their names."""
+    return call_names.chosen_outputs(call_names.output_names(result, None), outputs)
 
 
 def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward]) -> None:
@@ -166,7 +192,7 @@ def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward])
     axes = example.axes
     for path, forward in parts.items() if axes else ():
         captured = dynamic_axes(forward.inputs)
-        whole = zip(example.input_names, captured, strict=True) if path == "" else ()
+        whole = zip(example.tensor_names, captured, strict=True) if path == "" else ()
         if not any(captured) or any(not axes.get(name, {}).keys() <= known.keys() for name, known in whole):
             raise InvalidArgumentError(
                 f"Argument `dynamic` must hold axes that the quantized `{path or 'forward'}` was captured with, but got "
@@ -178,11 +204,11 @@ def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     try:
         return torch.export.export(source, *call, dynamic_shapes=shapes)
     except Exception as error:  # torch.export documents no common base
-        if str(error).startswith("Method `forward` must"):
+        if isinstance(error, LightningAccelError):  # of this library's own code around `forward`
             raise
         first, where = (str(error).strip() or type(error).__name__).splitlines()[0], user_line(error, source)
         raise CaptureError(
-            fixed_batch(error, f"`{type(source).__name__}.forward`")
+            fixed_batch(error, f"`{type(source).__name__}.forward`{f' (at {where})' if where else ''}")
             or f"Argument `module` must be one that torch.export can capture, but got: {first}{f' (at {where})' if where else ''}."
         ) from error
 
@@ -190,7 +216,7 @@ def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
 def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:
     try:
         written = torch.onnx.export(
-            program,
+            rewritten(program),
             dynamo=True,
             opset_version=opset,
             input_names=names_in,
@@ -199,20 +225,21 @@ def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: 
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise CaptureError(
-            taken_name(cause, module)
-            or f"Argument `module` must be one that torch.onnx can write, but got {type(module).__name__}: {reason}."
-        ) from error
+        raise CaptureError(taken_name(_first_cause(error), module) or unwritable(error, program, module)) from error
     assert written is not None
     return written
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextmanager
-def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedIntegers]) -> Iterator[nn.Module]:
+def _shipped(
+    module: nn.Module, quantized: bool, trained: dict[str, TrainedIntegers], choose: Choose
+) -> Iterator[nn.Module]:
     """The module to trace: its converted graph, or the module with converted parts in its tree."""
     parts = quantized_forwards(module)
     with ExitStack() as stack:
@@ -223,7 +250,7 @@ def _shipped(module: nn.Module, quantized: bool, trained: dict[str, TrainedInteg
             return
         converted = {}
         for path, forward in parts.items():
-            converted[path], trained[path] = convert(forward)
+            converted[path], trained[path] = convert(forward, None if path else choose)
         if "" in converted:
             yield converted[""]
             return
@@ -243,34 +270,40 @@ def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs
 
 
 @contextmanager
-def _tensors_only(module: nn.Module) -> Iterator[list[ResultShape]]:
-    """``module.forward`` returns its tensors alone, as ONNX does; yields the shapes that its results had."""
+def _tensors_only(
+    module: nn.Module, choose: Choose, others: bool
+) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
+    """``module.forward`` returns the chosen tensors alone, as ONNX does; yields the shapes that its results had, with the names."""
     if isinstance(
         module, GraphModule
     ):  # made by convert for this export; torch.export doesn't see an instance's forward
-        yield [_graph_tensors_only(module)]
+        yield [_graph_tensors_only(module, choose)]
         return
     forward = module.forward
-    shapes: list[ResultShape] = []
+    shapes: list[tuple[ResultShape, dict[int, str]]] = []
 
     def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        shape, found = ResultShape.of(forward(*args, **kwargs))
-        shapes.append(shape)
-        return tuple(found)
+        shape, found = ResultShape.of(forward(*args, **kwargs), others=others)
+        chosen = choose(shape)
+        shapes.append((shape.select(chosen), chosen))
+        return tuple(found[place] for place in chosen)
 
     tensors.__signature__ = signature(forward)  # type: ignore[attr-defined]
     with swapped(module, "forward", tensors):
         yield shapes
 
 
-def _graph_tensors_only(graph_module: GraphModule) -> ResultShape:
+def _graph_tensors_only(graph_module: GraphModule, choose: Choose) -> tuple[ResultShape, dict[int, str]]:
     """The same for a captured graph, whose result is written in its output node."""
     output, codegen = graph_module.graph.output_node(), cast(Any, graph_module.graph._codegen)
     leaves, _ = pytree.tree_flatten(output.args[0])
     values = [leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves]
     result, _ = ResultShape.of(pytree.tree_unflatten(values, codegen.pytree_info.out_spec))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Node))
+    chosen = choose(result)
+    found = [leaf for leaf in leaves if isinstance(leaf, Node)]
+    tensors = tuple(found[place] for place in chosen)
     output.args = (tensors,)
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=pytree.tree_structure(tensors))
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
-    return result
+    return result.select(chosen), chosen

@@ -12,12 +12,18 @@ import onnx
 from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 from lightning_accel import __version__
+from lightning_accel.errors import CaptureError
 
 LARGEST = 2**31 - 2**24  # protobuf refuses 2 GB; what isn't weights needs some of them
 _SMALL = 1024  # bytes of a tensor that stays in the file, for shape inference reads it
 
 
-def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadata: Mapping[str, Any]) -> None:
+def clean(
+    model: onnx.ModelProto,
+    axes: Mapping[str, Mapping[int, str]],
+    metadata: Mapping[str, Any],
+    batch: Mapping[str, int],
+) -> None:
     """Drop stack traces and other notes with paths of this machine; name nodes after their modules, and the dynamic axes.
 
     Shapes of intermediate tensors are dropped too: every reader infers them, and in a small int8 file they take an eighth of the size.
@@ -26,6 +32,7 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         model: changed in place.
         axes: names of dynamic axes beyond the batch, ``{input: {axis: name}}``.
         metadata: further notes; values that are no strings are written as JSON.
+        batch: axis of each input that is the batch.
     """
     graphs = [model.graph, *model.functions]
     for holder in [model, *graphs]:
@@ -43,7 +50,7 @@ def clean(model: onnx.ModelProto, axes: Mapping[str, Mapping[int, str]], metadat
         value.doc_string = ""
     names: dict[str, str] = {}
     for value in model.graph.input:
-        wanted = {0: "batch", **axes.get(value.name, {})}
+        wanted = {**axes.get(value.name, {}), **({batch[value.name]: "batch"} if value.name in batch else {})}
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and axis in wanted:
                 names.setdefault(dim.dim_param, wanted[axis])
@@ -78,7 +85,7 @@ def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
     weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     beside = path.with_name(f"{path.name}.data")
     if weights < largest:
-        onnx.checker.check_model(model, full_check=True)
+        _check(model)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
@@ -93,11 +100,27 @@ def write(model: onnx.ModelProto, path: Path, largest: int = LARGEST) -> None:
         convert_model_to_external_data(model, location=beside.name, size_threshold=_SMALL, convert_attribute=False)
         write_external_data_tensors(model, str(folder))
         (folder / path.name).write_bytes(model.SerializeToString(deterministic=True))
-        onnx.checker.check_model(str(folder / path.name), full_check=True)  # by path: it reads the weights too
+        _check(str(folder / path.name))  # by path: it reads the weights too
         os.replace(folder / beside.name, beside)  # first: a file whose weights are missing is refused by every reader
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(model: onnx.ModelProto | str) -> None:
+    """Check that a file is valid and that its shapes fit together.
+
+    Raises:
+        CaptureError: they don't; the message names the node, which is called after its module.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CaptureError(
+            f"Argument `module` must be one that torch.onnx writes as a valid file, but got one whose file isn't: {reason}. Compute what "
+            "the named node stands for in another way, and report it to PyTorch."
+        ) from error
 
 
 def reads(node: onnx.NodeProto) -> list[str]:

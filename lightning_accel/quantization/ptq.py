@@ -1,7 +1,7 @@
 """Post-training quantization: learn ranges from a few batches, without training."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -55,6 +55,8 @@ def quantize_(
     activations: str = "static",
     inputs: InputsFunction | None = None,
     dynamic: Axes | None = None,
+    batch: str = "dynamic",
+    batch_axis: Mapping[str, int | None] | None = None,
 ) -> nn.Module:
     """Quantize a trained model in place, without training.
 
@@ -72,6 +74,8 @@ def quantize_(
             computation is in float, for a file of a quarter of the size without a speed-up.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
+        batch: ``"dynamic"``, or ``"fixed"`` for a network that takes one batch size only.
+        batch_axis: axis of the batch where it isn't the first one, e.g. ``{"state": 1}``; ``None`` for an input without a batch.
 
     Returns:
         The model.
@@ -87,7 +91,17 @@ def quantize_(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
     settings = QuantizationSettings(
-        target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
+        target,
+        calibration_batches,
+        ranges,
+        module,
+        include,
+        exclude,
+        inputs,
+        dynamic,
+        activations,
+        batch,
+        batch_axis,
     )
     paths = settings.paths
     check_apart("module", paths)
@@ -95,7 +109,9 @@ def quantize_(
     if isinstance(data, Iterator):  # it can be read only once: the first batch is used for shapes and for calibration
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call, inputs = calibration_call(model, paths, shown, inputs)
+    caller, call, inputs = calibration_call(
+        model, paths, shown, inputs, whole=batch == "fixed" or batch_axis is not None
+    )
     forwards = {}
     for path in paths:
         owner = find_submodule(model, path, "module") if path else model
@@ -115,9 +131,17 @@ def quantize_(
 
 
 def calibration_call(
-    model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None
+    model: nn.Module, paths: Sequence[str], data: Iterable[Any], inputs: InputsFunction | None, *, whole: bool = False
 ) -> tuple[nn.Module, Call, InputsFunction | None]:
-    """The module that is called with the batches, its arguments for the first batch, and how they follow from a batch."""
+    """The module that is called with the batches, its arguments for the first batch, and how they follow from a batch.
+
+    Args:
+        model: the model.
+        paths: of its parts to quantize.
+        data: batches.
+        inputs: maps a batch to the arguments.
+        whole: whether the first batch is taken as it is, because its axes are named; otherwise it may be made smaller.
+    """
     caller = model
     if is_lightning_module(model) and not has_forward(model):
         if len(paths) != 1 or not paths[0]:
@@ -128,6 +152,8 @@ def calibration_call(
         caller = find_submodule(model, paths[0], "module")
     if inputs is None and is_lightning_module(model):
         inputs = learned_inputs(None, model, caller, on_device_of(peek(data, "data"), model))
+    if whole:
+        return caller, call_from_batch(caller, on_device_of(peek(data, "data"), model), inputs), inputs
     call = clear_call(caller, lambda samples: on_device_of(peek(data, "data", samples), model), inputs)
     return caller, call, inputs
 
@@ -172,6 +198,7 @@ def calibrate_(
                 f"Leave it out, or let `{type(caller).__name__}.forward` call it."
             )
     for forward in forwards:
+        forward.bank.check_observed()
         forward.bank.activate()
         forward.bank.frozen = True
 

@@ -1,6 +1,6 @@
 """Settings that quantization-aware training, post-training quantization and :func:`quantize_` share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,6 +31,8 @@ class QuantizationSettings:
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``.
         activations: ``"static"``, ``"dynamic"`` or ``"float"``.
+        batch: ``"dynamic"`` or ``"fixed"``, see :meth:`ExampleCall.of`.
+        batch_axis: axis of the batch of inputs where it isn't the first one.
 
     Attributes:
         arithmetic: the target.
@@ -51,6 +53,8 @@ class QuantizationSettings:
     inputs: InputsFunction | None = None
     dynamic: Axes | None = None
     activations: str = "static"
+    batch: str = "dynamic"
+    batch_axis: Mapping[str, int | None] | None = None
     arithmetic: Target = field(init=False)
     paths: list[str] = field(init=False)
     includes: tuple[str, ...] = field(init=False)
@@ -106,7 +110,7 @@ class QuantizationSettings:
         """
         return QuantizedForward(
             owner,
-            ExampleCall.of(owner, call, dynamic=self.dynamic).description,
+            ExampleCall.of(owner, call, dynamic=self.dynamic, batch=self.batch, batch_axis=self.batch_axis).description,
             self.arithmetic,
             self.includes,
             self.excludes,

@@ -11,6 +11,7 @@ from lightning_accel.errors import InvalidArgumentError
 SCHEMA = 2
 
 INCOMPLETE, QAT_BENEFIT, METHOD, NOISE, DECISION = "incomplete", "qat benefit", "method", "noise", "decision"
+UNUSED_INPUTS, SIZE = "unused inputs", "size"
 SPARSITY, CHANNELS, KEPT_FLOAT, BENEFIT = "sparsity", "channels", "kept float", "benefit"
 
 

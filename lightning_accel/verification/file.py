@@ -12,6 +12,7 @@ from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
 from lightning_accel.verification.null_divergence import NullDivergence
@@ -99,6 +100,7 @@ def prove_file(
     batch_sizes: Sequence[int] = (1, 7, 32),
     check_agreement: bool = True,
     repeat: str = "",
+    layout: Layout | None = None,
 ) -> FileProof:
     """Compare a file, run with all engine optimizations turned off, with PyTorch.
 
@@ -111,6 +113,7 @@ def prove_file(
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
         check_agreement: as in :func:`~lightning_accel.verification.compare.verify`.
         repeat: command that repeats the step, for the message.
+        layout: how samples become the inputs of a call; ``None``: they are.
 
     Returns:
         What was measured.
@@ -118,11 +121,14 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    check = _end_to_end(export, network, samples, tolerance, what, batch_sizes, check_agreement)
-    nodes = check_nodes(export.path, export.program, samples)
+    form = layout or Layout(dict.fromkeys(samples, 0))
+    check = _end_to_end(export, form, network, samples, tolerance, what, batch_sizes, check_agreement)
+    feeds = form.feeds({name: array[:_FEW] for name, array in samples.items()})
+    whole = () if layout is None else export.input_names
+    nodes = check_nodes(export.path, export.program, {name: feeds[name] for name in export.input_names}, whole)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
-    null = NullDivergence(export.path, samples, nodes.noise, network, others)
-    random = "" if check.passed else check_repeatable(network, samples)
+    null = NullDivergence(export.path, samples, nodes.noise, network, others, layout)
+    random = "" if check.passed else check_repeatable(form.adapt(network), samples)
     if random:  # such a network is as far from itself as from anything
         check.failures.append(random)
     elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
@@ -136,6 +142,7 @@ def prove_file(
 
 def _end_to_end(
     export: OnnxExport,
+    form: Layout,
     network: Network,
     samples: Feeds,
     tolerance: Tolerance,
@@ -146,8 +153,8 @@ def _end_to_end(
     try:
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
             return verify(
-                network,
-                runner.run,
+                form.adapt(network),
+                form.adapt(runner.run),
                 samples,
                 engine=what,
                 tolerance=tolerance,

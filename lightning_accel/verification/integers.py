@@ -40,16 +40,20 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             readers.setdefault(tables.get(node.input[0], node.input[0]), []).append(node)
-    products = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMulInteger"}
+    products: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMulInteger":
+            products.setdefault(node.input[1], []).append(node)
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     counts = {"weights": 0, "integers": 0, "activations": 0, "nodes": 0}
     for path_of, part in trained.items():
         for name, (integers, scale, axis) in part.weights.items():
             counts["weights"] += 1
             counts["integers"] += integers.numel()
-            if own := next((key for key in products if key == name or key.endswith(f".{name}")), None):
-                _same(f"integers of `{name}`", constants[own], integers.numpy())
-                _check_product(name, products[own], scale.numpy(), model, constants)
+            dynamic = _stored(name, integers.numpy(), constants, products)
+            if dynamic is not None:
+                _same(f"integers of `{name}`", constants[dynamic], integers.numpy())
+                _check_products(name, products[dynamic], scale.numpy(), model, constants)
                 continue
             stored = _stored(name, integers.numpy(), constants, readers)
             if stored is None:
@@ -92,26 +96,30 @@ def check_integers(path: str | Path, trained: Mapping[str, TrainedIntegers]) -> 
     return counts
 
 
-def _check_product(
-    name: str, product: onnx.NodeProto, scale: np.ndarray, model: onnx.ModelProto, constants: Mapping[str, np.ndarray]
+def _check_products(
+    name: str,
+    products: list[onnx.NodeProto],
+    scale: np.ndarray,
+    model: onnx.ModelProto,
+    constants: Mapping[str, np.ndarray],
 ) -> None:
-    """Check a dynamically quantized layer: the quantization of its input and the scale of its sums."""
-    source = next(
-        (n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear" and n.output[0] == product.input[0]), None
-    )
-    if source is None or list(product.input[2:]) != [source.output[2]]:
-        raise VerificationError(
-            f"MatMulInteger of `{name}` must read what DynamicQuantizeLinear makes, and a weight with zero point 0, but doesn't."
-        )
-    factors = [
-        constants[other]
-        for node in model.graph.node
-        if node.op_type == "Mul" and source.output[1] in node.input
-        for other in node.input
-        if other in constants
-    ]
-    if not any(_equal(found, scale) for found in factors):
-        _same(f"scales of `{name}`", factors[0] if factors else np.zeros(0), scale)
+    """Check a dynamically quantized layer, once for each of its calls: the quantization of its input, the scale of its sums."""
+    quantizers = {n.output[0]: n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear"}
+    for product in products:
+        source = quantizers.get(product.input[0])
+        if source is None or list(product.input[2:]) != [source.output[2]]:
+            raise VerificationError(
+                f"MatMulInteger of `{name}` must read what DynamicQuantizeLinear makes, and a weight with zero point 0, but doesn't."
+            )
+        factors = [
+            constants[other]
+            for node in model.graph.node
+            if node.op_type == "Mul" and source.output[1] in node.input
+            for other in node.input
+            if other in constants
+        ]
+        if not any(_equal(found, scale) for found in factors):
+            _same(f"scales of `{name}`", factors[0] if factors else np.zeros(0), scale)
 
 
 def _stored(

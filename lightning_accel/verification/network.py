@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Network
@@ -53,5 +52,5 @@ class ModuleNetwork:
         args, kwargs = self.export.example.filled(tensors)
         with torch.no_grad():
             result = self.module(*args, **kwargs)
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        outputs = self.export.result.pick(result)
         return {name: tensor.cpu().numpy() for name, tensor in zip(self.export.output_names, outputs, strict=True)}

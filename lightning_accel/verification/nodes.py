@@ -6,7 +6,7 @@ must be isn't a fixed number: the error of PyTorch's own float32 result against 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ FACTOR = 32.0  # kernels of one operator differ by a few units in the last place
 _EXACT = {"QuantizeLinear", "DequantizeLinear"}
 # Approximated by polynomials, which are exact to the last places of the function's range and not of each small value.
 _APPROXIMATED = {"Sigmoid", "Tanh", "Erf", "Softmax", "Exp", "Gelu", "Softplus", "Sin", "Cos", "LSTM", "GRU", "RNN"}
+# Rounded like the values that they add up, which may cancel: on a grid of integers PyTorch's own sum may even be exact.
+_SUMS = {"ReduceMean", "ReduceSum", "GlobalAveragePool", "AveragePool"}
 _UNIT = 2.0**-24  # unit roundoff of float32
 _FLIP = 1.01  # integers made by several nodes at once: one step either way is a rounding on the edge
 _FEW, _MANY = 2, 8  # samples: of a network whose tensors take much memory, and of others
@@ -53,7 +55,9 @@ class NodeCheck:
     noise: dict[str, float] = field(default_factory=dict, repr=False)
 
 
-def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray]) -> NodeCheck:
+def check_nodes(
+    path: str | Path, program: ExportedProgram, feeds: Mapping[str, np.ndarray], constants: Collection[str] = ()
+) -> NodeCheck:
     """Compare each node of a file with the program it was exported from.
 
     Nodes whose output isn't in the program (the exporter writes some operators as several nodes) are run together
@@ -63,16 +67,17 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
         path: the ONNX file.
         program: from :func:`~lightning_accel.onnx.export.export_onnx`.
         feeds: inputs by the file's names, in the order of the program's inputs; at most 8 samples of them are used.
+        constants: inputs that have no batch and stay whole.
     """
     model = onnx.load(path)
-    reference = record_program(program, feeds, [value.name for value in model.graph.output])
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    if wrong := _wrong_constant(reference, constants):
+    reference = record_program(program, feeds, [value.name for value in model.graph.output], constants)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    if wrong := _wrong_constant(reference, stored):
         return NodeCheck(0, len(model.graph.node), float("inf"), wrong, float("inf"))
-    segments = list(cut_segments(model, reference.values, constants))
+    segments = list(cut_segments(model, reference.values, stored))
     seen: set[int] = set()  # places of nodes
     largest, ratio, noise = 0.0, 0.0, dict[str, float]()
-    for segment, got, failure in run_segments(model, segments, constants, reference.values):
+    for segment, got, failure in run_segments(model, segments, stored, reference.values):
         seen |= set(segment.places)
         if got is None:
             says, share = f"it can't be run: {failure}", float("inf")
@@ -83,7 +88,7 @@ def check_nodes(path: str | Path, program: ExportedProgram, feeds: Mapping[str, 
             if own <= FACTOR:
                 continue
             says = f"it is off by {share:.2e} of its range"
-        sentence = node_sentence(segment, reference.origin.get(segment.output, ""), constants, says)
+        sentence = node_sentence(segment, reference.origin.get(segment.output, ""), stored, says)
         return NodeCheck(len(seen), len(model.graph.node), share, sentence, float("inf"), noise)
     return NodeCheck(len(seen), len(model.graph.node), largest, "", ratio, noise)
 
@@ -178,13 +183,19 @@ def _wide(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
-def record_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> Reference:
+def record_program(
+    program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str], constants: Collection[str] = ()
+) -> Reference:
     """Run the program on as many samples as fit into memory."""
-    reference = _run_program(program, {name: array[:_FEW] for name, array in feeds.items()}, outputs)
+
+    def first(count: int) -> dict[str, np.ndarray]:
+        return {name: array if name in constants else array[:count] for name, array in feeds.items()}
+
+    reference = _run_program(program, first(_FEW), outputs)
     bytes_each = sum(array.nbytes for array in reference.values.values()) / _FEW
-    if bytes_each * _MANY > CHUNK or all(len(array) <= _FEW for array in feeds.values()):
+    if bytes_each * _MANY > CHUNK or all(len(a) <= _FEW for name, a in feeds.items() if name not in constants):
         return reference
-    return _run_program(program, {name: array[:_MANY] for name, array in feeds.items()}, outputs)
+    return _run_program(program, first(_MANY), outputs)
 
 
 def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outputs: list[str]) -> Reference:
@@ -241,8 +252,13 @@ def _errors(reference: Reference, segment: Segment, got: np.ndarray) -> tuple[_E
     exact = reference.exact(segment.output, known)
     if exact is None or exact.shape != a.shape:
         exact = a
-    approximated = any(node.op_type in _APPROXIMATED for node in segment.nodes)
-    return error, _ratio(exact, a, b, float(np.abs(finite).max(initial=0.0)) if approximated else 0.0)
+    largest = 0.0
+    if any(node.op_type in _APPROXIMATED for node in segment.nodes):
+        largest = float(np.abs(finite).max(initial=0.0))
+    if any(node.op_type in _SUMS for node in segment.nodes):
+        read = [reference.values[name] for name in known if np.issubdtype(reference.values[name].dtype, np.floating)]
+        largest = max([largest, *(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) for x in read)])
+    return error, _ratio(exact, a, b, largest)
 
 
 def _ratio(exact: np.ndarray, torch_result: np.ndarray, file_result: np.ndarray, largest: float) -> float:

@@ -20,6 +20,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.onnx.file import reads
 from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
 
@@ -177,6 +178,7 @@ class NullDivergence:
         rms: by tensor, the noise that was measured in the file's nodes.
         network: the network in PyTorch; ``None`` if it isn't available.
         others: the same in other orders of summation, by name.
+        layout: how samples become the inputs of a call; ``None``: they are.
     """
 
     path: Path
@@ -184,6 +186,7 @@ class NullDivergence:
     rms: Mapping[str, float] = field(default_factory=dict)
     network: Network | None = None
     others: Mapping[str, Network] = field(default_factory=dict)
+    layout: Layout | None = None
     _known: dict[Any, dict[str, Verification]] = field(default_factory=dict)
 
     def orders(self, tolerance: Tolerance) -> dict[str, Verification]:
@@ -228,6 +231,8 @@ class NullDivergence:
 
     def _compared(self, one: Network, other: Network, name: str, tolerance: Tolerance) -> Verification:
         few = {key: array[:_SAMPLES] for key, array in self.samples.items()}
+        if self.layout is not None:
+            one, other = self.layout.adapt(one), self.layout.adapt(other)
         return verify(one, other, few, engine=name, tolerance=tolerance, batch_sizes=(_BATCH,))
 
 

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.openvino import OpenVinoRunner
+from lightning_accel.onnx.export import export_onnx
 from tests.support import onnx_models as models
 
 pytest.importorskip("openvino", reason="OpenVINO is an optional engine")
@@ -37,3 +40,25 @@ def test_damaged_and_missing_files(tmp_path):
         OpenVinoRunner(tmp_path / "bad.onnx")
     with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a model file"):
         OpenVinoRunner(tmp_path / "none.onnx")
+
+
+class NoOperation(nn.Module):
+    """Scales by 1 in front, returns a tensor three times behind: OpenVINO folds what does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pixels):
+        y = self.conv(((pixels - self.mean) / 1.0).double().float())
+        return {"a": y, "b": y.flatten(1), "c": y * 1.0, "d": pixels}
+
+
+def test_names_are_those_of_the_file_where_a_folded_operator_gives_a_port_several(tmp_path):
+    pixels = torch.randn(2, 3, 8, 8)
+    export = export_onnx(NoOperation(), pixels, tmp_path / "m.onnx")
+    with load_runner(export.path) as reference, load_runner(export.path, "openvino") as runner:
+        assert (runner.input_names, runner.output_names) == (("pixels",), ("a", "b", "c", "d"))
+        want, got = reference.run({"pixels": pixels.numpy()}), runner.run({"pixels": pixels.numpy()})
+    assert all(np.allclose(want[name], got[name], atol=1e-5) for name in want)

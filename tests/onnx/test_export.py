@@ -226,7 +226,7 @@ def test_axes_beyond_the_batch(tmp_path):
     ("dynamic", "message"),
     [
         ({"x": {1: "time"}}, r"must name inputs, of \['ids', 'mask'\], but got 'x'"),
-        ({"ids": {0: "n"}}, r"must give axes 1 to 1 of input `ids` of shape \(4, 6\)"),
+        ({"ids": {0: "n"}}, r"must give axes of \[1\] of input `ids` of shape \(4, 6\)"),
         ({"ids": {2: "n"}}, "but got 2"),
         ({"ids": {1: "two words"}}, 'by an identifier other than "batch"'),
         ({"ids": {1: "batch"}}, 'by an identifier other than "batch"'),
@@ -370,7 +370,7 @@ def test_code_that_makes_the_batch_a_constant_is_told_what_to_write_instead(tmp_
         def forward(self, x):
             return self.head(x + self.token.expand(len(x), -1))
 
-    expected = r"takes a batch of any size, but got `Tokens.forward`, whose code makes .* Take it as `x.shape\[0\]`: `len\(x\)`"
+    expected = r"takes a batch of any size, but got `Tokens.forward`.*, whose code makes .* Take it as `x.shape\[0\]`: `len\(x\)`"
     with pytest.raises(CaptureError, match=expected):
         export_onnx(Tokens().eval(), torch.randn(2, 4), tmp_path / "n.onnx")
     with pytest.raises(CaptureError, match=expected):

@@ -25,6 +25,8 @@ def dynamic_linear(
     Returns:
         ``(..., C)``, float32.
     """
+    if x.numel() == 0:  # an expert without tokens
+        return x.new_zeros((*x.shape[:-1], weight.shape[1]))
     low, high = x.min().clamp(max=0.0), x.max().clamp(min=0.0)
     step = torch.where(high > low, (high - low) / 255, torch.ones_like(low))
     zero = (-low / step).clamp(0, 255).round()

@@ -67,6 +67,7 @@ class RangeBank:
         self.low = torch.zeros(len(keys))
         self.high = torch.zeros(len(keys))
         self.batches = 0  # batches seen so far
+        self.observed = torch.zeros(len(keys), dtype=torch.bool)  # tensors that had values in one of them
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._steps: torch.Tensor | None = None  # logarithms of learned scales
         self._moments: list[torch.Tensor] = []
@@ -105,7 +106,7 @@ class RangeBank:
     def to(self, device: torch.device) -> None:
         """Move to the device of the activations."""
         if self.low.device != device:
-            self.low, self.high = self.low.to(device), self.high.to(device)
+            self.low, self.high, self.observed = self.low.to(device), self.high.to(device), self.observed.to(device)
             if self._steps is not None:
                 self._steps = self._steps.detach().to(device).requires_grad_()
                 self._moments = [m.to(device) for m in self._moments]
@@ -145,6 +146,8 @@ class RangeBank:
         return x.dtype is torch.float32 and not x._is_view() and not x.is_inference() and self._steps is None
 
     def _note(self, index: int, x: torch.Tensor, clip: tuple[float, float]) -> None:
+        if x.numel() == 0:  # an expert without tokens, a cache before the first one
+            return
         low, high = x.aminmax()
         if self.method in ("percentile", "mse", "lsq") and bool(torch.isfinite(low) & torch.isfinite(high)):
             flat = x.flatten()
@@ -184,29 +187,45 @@ class RangeBank:
         if not self.watches or (not self._seen and ranks is None):
             self._seen.clear()
             return
-        low, high = self.low.clone(), self.high.clone()
+        low, high, first = self.low.clone(), self.high.clone(), ~self.observed
         if self._seen:
             index = torch.tensor(list(self._seen), device=low.device)
             low[index] = torch.stack([pair[0].float() for pair in self._seen.values()])
             high[index] = torch.stack([pair[1].float() for pair in self._seen.values()])
+            self.observed[index] = True
         self._seen.clear()
         if ranks is not None:
             low, high = ranks.extremes(low, high)
+            self.observed |= (low != 0) | (high != 0)  # on another rank
         finite = torch.isfinite(low) & torch.isfinite(high)
         if not bool(finite.all()):
             names = [self.keys[i] for i in torch.nonzero(~finite).flatten().tolist()]
             raise InvalidArgumentError(
                 f"Activations must be finite while ranges are learned, but got NaN or Inf first at {names[0]}."
             )
-        if self.batches == 0:
-            self.low, self.high = low, high
-        elif self.method == "min_max":
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if self.method == "min_max":
+            merged = torch.minimum(self.low, low), torch.maximum(self.high, high)
         else:
             weight = self.momentum if self.method == "moving_average" else 1 / (self.batches + 1)
-            self.low, self.high = torch.lerp(self.low, low, weight), torch.lerp(self.high, high, weight)
+            merged = torch.lerp(self.low, low, weight), torch.lerp(self.high, high, weight)
+        # A tensor's first values are its range: there is nothing yet that they could be merged with.
+        self.low, self.high = torch.where(first, low, merged[0]), torch.where(first, high, merged[1])
         self.batches += 1
         self.refresh()
+
+    def check_observed(self) -> None:
+        """Check that every tensor had values while ranges were learned.
+
+        Raises:
+            InvalidArgumentError: one had none; the message names it.
+        """
+        missing = [key for key, seen in zip(self.keys, self.observed.tolist(), strict=True) if not seen]
+        if missing and self.batches:
+            raise InvalidArgumentError(
+                f"Activations must have values while ranges are learned, but got none, or empty tensors only, at {missing[:5]}"
+                f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}: an expert without tokens, a cache before its first "
+                "entry, a branch that was not taken. Give more batches or other samples, or name the operators in `exclude`."
+            )
 
     def activate(self) -> None:
         """Activate fake-quantization."""
@@ -249,6 +268,7 @@ class RangeBank:
             "keys": list(self.keys),
             "low": self.low.cpu(),
             "high": self.high.cpu(),
+            "observed": self.observed.cpu(),
             "batches": self.batches,
             "active": self.active,
             "frozen": self.frozen,
@@ -271,6 +291,8 @@ class RangeBank:
             )
         device = self.low.device
         self.low, self.high = state["low"].to(device), state["high"].to(device)
+        known = state.get("observed", torch.zeros_like(self.low, dtype=torch.bool)).to(device)
+        self.observed = known | (self.low != 0) | (self.high != 0)
         self.batches, self.active = state["batches"], state["active"]
         self.frozen, self.norms_frozen = state["frozen"], state["norms_frozen"]
         self._steps = None if state["steps"] is None else state["steps"].to(device).requires_grad_()

@@ -4,16 +4,12 @@ The module is not changed: the graph is stored outside of ``_modules`` and reads
 optimizers, EMA, checkpoints and device moves work as before.
 """
 
-import inspect
 import io
 import logging
 import re
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -24,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
-from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
+from lightning_accel.calls.shapes import batch_axes, batch_shapes, describe_inputs, dynamic_axes, example_inputs
+from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
 from lightning_accel.quantization.graph.operators import is_view
@@ -90,7 +87,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
         warnings.simplefilter("ignore")  # developer notes of torch.export
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), no_logs():
             try:
-                shapes = batch_shapes(module, args, kwargs, traced_batch(description), dynamic_axes(description))
+                shapes = batch_shapes(module, args, kwargs, batch_axes(description), dynamic_axes(description))
                 with marked_sites(module) as counts:
                     program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
                 graph_module = program.module()
@@ -140,10 +137,12 @@ def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error
             f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
-    if reason_known := taken_name(error, module) or fixed_batch(error, what):
+    line = user_line(error, module)
+    at = f"{what} (at {line})" if line else what
+    if reason_known := taken_name(error, module) or fixed_batch(error, at) or unknown_result(error, at):
         return reason_known
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
-    if line := user_line(error, module):
+    if line:
         message += f" (at {line})"
     works = _submodule_that_works(module, description)
     if works:
@@ -173,26 +172,26 @@ def fixed_batch(error: BaseException, what: str) -> str:
         return ""
     return (
         f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
-        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number."
+        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number. For a network that takes one batch size "
+        'only, pass batch="fixed" to `export_onnx` and `quantize`.'
     )
 
 
-def user_line(error: BaseException, module: nn.Module) -> str:
-    """Innermost line of the traceback outside of installed packages."""
-    installed = sysconfig.get_paths()["purelib"]
-    here = str(Path(__file__).parents[2])
-    found = ""
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            file = frame.filename
-            if not file.startswith((installed, here, "<", sysconfig.get_paths()["stdlib"])):
-                found = f"{file}:{frame.lineno}"
-        seen = seen.__cause__ or seen.__context__
-    if found:
-        return found
-    source = inspect.getsourcefile(type(module))
-    return f"{source}:{inspect.getsourcelines(type(module))[1]}" if source else ""
+def unknown_result(error: BaseException, what: str) -> str:
+    """Explanation if the code returns an object that torch.export can't take apart; otherwise empty."""
+    found = re.search(r"Found <class '([\w.]+)'> in output, which is not a known type", str(error))
+    if found is None:
+        return ""
+    name = found[1].rpartition(".")[2]
+    way = (
+        "Pass `use_cache=False`, as an argument or in the model's `config`"
+        if name.endswith("Cache")
+        else "Leave it out"
+    )
+    return (
+        f"Method `forward` must return tensors and plain values, but {what} returns a {name}. {way}, or register it with "
+        "`torch.utils._pytree.register_dataclass`."
+    )
 
 
 def _submodule_that_works(module: nn.Module, description: Mapping[str, Any]) -> str:

@@ -4,13 +4,17 @@ Nothing is recomputed: integers, scales, zero points and biases come from the ob
 file equals the simulation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
+from lightning_accel.calls.shapes import ResultShape
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbedding, FoldedOperator
 from lightning_accel.quantization.graph.modules import ActivationFakeQuant, free_name
@@ -33,11 +37,14 @@ class TrainedIntegers:
     activations: dict[str, tuple[float, int]]
 
 
-def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
+def convert(
+    forward: QuantizedForward, choose: Callable[[ResultShape], Collection[int]] | None = None
+) -> tuple[GraphModule, TrainedIntegers]:
     """Convert the quantized network to a graph of integers, scales and float operators.
 
     Args:
         forward: quantized forward with learned ranges; not changed.
+        choose: positions of the result's tensors that are needed; integers of others are left out. ``None``: all.
 
     Returns:
         The graph, on the module's device, and its integers and scales.
@@ -50,8 +57,11 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
         raise InvalidArgumentError(
             "Ranges must have seen data before convert, but got none: train, or calibrate, past `start`."
         )
+    bank.check_observed()
     graph_module = forward.graph()
-    trained = TrainedIntegers({}, {})
+    if choose is not None:
+        _drop_what_only_others_need(graph_module, choose)
+    trained, own = TrainedIntegers({}, {}), set(graph_module._buffers)
     for node in list(graph_module.graph.nodes):
         if node.op != "call_module":
             continue
@@ -68,9 +78,25 @@ def convert(forward: QuantizedForward) -> tuple[GraphModule, TrainedIntegers]:
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     _drop_unused_tensors(graph_module)
+    _store_equal_tensors_once(graph_module, own)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, trained
+
+
+def _drop_what_only_others_need(graph_module: GraphModule, choose: Callable[[ResultShape], Collection[int]]) -> None:
+    """Remove operators behind which no chosen tensor of the result lies; the result keeps its form."""
+    output = graph_module.graph.output_node()
+    leaves, spec = pytree.tree_flatten(output.args[0])
+    values = [leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves]
+    form: Any = graph_module.graph._codegen
+    shape, _ = ResultShape.of(pytree.tree_unflatten(values, form.pytree_info.out_spec))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Node)]
+    needed = [tensors[place] for place in choose(shape)]
+    # Another tensor stands in the places of the rest, which `choose` leaves out again.
+    swapped = [needed[0] if isinstance(leaf, Node) and leaf not in needed else leaf for leaf in leaves]
+    output.args = (pytree.tree_unflatten(swapped, spec),)
+    graph_module.graph.eliminate_dead_code()
 
 
 def _quantize_activation(
@@ -169,3 +195,22 @@ def _drop_unused_tensors(graph_module: GraphModule) -> None:
         for store in (owner._parameters, owner._buffers):
             for key in [k for k in store if (f"{name}.{k}" if name else k) not in read]:
                 del store[key]
+
+
+def _store_equal_tensors_once(graph_module: GraphModule, own: set[str]) -> None:
+    """Let all readers of equal stored tensors read one of them: a layer that is called several times has one weight.
+
+    Args:
+        graph_module: changed in place.
+        own: buffers of the user's module, which may be written to and stay apart.
+    """
+    first: dict[Any, str] = {}
+    for name, buffer in [(n, b) for n, b in graph_module.named_buffers(recurse=False) if n not in own]:
+        content = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        key = (buffer.dtype, tuple(buffer.shape), sha256(content.numpy().tobytes()).digest())
+        kept = first.setdefault(key, name)
+        if kept != name:
+            for node in graph_module.graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = kept
+            del graph_module._buffers[name]

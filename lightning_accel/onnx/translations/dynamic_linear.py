@@ -1,4 +1,4 @@
-"""Translations of this library's operators to ONNX, for torch's exporter."""
+"""Translation of this library's own operator to ONNX, for torch's exporter."""
 
 from collections.abc import Callable
 from typing import Any
