@@ -5,6 +5,8 @@ from either package. ``pytorch_lightning`` is never imported here: without it no
 """
 
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import lightning as L
@@ -27,6 +29,12 @@ _LIBRARIES = {*_PACKAGES, "torch", "torchmetrics", "lightning_accel", "builtins"
 def is_users(kind: type) -> bool:
     """Whether a class is the user's own and not of Lightning, PyTorch or this library; ``torchgeo`` and ``lightning_pose`` are users'."""
     return kind.__module__.partition(".")[0] not in _LIBRARIES
+
+
+def is_users_file(file: str) -> bool:
+    """Whether a file of a traceback is neither Python's, nor installed, nor of this library."""
+    paths = sysconfig.get_paths()
+    return not file.startswith((paths["purelib"], str(Path(__file__).parents[1]), "<", paths["stdlib"]))
 
 
 def twin(kind: Any) -> Any:

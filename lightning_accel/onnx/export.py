@@ -26,11 +26,13 @@ from lightning_accel.calls.shapes import (
     plain_call,
 )
 from lightning_accel.core.patching import swapped, swapped_child
+from lightning_accel.core.packages import is_users_file
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.onnx.translations import TRANSLATIONS
 from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name, user_line
+from lightning_accel.quantization.graph.fixed_sizes import exported_program
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
@@ -176,7 +178,7 @@ def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward])
 
 def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     try:
-        return torch.export.export(source, *call, dynamic_shapes=shapes)
+        return exported_program(source, call, shapes, is_users_file)
     except Exception as error:  # torch.export documents no common base
         if str(error).startswith("Method `forward` must"):
             raise
