@@ -25,15 +25,15 @@ from lightning_accel.calls.shapes import (
     dynamic_axes,
     plain_call,
 )
-from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.core.packages import is_users_file
+from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.onnx import file as onnx_file
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.onnx.translations import TRANSLATIONS
 from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name, user_line
-from lightning_accel.quantization.graph.fixed_sizes import exported_program
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
+from lightning_accel.quantization.graph.fixed_sizes import exported_program
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
 OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
