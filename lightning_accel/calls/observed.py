@@ -234,7 +234,7 @@ def shipped_call(module: nn.Module, call: Call) -> Call:
             del bound.arguments[name]
     bare = canonical_call(sig, bound.args, bound.kwargs)
     whole = canonical_call(sig, *call)
-    return _only_read(module, bare if _runs(module, bare) else whole)
+    return _only_read(module, bare if runs(module, bare) else whole)
 
 
 def _only_read(module: nn.Module, call: Call) -> Call:
@@ -246,7 +246,7 @@ def _only_read(module: nn.Module, call: Call) -> Call:
     def replaced(value: Any) -> Any:
         return watched.get(id(value), value)
 
-    if not _runs(module, (tuple(map(replaced, call[0])), {k: replaced(v) for k, v in call[1].items()})):
+    if not runs(module, (tuple(map(replaced, call[0])), {k: replaced(v) for k, v in call[1].items()})):
         return call
 
     def reduced(value: Any) -> Any:
@@ -295,7 +295,8 @@ class _Watched(dict[Any, Any]):
         return super().copy()
 
 
-def _runs(module: nn.Module, call: Call) -> bool:
+def runs(module: nn.Module, call: Call) -> bool:
+    """Whether a module takes a call, in the mode that it is in, and returns a tensor. Its buffers may change."""
     try:
         with isolated_random(), torch.no_grad(), torch.inference_mode(False):
             result = module(*call[0], **call[1])

@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.containers import registered_results
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
 from lightning_accel.calls.shapes import batch_shapes, describe_inputs, dynamic_axes, example_inputs, traced_batch
 from lightning_accel.core.packages import is_users_file
@@ -83,6 +84,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
         kept_state(module),
         unlogged(module),
         named_keywords(module, kwargs),
+        registered_results(module),
         one_rank(module),
         mode(module, False),
         warnings.catch_warnings(),
