@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lightning_accel.calls.containers import register
 from lightning_accel.calls.contexts import own_signature
 from lightning_accel.errors import InvalidArgumentError
 
@@ -29,7 +30,7 @@ def canonical_call(
     Raises:
         InvalidArgumentTypeError: the arguments don't fit the signature.
     """
-    bound = sig.bind(*args, **kwargs)
+    bound = sig.bind(*register(args), **register(kwargs))
     bound.apply_defaults()
     return bound.args, dict(bound.kwargs)
 

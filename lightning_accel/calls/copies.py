@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.calls.batches import Call
+from lightning_accel.calls.containers import is_record, items_of, map_items
 from lightning_accel.calls.contexts import isolated_random, kept_buffers, mode, own_forwards
 from lightning_accel.errors import InvalidArgumentError
 
@@ -155,15 +155,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(v, function) for v in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_map(v, function) for v in value)
-    if isinstance(value, Mapping):
-        return {key: _map(v, function) for key, v in value.items()}
-    return value
+    return function(value) if isinstance(value, torch.Tensor) else map_items(value, lambda item: _map(item, function))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -173,6 +165,4 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, list | tuple):
         return [t for v in value for t in _tensors(v)]
-    if is_dataclass(value):
-        return [t for f in fields(value) for t in _tensors(getattr(value, f.name))]
-    return []
+    return _tensors(items_of(value)) if is_record(value) else []

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call, InputsFunction, as_call, call_from_batch, canonical_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_forward, own_signature
-from lightning_accel.calls.learned import called_path, learned_call, seen_step, why_unseen
+from lightning_accel.calls.learned import accepts, called_path, learned_call, passed_on_call, seen_step, why_unseen
 from lightning_accel.calls.loaders import first_batch
 from lightning_accel.calls.observed import TRAINING
 from lightning_accel.errors import InvalidArgumentError
@@ -38,11 +38,16 @@ def _call_of(pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs
             return seen
         part = find_submodule(pl_module, path) if path else pl_module
         try:
-            return call_from_batch(part, first_batch(trainer, samples=samples), inputs)
+            guess = call_from_batch(part, first_batch(trainer, samples=samples), inputs)
         except InvalidArgumentError as error:
+            if inputs is None and not path and (found := passed_on_call(trainer, pl_module, samples)):
+                return found
             if inputs is None and (why := why_unseen(trainer, pl_module)):
                 error.add_note(why.strip())
             raise
+        if inputs is None and not path and not accepts(pl_module, guess):
+            return passed_on_call(trainer, pl_module, samples) or guess
+        return guess
 
     return _clear(call)
 

@@ -1,16 +1,19 @@
 """Learn from the user's own steps which module they call, and with what of a batch."""
 
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from torch import nn
 
-from lightning_accel.calls.batches import Call, WholeCall, canonical_call
+from lightning_accel.calls.batches import Call, WholeCall, call_from_batch, canonical_call
+from lightning_accel.calls.containers import is_record, items_of, map_items
 from lightning_accel.calls.contexts import kept_buffers, mode, own_forward, own_signature
+from lightning_accel.calls.copies import converted
 from lightning_accel.calls.loaders import first_batch, first_validation_batch
 from lightning_accel.calls.observed import (
     TRAINING,
@@ -18,6 +21,7 @@ from lightning_accel.calls.observed import (
     SeenStep,
     has_step,
     observe,
+    runs,
     shipped_call,
 )
 from lightning_accel.core import structure
@@ -93,6 +97,41 @@ def learned_call(
     return None
 
 
+def passed_on_call(trainer: L.Trainer, pl_module: L.LightningModule, samples: int | None = None) -> Call | None:
+    """How the steps call a network instead of ``forward``, if ``forward`` takes the same arguments, as one that passes them on.
+
+    Args:
+        trainer: in ``fit``, its module and data attached.
+        pl_module: the LightningModule.
+        samples: as for :func:`seen_step`.
+    """
+    seen = (seen_step(trainer, pl_module, step, "", samples) for step in _STEPS)
+    return next((found[1] for step in seen if (found := _passed_on(pl_module, step))), None)
+
+
+def _passed_on(pl_module: nn.Module, seen: SeenStep) -> tuple[str, Call] | None:
+    """Path and call of the largest network that a step calls and whose arguments ``forward`` takes."""
+    for path in _by_size(pl_module, seen.outermost):
+        call = seen.first(path)
+        with suppress(TypeError):  # other arguments than those of `forward`
+            if call is not None and accepts(pl_module, shipped := _shipped(pl_module, call)):
+                return path, shipped
+    return None
+
+
+def _by_size(pl_module: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Paths of submodules that have parameters, the largest first."""
+    sizes = {path: sum(p.numel() for p in pl_module.get_submodule(path).parameters()) for path in paths}
+    return sorted((path for path in sizes if sizes[path]), key=lambda path: -sizes[path])
+
+
+def accepts(part: nn.Module, call: Call) -> bool:
+    """Whether a module takes a call in evaluation mode; it is left as it was."""
+    device = next((tensor.device for tensor in part.parameters()), torch.device("cpu"))
+    with mode(part, False), own_forward(part), kept_buffers(part):
+        return runs(part, converted(call, lambda tensor: tensor.to(device)))
+
+
 def _shipped(part: nn.Module, call: Call) -> Call:
     with mode(part, False), own_forward(part), kept_buffers(part):
         return canonical_call(own_signature(part), *shipped_call(part, call))
@@ -107,8 +146,7 @@ def called_path(trainer: L.Trainer, pl_module: L.LightningModule) -> str | None:
     called = seen_step(trainer, pl_module, TRAINING).outermost
     if "" in called:
         return ""
-    sizes = {path: sum(p.numel() for p in pl_module.get_submodule(path).parameters()) for path in called}
-    return max(sizes, key=lambda path: sizes[path]) if any(sizes.values()) else None
+    return next(iter(_by_size(pl_module, called)), None)
 
 
 def why_unseen(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
@@ -137,11 +175,25 @@ def learned_inputs(
             continue
         seen = observe(pl_module, trainer, step, batch, keep)
         call = seen.first(path)
-        if call is None:
-            continue
-        template = _template(_shipped(part, call), dict(_places(batch)))
-        return ReplayedInputs(trainer, pl_module, part, path, step) if template is None else LearnedInputs(template)
+        if call is not None:
+            return _inputs(trainer, pl_module, part, path, step, _shipped(part, call), batch)
+        if part is pl_module and not _fits(part, batch) and (found := _passed_on(pl_module, seen)):
+            return _inputs(trainer, pl_module, part, found[0], step, found[1], batch)
     return None
+
+
+def _inputs(
+    trainer: L.Trainer | None, pl_module: nn.Module, part: nn.Module, path: str, step: str, call: Call, batch: Any
+) -> "LearnedInputs | ReplayedInputs":
+    template = _template(call, dict(_places(batch)))
+    return ReplayedInputs(trainer, pl_module, part, path, step) if template is None else LearnedInputs(template)
+
+
+def _fits(part: nn.Module, batch: Any) -> bool:
+    """Whether a module takes a batch by its signature."""
+    with suppress(InvalidArgumentError):
+        return accepts(part, call_from_batch(part, batch))
+    return False
 
 
 @dataclass(frozen=True)
@@ -152,7 +204,7 @@ class ReplayedInputs:
         trainer: that the step may ask.
         pl_module: the LightningModule.
         part: module whose call is meant.
-        path: its path.
+        path: of what the step calls: the module, or a network whose arguments the module passes on.
         step: ``"training_step"`` or ``"validation_step"``.
     """
 
@@ -208,7 +260,7 @@ class LearnedInputs:
         def filled(value: Any) -> Any:
             if isinstance(value, _Place):
                 return _at(batch, value.path)
-            return _mapped(value, filled)
+            return map_items(value, filled)
 
         return WholeCall(*filled(self._template))
 
@@ -225,7 +277,7 @@ def _template(call: Call, places: Mapping[int, _Path]) -> Call | None:
             if id(value) not in places:
                 raise _UnknownError
             return _Place(places[id(value)])
-        return _mapped(value, placed)
+        return map_items(value, placed)
 
     try:
         args, kwargs = placed(call)
@@ -234,19 +286,13 @@ def _template(call: Call, places: Mapping[int, _Path]) -> Call | None:
     return args, kwargs
 
 
-def _mapped(value: Any, function: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: function(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple([function(item) for item in value])
-    return [function(item) for item in value] if isinstance(value, list) else value
-
-
 def _all_places(value: Any) -> Iterator[_Place]:
     if isinstance(value, _Place):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, Mapping) or is_record(value):
+        yield from _all_places(list((items_of(value) if is_record(value) else value).values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _all_places(item)
 
 
@@ -260,12 +306,11 @@ def _places(value: Any, path: _Path = ()) -> Iterator[tuple[int, _Path]]:
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _places(item, (*path, i))
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _places(getattr(value, field.name), (*path, field.name))
+    elif is_record(value):
+        yield from _places(items_of(value), path)
 
 
 def _at(value: Any, path: _Path) -> Any:
     for step in path:
-        value = getattr(value, step) if is_dataclass(value) else value[step]
+        value = getattr(value, step) if is_record(value) else value[step]
     return value

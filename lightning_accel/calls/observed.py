@@ -1,12 +1,11 @@
 """Observe how the user's own steps call their network: run them on a copy, and record the calls."""
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel.calls.batches import Call, canonical_call, is_target
 from lightning_accel.calls.contexts import isolated_random, own_forwards, own_signature, unlogged
+from lightning_accel.calls.user_code import innermost_line
 from lightning_accel.core.packages import counterpart, is_lightning_module, is_overridden
 from lightning_accel.core.patching import Patches, removed, swapped
 
 TRAINING, VALIDATION = "training_step", "validation_step"
 _STAGES = {TRAINING: RunningStage.TRAINING, VALIDATION: RunningStage.VALIDATING}
-_TORCH = str(Path(torch.__file__).parent)
 _UNWATCHED = (nn.ModuleList, nn.ModuleDict)  # have no forward
 
 
@@ -99,13 +98,16 @@ def observe(
     """
     with isolated_random():
         try:
-            module = _copied(users_module(pl_module), trainer)
+            module = trial_copy(users_module(pl_module), trainer)
         except Exception as error:  # a module may hold anything
             return SeenStep(step, (), f"the module can't be copied: {one_line(error)}", batch)
-        return _run(module, trainer, step, batch, keep)
+        return run_step(module, trainer, step, batch, keep)
 
 
-def _run(module: Any, trainer: L.Trainer | None, step: str, batch: Any, keep: frozenset[str]) -> SeenStep:
+def run_step(
+    module: Any, trainer: L.Trainer | None, step: str, batch: Any, keep: frozenset[str] = frozenset()
+) -> SeenStep:
+    """Run a step on a copy from :func:`trial_copy`, and record how it calls the submodules. Buffers of the copy change."""
     calls: list[SeenCall] = []
     depth = [0]
     error = ""
@@ -176,9 +178,17 @@ def _quiet(trainer: L.Trainer | None, stage: RunningStage) -> Iterator[None]:
         yield
 
 
-def _copied(module: nn.Module, trainer: L.Trainer | None) -> Any:
-    """A copy of a module that refers to the same Trainer and the same data."""
-    shared: list[Any] = [] if trainer is None else [trainer, getattr(trainer, "datamodule", None), *trainer.loggers]
+def trial_copy(module: nn.Module, trainer: L.Trainer | None, shared: Sequence[Any] = ()) -> Any:
+    """A copy of a module that refers to the same Trainer and the same data.
+
+    Args:
+        module: to copy.
+        trainer: that the module may hold.
+        shared: further objects that the copy refers to, such as a teacher.
+    """
+    shared = (
+        [*shared] if trainer is None else [*shared, trainer, getattr(trainer, "datamodule", None), *trainer.loggers]
+    )
     parts = list(module.modules())
     for part in parts:
         shared += [value for value in vars(part).values() if isinstance(value, Dataset | DataLoader)]
@@ -198,10 +208,9 @@ def _copied(module: nn.Module, trainer: L.Trainer | None) -> Any:
 
 def one_line(error: BaseException) -> str:
     """Text of an error in the user's code, with the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text} (at {users[-1].filename}:{users[-1].lineno})"
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    text, line = " ".join(str(error).split())[:300], innermost_line(frames)
+    return f"{type(error).__name__}: {text}{f' (at {line})' if line else ''}"
 
 
 def shipped_call(module: nn.Module, call: Call) -> Call:
@@ -225,7 +234,7 @@ def shipped_call(module: nn.Module, call: Call) -> Call:
             del bound.arguments[name]
     bare = canonical_call(sig, bound.args, bound.kwargs)
     whole = canonical_call(sig, *call)
-    return _only_read(module, bare if _runs(module, bare) else whole)
+    return _only_read(module, bare if runs(module, bare) else whole)
 
 
 def _only_read(module: nn.Module, call: Call) -> Call:
@@ -237,7 +246,7 @@ def _only_read(module: nn.Module, call: Call) -> Call:
     def replaced(value: Any) -> Any:
         return watched.get(id(value), value)
 
-    if not _runs(module, (tuple(map(replaced, call[0])), {k: replaced(v) for k, v in call[1].items()})):
+    if not runs(module, (tuple(map(replaced, call[0])), {k: replaced(v) for k, v in call[1].items()})):
         return call
 
     def reduced(value: Any) -> Any:
@@ -286,7 +295,8 @@ class _Watched(dict[Any, Any]):
         return super().copy()
 
 
-def _runs(module: nn.Module, call: Call) -> bool:
+def runs(module: nn.Module, call: Call) -> bool:
+    """Whether a module takes a call, in the mode that it is in, and returns a tensor. Its buffers may change."""
     try:
         with isolated_random(), torch.no_grad(), torch.inference_mode(False):
             result = module(*call[0], **call[1])

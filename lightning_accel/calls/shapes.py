@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from lightning_accel.calls.containers import built, is_record, items_of, name_of, register
 from lightning_accel.errors import InvalidArgumentError
 
 _TENSOR = "tensor"
@@ -17,7 +18,10 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with plain dicts, lists and tuples in place of their subclasses (OrderedDict, BatchEncoding, namedtuples)."""
+    """The call with plain dicts, lists and tuples in place of their subclasses (OrderedDict, BatchEncoding, namedtuples).
+
+    A dataclass becomes the dict of its fields.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, PackedSequence):
@@ -25,6 +29,8 @@ def plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[
                 "Argument `inputs` must hold tensors with a batch dimension, but got a PackedSequence, whose shape depends on the "
                 "lengths of its sequences. Pass the padded batch and the lengths, and let `forward` pack them or use a mask."
             )
+        if is_record(value):
+            value = items_of(value)
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, tuple):
@@ -54,8 +60,7 @@ def describe_inputs(
     Raises:
         InvalidArgumentError: there is no tensor among the inputs, or something that is neither a tensor nor a plain value.
     """
-    args, kwargs = plain_call(args, kwargs)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(plain_call(args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not tensors or (batch is None and tensors[0].ndim == 0):
         raise InvalidArgumentError("Argument `inputs` must hold a tensor with a batch dimension, but got none.")
     if batch is None:
@@ -71,12 +76,14 @@ def describe_inputs(
                 "batch": axis is not None,
                 **({"batch_axis": axis} if axis else {}),
             }
-            named = [[axis, symbol] for axis, symbol in next(further).items()]
-            return {**entry, "axes": named} if named else entry
-        if isinstance(value, Mapping):
-            return {"mapping": [[key, plain(item)] for key, item in value.items()]}
+            free = [[axis, symbol] for axis, symbol in next(further).items()]
+            return {**entry, "axes": free} if free else entry
+        named = {"class": name} if (name := name_of(value)) else {}
+        if isinstance(value, Mapping) or is_record(value):
+            items = items_of(value) if is_record(value) else value
+            return {"mapping": [[key, plain(item)] for key, item in items.items()], **named}
         if isinstance(value, list | tuple):
-            return {"sequence": [plain(item) for item in value], "tuple": isinstance(value, tuple)}
+            return {"sequence": [plain(item) for item in value], "tuple": isinstance(value, tuple), **named}
         if not isinstance(value, _CONSTANTS):
             raise InvalidArgumentError(
                 "Argument `inputs` must hold tensors, plain values (None, bool, int, float, str) and dicts, lists or tuples of "
@@ -112,8 +119,16 @@ def tensor_entries(entry: Any) -> Iterator[Mapping[str, Any]]:
             yield from tensor_entries(item)
 
 
-def example_inputs(description: Mapping[str, Any], device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of the described shapes and types, all zeros, with a batch of :func:`traced_batch`."""
+def example_inputs(
+    description: Mapping[str, Any], device: torch.device, *, plain: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the described shapes and types, all zeros, with a batch of :func:`traced_batch`.
+
+    Args:
+        description: from :func:`describe_inputs`.
+        device: of the tensors.
+        plain: whether dataclasses and namedtuples are the dicts and tuples of :func:`plain_call`.
+    """
     batch = traced_batch(description)
 
     def build(entry: Mapping[str, Any]) -> Any:
@@ -122,10 +137,14 @@ def example_inputs(description: Mapping[str, Any], device: torch.device) -> tupl
             if entry["batch"]:
                 shape[entry.get("batch_axis", 0)] = batch
             return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device)
+        name = "" if plain else entry.get("class", "")
         if "mapping" in entry:
-            return {key: build(item) for key, item in entry["mapping"]}
+            fields = {key: build(item) for key, item in entry["mapping"]}
+            return built(name, fields) if name else fields
         if "sequence" in entry:
             items = [build(item) for item in entry["sequence"]]
+            if name:
+                return built(name, items)
             return tuple(items) if entry["tuple"] else items
         return entry["value"]
 
@@ -187,7 +206,7 @@ class ResultShape:
         Raises:
             InvalidArgumentError: it holds no tensor, or something that is neither a tensor nor a plain value.
         """
-        leaves, spec = pytree.tree_flatten(result)
+        leaves, spec = pytree.tree_flatten(register(result))
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS and not others:
                 cache = "Pass `use_cache=False`, as an argument or in the model's `config`. " if is_cache(leaf) else ""
@@ -240,7 +259,7 @@ class InputGuard:
 
     def __init__(self, inputs: Mapping[str, Any], what: str) -> None:
         self._what = what
-        example = self._example = example_inputs(inputs, torch.device("meta"))
+        example = self._example = example_inputs(inputs, torch.device("meta"), plain=True)
         self._targets = set(inputs.get("targets", ()))
         leaves, self._spec = pytree.tree_flatten(example)
         self._words = _words(example)

@@ -48,13 +48,13 @@ def user_line(error: BaseException, module: nn.Module) -> str:
     while seen is not None:
         frames += [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(seen.__traceback__)]
         seen = seen.__cause__ or seen.__context__
-    return _innermost(frames) or defined_at(module)
+    return innermost_line(frames) or defined_at(module)
 
 
 def node_line(node: Node) -> str:
     """``file:line`` of the user's code that a node of a captured graph comes from; empty if it isn't known."""
     trace = node.meta.get("stack_trace") or ""
-    return _innermost((file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace))
+    return innermost_line((file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace))
 
 
 def defined_at(module: nn.Module) -> str:
@@ -66,7 +66,8 @@ def defined_at(module: nn.Module) -> str:
         return ""
 
 
-def _innermost(frames: Iterable[tuple[str, int]]) -> str:
+def innermost_line(frames: Iterable[tuple[str, int]]) -> str:
+    """``file:line`` of the innermost frame of the user's code; empty if there is none."""
     installed = project = ""
     skipped = tuple(_folders())
     for file, line in frames:

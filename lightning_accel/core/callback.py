@@ -108,6 +108,10 @@ class CompressionCallback(TrainerCallback):
         """Phases of the run that counteract this one, each with its fix; available after ``on_train_start``."""
         return []
 
+    def out_of_reach(self, trainer: L.Trainer) -> str:
+        """Why a run of this length can't reach the target, with the fix; empty if it can, or if that isn't known yet."""
+        return ""
+
     def predicted(self, pl_module: L.LightningModule) -> dict[str, int]:
         """Parameters and MACs of the network once the phase is over, if it changes them."""
         return {}
@@ -168,6 +172,8 @@ class CompressionCallback(TrainerCallback):
         self._place(trainer)
         self._enter_epoch(trainer, pl_module)
         found = self.conflicts(trainer) if not self._told and trainer.is_global_zero else []
+        if not self._told and refuses_incomplete(trainer) and (reason := self.out_of_reach(trainer)):
+            raise InvalidArgumentError(f"The run must be long enough for what is to ship, but {reason}")
         self._told = True
         for text in found:
             LOG.warning("Conflict: %s", text)
@@ -320,6 +326,11 @@ def compression_callbacks(trainer: L.Trainer) -> list[CompressionCallback]:
 def may_be_incomplete(trainer: L.Trainer) -> bool:
     """Whether the user has agreed to a network that hasn't reached its targets: ``ModelExport(incomplete="mark")``."""
     return any(getattr(c, "incomplete", None) == "mark" for c in callbacks_of(trainer, L.Callback))
+
+
+def refuses_incomplete(trainer: L.Trainer) -> bool:
+    """Whether a callback will refuse a network that hasn't reached its targets, as ``ModelExport`` does by default."""
+    return any(getattr(c, "incomplete", None) == "refuse" for c in callbacks_of(trainer, L.Callback))
 
 
 def unfinished_line(missing: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -13,7 +14,9 @@ from lightning_accel.errors import InvalidArgumentError
 
 
 def nan_weight(module: nn.Module) -> str:
-    """The first parameter or buffer that has NaN, in words; empty if none has.
+    """The first parameter, or statistic of a normalization layer, that has NaN, in words; empty if none has.
+
+    In other buffers NaN may stand for a value that isn't known yet, such as a threshold that validation will find.
 
     Args:
         module: any module; layers that aren't initialized yet don't count.
@@ -24,7 +27,12 @@ def nan_weight(module: nn.Module) -> str:
         >>> nan_weight(layer)
         'parameter `weight` has NaN in 1 of 2 values'
     """
-    parts = (("parameter", module.named_parameters()), ("buffer", module.named_buffers()))
+    statistics = [
+        (f"{path}.{name}" if path else name, buffer)
+        for path, part in module.named_modules()
+        for name, buffer in (part.named_buffers(recurse=False) if isinstance(part, _NormBase) else ())
+    ]
+    parts = (("parameter", module.named_parameters()), ("buffer", statistics))
     tensors = [(kind, name, t) for kind, named in parts for name, t in named if not is_lazy(t) and not t.is_meta]
     return _first((f"{kind} `{name}`", tensor) for kind, name, tensor in tensors)
 
@@ -45,7 +53,7 @@ def nan_array(what: str, array: np.ndarray) -> str:
 
 
 def check_weights(module: nn.Module, argument: str, then: str = "") -> None:
-    """Raise if a parameter or buffer has NaN.
+    """Raise if a parameter, or a statistic of a normalization layer, has NaN.
 
     Args:
         module: any module.

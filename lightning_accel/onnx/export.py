@@ -38,6 +38,7 @@ from lightning_accel.onnx.translations.rewrite import rewritten
 from lightning_accel.onnx.used_inputs import keep_used_inputs
 from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
+from lightning_accel.quantization.graph.fixed_sizes import exported_program
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 
 OPSET = 18  # the lowest that torch's exporter writes without conversion; carries per-channel Q/DQ and all our operators
@@ -202,7 +203,7 @@ def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward])
 
 def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
     try:
-        return torch.export.export(source, *call, dynamic_shapes=shapes)
+        return exported_program(source, call, shapes)
     except Exception as error:  # torch.export documents no common base
         if isinstance(error, LightningAccelError):  # of this library's own code around `forward`
             raise

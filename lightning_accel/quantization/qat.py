@@ -211,14 +211,27 @@ class QuantizationAwareTraining(QuantizingCallback):
                     f"epoch {timeline.epoch_at(step):.4g}: they belong to a network that still had more weights. End it by epoch "
                     f"{max(math.floor(timeline.epoch_at(step)), 0)}, or start QuantizationAwareTraining later."
                 )
-        total, begins = timeline.total_steps, self.fake_quant_step(trainer)
-        if begins >= total and not math.isinf(total) and not math.isinf(begins):
-            found.append(
-                f"QuantizationAwareTraining({self.name!r}) trains no step with fake-quant: it starts at step {self.steps[0]:g}, observes "
-                f"{self.settings.calibration_batches} batches until step {begins:g}, and the run ends at step {total:g}. Start it "
-                "earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
-            )
+        if self._beyond(trainer, timeline.total_steps) >= 0:
+            found.append(self._too_late(trainer, timeline.total_steps))
         return found
+
+    @override
+    def out_of_reach(self, trainer: L.Trainer) -> str:
+        total = timeline_of(trainer).total_steps
+        never = not is_fast_dev_run(trainer) and self._beyond(trainer, total) > 0
+        return self._too_late(trainer, total) if never else ""
+
+    def _beyond(self, trainer: L.Trainer, total: float) -> float:
+        """Steps from the end of a run to the first step with fake-quantization; ``-inf`` if either isn't known."""
+        begins = self.fake_quant_step(trainer)
+        return -math.inf if self.quantizing or math.isinf(total) or math.isinf(begins) else begins - total
+
+    def _too_late(self, trainer: L.Trainer, total: float) -> str:
+        return (
+            f"QuantizationAwareTraining({self.name!r}) trains no step with fake-quant: it starts at step {self.steps[0]:g}, observes "
+            f"{self.settings.calibration_batches} batches until step {self.fake_quant_step(trainer):g}, and the run ends at step "
+            f"{total:g}. Start it earlier, lower `calibration_batches`, or use PostTrainingQuantization, which needs no training."
+        )
 
     @override
     def plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, str]:

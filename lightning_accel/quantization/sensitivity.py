@@ -85,6 +85,7 @@ def sensitivity(
     """
     with isolated_random():
         kept = [batch for batch, _ in zip(data, range(calibration_batches), strict=False)]
+    options = {"effort": "low", **options}  # what further steps find belongs to the whole network
     copy = quantize(model, kept, calibration_batches=calibration_batches, inputs=inputs, **options)
     forwards = quantized_forwards(copy)
     before = {path: f"{path}." if path else "" for path in forwards}

@@ -241,9 +241,9 @@ class _Cut:
         return result
 
     def before(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
-        """Tensors before each quantization that aren't inputs."""
+        """Tensors before each quantization that are neither inputs nor outputs."""
         names = dict.fromkeys(quantize.input[0] for quantize, _ in self.pairs.values())
-        return [name for name in names if name not in inputs]
+        return [name for name in names if name not in inputs and name not in self.ends]
 
     def write(self, path: Path, values: Mapping[str, np.ndarray], *, quantized: bool) -> dict[str, np.ndarray]:
         """Write the file with every cut made: tensors read there become inputs, and computed ones outputs.

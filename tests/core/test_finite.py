@@ -47,6 +47,9 @@ def test_names_and_counts():
     assert (
         nan_weight(poisoned(Residual(), "norm1.running_var")) == "buffer `norm1.running_var` has NaN in 1 of 8 values"
     )
+    late = nn.Linear(2, 2)
+    late.register_buffer("threshold", torch.tensor(NAN))  # found by validation later
+    assert nan_weight(late) == ""
     infinite = nn.Linear(2, 2)
     infinite.register_buffer("mask", torch.full((2, 2), -torch.inf))
     assert nan_weight(infinite) == nan_weight(nn.LazyLinear(2)) == ""

@@ -1,8 +1,10 @@
 """Phases that work against each other are found by ``plan`` and told by ``fit``, with what mends them; and mending them does."""
 
 import pytest
+import torch
 
 import lightning_accel as la
+from lightning_accel.errors import InvalidArgumentError
 from tests.support.models import Classifier, Residual, loader
 
 
@@ -75,3 +77,15 @@ def test_fit_tells_what_plan_knows(trainer, caplog):
     caplog.clear()
     trainer(max_epochs=1).fit(la.DistillationModule(student=Classifier(), teacher=Residual(8), alpha=0.0), loader())
     assert "`alpha` is 0" in caplog.text
+
+
+def test_a_bundle_that_the_run_is_too_short_for_is_refused_before_the_first_step(trainer, tmp_path):
+    module = Classifier()
+    before = module.net.conv1.weight.clone()
+    export = la.ModelExport(tmp_path / "b", engines="onnxruntime", samples=8)
+    with pytest.raises(
+        InvalidArgumentError, match=r"must be long enough for what is to ship, but Quantization.* trains no step"
+    ):
+        trainer(qat(start=1, calibration_batches=20), export, max_epochs=2).fit(module, loader(), loader(seed=1))
+    assert torch.equal(before, module.net.conv1.weight)
+    assert not list(tmp_path.glob("b*"))

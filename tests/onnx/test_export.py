@@ -361,22 +361,6 @@ def test_a_submodule_whose_name_torch_takes_is_told(tmp_path, name):
         quantize(module, [torch.randn(2, 4)])
 
 
-def test_code_that_makes_the_batch_a_constant_is_told_what_to_write_instead(tmp_path):
-    class Tokens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.token, self.head = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head(x + self.token.expand(len(x), -1))
-
-    expected = r"takes a batch of any size, but got `Tokens.forward`.*, whose code makes .* Take it as `x.shape\[0\]`: `len\(x\)`"
-    with pytest.raises(CaptureError, match=expected):
-        export_onnx(Tokens().eval(), torch.randn(2, 4), tmp_path / "n.onnx")
-    with pytest.raises(CaptureError, match=expected):
-        quantize(Tokens(), [torch.randn(2, 4)])
-
-
 class DependsOnValues(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x

@@ -129,3 +129,19 @@ def test_what_is_concatenated_is_right_or_refused(tmp_path):
             want = copy(*inputs).numpy()
             error = float(np.median(np.abs(runner.run(feeds)[export.output_names[0]] - want)) / np.ptp(want))
         assert (error < 5e-3) is (check.diverging == "")
+
+
+def test_a_tensor_that_is_an_output_and_is_quantized(tmp_path):
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(8, 16), torch.nn.Linear(16, 3)
+
+        def forward(self, x):
+            features = torch.relu(self.first(x))
+            return self.last(features), features
+
+    x = torch.randn(16, 8)
+    export = la.export_onnx(la.quantize(Features(), [x], target="onnxruntime"), x, tmp_path / "m.onnx")
+    check = check_kernels(export.path, "onnxruntime", {"x": x.numpy()}, emulate=True)
+    assert (check.largest_step, check.diverging) == (0, "")

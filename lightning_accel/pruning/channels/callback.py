@@ -25,6 +25,7 @@ from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.criteria import label
 from lightning_accel.pruning.channels.equivalence import NOT_RUN
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
+from lightning_accel.pruning.channels.step_trials import StepTrials
 from lightning_accel.pruning.criterion import Criterion
 
 
@@ -142,7 +143,8 @@ class ChannelPruning(CompressionCallback):
             if not self.module and not has_forward(pl_module):
                 self.module = chosen_path(pl_module, trainer, type(self).__name__)
             _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)
-            self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target), None
+            steps = StepTrials(trainer, pl_module)
+            self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target, steps), None
             for group in self._plan.groups:
                 if group.kept:
                     rank_zero_info(f"ChannelPruning: the channels of {_and(group.layers)} are kept: {group.kept}.")

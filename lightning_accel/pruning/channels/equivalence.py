@@ -17,7 +17,7 @@ from lightning_accel.calls.copies import converted, copy_of, few_samples, layers
 from lightning_accel.core.globs import select
 from lightning_accel.pruning.channels.groups import Candidate, Group, candidate_groups
 from lightning_accel.pruning.channels.layers import FIXED_HEADS, check_copyable, makes_channels
-from lightning_accel.pruning.channels.slices import Chosen, removal_of, removed
+from lightning_accel.pruning.channels.slices import Chosen, removal_of, removed, spread_units
 from lightning_accel.pruning.weights.layers import is_hugging_face_conv1d
 
 NOT_RUN = "forward doesn't run it"
@@ -76,7 +76,7 @@ class _Reference:
 
     def failure(self, groups: Sequence[Group], share: float) -> str:
         """Reason why a share of the units of all groups can't be removed at once; empty if it can."""
-        chosen: Chosen = {i: _spread(g.units, share, i) for i, g in enumerate(groups)}
+        chosen: Chosen = {i: spread_units(g.units, share, i) for i, g in enumerate(groups)}
         removal = removal_of(self.module, groups, chosen)
         with removed(self.module, removal, physically=False):
             expected = [t.detach() for t in self.outputs()]
@@ -97,13 +97,6 @@ class _Reference:
             if not bool((output - wanted).abs().max() <= self._tolerance * span):
                 return _OTHERWISE
         return ""
-
-
-def _spread(units: int, share: float, seed: int) -> list[int]:
-    """An irregular selection of a share of the units, at least one and never all."""
-    count = min(units - 1, max(1, round(share * units)))
-    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed + 1))
-    return sorted(order[:count].tolist())
 
 
 def find_groups(

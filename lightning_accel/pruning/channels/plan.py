@@ -18,6 +18,7 @@ from lightning_accel.pruning.channels.equivalence import find_groups
 from lightning_accel.pruning.channels.groups import channel_count
 from lightning_accel.pruning.channels.selection import Block, fewest, removal_order, shares_of, units_of
 from lightning_accel.pruning.channels.slices import Removal, follow, removal_of, removed
+from lightning_accel.pruning.channels.step_trials import StepTrials
 from lightning_accel.pruning.criterion import Criterion, WeightScores
 from lightning_accel.pruning.weights.masks import check_scope
 
@@ -95,15 +96,20 @@ class ChannelPlan:
         path: dotted path of the submodule whose ``forward`` is traced; empty for the module itself.
         call: example arguments of that ``forward``.
         target: absolute target, relative to the module before any removal.
+        steps: trial runs of the user's steps; ``None`` outside of a run.
 
     Raises:
         InvalidArgumentError: no channel can be removed, a glob matches nothing, or the target can't be reached.
     """
 
-    def __init__(self, module: nn.Module, path: str, call: Call, target: ChannelTarget) -> None:
+    def __init__(
+        self, module: nn.Module, path: str, call: Call, target: ChannelTarget, steps: StepTrials | None = None
+    ) -> None:
         self.target, self._path = target, path
         self._call = few_samples(call)
         self.groups = find_groups(module, call, path, target.include, target.exclude)
+        if steps is not None:
+            self.groups = steps.kept(self.groups)
         earlier = [c.args["original"] for c in structure.record_of(module) if c.kind == KIND]
         self.original: dict[str, Any] = earlier[0] if earlier else self._measure(module)
         units = self.original["units"]

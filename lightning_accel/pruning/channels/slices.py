@@ -133,6 +133,13 @@ def _zeroed(tensor: torch.Tensor, cuts: Sequence[Sequence[Any]]) -> torch.Tensor
     return result
 
 
+def spread_units(units: int, share: float, seed: int) -> list[int]:
+    """An irregular selection of a share of the units, at least one and never all."""
+    count = min(units - 1, max(1, round(share * units)))
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed + 1))
+    return sorted(order[:count].tolist())
+
+
 def follow(groups: Sequence[Group], removal: Removal) -> list[Group]:
     """Groups after a removal, without the removed units and in the same order."""
     cuts = {**removal["parameters"], **removal["buffers"]}

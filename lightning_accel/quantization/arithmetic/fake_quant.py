@@ -149,13 +149,16 @@ def activation_qparams(low: torch.Tensor, high: torch.Tensor, target: Target) ->
     return scale, (-low / scale).round().clamp(0, 255).to(torch.int64)
 
 
-def quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(
+    weight: torch.Tensor, axis: int | None, target: Target, integers: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric integers of a weight, one scale per output channel.
 
     Args:
         weight: float32, channels along ``axis``.
         axis: output channels; ``None``: one scale for all.
         target: determines the largest integer, and the type of the scales.
+        integers: chosen otherwise than by rounding each weight to the nearest; int8, of the weight's shape.
 
     Returns:
         Integers (still in float, shape of ``weight``) and scales ``(C,)``, or ``(1,)``. A channel of zeros has scale 1.
@@ -164,6 +167,8 @@ def quantize_weight(weight: torch.Tensor, axis: int | None, target: Target) -> t
     extreme = weight.abs().amax() if axis is None else weight.abs().amax(_others(weight.ndim, axis))
     scale = extreme.reshape(-1) / largest
     scale = stored(torch.where(scale < TINY, torch.ones_like(scale), scale), target)
+    if integers is not None:
+        return integers.to(weight.dtype), scale
     return torch.div(weight, per_channel(scale, weight.ndim, axis)).round_().clamp_(-largest, largest), scale
 
 

@@ -1,6 +1,8 @@
 """Observers: learn the ranges of activations from training data."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,7 @@ from lightning_accel.quantization.arithmetic.targets import Target
 METHODS = ("moving_average", "min_max", "percentile", "mse", "lsq")
 PERCENTILE = 99.99
 _SAMPLE = 2**16  # sample size of percentile and mse
+_CPU = torch.device("cpu")
 _NO_CLIP = (-torch.inf, torch.inf)
 
 
@@ -31,6 +34,68 @@ class Ranks(Protocol):
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over all ranks."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What calibration has found for an operator beyond the nearest integers of its weight.
+
+    Args:
+        integers: of the weight, int8; ``None``: the nearest ones.
+        shift: added to each output channel ``(C,)``; ``None``: nothing.
+        factor: of the weights of each input ``(inputs,)``, whose values the bank divides by it; ``None``: 1.
+    """
+
+    integers: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+
+    def scaled(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight times ``factor``."""
+        return weight if self.factor is None else weight * self.factor
+
+    def to(self, device: torch.device) -> "Refined":
+        """On another device."""
+        return Refined(*(None if t is None else t.to(device) for t in self.tensors().values()))
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name."""
+        return {"integers": self.integers, "shift": self.shift, "factor": self.factor}
+
+
+PLAIN = Refined()
+
+
+class Tap(Protocol):
+    """Sees the operators with weights while calibration runs, and may replace their results."""
+
+    def seen(self, operator: "SeenOperator") -> torch.Tensor:
+        """Called with each operator; returns its result."""
+
+
+@dataclass(frozen=True)
+class SeenOperator:
+    """An operator with a weight in one evaluation.
+
+    Args:
+        name: in the plan.
+        weight: float, channels along ``axis``.
+        axis: output channels of the weight.
+        x: input; quantized, if quantization is active.
+        run: from a weight to the operator's result, without bias and batch norm.
+        result: with bias, and with the batch norm after it.
+        channel: dimension of the output channels in the result.
+        function: name of the torch function, such as ``"linear"``.
+    """
+
+    name: str
+    weight: torch.Tensor
+    axis: int
+    x: torch.Tensor
+    run: Callable[[torch.Tensor], torch.Tensor]
+    result: torch.Tensor
+    channel: int
+    function: str
 
 
 class RangeBank:
@@ -64,6 +129,11 @@ class RangeBank:
         self.frozen = False  # ranges are fixed
         self.norms_frozen = False  # batch norms use their running statistics in training
         self.off: frozenset[str] = frozenset()  # operators that temporarily compute in float
+        self.refined: dict[str, Refined] = {}  # by operator
+        self.smooth: dict[
+            int, torch.Tensor
+        ] = {}  # row -> what its channels (the last dimension) are multiplied by before quantization
+        self.tap: Tap | None = None
         self.low = torch.zeros(len(keys))
         self.high = torch.zeros(len(keys))
         self.batches = 0  # batches seen so far
@@ -110,6 +180,8 @@ class RangeBank:
             if self._steps is not None:
                 self._steps = self._steps.detach().to(device).requires_grad_()
                 self._moments = [m.to(device) for m in self._moments]
+            self.refined = {name: refined.to(device) for name, refined in self.refined.items()}
+            self.smooth = {row: factor.to(device) for row, factor in self.smooth.items()}
             self.refresh()
 
     def quantize(
@@ -133,6 +205,8 @@ class RangeBank:
             self._note(index, x.detach(), clip)
         if not self.active:
             return x if clip == _NO_CLIP else x.clamp(*(None if abs(v) == torch.inf else v for v in clip))
+        if index in self.smooth:
+            x = x.float() * self.smooth[index]
         scale, low, high, edges = self._grid(index, clip)
         learn = training and self._steps is not None and not self.frozen
         if learn:
@@ -155,14 +229,14 @@ class RangeBank:
             if self.method == "percentile":
                 low, high = torch.quantile(flat, flat.new_tensor([1 - PERCENTILE / 100, PERCENTILE / 100])).unbind()
             else:
-                low, high = self._least_error(flat)
+                low, high = self.least_error(flat)
         elif clip != _NO_CLIP:
             low, high = low.clamp(*clip), high.clamp(*clip)
         if index in self._seen:
             low, high = torch.minimum(low, self._seen[index][0]), torch.maximum(high, self._seen[index][1])
         self._seen[index] = (low, high)
 
-    def _least_error(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def least_error(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The range with the smallest mean squared rounding error among 40 proportionally shrunk ranges."""
         shrunk = torch.linspace(0.2, 1.0, 40, device=values.device)
         low, high = (bound * shrunk for bound in values.aminmax())
@@ -227,6 +301,17 @@ class RangeBank:
                 "entry, a branch that was not taken. Give more batches or other samples, or name the operators in `exclude`."
             )
 
+    def refined_state(self) -> "tuple[dict[str, Refined], dict[int, torch.Tensor], torch.Tensor, torch.Tensor]":
+        """What steps after calibration change, to undo one by :meth:`load_refined`."""
+        return dict(self.refined), dict(self.smooth), self.low.clone(), self.high.clone()
+
+    def load_refined(
+        self, state: "tuple[dict[str, Refined], dict[int, torch.Tensor], torch.Tensor, torch.Tensor]"
+    ) -> None:
+        """Restore what :meth:`refined_state` returned."""
+        self.refined, self.smooth, self.low, self.high = state
+        self.refresh()
+
     def activate(self) -> None:
         """Activate fake-quantization."""
         self.active = True
@@ -276,6 +361,8 @@ class RangeBank:
             "steps": None if self._steps is None else self._steps.detach().cpu(),
             "moments": [m.cpu() for m in self._moments],
             "updates": self._updates,
+            "refined": {name: refined.to(_CPU).tensors() for name, refined in self.refined.items()},
+            "smooth": {row: factor.cpu() for row, factor in self.smooth.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,4 +385,6 @@ class RangeBank:
         self._steps = None if state["steps"] is None else state["steps"].to(device).requires_grad_()
         self._moments = [m.to(device) for m in state["moments"]]
         self._updates = state["updates"]
+        self.refined = {name: Refined(**found).to(device) for name, found in state["refined"].items()}
+        self.smooth = {row: factor.to(device) for row, factor in state["smooth"].items()}
         self.refresh()

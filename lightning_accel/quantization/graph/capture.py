@@ -19,11 +19,13 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_accel.calls.batches import canonical_call
+from lightning_accel.calls.containers import registered_results
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
 from lightning_accel.calls.shapes import batch_axes, batch_shapes, describe_inputs, dynamic_axes, example_inputs
 from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
+from lightning_accel.quantization.graph.fixed_sizes import FixedSizeError, exported_program
 from lightning_accel.quantization.graph.operators import is_view
 from lightning_accel.quantization.graph.sites import marked_sites
 
@@ -80,6 +82,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
         kept_state(module),
         unlogged(module),
         named_keywords(module, kwargs),
+        registered_results(module),
         one_rank(module),
         mode(module, False),
         warnings.catch_warnings(),
@@ -89,7 +92,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
             try:
                 shapes = batch_shapes(module, args, kwargs, batch_axes(description), dynamic_axes(description))
                 with marked_sites(module) as counts:
-                    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+                    program = exported_program(module, (args, kwargs), shapes)
                 graph_module = program.module()
                 graph_module.meta[CALLS] = counts[-1]
             finally:
@@ -131,14 +134,15 @@ def _out_of_place(graph_module: GraphModule) -> None:
 def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error: Exception) -> str:
     what = f"submodule `{path}`" if path else f"`{type(module).__name__}.forward`"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    where = f" (at {error.line})" if isinstance(error, FixedSizeError) else ""
     if fixed := re.findall(r"You marked .*?\.size\(\)\[(\d+)\] as dynamic but .* a constant \((\d+)\)", str(error)):
         return (
             f"Argument `dynamic` must name axes along which {what} computes the same at any size, but torch.export fixes "
-            f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}: a size that the code compares or unrolls (LSTM and GRU "
+            f"{', '.join(f'axis {axis} at {size}' for axis, size in fixed)}{where}: a size that the code compares or unrolls (LSTM and GRU "
             "unroll time). Leave it out and pad to one size."
         )
     line = user_line(error, module)
-    at = f"{what} (at {line})" if line else what
+    at = f"{what} (at {line})" if line and not isinstance(error, FixedSizeError) else what  # which names its own
     if reason_known := taken_name(error, module) or fixed_batch(error, at) or unknown_result(error, at):
         return reason_known
     message = f"Argument `module` must be one that torch.export can capture, but got {what}: {reason}"
@@ -165,16 +169,19 @@ def taken_name(error: BaseException, module: nn.Module) -> str:
 
 def fixed_batch(error: BaseException, what: str) -> str:
     """Explanation if the code fixes the batch size as a constant; otherwise empty."""
-    fixed = re.search(
-        r"You marked batch as dynamic but your code specialized it to be a constant \((\d+)\)", str(error)
-    )
-    if fixed is None:
-        return ""
-    return (
-        f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant. "
-        "Take it as `x.shape[0]`: `len(x)`, `int(...)` and comparisons turn it into a number. For a network that takes one batch size "
-        'only, pass batch="fixed" to `export_onnx` and `quantize`.'
-    )
+    where = f" at {error.line}" if isinstance(error, FixedSizeError) else ""
+    if re.search(r"You marked batch as dynamic but your code specialized it to be a constant \(\d+\)", str(error)):
+        return (
+            f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code makes the size a constant"
+            f"{where}. Take it as `x.shape[0]`: `len(x)`, `int(...)`, comparisons and loops over samples turn it into a number. For a "
+            'network that takes one batch size only, pass batch="fixed" to `export_onnx` and `quantize`.'
+        )
+    if guard := re.search(r"Not all values of batch = .* satisfy the generated guard (.*)", str(error)):
+        return (
+            f"Argument `module` must be one whose `forward` takes a batch of any size, but got {what}, whose code takes another way for "
+            f"some sizes{where or f' ({guard[1]})'}. Leave comparisons of the batch size out of `forward`."
+        )
+    return ""
 
 
 def unknown_result(error: BaseException, what: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_accel.quantization.arithmetic.dynamic_linear import dynamic_linear
 from lightning_accel.quantization.arithmetic.fake_quant import TINY, per_channel, quantize_weight, stored, straight
-from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.arithmetic.observers import PLAIN, RangeBank, Refined
 from lightning_accel.quantization.arithmetic.targets import Target
 
 aten = torch.ops.aten
@@ -21,6 +21,7 @@ def fold_norm(
     target: Target,
     norm: Sequence[torch.Tensor | None] = (),
     epsilon: float | None = None,
+    refined: Refined = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Quantize a weight, and fold the batch norm after it into scales and bias.
 
@@ -35,13 +36,14 @@ def fold_norm(
         target: determines the largest integer, and the type of the scales.
         norm: scale, shift, mean and variance of the batch norm, each ``(C,)``; the first two may be missing.
         epsilon: of the batch norm; ``None`` if there is none.
+        refined: integers and a shift of the result that calibration has found.
 
     Returns:
         Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)``.
     """
-    integers, scale = quantize_weight(weight, axis, target)
+    integers, scale = quantize_weight(refined.scaled(weight), axis, target, refined.integers)
     if epsilon is None:
-        return integers, scale, bias
+        return integers, scale, _sum(bias, refined.shift)
     gamma, beta, mean, variance = norm
     assert mean is not None
     assert variance is not None
@@ -52,7 +54,11 @@ def fold_norm(
     # gamma 0: the scale of zeros is arbitrary
     scale = stored(torch.where(folded < TINY, scale, folded), target)
     shift = -mean if bias is None else bias - mean
-    return integers, scale, shift * factor if beta is None else beta + shift * factor
+    return integers, scale, _sum(shift * factor if beta is None else beta + shift * factor, refined.shift)
+
+
+def _sum(bias: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor | None:
+    return bias if shift is None else shift if bias is None else bias + shift
 
 
 class FoldedOperator(nn.Module):
@@ -66,17 +72,22 @@ class FoldedOperator(nn.Module):
         axis: output channels of the weight.
         rest: arguments of ``operator`` after the bias.
         epsilon: of the batch norm; ``None`` if there is none.
+        name: of the operator in the plan.
     """
 
-    def __init__(self, bank: RangeBank, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None) -> None:
+    def __init__(
+        self, bank: RangeBank, operator: Any, axis: int, rest: tuple[Any, ...], epsilon: float | None, name: str
+    ) -> None:
         super().__init__()
         self.bank, self.operator, self.axis, self.rest, self.epsilon = bank, operator, axis, rest, epsilon
+        self.name = name
 
     def fold(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Integers (in float, the weight's shape), scales ``(C,)`` and bias ``(C,)`` for export."""
-        return fold_norm(weight, bias, self.axis, self.bank.target, norm, self.epsilon)
+        refined = self.bank.refined.get(self.name, PLAIN)
+        return fold_norm(weight, bias, self.axis, self.bank.target, norm, self.epsilon, refined)
 
 
 class DynamicLinear(nn.Module):

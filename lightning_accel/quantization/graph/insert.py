@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -40,6 +41,8 @@ def place_fake_quants(
             if at not in placed:
                 fake = ActivationFakeQuant(bank, row)
                 placed[at] = _insert(graph_module, point, root, f"fake_quant_{row}", fake)
+                if row in bank.smooth:
+                    _smooth(graph_module, placed[at], bank.smooth[row])
             for source, reader in point.moved:
                 if source is root:
                     reader.replace_input_with(root, placed[at])
@@ -74,6 +77,16 @@ def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, nam
         node = graph_module.graph.call_module(name, (root,))
     node.meta = dict(root.meta)
     return node
+
+
+def _smooth(graph_module: GraphModule, fake: Node, factor: torch.Tensor) -> None:
+    """Multiply the channels of a tensor before its fake-quantization."""
+    name = free_name(graph_module, "smoothing")
+    graph_module.register_buffer(name, factor)
+    with graph_module.graph.inserting_before(fake):
+        product = graph_module.graph.call_function(aten.mul.Tensor, (fake.args[0], graph_module.graph.get_attr(name)))
+    product.meta = dict(fake.meta)
+    fake.replace_input_with(fake.args[0], product)  # type: ignore[arg-type]
 
 
 def _first(root: Node, users: set[Node]) -> Node:
@@ -118,7 +131,7 @@ def _fold(graph_module: GraphModule, point: QuantizationPoint, bank: RangeBank) 
     norm = foldable_norm(node)
     tensors: tuple[Any, ...] = () if norm is None else norm.args[1:5]
     epsilon: Any = None if norm is None else norm.args[7]
-    operator = FoldedOperator(bank, node.target, point.axis or 0, tuple(node.args[3:]), epsilon)
+    operator = FoldedOperator(bank, node.target, point.axis or 0, tuple(node.args[3:]), epsilon, point.operator)
     graph_module.add_module(name, operator)
     last = node if norm is None else norm
     with graph.inserting_before(last):

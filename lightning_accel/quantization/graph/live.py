@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_accel.core.patching import Patches, swapped
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.fake_quant import fake_quantize_weight, per_channel, quantize_weight
-from lightning_accel.quantization.arithmetic.observers import RangeBank
+from lightning_accel.quantization.arithmetic.observers import PLAIN, RangeBank, SeenOperator
 from lightning_accel.quantization.graph.actions import Actions, SiteAction
 from lightning_accel.quantization.graph.attention import attention
 from lightning_accel.quantization.graph.folding import DynamicLinear, fold_norm
@@ -239,32 +239,71 @@ class FakeQuantMode(SiteMode):
     def _weighed(self, action: SiteAction, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The operator with its weight quantized; in evaluation with the batch norm after it."""
         bank = self._bank
-        if not bank.active:
+        if not bank.active and bank.tap is None:
             return func(*args, **kwargs)
         weight = _get(args, kwargs, action.weight)
+        if not bank.active:
+            return (
+                self._tapped(action, func, args, kwargs, weight) if action.kind == "static" else func(*args, **kwargs)
+            )
         if action.kind == "dynamic":
             x, bias = _get(args, kwargs, (0, "input")), _get(args, kwargs, (2, "bias"), None)
             return DynamicLinear(bank, action.operator).forward(x, weight, bias)
         if self._training:
+            weight = bank.refined.get(action.operator, PLAIN).scaled(weight)
             _put(args, kwargs, action.weight, fake_quantize_weight(weight, action.axis, bank.target))
             return func(*args, **kwargs)
         if action.operator in bank.off:
+            if bank.smooth.keys() & {row for row in action.operands.values() if not self._readers[row] <= bank.off}:
+                _put(args, kwargs, action.weight, bank.refined[action.operator].scaled(weight))
             return func(*args, **kwargs)
         if action.kind == "embedding":
             integers, scale = quantize_weight(weight, None, bank.target)
             _put(args, kwargs, action.weight, integers)
             return func(*args, **kwargs) * scale
-        bias, epsilon = _get(args, kwargs, (2, "bias"), None), None
-        norm: tuple[torch.Tensor | None, ...] = ()
-        if action.norm is not None and not self.root.get_submodule(action.norm.owner).training:
-            norm = tuple(None if name is None else self._tensor(name) for name in action.norm.tensors)
-            epsilon = action.norm.epsilon
+        bias, (norm, epsilon) = _get(args, kwargs, (2, "bias"), None), self._norm_of(action)
+        if action.norm is not None and epsilon is not None:
             self._absorbed.add(action.norm.site)
-        axis = action.axis or 0
-        integers, scale, bias = fold_norm(weight, bias, axis, bank.target, norm, epsilon)
+        axis, refined = action.axis or 0, bank.refined.get(action.operator, PLAIN)
+        integers, scale, bias = fold_norm(weight, bias, axis, bank.target, norm, epsilon, refined)
         _put(args, kwargs, action.weight, integers * per_channel(scale, weight.ndim, axis))
         _put(args, kwargs, (2, "bias"), bias)
+        if bank.tap is not None:
+            return self._tapped(action, func, args, kwargs, weight)
         return func(*args, **kwargs)
+
+    def _norm_of(self, action: SiteAction) -> tuple[tuple[torch.Tensor | None, ...], float | None]:
+        """Tensors and epsilon of the batch norm that is folded into an operator; none in training."""
+        if action.norm is None or self.root.get_submodule(action.norm.owner).training:
+            return (), None
+        return tuple(None if name is None else self._tensor(name) for name in action.norm.tensors), action.norm.epsilon
+
+    def _tapped(
+        self, action: SiteAction, func: Any, args: list[Any], kwargs: dict[str, Any], weight: torch.Tensor
+    ) -> torch.Tensor:
+        """The operator's result, shown to the bank's tap, which may replace it while quantization is active."""
+        tap, result = self._bank.tap, func(*args, **kwargs)
+        assert tap is not None
+        function = getattr(func, "__qualname__", "").rpartition(".")[2]
+        channel = result.ndim - 1 if function == "linear" else 1
+        x = _get(args, kwargs, (0, "input"))
+
+        def run(other: torch.Tensor) -> torch.Tensor:
+            given, named = list(args), dict(kwargs)
+            _put(given, named, action.weight, other)
+            _put(given, named, (2, "bias"), None)
+            found: torch.Tensor = func(*given, **named)
+            return found
+
+        shown = result
+        norm, epsilon = ((), None) if self._bank.active else self._norm_of(action)
+        if epsilon is not None:
+            gamma, beta, mean, variance = norm
+            shown = torch.nn.functional.batch_norm(result.movedim(channel, 1), mean, variance, gamma, beta, eps=epsilon)
+            shown = shown.movedim(1, channel)
+        seen = SeenOperator(action.operator, weight, action.axis or 0, x, run, shown, channel, function)
+        replaced = tap.seen(seen)
+        return replaced if self._bank.active else result
 
     def _tensor(self, name: str) -> torch.Tensor:
         owner, _, key = name.rpartition(".")

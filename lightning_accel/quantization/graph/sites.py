@@ -93,11 +93,12 @@ class SiteMode(TorchFunctionMode):
         if get_ident() != self._thread:  # the hooks see all modules of the process
             return
         self._outer.append(self.path)
-        known = self._names.get(id(module))
-        if known is None or known[0] is not module:  # the first call, or a module that was put in since
+        # While a network with a shared submodule is captured, torch calls proxies, which have the attributes of the submodules.
+        known = self._names.get(id(vars(module)))
+        if known is None or vars(known[0]) is not vars(module):  # the first call, or a module that was put in since
             self._names.clear()
-            self._names.update((id(part), (part, name)) for name, part in self.root.named_modules())
-            known = self._names.get(id(module))
+            self._names.update((id(vars(part)), (part, name)) for name, part in self.root.named_modules())
+            known = self._names.get(id(vars(module)))
         if known is not None:  # a module outside of the tree belongs to the one that calls it
             self.path = known[1]
         self.entered(module, self.path)

@@ -430,3 +430,27 @@ def test_a_compiled_network_computes_in_integers_too():
     with torch.no_grad():
         want = module(x)
         assert torch.equal(torch.compile(module, backend="eager")(x), want)
+
+
+class Shared(nn.Module):
+    """One layer under two names: torch captures such a network through proxies of its submodules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.first = self.second = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.first(h) - self.second(h.flip(-1))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_submodule_under_two_names(target):
+    module, x = Shared(), torch.randn(16, 8)
+    forward = quantized(module, x, target=target)
+    assert {"body.0", "body.2", "first"} <= set(forward.quantized)
+    assert not forward.kept_float
+    module.eval()
+    with torch.no_grad():
+        assert torch.equal(module(x), convert(forward)[0](x))

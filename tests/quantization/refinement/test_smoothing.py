@@ -1,0 +1,80 @@
+"""Smoothing: outliers of single channels move into weights; in float nothing changes."""
+
+import pytest
+import torch
+from torch import nn
+
+import lightning_accel as la
+from lightning_accel.quantization.graph.convert import convert
+from lightning_accel.quantization.graph.prepare import quantized_forwards
+from lightning_accel.quantization.refinement.smoothing import smooth_inputs
+
+
+class Block(nn.Module):
+    """A residual block in the form of a transformer's: two layers read one normalized tensor, which the sum reads, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b, self.out = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        with torch.no_grad():
+            self.norm.weight[3], self.norm.weight[17] = 40.0, 25.0  # outliers in two channels
+
+    def forward(self, x):
+        h = self.norm(x)
+        return h * 0.01 + self.out(torch.nn.functional.gelu(self.a(h)) * self.b(h).sigmoid())
+
+
+def prepared(target):
+    torch.manual_seed(0)
+    module, batches = Block(), [torch.randn(8, 10, 32) for _ in range(3)]
+    quantized = la.quantize(module, batches, target=target, effort="low")
+    return module, batches, quantized, quantized_forwards(quantized)[""]
+
+
+def noise(module, quantized, batches):
+    with torch.no_grad():
+        return float(torch.stack([(module(x) - quantized(x)).square().mean() for x in batches]).mean())
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "portable", "tensorrt"])
+def test_outliers_cost_less_and_the_file_is_the_simulation(target):
+    module, batches, quantized, forward = prepared(target)
+    before = noise(module, quantized, batches)
+    with torch.no_grad():
+        smooth_inputs([forward], quantized, [((x,), {}) for x in batches])
+    assert forward.bank.smooth
+    factors = torch.cat(list(forward.bank.smooth.values()))
+    assert torch.equal(factors, torch.exp2(factors.log2().round()))
+    assert noise(module, quantized, batches) < 0.3 * before
+    with torch.no_grad():
+        assert torch.equal(quantized(batches[0]), convert(forward)[0](batches[0]))
+        forward.bank.active = False
+        assert torch.equal(quantized(batches[0]), module(batches[0]))
+
+
+def test_an_operator_that_is_off_reads_what_the_others_read():
+    module, batches, quantized, forward = prepared("onnxruntime")
+    with torch.no_grad():
+        smooth_inputs([forward], quantized, [((x,), {}) for x in batches])
+        forward.bank.off = frozenset({"a"})
+        assert noise(module, quantized, batches) < 1e-2
+        forward.bank.off = frozenset(forward.quantized)
+        assert torch.allclose(quantized(batches[0]), module(batches[0]), atol=1e-5)
+
+
+def test_training_reads_the_smoothed_weights():
+    _, batches, quantized, forward = prepared("onnxruntime")
+    with torch.no_grad():
+        smooth_inputs([forward], quantized, [((x,), {}) for x in batches])
+        evaluated = quantized(batches[0])
+        assert torch.allclose(quantized.train()(batches[0]), evaluated, atol=1e-5)
+
+
+def test_nothing_is_smoothed_where_it_does_not_help():
+    torch.manual_seed(0)
+    module, batches = nn.Sequential(nn.Linear(32, 32)), [torch.rand(64, 32)]
+    quantized = la.quantize(module, batches, target="onnxruntime", effort="low")
+    forward = quantized_forwards(quantized)[""]
+    before = noise(module, quantized, batches)
+    smooth_inputs([forward], quantized, [((x,), {}) for x in batches])
+    assert noise(module, quantized, batches) <= before
