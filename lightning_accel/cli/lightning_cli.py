@@ -88,6 +88,7 @@ class AccelTrainer(L.Trainer):
         calibration_batches: int = 32,
         ranges: str = "mse",
         activations: str = "static",
+        effort: str = "standard",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         module: list[str] | None = None,
@@ -108,6 +109,7 @@ class AccelTrainer(L.Trainer):
             calibration_batches: number of training batches from which ranges are estimated.
             ranges: estimator of the ranges: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
             activations: ``static``; ``dynamic`` (linear layers, each batch by its own range); or ``float`` (only weights are int8).
+            effort: steps after the ranges: ``low``, ``standard`` or ``high``.
             include: globs of operators to quantize.
             exclude: globs of operators that stay float.
             module: dotted paths of the submodules to quantize; by default the whole ``forward``.
@@ -133,6 +135,7 @@ class AccelTrainer(L.Trainer):
             export.inputs,
             export.dynamic or None,
             activations,
+            effort,
         )
         check_destination(dirpath)
         # The checkpoint contains the result of the config's other callbacks.

@@ -210,7 +210,7 @@ def _export(module: nn.Module, call: Call, folder: Path, made: dict[str, Any]) -
 
 
 def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: dict[str, Any]) -> tuple[str, list[str]]:
-    small = quantize(module, [call], target=target, ranges="min_max", inputs=partial(_arguments, module))
+    small = quantize(module, [call], target=target, ranges="min_max", effort="low", inputs=partial(_arguments, module))
     export = export_onnx(small, call, folder / "int8.onnx")
     counts = check_integers(export.path, export.trained)
     forwards = list(quantized_forwards(small).values())

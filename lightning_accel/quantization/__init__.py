@@ -7,6 +7,7 @@ from lightning_accel.core.lazy import lazy
 if TYPE_CHECKING:
     from lightning_accel.quantization.arithmetic.targets import Target as Target
     from lightning_accel.quantization.arithmetic.targets import register_target as register_target
+    from lightning_accel.quantization.budget import quantize_within as quantize_within
     from lightning_accel.quantization.ptq import quantize as quantize
     from lightning_accel.quantization.ptq import quantize_ as quantize_
     from lightning_accel.quantization.sensitivity import sensitivity as sensitivity
@@ -16,6 +17,7 @@ _PUBLIC = {
     "register_target": "quantization.arithmetic.targets",
     "quantize": "quantization.ptq",
     "quantize_": "quantization.ptq",
+    "quantize_within": "quantization.budget",
     "sensitivity": "quantization.sensitivity",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, _PUBLIC)

@@ -29,6 +29,7 @@ class _Inputs:
         self.vectors: dict[str, list[torch.Tensor]] = {}
         self.largest: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.readers: dict[int, set[str]] = {}  # of each weight
 
     def seen(self, operator: SeenOperator) -> torch.Tensor:
         if operator.name in self._names:
@@ -38,6 +39,7 @@ class _Inputs:
             known = self.largest.get(operator.name, peak)
             self.largest[operator.name] = torch.maximum(known, peak)
             self.weights[operator.name] = operator.weight.detach().float()
+            self.readers.setdefault(id(operator.weight), set()).add(operator.name)
         return operator.result
 
 
@@ -63,8 +65,10 @@ def smooth_inputs(
         for forward in forwards:
             forward.bank.active, forward.bank.tap = True, None
     for forward, tap, of in zip(forwards, taps, rows, strict=True):
+        # A weight that also reads other tensors would need other integers there: it is stored once.
+        shared = {name for readers in tap.readers.values() for name in readers if len(readers) > 1}
         for row, names in of.items():
-            if all(name in tap.vectors for name in names):
+            if all(name in tap.vectors and name not in shared for name in names):
                 _smooth(forward.bank, row, names, tap, ranks)
         forward.bank.refresh()
 

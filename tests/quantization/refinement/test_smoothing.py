@@ -78,3 +78,22 @@ def test_nothing_is_smoothed_where_it_does_not_help():
     before = noise(module, quantized, batches)
     smooth_inputs([forward], quantized, [((x,), {}) for x in batches])
     assert noise(module, quantized, batches) <= before
+
+
+def test_a_layer_that_reads_several_tensors_keeps_one_set_of_integers():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(32, 32), nn.Parameter(torch.ones(32))
+            with torch.no_grad():
+                self.scale[3] = 40.0
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(torch.tanh(x) * self.scale)) * self.scale)
+
+    torch.manual_seed(0)
+    quantized = la.quantize(Repeated(), [torch.randn(64, 32)], target="onnxruntime", effort="high")
+    forward = quantized_forwards(quantized)[""]
+    assert not forward.bank.smooth
+    weights = [name for name, _ in convert(forward)[0].named_buffers() if name.endswith("weight_int8")]
+    assert len(weights) == 1
