@@ -95,7 +95,7 @@ def quantize_within(
     if best is None:
         raise RunError(
             f"A network with quantized operators must be within `max_drop` ({max_drop}), but the metric drops by {' and '.join(drops)}, "
-            f"and by more than that with up to {few} of {len(ranked)} operators in float. Allow more, or train with QuantizationAwareTraining."
+            f"and by more than that with up to {few} of {len(ranked)} operators in float. Allow more, or train with fake-quantization."
         )
     rank_zero_info(
         f"Quantization within {max_drop}: {enough} of {len(ranked)} operators stay in float: {ranked[:enough]}."
