@@ -15,6 +15,7 @@ from lightning_accel.verification.tolerances import Tolerance
 
 FACTOR = 2.0  # what an engine may differ by, in multiples of the network's own null divergence; docs/verification.md says why
 PEAK = 8.0  # the same for the largest error of a single sample, which no share of samples speaks for
+_CONSTANT = 5e-3  # of a channel's largest value: below this its spread is within reach of the rounding of a few layers
 _VALUES = 2**24  # samples times channels that are kept; beyond it fewer samples are judged by channel
 
 
@@ -119,7 +120,7 @@ class AxisErrors:
         # A constant channel is held against a narrow one of the same output, not against the range of boxes in pixels.
         constant = float(np.quantile(varying, 0.25)) if varying.size else span
         unit = np.where(spread > 0.0, wide, constant)
-        found: np.ndarray = np.maximum.reduce([unit, size * 1e-3, np.full_like(unit, span * 1e-6)])
+        found: np.ndarray = np.maximum.reduce([unit, size * _CONSTANT, np.full_like(unit, span * 1e-6)])
         return found
 
 

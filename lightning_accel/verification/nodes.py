@@ -213,7 +213,8 @@ def _run_program(program: ExportedProgram, feeds: Mapping[str, np.ndarray], outp
         recorder.run(*inputs, enable_io_processing=False)
     reference = Reference(dict(feeds), {}, {}, recorder.env)
     for node, value in recorder.env.items():
-        if isinstance(value, torch.Tensor) and node.op == "call_function":
+        # A file holds complex numbers as pairs, so such a tensor is no place to cut it.
+        if isinstance(value, torch.Tensor) and node.op == "call_function" and not value.is_complex():
             reference.values[node.name] = value.detach().cpu().numpy()
             reference.nodes[node.name] = node
             reference.origin[node.name] = f"module `{module_of(node)}`" if module_of(node) else ""

@@ -105,7 +105,7 @@ def inputs(case):
 
 def fails(module, x, folder, engine):
     """The message with which an engine is refused; empty if it isn't."""
-    export = la.export_onnx(module.eval(), x, folder / "m.onnx")
+    export = la.export_onnx(module.eval(), x, folder / "m.onnx", verify=False)
     try:
         try_engine(export, ModuleNetwork(module, export), engine, {export.input_names[0]: x.numpy()})
     except (RunError, VerificationError) as error:
@@ -115,7 +115,7 @@ def fails(module, x, folder, engine):
 
 def right(module, x, folder):
     """Whether OpenVINO computes this, found without the code under test."""
-    export = la.export_onnx(module.eval(), x, folder / "own.onnx")
+    export = la.export_onnx(module.eval(), x, folder / "own.onnx", verify=False)
     try:
         with la.load_runner(export.path, "openvino") as runner, torch.no_grad():
             want = module(x).numpy()
@@ -177,6 +177,12 @@ class Vanishing(nn.Module):
         return self.layers(x * 1e-4) * 1e3 + 7
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_that_are_all_but_constant_pass_the_proof(tmp_path, seed):
+    torch.manual_seed(seed)
+    la.export_onnx(Vanishing().eval(), torch.randn(8, 16), tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("seed", range(3))
 def test_outputs_that_are_all_but_constant_refuse_no_engine(tmp_path, engine, seed):
@@ -214,14 +220,21 @@ def test_it_is_said_before_the_first_step(trainer, tmp_path, case, strict):
     assert [line["engine"] for line in export.report["engines"]] == ["onnxruntime"]
 
 
+class Determinant(Body):
+    """OpenVINO has no such operator, and the exporter's is written as it is."""
+
+    def after(self, x):
+        return x * torch.linalg.det(x[..., :3, :3])[..., None, None]
+
+
 def test_check_compares_and_does_not_only_run():
-    module, x = CeilPool(), inputs("ceil_mode")
+    module, x = Determinant(), inputs("rfft")
     found = {
         f.step: f
         for f in check(module, ((x,), {}), target="openvino", engines=["onnxruntime", "openvino"], seconds=300)
     }
     assert found["build onnxruntime"].status == "ok"
     assert found["build openvino"].status == "stands in the way"
-    assert "AveragePool `" in found["build openvino"].detail
+    assert "Det" in found["build openvino"].detail
     found = {f.step: f for f in check(Body(), ((x,), {}), target="openvino", engines=["openvino"], seconds=300)}
     assert found["build openvino"].status == "ok"

@@ -44,7 +44,7 @@ class _Corrector:
 
     def seen(self, operator: SeenOperator) -> torch.Tensor:
         wanted, quantized = self.floats.get(operator.name), _at_positions(operator)
-        if wanted is None or wanted.shape != quantized.shape:
+        if wanted is None or wanted.shape != quantized.shape or not wanted.numel():
             return operator.result
         refined = self.bank.refined.get(operator.name, PLAIN)
         before = torch.zeros_like(wanted[0, 0]) if refined.shift is None else refined.shift

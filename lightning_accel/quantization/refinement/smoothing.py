@@ -32,14 +32,14 @@ class _Inputs:
         self.readers: dict[int, set[str]] = {}  # of each weight
 
     def seen(self, operator: SeenOperator) -> torch.Tensor:
-        if operator.name in self._names:
+        self.readers.setdefault(id(operator.weight), set()).add(operator.name)
+        if operator.name in self._names and operator.x.numel():
             flat = operator.x.detach().float().flatten(0, -2)
             self.vectors.setdefault(operator.name, []).append(flat[:: max(1, len(flat) // _ROWS) | 1])
             peak = flat.abs().amax(0)
             known = self.largest.get(operator.name, peak)
             self.largest[operator.name] = torch.maximum(known, peak)
             self.weights[operator.name] = operator.weight.detach().float()
-            self.readers.setdefault(id(operator.weight), set()).add(operator.name)
         return operator.result
 
 
