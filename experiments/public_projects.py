@@ -302,18 +302,20 @@ def shipped(project: Project, seed: int) -> dict[str, float]:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row for each project."""
     shown = [
-        "| module | version | lines changed | metric | float | int8 bundle | difference [95 %] |",
-        "|---|---|--:|---|--:|--:|--:|",
+        "| module | version | seeds | lines changed | metric | float | int8 bundle | difference [95 %] |",
+        "|---|---|--:|--:|---|--:|--:|--:|",
     ]
     for name, project in PROJECTS.items():
         found = {kind: [li for li in lines if li["row"] == f"{name} / {kind}"] for kind in ("plain", "shipped")}
         if not all(found.values()):
             continue
-        means = {kind: np.mean([line["metric"] for line in of_kind]) for kind, of_kind in found.items()}
+        both = {line["seed"] for line in found["plain"]} & {line["seed"] for line in found["shipped"]}
+        means = {k: np.mean([line["metric"] for line in li if line["seed"] in both]) for k, li in found.items()}
         mean, half = interval(paired(lines, f"{name} / shipped", f"{name} / plain", "metric"))
         version = importlib.metadata.version(project.package)
-        about = f"| {name} | {version} | {project.changed} | `{project.metric}` "
-        shown.append(f"{about}| {means['plain']:.4f} | {means['shipped']:.4f} | {mean:+.4f} ± {half:.4f} |")
+        about = f"| {name} | {version} | {len(both)} | {project.changed} | `{project.metric}` "
+        width = f" ± {half:.4f}" if len(both) > 1 else ""
+        shown.append(f"{about}| {means['plain']:.4f} | {means['shipped']:.4f} | {mean:+.4f}{width} |")
     return "\n".join(shown)
 
 

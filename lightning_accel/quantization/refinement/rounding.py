@@ -38,7 +38,12 @@ class _Moments:
 
     def seen(self, operator: SeenOperator) -> torch.Tensor:
         weight, key = operator.weight, id(operator.weight)
-        if not operator.x.numel() or operator.function not in _FUNCTIONS or operator.axis != 0 or weight[0].numel() > _LARGEST:
+        if (
+            not operator.x.numel()
+            or operator.function not in _FUNCTIONS
+            or operator.axis != 0
+            or weight[0].numel() > _LARGEST
+        ):
             return operator.result
         vectors = self._vectors(operator)  # (groups, rows, inputs)
         moments = torch.stack([half.mT @ half for half in (vectors[:, ::2], vectors[:, 1::2])])
