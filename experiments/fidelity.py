@@ -142,7 +142,7 @@ def main() -> None:
     for name in NETWORKS[:2] if quick else arguments.networks:
         inputs = samples(name, 200 if quick else 10_000)
         for target in TARGETS:
-            copy = la.quantize(network(name), [tuple(x[:64] for x in inputs)], target=target)
+            copy = la.quantize(network(name), [tuple(x[:64] for x in inputs)], target=target, effort="low")
             with tempfile.TemporaryDirectory() as folder:
                 export = la.export_onnx(copy, tuple(x[:2] for x in inputs), Path(folder) / "m.onnx")
                 equal = check_integers(export.path, export.trained)["integers"]

@@ -49,7 +49,7 @@ def quantize_within(
 
     Example:
         >>> network, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
-        >>> error = lambda candidate: float((candidate(x) - network(x)).square().mean())
+        >>> error = lambda candidate: float((candidate(x) - network(x)).square().mean().detach())
         >>> small = quantize_within(network, [x], error, max_drop=0.1, higher_is_better=False, target="portable")
         >>> error(small) < 0.1
         True

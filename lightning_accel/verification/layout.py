@@ -5,11 +5,14 @@ Comparisons select samples along the first axis of every array. A :class:`Layout
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_accel.calls.example import ExampleCall
 from lightning_accel.verification.compare import Feeds, Network
+
+if TYPE_CHECKING:
+    from lightning_accel.calls.example import ExampleCall
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Layout:
     constants: Feeds = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example: ExampleCall) -> "Layout":
+    def of(cls, example: "ExampleCall") -> "Layout":
         """The layout of a network's inputs, with the example's tensors as constants."""
         axes = example.batch_axes
         return cls(axes, {name: array for name, array in example.feeds().items() if axes and name not in axes})

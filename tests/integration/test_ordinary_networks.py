@@ -31,7 +31,10 @@ from tests.support.networks import (
     with_statistics,
 )
 
-pytestmark = pytest.mark.timeout(900)  # usual depth: minutes where other processes share the cores
+pytestmark = [
+    pytest.mark.timeout(900),  # usual depth: minutes where other processes share the cores
+    pytest.mark.filterwarnings("ignore:Quantization for .* is coarse"),  # the weights are random
+]
 
 # network, pixels, technique and target, least number of operators in integers
 IMAGES = {
