@@ -1,8 +1,8 @@
 import ast
 import csv
 import json
-import random
 import math
+import random
 import re
 import subprocess
 import sys
