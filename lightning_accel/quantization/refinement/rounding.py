@@ -9,7 +9,6 @@ whether the choice is better than the nearest integers.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from lightning_accel.calls.batches import Call
 from lightning_accel.quantization.arithmetic.fake_quant import quantize_weight
 from lightning_accel.quantization.arithmetic.observers import PLAIN, RangeBank, Ranks, SeenOperator
 from lightning_accel.quantization.graph.prepare import QuantizedForward
+from lightning_accel.quantization.refinement.observed import observe_operators
 
 _FUNCTIONS = ("linear", "conv1d", "conv2d", "conv3d")
 _ROWS = 4096  # input vectors of a call at most that moments are taken over
@@ -86,15 +86,8 @@ def refine_rounding(
         calls: arguments of each call; batches of training data.
         ranks: reductions over the ranks of a distributed run.
     """
-    taps: list[Any] = [_Moments() for _ in forwards]
-    try:
-        for forward, tap in zip(forwards, taps, strict=True):
-            forward.bank.tap = tap
-        for args, kwargs in calls:
-            caller(*args, **kwargs)
-    finally:
-        for forward in forwards:
-            forward.bank.tap = None
+    taps = [_Moments() for _ in forwards]
+    observe_operators(forwards, taps, caller, calls, quantized=True)
     for forward, tap in zip(forwards, taps, strict=True):
         for key in list(tap.sums):
             moments = tap.sums.pop(key) / (tap.counts[key] / 2)

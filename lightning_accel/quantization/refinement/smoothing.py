@@ -7,7 +7,6 @@ Factors are powers of two, so that the product is the same in float, bit for bit
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from lightning_accel.calls.batches import Call
 from lightning_accel.quantization.arithmetic.fake_quant import activation_qparams, fake_quantize, quantize_weight
 from lightning_accel.quantization.arithmetic.observers import PLAIN, RangeBank, Ranks, SeenOperator
 from lightning_accel.quantization.graph.prepare import QuantizedForward
+from lightning_accel.quantization.refinement.observed import observe_operators
 
 _STRENGTHS = (0.35, 0.5, 0.65, 0.8)  # share of the outliers that goes to the weights
 _ROWS = 256  # input vectors of a call that are kept
@@ -55,15 +55,8 @@ def smooth_inputs(
         ranks: reductions over the ranks of a distributed run.
     """
     rows = [dict(_rows_of_linear_layers(forward)) for forward in forwards]
-    taps: list[Any] = [_Inputs({name for names in of.values() for name in names}) for of in rows]
-    try:
-        for forward, tap in zip(forwards, taps, strict=True):
-            forward.bank.active, forward.bank.tap = False, tap
-        for args, kwargs in calls:
-            caller(*args, **kwargs)
-    finally:
-        for forward in forwards:
-            forward.bank.active, forward.bank.tap = True, None
+    taps = [_Inputs({name for names in of.values() for name in names}) for of in rows]
+    observe_operators(forwards, taps, caller, calls, quantized=False)
     for forward, tap, of in zip(forwards, taps, rows, strict=True):
         # A weight that also reads other tensors would need other integers there: it is stored once.
         shared = {name for readers in tap.readers.values() for name in readers if len(readers) > 1}
