@@ -260,6 +260,22 @@ def _linear(file: KernelFile) -> None:
             file.outputs(partial(file.linear, file.activation(*shape, zero=zero), channels), always=False)
 
 
+def _scaled_linear(file: KernelFile) -> None:
+    for channels, zero in _variants(file):
+        for shape in ((channels,), (5, channels)):
+            x = file.activation(*shape, zero=zero)
+            hidden = file.rectified(file.linear(x, channels))
+            file.output(file.linear(_scaled(file, hidden, channels), channels), quantized=False)
+            given = file.given(file.rng.normal(size=(_BATCH, *shape)).astype(np.float32))
+            file.output(file.linear(_scaled(file, given, channels), channels), quantized=False)
+
+
+def _scaled(file: KernelFile, x: Value, channels: int) -> Value:
+    """A tensor whose channels are multiplied by powers of two, quantized."""
+    factor = np.exp2(file.rng.integers(-3, 3, channels)).astype(np.float32)
+    return file.quantized(file.node("Mul", [x.name, file.constant(factor)], x.real * factor))
+
+
 def _dynamic_linear(file: KernelFile) -> None:
     for channels in _CHANNELS:
         x = file.given(file.rng.normal(size=(_BATCH, 5, channels)).astype(np.float32) + np.float32(2))
@@ -399,6 +415,7 @@ BUILDERS: dict[str, Callable[[KernelFile], None]] = {
     "grouped convolution": _grouped,
     "transposed convolution": _transposed,
     "linear": _linear,
+    "linear with scaled inputs": _scaled_linear,
     "dynamic linear": _dynamic_linear,
     "matmul": _matmul,
     "matmul also read in float": _shared_matmul,
@@ -412,7 +429,15 @@ BUILDERS: dict[str, Callable[[KernelFile], None]] = {
 }
 
 
-_CHANNELS_LAST = ("linear", "dynamic linear", "matmul", "matmul also read in float", "attention", "embedding")
+_CHANNELS_LAST = (
+    "linear",
+    "linear with scaled inputs",
+    "dynamic linear",
+    "matmul",
+    "matmul also read in float",
+    "attention",
+    "embedding",
+)
 
 
 def kernel_file(form: str, arithmetic: Arithmetic) -> KernelFile:

@@ -29,6 +29,7 @@ FORMS = (
     "grouped convolution",
     "transposed convolution",
     "linear",
+    "linear with scaled inputs",
     "dynamic linear",
     "matmul",
     "matmul also read in float",

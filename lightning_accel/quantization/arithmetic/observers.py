@@ -1,8 +1,9 @@
 """Observers: learn the ranges of activations from training data."""
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +143,7 @@ class RangeBank:
         self._steps: torch.Tensor | None = None  # logarithms of learned scales
         self._moments: list[torch.Tensor] = []
         self._updates = 0
+        self._unfixed = False
         self.refresh()
 
     @property
@@ -299,6 +301,28 @@ class RangeBank:
                 f"Activations must have values while ranges are learned, but got none, or empty tensors only, at {missing[:5]}"
                 f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}: an expert without tokens, a cache before its first "
                 "entry, a branch that was not taken. Give more batches or other samples, or name the operators in `exclude`."
+            )
+
+    def unfix(self, operator: str, normed: bool) -> None:
+        """Let training decide what calibration has fixed for an operator: its integers, and its shift before a batch norm.
+
+        Integers that stayed would be exported in place of the trained weight's; a batch norm takes a shift of its input back.
+
+        Args:
+            operator: name in the plan.
+            normed: whether a batch norm follows.
+        """
+        refined = self.refined.get(operator, PLAIN)
+        shift = None if normed else refined.shift
+        if refined.integers is None and shift is refined.shift:
+            return
+        self.refined[operator] = replace(refined, integers=None, shift=shift)
+        if not self._unfixed:
+            self._unfixed = True
+            warnings.warn(
+                'Training goes on after `effort="standard"` or "high": the integers that calibration has chosen, and its shifts before '
+                "batch norms, are dropped, since the weights change. Quantize again after training to choose new ones.",
+                stacklevel=2,
             )
 
     def refined_state(self) -> "tuple[dict[str, Refined], dict[int, torch.Tensor], torch.Tensor, torch.Tensor]":

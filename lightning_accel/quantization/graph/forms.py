@@ -6,6 +6,7 @@ from lightning_accel.quantization.arithmetic.targets import MATMUL, POOLING
 from lightning_accel.quantization.graph.operators import CONVOLUTIONS, JOINS
 from lightning_accel.quantization.graph.plan import PAIRED, POOLED, WEIGHTED, QuantizationPlan, QuantizationPoint, aten
 
+SCALED_LINEAR = "linear with scaled inputs"  # of smoothed networks
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 
 

@@ -13,6 +13,7 @@ from lightning_accel.quantization.graph.folding import DynamicLinear, FoldedEmbe
 from lightning_accel.quantization.graph.modules import ActivationFakeQuant, free_name
 from lightning_accel.quantization.graph.operators import writes
 from lightning_accel.quantization.graph.plan import QuantizationPlan, QuantizationPoint, aten
+from lightning_accel.quantization.graph.smoothable import scale_channels
 
 DYNAMIC = (aten.linear.default, aten.embedding.default)  # operators that dynamic quantization supports
 
@@ -30,6 +31,7 @@ def place_fake_quants(
     """
     rows = {key: i for i, key in enumerate(bank.keys)}
     placed: dict[tuple[Node, int, int], Node] = {}
+    smoothed: dict[Node, torch.Tensor] = {}
     for point in plan.points:
         if point.weight:
             if _is_dynamic_linear(plan, point):
@@ -42,7 +44,7 @@ def place_fake_quants(
                 fake = ActivationFakeQuant(bank, row)
                 placed[at] = _insert(graph_module, point, root, f"fake_quant_{row}", fake)
                 if row in bank.smooth:
-                    _smooth(graph_module, placed[at], bank.smooth[row])
+                    smoothed[placed[at]] = bank.smooth[row]
             for source, reader in point.moved:
                 if source is root:
                     reader.replace_input_with(root, placed[at])
@@ -53,6 +55,8 @@ def place_fake_quants(
             for user in [u for u in root.users if u not in fakes and u.op != "output"]:
                 if _after(fake_node, user):
                     user.replace_input_with(root, fake_node)
+    for fake_node, factor in smoothed.items():
+        scale_channels(graph_module, fake_node, factor)
     for point in plan.points:
         if point.weight and not _is_dynamic_linear(plan, point):
             _fold(graph_module, point, bank)
@@ -77,16 +81,6 @@ def _insert(graph_module: GraphModule, point: QuantizationPoint, root: Node, nam
         node = graph_module.graph.call_module(name, (root,))
     node.meta = dict(root.meta)
     return node
-
-
-def _smooth(graph_module: GraphModule, fake: Node, factor: torch.Tensor) -> None:
-    """Multiply the channels of a tensor before its fake-quantization."""
-    name = free_name(graph_module, "smoothing")
-    graph_module.register_buffer(name, factor)
-    with graph_module.graph.inserting_before(fake):
-        product = graph_module.graph.call_function(aten.mul.Tensor, (fake.args[0], graph_module.graph.get_attr(name)))
-    product.meta = dict(fake.meta)
-    fake.replace_input_with(fake.args[0], product)  # type: ignore[arg-type]
 
 
 def _first(root: Node, users: set[Node]) -> Node:

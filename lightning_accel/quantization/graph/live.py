@@ -250,8 +250,13 @@ class FakeQuantMode(SiteMode):
             x, bias = _get(args, kwargs, (0, "input")), _get(args, kwargs, (2, "bias"), None)
             return DynamicLinear(bank, action.operator).forward(x, weight, bias)
         if self._training:
-            weight = bank.refined.get(action.operator, PLAIN).scaled(weight)
-            _put(args, kwargs, action.weight, fake_quantize_weight(weight, action.axis, bank.target))
+            if torch.is_grad_enabled():
+                bank.unfix(action.operator, action.norm is not None)
+            refined = bank.refined.get(action.operator, PLAIN)
+            _put(args, kwargs, action.weight, fake_quantize_weight(refined.scaled(weight), action.axis, bank.target))
+            if refined.shift is not None and action.norm is None:
+                bias = _get(args, kwargs, (2, "bias"), None)
+                _put(args, kwargs, (2, "bias"), refined.shift if bias is None else bias + refined.shift)
             return func(*args, **kwargs)
         if action.operator in bank.off:
             if bank.smooth.keys() & {row for row in action.operands.values() if not self._readers[row] <= bank.off}:

@@ -36,11 +36,12 @@ from lightning_accel.quantization.arithmetic.targets import ATTENTION, Target
 from lightning_accel.quantization.graph.actions import actions_of, foldable_norm, reachable
 from lightning_accel.quantization.graph.attention import take_apart_attention
 from lightning_accel.quantization.graph.capture import CALLS, capture, one_rank
-from lightning_accel.quantization.graph.forms import forms_of
+from lightning_accel.quantization.graph.forms import SCALED_LINEAR, forms_of
 from lightning_accel.quantization.graph.insert import DYNAMIC, place_fake_quants
 from lightning_accel.quantization.graph.live import FakeQuantMode, LivePlan
 from lightning_accel.quantization.graph.plan import QuantizationPlan, plan_points
 from lightning_accel.quantization.graph.sites import Calls, counted_calls, quantizable, site_of
+from lightning_accel.quantization.graph.smoothable import smoothable_rows
 
 ACTIVATIONS = ("static", "dynamic", "float")
 _THROWS = 8  # trial runs in training at most
@@ -97,7 +98,8 @@ class QuantizedForward:
             self._plan_anew()
         else:
             self.bank = RangeBank(list(record["keys"]), target, ranges)
-            self.live, self.forms = LivePlan.of(record["live"]), frozenset(record["forms"])
+            self.live, self._forms = LivePlan.of(record["live"]), frozenset(record["forms"])
+            self.smoothable = frozenset(record["smoothable"])
             self.quantized, self.kept_float = list(record["quantized"]), dict(record["kept_float"])
             self._calls = self._calls_of(training=False)
             self._attributes = plain_attributes(module)
@@ -107,7 +109,8 @@ class QuantizedForward:
         return {
             "keys": list(self.bank.keys),
             "live": self.live.plain(),
-            "forms": sorted(self.forms),
+            "forms": sorted(self._forms),
+            "smoothable": sorted(self.smoothable),
             "quantized": list(self.quantized),
             "kept_float": dict(self.kept_float),
         }
@@ -160,7 +163,8 @@ class QuantizedForward:
         frozen = {row: frozenset(names) for row, names in readers.items()}
         what = self.path or type(self.module).__name__
         self.live = LivePlan(actions_of(plan, rows), frozen, plan.calls, what)
-        self.forms, self.kept_float = forms_of(plan, self.activations), plan.kept_float
+        self._forms, self.kept_float = forms_of(plan, self.activations), plan.kept_float
+        self.smoothable = smoothable_rows(plan, rows)
         self.quantized = list(dict.fromkeys(point.operator for point in plan.points))
         self._attributes = plain_attributes(self.module)
         first, again = (self._calls_of(training=False, seed=seed) for seed in (0, 1))
@@ -251,6 +255,11 @@ class QuantizedForward:
             if now.get(name) != before
         ]
         return f" Changed since: {'; '.join(found[:5])}." if found else ""
+
+    @property
+    def forms(self) -> frozenset[str]:
+        """Forms of integer operators in the exported file, see :data:`~lightning_accel.engines.kernel_probe.FORMS`."""
+        return self._forms | ({SCALED_LINEAR} if self.bank.smooth else frozenset())
 
     @property
     def own(self) -> Any:

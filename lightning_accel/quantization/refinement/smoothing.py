@@ -67,7 +67,7 @@ def smooth_inputs(
 
 
 def _rows_of_linear_layers(forward: QuantizedForward) -> Iterator[tuple[int, list[str]]]:
-    """Each row of the bank that only linear layers read, with the layers' names."""
+    """Each row of the bank that may be scaled and that only linear layers read, with the layers' names."""
     others: set[int] = set()
     readers: dict[int, list[str]] = {}
     for (_, function, _), action in forward.live.actions.items():
@@ -84,7 +84,7 @@ def _rows_of_linear_layers(forward: QuantizedForward) -> Iterator[tuple[int, lis
             *([] if action.result is None else [action.result]),
         }
     for row, names in readers.items():
-        if row not in others:
+        if row not in others and row in forward.smoothable:
             yield row, names
 
 

@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +132,10 @@ def test_forms_are_those_that_the_file_holds():
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (Joined(), (4, 4, 8, 8)),
-        (JoinedTwice(), (4, 4, 8, 8)),
-        (Product(twice=False), (4, 5, 8)),
-        (Product(twice=True), (4, 5, 8)),
+        (Joined, (4, 4, 8, 8)),
+        (JoinedTwice, (4, 4, 8, 8)),
+        (partial(Product, twice=False), (4, 5, 8)),
+        (partial(Product, twice=True), (4, 5, 8)),
     ],
     ids=["joined", "joined-twice", "product", "product-twice"],
 )
@@ -142,7 +143,7 @@ def test_probe_refusal_and_network_agree(tmp_path, module, shape, name, engine):
     """Whatever the engine makes of it on this machine: what isn't refused is right, and what is wrong is refused."""
     torch.manual_seed(0)
     x = torch.randn(shape)
-    copy = la.quantize(module, [x], target=name)
+    copy = la.quantize(module(), [x], target=name)
     (forward,) = quantized_forwards(copy).values()
     target = target_of(name)
     findings = [probe_kernels(engine, form, arithmetic_of(target)) for form in forward.forms]

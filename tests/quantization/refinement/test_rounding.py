@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lightning_accel as la
+from lightning_accel.quantization.graph.convert import convert
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.refinement.rounding import _Moments, second_order_integers
 
@@ -89,3 +90,30 @@ def test_a_weight_that_is_used_twice_has_one_set_of_integers():
     quantized = la.quantize(Twice(), [torch.randn(64, 16) + 1], target="portable", effort="high")
     refined = quantized_forwards(quantized)[""].bank.refined
     assert torch.equal(refined["first"].integers, refined["second"].integers)
+
+
+@pytest.mark.parametrize("effort", ["standard", "high"])
+def test_what_is_trained_further_is_what_ships(effort):
+    """Integers that calibration has chosen must not outlive the weights that they were chosen for."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    x = torch.rand(64, 3, 8, 8)
+    network(x)  # statistics
+    quantized = la.quantize(network.eval(), [x], target="portable", effort=effort).train()
+    forward = quantized_forwards(quantized)[""]
+    refined = forward.bank.refined
+    assert refined["0"].shift is not None
+    assert (refined["4"].integers is not None) is (effort == "high")
+    optimizer = torch.optim.SGD(quantized.parameters(), 0.05)
+    with pytest.warns(UserWarning, match="Training goes on after"):
+        quantized(x).square().sum(1).mean().backward()
+    before = network[4].weight.clone()
+    optimizer.step()
+    assert (quantized[4].weight - before).abs().max() > 1e-3  # of several steps
+    refined = forward.bank.refined
+    assert refined["0"].integers is refined["4"].integers is refined["0"].shift is None
+    quantized[1].eval()  # on its statistics, training and evaluation are the same
+    trained = quantized(x).detach()
+    with torch.no_grad():
+        assert torch.allclose(quantized.eval()(x), trained, atol=1e-4 * float(trained.abs().max()))
+        assert torch.equal(convert(forward)[0](x), quantized(x))

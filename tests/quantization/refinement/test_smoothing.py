@@ -1,5 +1,6 @@
 """Smoothing: outliers of single channels move into weights; in float nothing changes."""
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -97,3 +98,46 @@ def test_a_layer_that_reads_several_tensors_keeps_one_set_of_integers():
     assert not forward.bank.smooth
     weights = [name for name, _ in convert(forward)[0].named_buffers() if name.endswith("weight_int8")]
     assert len(weights) == 1
+
+
+class Ends(nn.Module):
+    """Inputs of a linear layer that come from different operators, with outliers in some channels."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.norm, self.out = kind, nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+        self.conv, self.head = nn.Conv1d(10, 4, 1), nn.Linear(128, 8)
+        with torch.no_grad():
+            for parameter in (self.a.weight, self.norm.weight):
+                parameter[3] *= 40.0
+
+    def forward(self, x):
+        if self.kind == "norm":
+            return self.out(self.norm(x))
+        if self.kind == "product":
+            return self.out((x @ x.transpose(1, 2)).softmax(-1) @ self.a(x))
+        if self.kind == "mean":
+            return self.out(self.a(x).mean(1))
+        if self.kind == "flattened":
+            return self.head(self.conv(self.a(x).tanh() * 9).flatten(1))
+        return self.out(torch.nn.functional.gelu(self.a(x)))
+
+
+@pytest.mark.parametrize("target", ["portable", "openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("kind", "scaled", "products"),
+    [("norm", 1, 0), ("gelu", 1, 1), ("product", 0, 0), ("mean", 0, 0), ("flattened", 0, 0)],
+)
+def test_where_the_channels_are_scaled(tmp_path, kind, scaled, products, target):
+    """A layer norm takes the factors up; into products of activations, means and pooling engines would fuse them, some wrongly."""
+    torch.manual_seed(0)
+    module, x = Ends(kind), torch.randn(8, 10, 32)
+    quantized = la.quantize(module, [x], target=target, effort="low")
+    forward = quantized_forwards(quantized)[""]
+    with torch.no_grad():
+        smooth_inputs([forward], quantized, [((x,), {})])
+    assert len(forward.bank.smooth) == scaled
+    assert ("linear with scaled inputs" in forward.forms) is bool(scaled)
+    path = la.export_onnx(quantized, x, tmp_path / "n.onnx").path
+    nodes = onnx.load(path).graph.node
+    assert sum(n.op_type == "Mul" and any("smoothing" in i for i in n.input) for n in nodes) == products
