@@ -1,3 +1,4 @@
+import functools
 import signal
 from collections.abc import Callable
 
@@ -7,6 +8,25 @@ import torch
 
 # A shell starts its background jobs with Ctrl-C ignored; the tests, and what they start, are to feel it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _translations_parsed_once():
+    """Keep the registry that `torch.onnx.export` makes of onnxscript's sources each time: two thirds of a small export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = functools.cache(ONNXRegistry.from_torchlib.__func__)
+
+    def from_torchlib(cls, opset_version=ONNXRegistry().opset_version):
+        known = made(cls, opset_version)
+        registry = cls()
+        registry.__dict__.update(vars(known))
+        registry.functions = {target: list(found) for target, found in known.functions.items()}  # exports add their own
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(autouse=True)
