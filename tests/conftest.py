@@ -17,8 +17,8 @@ def _translations_parsed_once():
 
     made = functools.cache(ONNXRegistry.from_torchlib.__func__)
 
-    def from_torchlib(cls, opset_version=ONNXRegistry().opset_version):
-        known = made(cls, opset_version)
+    def from_torchlib(cls, *args, **kwargs):
+        known = made(cls, *args, **kwargs)
         registry = cls()
         registry.__dict__.update(vars(known))
         registry.functions = {target: list(found) for target, found in known.functions.items()}  # exports add their own

@@ -133,10 +133,7 @@ class InferenceServer:
                 Route("/metrics", self._metrics),
                 *(Route(path, self._guarded(self._model)) for path in (model, versioned)),
                 *(Route(path + "/ready", self._guarded(self._model_ready)) for path in (model, versioned)),
-                *(
-                    Route(path + "/infer", self._guarded(self._infer), methods=["POST"])
-                    for path in (model, versioned)
-                ),
+                *(Route(path + "/infer", self._guarded(self._infer), methods=["POST"]) for path in (model, versioned)),
                 Route("/v2/repository/models/{name}/load", self._guarded(self._load), methods=["POST"]),
             ]
         )

@@ -53,7 +53,7 @@ class Answer:
     batch: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Pending:
     """A request in the queue.
 
@@ -101,7 +101,9 @@ class RequestQueue:
         """
         self._drop_answered()
         if self.rows + pending.rows > self.limit and self._waiting:
-            raise QueueFullError(f"The queue must hold at most {self.limit} rows, but {self.rows} wait. Try again later.")
+            raise QueueFullError(
+                f"The queue must hold at most {self.limit} rows, but {self.rows} wait. Try again later."
+            )
         async with self._changed:
             self._waiting.append(pending)
             self.rows += pending.rows
@@ -149,7 +151,8 @@ class RequestQueue:
         return True
 
     def _fitting(self, first: Pending) -> list[Pending]:
-        batch, rows = [], 0
+        batch: list[Pending] = []
+        rows = 0
         for pending in self._waiting:
             if pending.key == first.key and not pending.alone:
                 if batch and rows + pending.rows > self.max_batch:

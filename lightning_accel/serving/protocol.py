@@ -75,7 +75,7 @@ def read_request(
     feeds: dict[str, np.ndarray] = {}
     for entry in _entries(request, "inputs"):
         name = entry.get("name")
-        if name not in specs:
+        if not isinstance(name, str) or name not in specs:
             raise InvalidArgumentError(f"Field `inputs` must name the inputs {list(specs)}, but got {name!r}.")
         if name in feeds:
             raise InvalidArgumentError(f"Field `inputs` must hold each input once, but got {name!r} twice.")
@@ -232,7 +232,7 @@ def _wanted(request: Mapping[str, Any], known: list[str]) -> tuple[tuple[str, ..
     wanted: dict[str, bool] = {}
     for entry in _entries(request, "outputs"):
         name = entry.get("name")
-        if name not in known or name in wanted:
+        if not isinstance(name, str) or name not in known or name in wanted:
             raise InvalidArgumentError(f"Field `outputs` must name outputs of {known}, each once, but got {name!r}.")
         wanted[name] = _parameters(entry).get("binary_data", everything) is True
     return tuple(wanted) or tuple(known), frozenset(name for name, binary in wanted.items() if binary)

@@ -95,7 +95,9 @@ def _loaded(settings: WorkerSettings) -> tuple[Runner, Canary | None, Served]:
     if canary is not None:
         canary.prove(runner)
         if batched:
-            variant = variant_rows(runner, canary.feeds, tuple(sorted({min(7, settings.max_batch), settings.max_batch} - {1})))
+            variant = variant_rows(
+                runner, canary.feeds, tuple(sorted({min(7, settings.max_batch), settings.max_batch} - {1}))
+            )
     samples = 0 if canary is None else len(next(iter(canary.feeds.values())))
     about = runner.engine, manifest["sha256"], runner.inputs, runner.outputs
     return runner, canary, Served(*about, batched, variant, samples)

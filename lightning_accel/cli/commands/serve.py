@@ -27,23 +27,46 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle's folder, and its name in the paths")
+    parser.add_argument(
+        "bundles", nargs="+", metavar="[NAME=]BUNDLE", help="a bundle's folder, and its name in the paths"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port, or 0 for any free one; default: 8000")
     parser.add_argument("--engine", help="engine to run; default: the one in the manifest")
     parser.add_argument("--workers", type=int, default=1, help="processes for each bundle; default: 1")
-    parser.add_argument("--threads", type=int, help="threads of each worker's engine; default: the cores, shared among workers")
+    parser.add_argument(
+        "--threads", type=int, help="threads of each worker's engine; default: the cores, shared among workers"
+    )
     parser.add_argument("--max-batch", type=int, default=32, help="most rows that are computed together; default: 32")
     parser.add_argument("--batch-wait-ms", type=float, default=2.0, help="time a request waits for others; default: 2")
-    parser.add_argument("--pad-to", type=int, default=0, help="fill each batch up to this size, so that a row's bits don't depend on others")
+    parser.add_argument(
+        "--pad-to",
+        type=int,
+        default=0,
+        help="fill each batch up to this size, so that a row's bits don't depend on others",
+    )
     parser.add_argument("--queue", type=int, default=1024, help="most rows that wait; beyond them: 503; default: 1024")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds within which a request is answered; default: 30")
-    parser.add_argument("--stall", type=float, default=10.0, help="seconds after which a worker that doesn't answer is replaced; default: 10")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, help="seconds within which a request is answered; default: 30"
+    )
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=10.0,
+        help="seconds after which a worker that doesn't answer is replaced; default: 10",
+    )
     parser.add_argument("--max-body-mb", type=float, default=64.0, help="largest body of a request; default: 64")
-    parser.add_argument("--canary-seconds", type=float, default=60.0, help="time between two runs of the kept samples; 0: at the start only")
+    parser.add_argument(
+        "--canary-seconds",
+        type=float,
+        default=60.0,
+        help="time between two runs of the kept samples; 0: at the start only",
+    )
     parser.add_argument("--no-canary", action="store_true", help="serve without reproducing the kept samples")
     parser.add_argument("--allow-nonfinite", action="store_true", help="pass NaN and infinity on to the network")
-    parser.add_argument("--token-file", type=Path, help="file with a token that requests must bring; health and metrics stay open")
+    parser.add_argument(
+        "--token-file", type=Path, help="file with a token that requests must bring; health and metrics stay open"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -158,7 +181,9 @@ def _token(path: Path | None) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"Option `--token-file` must be a readable file, but got {path}: {error}.") from error
+        raise InvalidArgumentError(
+            f"Option `--token-file` must be a readable file, but got {path}: {error}."
+        ) from error
     if not token.isascii() or not token or " " in token:
         raise InvalidArgumentError(f"Option `--token-file` must hold one ASCII word, but {path} doesn't.")
     return token
@@ -181,9 +206,7 @@ def _says(model: "ServedModel") -> str:
     if model.settings.pad_to or not any(served.variant.values()):
         return text
     size, rows = max(served.variant.items(), key=lambda item: item[1])
-    return (
-        f"{text}; the bits of {rows} of {served.samples} rows depend on the batch size (1 or {size}): --pad-to {size} makes them the same"
-    )
+    return f"{text}; the bits of {rows} of {served.samples} rows depend on the batch size, 1 or {size}: --pad-to {size} fixes it"
 
 
 async def _reload(server: "InferenceServer") -> None:
