@@ -167,3 +167,10 @@ def test_proofs_at_size(script, last):
     lines = quick(script).stdout.splitlines()
     assert any(line.startswith("cpu: ") for line in lines)
     assert re.fullmatch(last, lines[-1])
+
+
+def test_serving():
+    lines = quick("serving").stdout.splitlines()
+    assert sum(": 0 of " in line and "innocent requests failed" in line for line in lines) == 4
+    assert "rows that are no result of the runner at batch 1 or 16: 0; requests without an answer: 0" in lines
+    assert re.fullmatch(r"p99 at 8 clients: \d+\.\d+x of p50 \(target: at most 3, (reached|missed)\)", lines[-1])
