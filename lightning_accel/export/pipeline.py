@@ -15,11 +15,19 @@ from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
-from lightning_accel.export.candidates import Candidates, list_candidates, row_that_ships, run_all
+from lightning_accel.export.candidates import (
+    Candidates,
+    choose_candidate,
+    list_candidates,
+    manifest_default,
+    row_that_ships,
+    run_all,
+)
 from lightning_accel.export.default_engine import decide_default, output_kind_of
 from lightning_accel.export.file_size import why_not_smaller
 from lightning_accel.export.files import MODEL, REFERENCE, Files, write_files
 from lightning_accel.export.spec import ExportSpec
+from lightning_accel.export.verdict import verdict_of, with_budgets
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
 from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, SIZE, UNUSED_INPUTS, Note, Report
@@ -45,10 +53,11 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         candidates = list_candidates(spec, files, folder, Path(scratch))
         measured = run_all(candidates, spec, files, whole, folder)
         report = _report(spec, files, candidates, measured, _of_the_file(files, folder))
-        default = next((line for line in candidates.lines if line["runs_here"]), candidates.lines[0])
+        choice = choose_candidate(candidates, measured, spec)
+        default = manifest_default(candidates, choice.ships)
         report.failed = candidates.failures.replaced(spec.engines, default["engine"])
         content: dict[str, Any] = {
-            "default": {"engine": default["engine"], "file": default["file"]},
+            "default": default,
             "engines": {line["engine"]: line for line in candidates.lines},
             "failed": {f.engine: {"step": f.step, "reason": f.reason} for f in report.failed},
             "model": MODEL,
@@ -61,8 +70,11 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         }
         if spec.budgets is not None:
             content |= decide_default(spec, files, folder, content, report)
+            comparison = report.comparison or {}
+            choice = with_budgets(choice, comparison.get("decision"), comparison.get("baseline", ""))
         report.ships = row_that_ships(candidates, content["default"], spec, files, folder)
         report.rows = list(candidates.rows.values())
+        report.verdict = verdict_of(candidates, choice, report, spec)
         write_reports(folder, report)
         written = report.to_dict()
         write_manifest(

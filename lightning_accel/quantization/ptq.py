@@ -237,7 +237,7 @@ class PostTrainingQuantization(QuantizingCallback):
     quantized network. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
 
     Args:
-        target: name, or a ``Target`` of your own.
+        target: name, or a ``Target`` of your own; ``None``: what this machine can run. The choice is printed.
         calibration_batches: largest number of batches of the training loader.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``,
@@ -263,7 +263,7 @@ class PostTrainingQuantization(QuantizingCallback):
 
     def __init__(
         self,
-        target: str | Target = "onnxruntime",
+        target: str | Target | None = None,
         calibration_batches: int = 32,
         ranges: str = "mse",
         module: str | list[str] | None = None,

@@ -32,7 +32,8 @@ class QuantizationAwareTraining(QuantizingCallback):
     After ``fit`` the module computes the quantized network.
 
     Args:
-        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
+        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own; ``None``: what this
+            machine can run, ``"onnxruntime"`` on one without a GPU. The choice is printed.
         start: epoch (int) or share of the run (float) at which fake-quantization begins.
         module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: the
             LightningModule's ``forward``, or else the largest network that the step calls, which a message names.
@@ -62,7 +63,7 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     def __init__(
         self,
-        target: str | Target = "tensorrt",
+        target: str | Target | None = None,
         start: int | float = 0.5,
         module: str | list[str] | None = None,
         include: str | list[str] | None = None,

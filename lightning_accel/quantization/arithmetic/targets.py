@@ -178,6 +178,19 @@ def target_names() -> list[str]:
     return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
 
 
+def default_target() -> str:
+    """Name of the target that this machine can run.
+
+    ``"tensorrt"`` where there is an NVIDIA GPU with TensorRT, else ``"onnxruntime"`` or ``"openvino"``, whichever is installed first
+    in this order; ``"portable"`` where no engine is installed.
+    """
+    for name in ("tensorrt", "onnxruntime", "openvino"):
+        engine = engine_named(name)
+        if engine.installed() and not engine.why_unavailable():
+            return name
+    return "portable"
+
+
 def target_of(name: str | Target, vnni: bool | None = None) -> Target:
     """Look up a target by its name; a :class:`Target` is returned as it is.
 
