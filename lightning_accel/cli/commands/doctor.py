@@ -60,7 +60,10 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: uninstall both, then install one"
         )
     if not {"onnxruntime", "onnxruntime-gpu"} & installed:
-        broken.append('ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]"')
+        broken.append(
+            'ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]", or "lightning-accel[runtime]" '
+            "on a machine that only runs bundles"
+        )
     engines = {name: status for spec in all_engines() for name, status in spec.statuses().items()}
     broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(UNLOADABLE)]
     runs = [engine for engine in probed_engines() if probe and engines[engine].startswith("runs")]

@@ -175,7 +175,7 @@ def build_engine(
 
 def _checked_model(path: Path) -> Any:
     """Read and check an ONNX file, including external weights."""
-    onnx = require("onnx", "cpu", "`build_engine`")
+    onnx = require("onnx", "runtime", "`build_engine`")
     if not path.is_file():
         raise MissingFileError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
     try:
@@ -190,7 +190,7 @@ def _checked_model(path: Path) -> Any:
 
 def _precision_of(model: Any) -> str:
     """Precision of a model: of its integers if it has Q/DQ nodes, otherwise of its weights."""
-    types, graph = require("onnx", "cpu", "`build_engine`").TensorProto.DataType, model.graph
+    types, graph = require("onnx", "runtime", "`build_engine`").TensorProto.DataType, model.graph
     constants = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
     kinds = {types.Name(tensor.data_type) for tensor in (*graph.initializer, *constants)}
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):
