@@ -296,7 +296,7 @@ class ModelExport(TrainerCallback):
             teacher=_teacher_of(pl_module),
             history=did,
             compression=measured(trainer, pl_module),
-            command=self._command(ckpt_path),
+            command=self._command(ckpt_path, pl_module),
             unfinished=[f"{reason}." for reason in unfinished],
             refused=refused,
             **run_facts,
@@ -465,16 +465,18 @@ class ModelExport(TrainerCallback):
             'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
         )
 
-    def _command(self, ckpt_path: str) -> str:
+    def _command(self, ckpt_path: str, pl_module: nn.Module) -> str:
+        """How the export is repeated: on the command line where the run came from there, else in Python."""
         if self.repeat:
             return self.repeat
         path = self.checkpoint_path if ckpt_path == "last" else ckpt_path
         configs = [
             f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
         ]
-        return " ".join(
-            ["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt-path {shlex.quote(path)}"]
-        )
+        if configs:
+            return " ".join(["lightning-accel export", *configs, f"--ckpt-path {shlex.quote(path)}"])
+        own = type(pl_module).__name__.removeprefix("Distilled")
+        return f"lightning_accel.export_bundle({path!r}, data, {self.dirpath!r}, cls={own})"
 
 
 def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:
