@@ -27,6 +27,7 @@ from lightning_accel.benchmarking.samples import (
 )
 from lightning_accel.benchmarking.scores import CLASSES, score_titles
 from lightning_accel.benchmarking.variants import RuntimeVariant
+from lightning_accel.core.arguments import checked
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -96,6 +97,7 @@ class BundleComparison:
         return [*lines, *(["interrupted: what is missing was not measured"] if found.interrupted else [])]
 
 
+@checked()
 def compare_bundles(
     a: str | Path,
     b: str | Path,

@@ -57,6 +57,10 @@ def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], 
         with training_packages(f"`{name}`"):
             module = import_module(f"lightning_accel.{names[name] or name}")
         value = getattr(module, name) if names[name] else module
+        # The import may have brought other modules of this package, which hide functions of the same name.
+        for other, path in names.items():
+            if path.rpartition(".")[2] == other and (made := sys.modules.get(f"lightning_accel.{path}")) is not None:
+                setattr(sys.modules[package], other, getattr(made, other))
         setattr(sys.modules[package], name, value)
         return value
 

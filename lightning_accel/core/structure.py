@@ -20,6 +20,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.checkpoints import foreign_in, load_without_objects
 from lightning_accel.core.patching import patches_of_run, place
 from lightning_accel.core.trainers import callbacks_of
@@ -251,6 +252,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+@checked()
 def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **init: Any) -> LightningModule:
     """Build a module, replay its structural changes and load its weights, so that it computes what was trained.
 

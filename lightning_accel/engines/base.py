@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from lightning_accel.core.arguments import NOT_EMPTY, at_least, checked
 from lightning_accel.engines.manifest import resolve_bundle
 from lightning_accel.engines.registry import engine_named, engine_names, suffixes
 from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError, MissingFileError
@@ -200,6 +201,7 @@ def _not_finite(array: np.ndarray) -> str:
     return f"{int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} infinite values"
 
 
+@checked(path=NOT_EMPTY, threads=at_least(1))
 def load_runner(
     path: str | Path,
     engine: str | None = None,
@@ -232,8 +234,6 @@ def load_runner(
     path = Path(path)
     if engine is not None:
         engine_named(engine)
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InvalidArgumentError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
     if not path.exists():
         raise MissingFileError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
     if path.is_dir():

@@ -21,6 +21,7 @@ from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.calls.user_code import user_line
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
@@ -76,6 +77,7 @@ class Finding:
         )
 
 
+@checked()
 def check(
     module: nn.Module,
     inputs: Any,

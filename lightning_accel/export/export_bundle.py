@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_accel.bundle.writer import check_destination
 from lightning_accel.calls.batches import WholeCall, call_from_batch
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.packages import counterpart, is_lightning_module
 from lightning_accel.core.patching import removed, swapped
 from lightning_accel.core.structure import load_from_checkpoint
@@ -22,6 +23,7 @@ from lightning_accel.quantization.ptq import PostTrainingQuantization
 from lightning_accel.reports.model import Report
 
 
+@checked()
 def export_bundle(
     model: nn.Module | str | os.PathLike[str],
     data: Any,

@@ -14,6 +14,7 @@ from lightning_accel.benchmarking.measure import BenchmarkResult
 from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
+from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import (
     Candidates,
@@ -86,11 +87,19 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
                 "complete": not spec.unfinished,
                 "unfinished": list(spec.unfinished),
                 "git": git_revision(),
+                "run": {"id": spec.run.get("id"), "checkpoint": _checkpoint(spec.checkpoint)},
                 **{key: written[key] for key in ("phases", "layers", "verification", "proofs", "environment")},
                 "benchmark": {**report.benchmark, "rows": written["rows"], "threads": candidates.threads},
             },
         )
     return report
+
+
+def _checkpoint(path: str) -> dict[str, Any] | None:
+    """Name and SHA-256 of the checkpoint that a bundle was made from; ``None`` without one, as where weights were never saved."""
+    if not Path(path).is_file():
+        return None
+    return {"file": Path(path).name, "sha256": sha256_of(path)}
 
 
 def _of_the_file(files: Files, folder: Path) -> list[Note]:

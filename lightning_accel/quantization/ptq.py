@@ -19,6 +19,8 @@ from lightning_accel.calls.learned import learned_inputs
 from lightning_accel.calls.loaders import first_batch, peek, training_batches
 from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
+from lightning_accel.core.arguments import NOT_EMPTY, checked
+from lightning_accel.core.finite import check_weights
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
@@ -29,6 +31,7 @@ from lightning_accel.quantization.refinement.steps import SAMPLES, check_effort,
 from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
 
+@checked()
 def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
     """Return a copy of a model, quantized without training; takes the arguments of :func:`quantize_`.
 
@@ -43,6 +46,7 @@ def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module
     return quantize_(made, data, **options)
 
 
+@checked()
 @isolated_random()
 def quantize_(
     model: nn.Module,
@@ -97,6 +101,7 @@ def quantize_(
         raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
+    check_weights(model, "model")
     settings = QuantizationSettings(
         target,
         calibration_batches,
@@ -261,6 +266,7 @@ class PostTrainingQuantization(QuantizingCallback):
 
     trains = False
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(
         self,
         target: str | Target | None = None,

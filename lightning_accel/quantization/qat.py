@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.core.arguments import NOT_EMPTY, checked
 from lightning_accel.core.callback import check_one_optimizer, compression_callbacks, timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import is_fast_dev_run
@@ -61,6 +62,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         63
     """
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(
         self,
         target: str | Target | None = None,

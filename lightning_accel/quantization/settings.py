@@ -8,6 +8,7 @@ from torch import nn
 from lightning_accel.calls.batches import Call, InputsFunction
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
+from lightning_accel.core.arguments import NOT_EMPTY, check_fields, one_of
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError
@@ -62,6 +63,8 @@ class QuantizationSettings:
     excludes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        activations, batch = one_of("static", "dynamic", "float"), one_of("dynamic", "fixed")
+        check_fields(self, activations=activations, batch=batch, include=NOT_EMPTY, module=NOT_EMPTY)
         if self.calibration_batches < 1:
             raise InvalidArgumentError(
                 f"Argument `calibration_batches` must be at least 1, but got {self.calibration_batches}."

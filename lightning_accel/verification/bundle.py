@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.arguments import NOT_EMPTY, Rule, checked
+from lightning_accel.core.arrays import read_named
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -23,6 +25,9 @@ from lightning_accel.verification.result import Verification
 
 SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
 _FLOAT = ("fp32", "fp16", "bf16")
+
+
+_SIZES = Rule("sizes of at least 1", lambda sizes: len(sizes) > 0 and min(sizes) >= 1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class EngineProof:
         return f"{says}; {'; '.join(c.failures)}" if c.failures else says
 
 
+@checked(engines=NOT_EMPTY, batch_sizes=_SIZES)
 def verify_bundle(
     folder: str | Path,
     samples: Mapping[str, np.ndarray] | None = None,
@@ -184,8 +190,7 @@ def _samples_of(folder: Path, samples: Mapping[str, np.ndarray] | None) -> dict[
             f"Argument `samples` must be given for {folder}, which holds none. Pass `--data FILE.npz` with an array for each input, or "
             "export with ModelExport(keep_samples=16)."
         )
-    with np.load(folder / SAMPLES, allow_pickle=False) as kept:
-        return dict(kept)
+    return read_named(folder / SAMPLES, "samples")
 
 
 def split_samples(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.optional import require
 from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.engines.tensorrt.cuda import gpu_name, has_gpu
@@ -29,6 +30,7 @@ DEFAULT_BATCH = (1, 8, 64)
 COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 
 
+@checked()
 def build_engine(
     onnx_path: str | Path,
     engine_path: str | Path | None = None,

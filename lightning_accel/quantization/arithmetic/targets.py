@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lightning_accel.core.arguments import NOT_EMPTY, at_least, check_fields
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.core.entry_points import entry_point_names, load_entry_point
 from lightning_accel.engines.arithmetic import Arithmetic
@@ -65,6 +66,7 @@ class Target:
     opset: int = 18
 
     def __post_init__(self) -> None:
+        check_fields(self, name=NOT_EMPTY, engines=NOT_EMPTY, operators=NOT_EMPTY, opset=at_least(1))
         if self.activations not in ACTIVATIONS:
             raise InvalidArgumentError(
                 f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}."
