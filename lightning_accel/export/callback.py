@@ -178,7 +178,7 @@ class ModelExport(TrainerCallback):
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
-        self._ready = False
+        self._ready = self._trained = False
         self._curves, self._run = Curves(), dict[str, Any]()
         self._untrained: dict[str, Any] | None = None  # what int8 predicted before it was trained
         self._quantizing: list[QuantizingCallback] = []  # those whose fake-quant has yet to begin
@@ -207,7 +207,7 @@ class ModelExport(TrainerCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._ready = False
+        self._ready = self._trained = False
         patches_of_run(trainer)  # from here on loaders are asked for once
         self._curves, self._untrained = Curves(), None
         self._run = {"id": uuid.uuid4().hex, **run_of(trainer, pl_module)}
@@ -264,6 +264,7 @@ class ModelExport(TrainerCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_fast_dev_run(trainer):
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
+            self._trained = True
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -275,6 +276,25 @@ class ModelExport(TrainerCallback):
         rank_zero_info(
             f"ModelExport: no bundle was written to {self.dirpath}, since the run ended with {type(exception).__name__}."
         )
+        if isinstance(exception, KeyboardInterrupt) and not is_fast_dev_run(trainer):
+            rank_zero_info(f"ModelExport: {self._interrupted(trainer, pl_module)}")
+
+    def _interrupted(self, trainer: L.Trainer, pl_module: nn.Module) -> str:
+        """Write a checkpoint after Ctrl-C, unless there is one; returns where it is and how to go on."""
+        if self._trained:
+            command = self._command("last", pl_module)
+            return f"The checkpoint is safe: {self.checkpoint_path}. Write the bundle with: {command}"
+        if trainer.global_step == 0:
+            return "No step was trained, and there is nothing to save."
+        if trainer.world_size > 1:  # other ranks may be gone, and saving is done together
+            return f"Stopped at step {trainer.global_step}. Go on from the last checkpoint of ModelCheckpoint."
+        path = f"{self.dirpath.rstrip('/')}.interrupted.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        configs = self._configs()
+        how = f"trainer.fit(..., ckpt_path={path!r})"
+        if configs:
+            how = " ".join(["lightning-accel fit", *configs, f"--ckpt-path {shlex.quote(path)}"])
+        return f"Stopped at step {trainer.global_step}. The checkpoint is written: {path}. Go on with: {how}"
 
     @override
     @rank_zero_only
@@ -497,15 +517,18 @@ class ModelExport(TrainerCallback):
             'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
         )
 
+    @staticmethod
+    def _configs() -> list[str]:
+        """The configs on the command line that this process was started with."""
+        pairs = zip(sys.argv, sys.argv[1:], strict=False)
+        return [f"-c {shlex.quote(value)}" for option, value in pairs if option in ("-c", "--config")]
+
     def _command(self, ckpt_path: str, pl_module: nn.Module) -> str:
         """How the export is repeated: on the command line where the run came from there, else in Python."""
         if self.repeat:
             return self.repeat
         path = self.checkpoint_path if ckpt_path == "last" else ckpt_path
-        configs = [
-            f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
-        ]
-        if configs:
+        if configs := self._configs():
             return " ".join(["lightning-accel export", *configs, f"--ckpt-path {shlex.quote(path)}"])
         own = type(pl_module).__name__.removeprefix("Distilled")
         return f"lightning_accel.export_bundle({path!r}, data, {self.dirpath!r}, cls={own})"
