@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_accel.core.arguments import FOLDER, checked
+from lightning_accel.core.arguments import FOLDER, checked, shown
 from lightning_accel.distillation.cache.encoding import Dense, Encoding, TopK
 from lightning_accel.distillation.cache.fingerprint import of_data, of_teacher
 from lightning_accel.distillation.cache.rowfile import RowFile
@@ -58,7 +58,13 @@ class TeacherCache:
                 f"{storage!r}."
             )
         self.dirpath = Path(dirpath)
-        if self.dirpath.exists() and not self.dirpath.is_dir():
+        try:
+            other = self.dirpath.exists() and not self.dirpath.is_dir()
+        except OSError as error:  # too long, for instance
+            raise InvalidArgumentError(
+                f"Argument `dirpath` must be the path of a folder, but got {shown(str(dirpath))}: {error.strerror}."
+            ) from error
+        if other:
             raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}

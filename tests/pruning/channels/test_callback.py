@@ -415,8 +415,9 @@ def test_an_unreached_target_is_told(trainer):
     ],
 )
 def test_arguments_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         la.ChannelPruning(**arguments)
+    assert isinstance(error.value, la.LightningAccelError)
 
 
 @pytest.mark.parametrize(
