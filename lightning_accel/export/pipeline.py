@@ -14,6 +14,7 @@ from lightning_accel.benchmarking.measure import BenchmarkResult
 from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.progress import progress_of
 from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import (
@@ -48,10 +49,16 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         VerificationError: an exported file differs from the trained network, or every engine does.
         MissingPackageError: an engine isn't installed.
     """
-    with staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
+    steps = {"write and verify files": 4.0, "build engines": 2.0, "verify engines and measure": 4.0}
+    steps |= {} if spec.budgets is None else {"compare runtime variants": 10.0}
+    progress = progress_of(spec.data.trainer, "ModelExport", {**steps, "write the report": 1.0})
+    with progress, staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
+        progress.step("write and verify files")
         whole = spec.whole
         files = write_files(spec, whole, spec.example(whole), folder)
+        progress.step("build engines")
         candidates = list_candidates(spec, files, folder, Path(scratch))
+        progress.step("verify engines and measure")
         measured = run_all(candidates, spec, files, whole, folder)
         report = _report(spec, files, candidates, measured, _of_the_file(files, folder))
         choice = choose_candidate(candidates, measured, spec)
@@ -70,9 +77,11 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             "unused_inputs": list(files.shipped.unused),
         }
         if spec.budgets is not None:
+            progress.step("compare runtime variants")
             content |= decide_default(spec, files, folder, content, report)
             comparison = report.comparison or {}
             choice = with_budgets(choice, comparison.get("decision"), comparison.get("baseline", ""))
+        progress.step("write the report")
         report.ships = row_that_ships(candidates, content["default"], spec, files, folder)
         report.rows = list(candidates.rows.values())
         report.verdict = verdict_of(candidates, choice, report, spec)

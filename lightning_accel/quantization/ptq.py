@@ -23,6 +23,7 @@ from lightning_accel.core.arguments import NOT_EMPTY, checked
 from lightning_accel.core.finite import check_weights
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.core.patching import removed
+from lightning_accel.core.progress import progress_of
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, ranks_of
@@ -330,9 +331,15 @@ class PostTrainingQuantization(QuantizingCallback):
             calls = (call_from_batch(caller, batch, inputs) for batch in batches)
             seen: list[Call] = []
             placed = list(self._placed.values())
-            calibrate_(placed, caller, _kept(calls, seen), ranks_of(trainer))
-            if self.settings.activations == "static":
-                refine_(placed, caller, seen, self.effort, ranks_of(trainer))
+            refines = self.settings.activations == "static" and self.effort != "low"
+            steps = {"learn ranges": 1.0, **({"refine": 3.0} if refines else {})}
+            with progress_of(trainer, type(self).__name__, steps) as progress:
+                progress.step("learn ranges")
+                calibrate_(placed, caller, _kept(calls, seen), ranks_of(trainer))
+                if refines:
+                    progress.step("refine")
+                if self.settings.activations == "static":
+                    refine_(placed, caller, seen, self.effort, ranks_of(trainer))
 
     @override
     def unfinished(self) -> str:
