@@ -1,12 +1,13 @@
 """Runner: the interface of all engines, from named numpy arrays to named numpy arrays."""
 
+import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 
@@ -177,6 +178,12 @@ class Runner(ABC):
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise InvalidArgumentTypeError(
+            f"A runner must be loaded in the process that runs it, but got {self!r} to copy or pickle: pass its path, and call "
+            "`load_runner` there."
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path.name!r}, inputs={self.input_names}, outputs={self.output_names})"
 
@@ -249,6 +256,11 @@ def load_runner(
                 f"Argument `path` must end in one of {sorted(suffixes())}, but got {path.name!r}."
             )
     runner: type[Runner] = engine_named(engine).load_runner_class()
+    accepted = [name for name in inspect.signature(runner).parameters if name not in ("path", "threads")]
+    if unknown := [name for name in options if name not in accepted]:
+        raise InvalidArgumentTypeError(
+            f"Argument `options` must be among those of engine `{engine}`, {accepted}, but got {unknown}."
+        )
     loaded = runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options
     loaded.check_finite = check_finite
     return loaded

@@ -256,6 +256,7 @@ def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
     assert lines[-1].startswith("Ships student ")
     assert any(line.startswith("| student int8") for line in lines)
     assert "LeafSpec" not in process.stderr
+    assert "Tip: " not in process.stderr
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     assert manifest["complete"]
     run = json.loads((folder / "bundle" / "report.json").read_text())["run"]

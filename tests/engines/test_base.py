@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -132,3 +134,19 @@ def test_bundle_runs_in_a_process_that_cannot_import_torch(bundle):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == ["[[10.0, 4.0]]", "[]"]
+
+
+def test_a_runner_is_neither_copied_nor_pickled(runner):
+    for copy_of in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(
+            TypeError, match="A runner must be loaded in the process that runs it, but got OnnxRuntimeRunner"
+        ):
+            copy_of(runner)
+
+
+def test_an_unknown_option_is_named_with_those_that_there_are(tmp_path):
+    path = models.linear(tmp_path / "m.onnx")
+    with pytest.raises(
+        TypeError, match=r"of engine `onnxruntime`, \['providers', 'emulate', 'io_binding'\], but got \['provders'\]"
+    ):
+        load_runner(path, provders=("CPUExecutionProvider",))
