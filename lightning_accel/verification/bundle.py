@@ -115,6 +115,7 @@ def verify_bundle(
         files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
         files.add(proven_file(manifest, manifest["precision"]))
         right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
+        _check_numbers(feeds, folder / proven_file(manifest, "fp32"))
         if wanted:
             file = proven_file(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
@@ -170,6 +171,27 @@ def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
     Engines in other precisions than int8 are built from the float reference, if there is one.
     """
     return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
+
+
+def _check_numbers(feeds: Mapping[str, np.ndarray], file: Path) -> None:
+    """Raise if inputs hold NaN that reach the outputs, which nothing could be compared with.
+
+    Args:
+        feeds: inputs by name.
+        file: the network in float32, since int8 turns NaN into ordinary numbers.
+
+    Raises:
+        InvalidArgumentError: they do.
+    """
+    bad = [name for name, array in feeds.items() if array.dtype.kind in "fc" and np.isnan(array).any()]
+    if not bad:
+        return
+    with load_runner(file, "onnxruntime", emulate=True) as runner:
+        outputs = runner.run(dict(feeds))
+    if any(array.dtype.kind in "fc" and np.isnan(array).any() for array in outputs.values()):
+        raise InvalidArgumentError(
+            f"Argument `samples` must hold numbers, but got NaN in {bad}, which the network hands on to its outputs. Clean the samples."
+        )
 
 
 class _Known:

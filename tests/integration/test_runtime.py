@@ -128,3 +128,13 @@ def test_check_finite(bundle, tmp_path):
         large = np.full((1, 3), 3e38, np.float32)
         with pytest.raises(EngineError, match=r"has 0 NaN and [12] infinite values, although the inputs are finite"):
             runner(large)
+
+
+def test_samples_with_nan_verify_nothing(bundle):
+    x = np.zeros((4, 3, 8, 8), np.float32)
+    x[2, 0, 0, 0] = np.nan
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"must hold numbers, but got NaN in \['x'\], which the network hands on to its outputs",
+    ):
+        la.verify_bundle(bundle, {"x": x})
