@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make docs | make experiments-compare | make install | make zoo
+# make demo | make test | make lint | make docs | make empty-environments | make experiments-compare | make install | make zoo
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ZOO := .venv-zoo/.installed
 
-.PHONY: install demo test coverage lint docs wheel experiments-compare zoo clean
+.PHONY: install demo test coverage lint docs wheel empty-environments experiments-compare zoo clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,11 @@ lint: $(INSTALLED)
 # The site, in build/site; a broken link or an unknown name is an error.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The tutorial of the first ten minutes, and the oldest and newest versions of the extra `runtime`, in empty environments: about ten minutes.
+empty-environments: wheel
+	.ci/first-minutes $(BIN)/python
+	.ci/runtime-versions $(BIN)/python
 
 # New results of the experiments beside the recorded ones: make experiments-compare ARGS="--against HEAD~5"
 experiments-compare: $(INSTALLED)

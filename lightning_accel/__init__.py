@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_accel.errors import VerificationError as VerificationError
     from lightning_accel.export.callback import ModelExport as ModelExport
     from lightning_accel.export.check import check as check
+    from lightning_accel.export.export_bundle import export_bundle as export_bundle
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
@@ -56,6 +57,7 @@ _PUBLIC = {
     "ModelExport": "export.callback",
     "ExactResume": "core.exact_resume",
     "quantize": "quantization.ptq",
+    "export_bundle": "export.export_bundle",
     "plan": "planning.plan",
     "check": "export.check",
     "export_onnx": "verification.exported",

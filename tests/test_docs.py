@@ -42,7 +42,7 @@ WITH_CODE = [page for page in PAGES if blocks(page, "python") and page not in (*
 
 def test_the_readme_has_code():
     assert blocks(ROOT / "README.md", "python")
-    assert len(TUTORIALS) == 3
+    assert len(TUTORIALS) == 4
 
 
 def without_the_repository(monkeypatch):

@@ -96,7 +96,9 @@ except ModuleNotFoundError as error:
 @pytest.mark.parametrize(
     ("module", "code", "extra"),
     [
-        ("onnxruntime", "la.load_runner('{file}')", "cpu"),
+        ("onnxruntime", "la.load_runner('{file}')", "runtime"),
+        ("torch", "la.WeightPruning", "cpu"),
+        ("lightning", "la.plan", "cpu"),
         ("openvino", "la.load_runner('{file}', 'openvino')", "openvino"),
         ("tensorrt_rtx", "la.engines.build_engine('{file}', 'model.engine', library='tensorrt_rtx')", "tensorrt-rtx"),
     ],

@@ -25,6 +25,8 @@ from lightning_accel.benchmarking.samples import (
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
 from lightning_accel.benchmarking.variants import BASELINE, RuntimeVariant, variants_of
 from lightning_accel.bundle.writer import check_recordable, record_comparison
+from lightning_accel.core.arguments import checked
+from lightning_accel.core.arrays import read_named
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.engines.registry import runs_onnx
@@ -37,6 +39,7 @@ from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.saturation import saturates
 
 
+@checked()
 def benchmark_bundle(
     folder: str | Path,
     samples: Feeds | None = None,
@@ -92,8 +95,7 @@ def benchmark_bundle(
     source = "given"
     if samples is None and (folder / SAMPLES).is_file():
         source = "kept in the bundle"
-        with np.load(folder / SAMPLES, allow_pickle=False) as kept:
-            samples = dict(kept)
+        samples = read_named(folder / SAMPLES, "samples")
     comparison = compare_variants(
         folder,
         manifest,

@@ -27,6 +27,8 @@ from lightning_accel.benchmarking.samples import (
 )
 from lightning_accel.benchmarking.scores import CLASSES, score_titles
 from lightning_accel.benchmarking.variants import RuntimeVariant
+from lightning_accel.core.arguments import checked
+from lightning_accel.core.arrays import read_named
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -96,6 +98,7 @@ class BundleComparison:
         return [*lines, *(["interrupted: what is missing was not measured"] if found.interrupted else [])]
 
 
+@checked()
 def compare_bundles(
     a: str | Path,
     b: str | Path,
@@ -205,8 +208,8 @@ def _words(inputs: Sequence[_Input]) -> str:
 def _kept(folders: Mapping[str, Path], inputs: list[str]) -> tuple[dict[str, np.ndarray] | None, str]:
     for name, folder in folders.items():
         if (folder / SAMPLES).is_file():
-            with np.load(folder / SAMPLES, allow_pickle=False) as kept:
-                return {one: kept[one] for one in inputs}, f"kept in {name}"
+            kept = read_named(folder / SAMPLES, "samples")
+            return {one: kept[one] for one in inputs}, f"kept in {name}"
     return None, ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lightning_accel.core.arguments import Rule, above, at_least, check_fields
 from lightning_accel.errors import InvalidArgumentError
 
 SCHEMA = 1
@@ -46,6 +47,10 @@ class BenchmarkSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        time = above(0)
+        warmup = Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)
+        counts = {"min_rounds": at_least(2), "threads": at_least(1)}
+        check_fields(self, seconds=time, turn_s=time, limit_s=time, warmup_s=warmup, **counts)
         for name in ("batches", "callers"):
             values = getattr(self, name)
             if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
@@ -55,19 +60,6 @@ class BenchmarkSettings:
         if 1 not in self.callers:
             raise InvalidArgumentError(
                 f"Argument `callers` must hold 1, the number of callers that latency budgets refer to, but got {self.callers!r}."
-            )
-        for name in ("seconds", "turn_s", "limit_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidArgumentError(
-                    f"Argument `{name}` must be above 0 and finite, but got {getattr(self, name)}."
-                )
-        if not 0 <= self.warmup_s < math.inf:
-            raise InvalidArgumentError(f"Argument `warmup_s` must be at least 0 and finite, but got {self.warmup_s}.")
-        if self.min_rounds < 2:
-            raise InvalidArgumentError(f"Argument `min_rounds` must be at least 2, but got {self.min_rounds}.")
-        if isinstance(self.threads, bool) or not isinstance(self.threads, int) or self.threads < 1:
-            raise InvalidArgumentError(
-                f"Argument `threads` must be an integer of at least 1, but got {self.threads!r}."
             )
 
     @property

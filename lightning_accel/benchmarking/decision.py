@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_accel.benchmarking.comparison import Comparison, VariantResult
 from lightning_accel.benchmarking.scores import VALUES, score_titles
+from lightning_accel.core.arguments import check_fields, within
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -35,10 +36,7 @@ class Budgets:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_drop <= 100:
-            raise InvalidArgumentError(
-                f"Argument `max_drop` must be from 0 to 100 percentage points, but got {self.max_drop}."
-            )
+        check_fields(self, max_drop=within(0, 100, "percentage points"))
         for name in ("max_latency_ms", "max_bytes", "batch"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

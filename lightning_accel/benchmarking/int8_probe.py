@@ -3,6 +3,7 @@
 Correctness is measured by :mod:`~lightning_accel.engines.kernel_probe`.
 """
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from lightning_accel.benchmarking.measure import benchmark
+from lightning_accel.benchmarking.measure import NOISY, benchmark
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.kernel_forms import Expected, KernelFile
@@ -30,12 +31,18 @@ class Int8Speed:
         activations: ``"uint8"`` or ``"int8"``.
         weight_max: largest integer of a weight.
         speedup: time of the same engine in float32 divided by that in int8.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        noisy: whether the machine was too noisy: float32 against itself, or the interval, is off by more than a tenth.
     """
 
     engine: str
     activations: str
     weight_max: int
     speedup: float
+    low: float = 0.0
+    high: float = math.inf
+    noisy: bool = False
 
 
 def int8_speed(engine: str, activations: str, weight_max: int, *, seconds: float = 0.6) -> Int8Speed:
@@ -65,7 +72,9 @@ def int8_speed(engine: str, activations: str, weight_max: int, *, seconds: float
         finally:
             for runner in runners.values():
                 runner.close()
-    return Int8Speed(engine, activations, weight_max, result["int8"].speedup.value)
+    ratio = result["int8"].speedup
+    wide = ratio.high - ratio.low > 2 * NOISY * ratio.value
+    return Int8Speed(engine, activations, weight_max, ratio.value, ratio.low, ratio.high, result.noisy or wide)
 
 
 def _files(arithmetic: Arithmetic) -> dict[str, KernelFile]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.benchmarking.environment import environment
+from lightning_accel.core.arguments import at_least, checked
 from lightning_accel.errors import InvalidArgumentError
 
 __all__ = ["BenchmarkResult", "Measurement", "Ratio", "benchmark", "environment", "median_ratio"]
@@ -93,6 +94,7 @@ class BenchmarkResult:
         return asdict(self)
 
 
+@checked(max_seconds=at_least(0), warmup_s=at_least(0))
 def benchmark(
     variants: Mapping[str, Callable[[], Any]],
     *,
@@ -133,9 +135,6 @@ def benchmark(
         raise InvalidArgumentError(
             f"Argument `min_rounds` must be from 2 to `rounds` ({rounds}), but got {min_rounds}."
         )
-    for name, value in {"max_seconds": max_seconds, "warmup_s": warmup_s}.items():
-        if not value >= 0:
-            raise InvalidArgumentError(f"Argument `{name}` must be at least 0, but got {value}.")
     baseline = baseline if baseline is not None else next(iter(variants))
     calls = [*variants.values(), variants[baseline]]  # the last one is the null run
     rng = np.random.default_rng(seed)

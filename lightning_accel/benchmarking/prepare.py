@@ -38,7 +38,7 @@ def dynamic_int8(source: Path, out: Path) -> Path:
     Raises:
         MissingPackageError: ONNX Runtime isn't installed.
     """
-    quantization = require("onnxruntime.quantization", "cpu", "Variant `onnxruntime dynamic int8`")
+    quantization = require("onnxruntime.quantization", "runtime", "Variant `onnxruntime dynamic int8`")
     import onnx
 
     model = onnx.load(source)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_accel import __version__
+from lightning_accel.core.arguments import shown
 from lightning_accel.engines.manifest import MANIFEST, SCHEMA, check_files, manifest_digest, read_manifest, sha256_of
 from lightning_accel.engines.tensorrt.cuda import has_gpu
 from lightning_accel.engines.tensorrt.library import EngineInfo, sidecar_of
@@ -24,14 +25,44 @@ COMPARISON = "comparison.json"
 _OWNER = f"{platform.node()}-"  # folders may be shared between machines, whose process numbers are their own
 
 
-def check_destination(dirpath: str | Path) -> None:
+def expanded(dirpath: str | os.PathLike[str]) -> str:
+    """The path with a leading ``~`` replaced by the home folder."""
+    return os.path.expanduser(os.fspath(dirpath))
+
+
+def check_destination(dirpath: str | Path, needed: int = 0) -> None:
     """Check before training that a bundle can be written.
 
+    Args:
+        dirpath: its folder.
+        needed: bytes that bundle and checkpoint take at least.
+
     Raises:
-        InvalidArgumentError: the path is a file, or a folder with other content.
+        InvalidArgumentError: the path is a file, a folder with other content, a link to nothing, or too long; or the disk is too full.
         FilePermissionError: its parent can't be written to.
     """
-    path = Path(dirpath)
+    try:
+        _check_destination(Path(dirpath), needed)
+    except OSError as error:
+        if isinstance(error, FilePermissionError):
+            raise
+        raise InvalidArgumentError(
+            f"Argument `dirpath` must be the path of a folder, but got {shown(str(dirpath))}: {error.strerror}."
+        ) from error
+
+
+def _check_destination(path: Path, needed: int) -> None:
+    if path.is_symlink() and not path.exists():
+        raise InvalidArgumentError(
+            f"Argument `dirpath` must be a folder, but got {str(path)!r}, a link to {os.readlink(path)!r}, where nothing is. Create that "
+            "folder, or remove the link."
+        )
+    checkpoint = Path(f"{str(path).rstrip('/')}.ckpt")
+    if checkpoint.is_dir():
+        raise InvalidArgumentError(
+            f"Argument `dirpath` must leave {str(checkpoint)!r} for the checkpoint, but got {str(path)!r}: that is a folder. Rename it, or "
+            "choose another path."
+        )
     if path.is_file():
         raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(path)!r}.")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
@@ -39,14 +70,34 @@ def check_destination(dirpath: str | Path) -> None:
             f"Argument `dirpath` must be a new folder or an earlier bundle, but got {str(path)!r}, which holds other files. "
             "A bundle replaces its folder whole: choose another one."
         )
+    here = Path.cwd()
+    if path.exists() and (path.resolve() == here or path.resolve() in here.parents):
+        raise InvalidArgumentError(
+            f"Argument `dirpath` must not hold the current folder, but got {str(path)!r}: a bundle replaces its folder whole."
+        )
+    parent = path.resolve().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
     try:
-        existing = next(p for p in (path.parent, *path.parent.parents) if p.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        os.rmdir(
+            tempfile.mkdtemp(prefix=_prefix(path), dir=existing)
+        )  # as `staged` will, so that the name is not too long, either
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
+            raise
         raise FilePermissionError(
             f"Argument `dirpath` must lie in a folder that can be written to, but got {str(path)!r}: {error.strerror}."
         ) from error
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InvalidArgumentError(
+            f"Argument `dirpath` must lie on a disk with at least {needed / 1e6:,.1f} MB free for checkpoint and bundle, but got "
+            f"{str(path)!r}, where {free / 1e6:,.1f} MB are free."
+        )
+
+
+def _prefix(path: Path) -> str:
+    """Beginning of the names of temporary folders beside a bundle."""
+    return f".{path.name}.{_OWNER}{os.getpid()}."
 
 
 def check_recordable(folder: str | Path) -> None:
@@ -82,17 +133,17 @@ def staged(dirpath: str | Path) -> Iterator[Path]:
     The two folders are swapped in one step (on Linux), so that a killed process leaves either the old or the new bundle.
     Temporary folders of killed processes are removed by the next one.
     """
-    path = Path(dirpath)
+    path = Path(dirpath).resolve()  # a link stays: what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_OWNER}{os.getpid()}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
         if not path.exists():
             os.rename(temporary, path)
         elif not _exchange(temporary, path):
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.{_OWNER}{os.getpid()}.", dir=path.parent))
+            old = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
             os.rename(path, old / "bundle")
             os.rename(temporary, path)
             shutil.rmtree(old)

@@ -1,13 +1,11 @@
 """Samples for a command: arrays in a file, by the names of inputs."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
+from lightning_accel.core.arrays import read_arrays
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
-
-_DAMAGED = (ValueError, EOFError, BadZipFile)  # what NumPy raises for what it can't read
 
 
 def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
@@ -20,14 +18,7 @@ def load_arrays(path: str | Path, inputs: list[str]) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"Argument `--data` must be a .npz or .npy file, but got {path}: nothing is there.")
-    try:
-        with open(path, "rb") as file:  # NumPy leaves a damaged one open that it opened itself
-            loaded = np.load(file, allow_pickle=False)
-            arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except _DAMAGED as error:
-        raise InvalidArgumentError(
-            f"Argument `--data` must be a .npz or .npy file of plain arrays, but got {path}: {error}"
-        ) from error
+    arrays = read_arrays(path, "--data")
     if isinstance(arrays, dict):
         return arrays
     if len(inputs) != 1:
@@ -47,12 +38,7 @@ def load_labels(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"Argument `--labels` must be a .npy file, but got {path}: nothing is there.")
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except _DAMAGED as error:
-        raise InvalidArgumentError(
-            f"Argument `--labels` must be a .npy file of a plain array, but got {path}: {error}"
-        ) from error
+    labels = read_arrays(path, "--labels")
     if not isinstance(labels, np.ndarray):
         raise InvalidArgumentError(
             f"Argument `--labels` must be a .npy file of one array, but got {path}, which holds several."

@@ -33,18 +33,36 @@ def run_guarded(
     """
     try:
         return run()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, ImportError) as error:
+        if not _interrupted(error):
+            if isinstance(error, ImportError):
+                return _failed(error, explain or one_line, usage)
+            raise
         print("lightning-accel: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        line = (explain or one_line)(error)
-        if os.environ.get(DEBUG) or not line:
-            raise
-        print(f"lightning-accel: error: {line}", file=sys.stderr)
-        return 2 if isinstance(error, usage) else 1
+        return _failed(error, explain or one_line, usage)
+
+
+def _failed(error: Exception, explain: Callable[[BaseException], str], usage: type[Exception]) -> int:
+    """Print an expected error and return the exit code, or let a bug through."""
+    line = explain(error)
+    if os.environ.get(DEBUG) or not line:
+        raise error
+    print(f"lightning-accel: error: {line}", file=sys.stderr)
+    return 2 if isinstance(error, usage) else 1
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what it began with: Lightning exits with 1 after it, and packages that are being imported raise ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The commands that run a Trainer: those of LightningCLI, ``plan``, ``export`` and ``quantize``."""
 
 import inspect
+import logging
 import os
 import re
 import shlex
@@ -285,8 +286,14 @@ def run(given: Sequence[str]) -> int:
     sys.path.insert(0, os.getcwd())  # class paths in a config are looked for in the current folder
     # Lightning and torch.export still use what torch has just deprecated; a user can do nothing about it.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
 
     return run_guarded(lambda: _run(given), explain, ArgumentError)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Leave out Lightning's tips for other products, which every Trainer logs."""
+    return not str(record.msg).startswith("💡 Tip: ")
 
 
 def _run(given: Sequence[str]) -> int:

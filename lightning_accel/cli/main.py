@@ -9,6 +9,7 @@ from lightning_accel import __version__
 from lightning_accel.cli.errors import DEBUG, UsageError, run_guarded
 from lightning_accel.cli.options import did_you_mean
 from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS, command_parser
+from lightning_accel.core.lazy import training_packages
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -64,7 +65,8 @@ def _run(given: Sequence[str]) -> int:
         path = getattr(arguments, out, None)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise InvalidArgumentError(f"Argument `--{out}` must be a file in a folder that exists, but got {path}.")
-    code: int = import_module(f"lightning_accel.cli.commands.{given[0]}").run(arguments)
+    with training_packages(f"`lightning-accel {given[0]}`"):
+        code: int = import_module(f"lightning_accel.cli.commands.{given[0]}").run(arguments)
     return code
 
 
@@ -72,7 +74,13 @@ def _run_trainer(given: Sequence[str]) -> int:
     """Run one of :data:`TRAINER_COMMANDS`, or say that there is no such command."""
     if not given[0].startswith("-") and given[0] not in TRAINER_COMMANDS:
         return run_guarded(lambda: _unknown_command(given[0]))
-    code: int = import_module("lightning_accel.cli.lightning_cli").run(given)
+    return run_guarded(lambda: _trainer_cli(given))
+
+
+def _trainer_cli(given: Sequence[str]) -> int:
+    with training_packages(f"`lightning-accel {given[0]}`"):
+        module = import_module("lightning_accel.cli.lightning_cli")
+    code: int = module.run(given)
     return code
 
 

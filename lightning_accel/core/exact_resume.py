@@ -23,6 +23,7 @@ from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from lightning_accel.core.arguments import NOT_EMPTY, checked
 from lightning_accel.core.packages import TrainerCallback, both, counterpart
 from lightning_accel.core.patching import Patches, patches_of_run
 from lightning_accel.core.trainers import callbacks_of
@@ -100,9 +101,8 @@ class ExactResume(TrainerCallback):
         >>> trainer = L.Trainer(callbacks=[ExactResume()], logger=False)
     """
 
+    @checked(name=NOT_EMPTY)
     def __init__(self, *, name: str = "default") -> None:
-        if not isinstance(name, str) or not name:
-            raise InvalidArgumentError(f"Argument `name` must be a non-empty string, but got {name!r}.")
         self.name = name
         self._loaded: list[State] | None = None  # per rank, from the checkpoint
         self._resumed: State | None = None  # this rank's, until training goes on

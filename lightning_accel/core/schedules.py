@@ -74,7 +74,13 @@ def check_schedule(schedule: str | Schedule) -> str | Schedule:
                 f"Argument `schedule` must be one of {sorted(SCHEDULES)} or a function of progress, but got {schedule!r}."
             )
         return schedule
-    values = [schedule(i / 100) for i in range(101)]
+    try:
+        values = [float(schedule(i / 100)) for i in range(101)]
+    except Exception as error:  # whatever the function raises
+        raise InvalidArgumentError(
+            f"Argument `schedule` must be a function of progress in [0, 1] that returns a number, but got {schedule!r}, which raises "
+            f"{type(error).__name__}: {error}."
+        ) from error
     if values[0] < 0 or abs(values[-1] - 1.0) > 1e-9 or any(b < a for a, b in pairwise(values)):
         raise InvalidArgumentError(
             "Argument `schedule` must never fall, from 0 or more at progress 0 to 1 at progress 1, but got a function with "

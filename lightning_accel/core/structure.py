@@ -20,10 +20,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.checkpoints import foreign_in, load_without_objects
 from lightning_accel.core.patching import patches_of_run, place
 from lightning_accel.core.trainers import callbacks_of
-from lightning_accel.errors import InvalidArgumentError, MissingFileError
+from lightning_accel.errors import InvalidArgumentError, LightningAccelError, MissingFileError
 
 CHECKPOINT_KEY = "lightning_accel"
 _RECORD = "_lightning_accel_record"
@@ -251,6 +252,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+@checked()
 def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **init: Any) -> LightningModule:
     """Build a module, replay its structural changes and load its weights, so that it computes what was trained.
 
@@ -277,7 +279,15 @@ def load_from_checkpoint(cls: type[LightningModule], ckpt_path: str | Path, **in
         ) from error
     module = cls(**arguments)
     module.configure_model()
-    load_into(module, checkpoint)
+    try:
+        load_into(module, checkpoint)
+    except RuntimeError as error:
+        if isinstance(error, LightningAccelError) or not str(error).startswith("Error(s) in loading state_dict"):
+            raise
+        raise InvalidArgumentError(
+            f"Argument `ckpt_path` must be a checkpoint of {cls.__name__}, built with the same arguments, but got {ckpt_path}: "
+            f"{' '.join(str(error).split())[:400]}"
+        ) from error
     return module.eval()
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_accel.calls.contexts import own_forwards
+from lightning_accel.core.arguments import check_arguments
 from lightning_accel.core.callback import LOG, check_strategy
 from lightning_accel.core.packages import (
     both,
@@ -142,6 +143,10 @@ class DistillationModule(_SharesStudent):
         optimizer: Callable[[Iterable[Any]], torch.optim.Optimizer] | None = None,
     ) -> None:
         # no super().__init__(): this object is the initialized student
+        typed = {"cache": cache, "inputs": inputs, "evaluate": evaluate, "task_loss": task_loss, "optimizer": optimizer}
+        check_arguments(
+            DistillationModule.__init__, {"student": student, **typed}
+        )  # the others have checks of their own
         network = as_teacher(teacher)
         number = isinstance(alpha, int | float | Scheduled) and not isinstance(alpha, bool)
         if not (number and 0 <= bounds(alpha)[0] <= bounds(alpha)[1] <= 1):

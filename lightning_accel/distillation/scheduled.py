@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.callback import first_step_of_epoch, timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
 from lightning_accel.core.trainers import is_fast_dev_run
@@ -34,6 +35,7 @@ class Scheduled:
         0.5
     """
 
+    @checked()
     def __init__(
         self, first: float, last: float, schedule: str = "linear", start: int | float = 0, end: int | float = 1.0
     ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_accel.core.arguments import check_arguments, fits, shown
 from lightning_accel.distillation.layers.paths import expand
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.losses.base import check_positive
@@ -54,6 +55,14 @@ class LossTerm:
         name: str | None = None,
         adapter: bool | None = None,
     ) -> None:
+        check_arguments(
+            LossTerm.__init__,
+            {"student_layer": student_layer, "teacher_layer": teacher_layer, "name": name, "adapter": adapter},
+        )
+        if not isinstance(loss, str) and not callable(loss):
+            raise InvalidArgumentError(f"Argument `loss` must be a name or a callable, but got {shown(loss)}.")
+        if not fits(weight, float | Scheduled):
+            raise InvalidArgumentError(f"Argument `weight` must be a number or a Scheduled, but got {shown(weight)}.")
         check_positive("weight", weight, zero=True)
         if teacher_layer is not None and student_layer is None:
             raise InvalidArgumentError(
@@ -61,8 +70,6 @@ class LossTerm:
             )
         self.name = name or (loss if isinstance(loss, str) else name_of(loss))
         self.loss: Callable[..., Tensor] = named_loss(loss) if isinstance(loss, str) else loss
-        if not callable(self.loss):
-            raise InvalidArgumentError(f"Argument `loss` must be a name or a callable, but got {loss!r}.")
         if isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters()):
             raise InvalidArgumentError(
                 f"Argument `losses` must hold no parameters to train, but got a {type(self.loss).__name__} with some: which no "

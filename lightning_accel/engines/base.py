@@ -1,15 +1,17 @@
 """Runner: the interface of all engines, from named numpy arrays to named numpy arrays."""
 
+import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 
+from lightning_accel.core.arguments import NOT_EMPTY, at_least, checked
 from lightning_accel.engines.manifest import resolve_bundle
 from lightning_accel.engines.registry import engine_named, engine_names, suffixes
 from lightning_accel.errors import EngineError, InvalidArgumentError, InvalidArgumentTypeError, MissingFileError
@@ -64,6 +66,7 @@ class Runner(ABC):
     """
 
     engine: ClassVar[str]
+    check_finite = False  # set by `load_runner`
 
     def __init__(self, path: str | Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
         self.path = Path(path)
@@ -91,7 +94,8 @@ class Runner(ABC):
         Raises:
             InvalidArgumentTypeError: an array of another dtype; nothing is cast.
             InvalidArgumentError: an input missing or unknown, or an array of another shape.
-            EngineError: the runner is closed.
+            InvalidArgumentError: with ``check_finite``, an input holds NaN or infinity.
+            EngineError: the runner is closed; with ``check_finite``, an output holds NaN or infinity.
         """
         names = self.input_names
         if missing := [name for name in names if name not in feeds]:
@@ -104,8 +108,17 @@ class Runner(ABC):
             )
         for spec in self.inputs:
             spec.check(feeds[spec.name])
+            if self.check_finite and (found := _not_finite(feeds[spec.name])):
+                raise InvalidArgumentError(
+                    f"Argument `feeds` must hold finite numbers, but got {found} in input `{spec.name}`. Int8 turns them into ordinary "
+                    "numbers: clean the input."
+                )
         arrays = self._execute({name: np.ascontiguousarray(feeds[name]).reshape(feeds[name].shape) for name in names})
-        return dict(zip(self.output_names, arrays, strict=True))
+        outputs = dict(zip(self.output_names, arrays, strict=True))
+        for name, array in outputs.items():
+            if self.check_finite and (found := _not_finite(array)):
+                raise EngineError(f"Output `{name}` of `{self.path.name}` has {found}, although the inputs are finite.")
+        return outputs
 
     def __call__(self, *arrays: np.ndarray, **named: np.ndarray) -> Any:
         """Run with arrays by position, in the order of :attr:`input_names`, or by name.
@@ -165,6 +178,12 @@ class Runner(ABC):
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise InvalidArgumentTypeError(
+            f"A runner must be loaded in the process that runs it, but got {self!r} to copy or pickle: pass its path, and call "
+            "`load_runner` there."
+        )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path.name!r}, inputs={self.input_names}, outputs={self.output_names})"
 
@@ -182,7 +201,22 @@ class Runner(ABC):
         """Release the engine's memory."""
 
 
-def load_runner(path: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Runner:
+def _not_finite(array: np.ndarray) -> str:
+    """How many values of an array are NaN or infinite, in words; empty if none is."""
+    if array.dtype.kind not in "fc" or np.isfinite(array).all():
+        return ""
+    return f"{int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} infinite values"
+
+
+@checked(path=NOT_EMPTY, threads=at_least(1))
+def load_runner(
+    path: str | Path,
+    engine: str | None = None,
+    *,
+    threads: int | None = None,
+    check_finite: bool = False,
+    **options: Any,
+) -> Runner:
     """Load a network to run it: numpy in, numpy out, without torch unless the engine is PyTorch.
 
     Args:
@@ -190,6 +224,8 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
         engine: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"pytorch"`` or another registered engine. Default: the one that
             the bundle's manifest names, or the one that the file's suffix belongs to.
         threads: CPU threads of the engine. Default: the engine's own choice.
+        check_finite: raise an error if an input or an output holds NaN or infinity. An int8 network turns NaN into an ordinary
+            number, so that its outputs don't show it.
         options: further arguments of the engine's runner, e.g. ``providers=("CUDAExecutionProvider",)``.
 
     Raises:
@@ -205,8 +241,6 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
     path = Path(path)
     if engine is not None:
         engine_named(engine)
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InvalidArgumentError(f"Argument `threads` must be None or an integer of at least 1, but got {threads!r}.")
     if not path.exists():
         raise MissingFileError(f"Argument `path` must be a bundle or a model file, but got {path}: nothing is there.")
     if path.is_dir():
@@ -222,4 +256,11 @@ def load_runner(path: str | Path, engine: str | None = None, *, threads: int | N
                 f"Argument `path` must end in one of {sorted(suffixes())}, but got {path.name!r}."
             )
     runner: type[Runner] = engine_named(engine).load_runner_class()
-    return runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options
+    accepted = [name for name in inspect.signature(runner).parameters if name not in ("path", "threads")]
+    if unknown := [name for name in options if name not in accepted]:
+        raise InvalidArgumentTypeError(
+            f"Argument `options` must be among those of engine `{engine}`, {accepted}, but got {unknown}."
+        )
+    loaded = runner(path, threads=threads, **options)  # type: ignore[call-arg]  # each engine has its own options
+    loaded.check_finite = check_finite
+    return loaded

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import mmap
+import re
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lightning_accel.errors import InvalidArgumentError, MissingFileError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# An entry of a tensor's external data (tag, length) with the key "location"; the length of its value follows.
+_EXTERNAL = re.compile(rb"\x6a(?:[\x00-\x7f]|[\x80-\xff][\x00-\x7f])\x0a\x08location\x12")
 
 
 def sha256_of(path: str | Path) -> str:
@@ -43,7 +47,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise MissingFileError(f"Argument `path` must be a bundle with a {MANIFEST}, but got {folder}: it has none.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also brackets within brackets within brackets
         raise InvalidArgumentError(
             f"{path} must be JSON, but it can't be read: {error}. Export the bundle again."
         ) from error
@@ -128,16 +132,59 @@ def check_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """
     for name, entry in manifest["files"].items():
         _check_file(Path(folder), name, entry.get("sha256"))
+        if name.endswith(".onnx"):
+            _check_external(Path(folder), name, manifest["files"])
+
+
+def _places(folder: Path) -> list[Path]:
+    """Folders that a bundle's links may lead to: itself, and the blobs of a cache of the Hugging Face Hub that it is a snapshot in."""
+    cache = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
+    return [folder, *cache]
+
+
+def _check_external(folder: Path, name: str, listed: Mapping[str, Any]) -> None:
+    """Check that an ONNX file reads its weights from files in the manifest only.
+
+    Its bytes are searched for the entries of external tensors (field 13 of a tensor, with the key ``location``), since the package onnx,
+    which would parse them, isn't needed to run a bundle.
+    """
+    file = folder / name
+    if not file.stat().st_size:
+        return
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in _EXTERNAL.finditer(content):
+            length, start = _varint(content, found.end())
+            location = bytes(content[start : start + length]).decode("utf-8", "replace")
+            path = PurePosixPath(name).parent / location
+            if path.as_posix() not in listed:
+                raise InvalidArgumentError(
+                    f"`{name}` must read its weights from files that {MANIFEST} lists, but it reads {location!r}. Export the bundle again."
+                )
+
+
+def _varint(content: mmap.mmap, place: int) -> tuple[int, int]:
+    """A length in protobuf's encoding, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = content[place]
+        value, shift, place = value | (byte & 0x7F) << shift, shift + 7, place + 1
+        if not byte & 0x80 or shift > 28:
+            return value, place
 
 
 def _check_file(folder: Path, name: str, expected: str | None) -> None:
-    # Windows rules see drives and both separators on every system. Links are followed: caches of downloaded models
-    # are made of them, and the SHA-256 holds for what they point to.
+    # Windows rules see drives and both separators on every system.
     parts = PureWindowsPath(name)
     if parts.drive or parts.root or ".." in parts.parts or "\\" in name:
         raise InvalidArgumentError(f"{folder / MANIFEST} must list only files inside the bundle, but got {name!r}.")
     if not (folder / name).is_file():
         raise MissingFileError(f"The bundle {folder} must hold `{name}`, but it is missing. Copy or export it again.")
+    target = (folder / name).resolve()
+    if not any(target.is_relative_to(place) for place in _places(folder.resolve())):
+        raise InvalidArgumentError(
+            f"`{name}` must lie inside the bundle {folder}, but it is a link to {target}. Copy the bundle with the files that its links "
+            "lead to: cp -rL."
+        )
     found = sha256_of(folder / name)
     if found != expected:
         raise InvalidArgumentError(

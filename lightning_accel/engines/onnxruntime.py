@@ -24,7 +24,7 @@ _DTYPES = {
 ENGINE = EngineSpec(
     "onnxruntime",
     "lightning_accel.engines.onnxruntime:OnnxRuntimeRunner",
-    requirements={"onnxruntime": "lightning-accel[cpu]", "onnxruntime-gpu": "lightning-accel[gpu]"},
+    requirements={"onnxruntime": "lightning-accel[runtime]", "onnxruntime-gpu": "lightning-accel[gpu]"},
     modules=("onnxruntime",),
     suffixes=(".onnx",),
     status="lightning_accel.engines.onnxruntime:statuses",
@@ -63,7 +63,7 @@ class OnnxRuntimeRunner(Runner):
         emulate: bool = False,
         io_binding: bool = False,
     ) -> None:
-        ort = require("onnxruntime", "cpu", "Engine `onnxruntime`")
+        ort = require("onnxruntime", "runtime", "Engine `onnxruntime`")
         if not Path(path).is_file():
             raise MissingFileError(f"Argument `path` must be an ONNX file, but got {path}: nothing is there.")
         wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]

@@ -19,7 +19,7 @@ NAMES_FILE = "names.json"
 ENGINE = EngineSpec(
     "pytorch",
     "lightning_accel.engines.pytorch:PyTorchRunner",
-    requirements={"torch": "lightning-accel"},
+    requirements={"torch": "lightning-accel[cpu]"},
     modules=("torch",),
     suffixes=(".pt2",),
     source="program",

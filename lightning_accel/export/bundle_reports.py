@@ -18,6 +18,7 @@ from lightning_accel.reports.model import KEPT_FLOAT, METHOD, NOISE, LayerTable,
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.plots import plot_comparison
 from lightning_accel.reports.run_report import comparison_table, render_markdown
+from lightning_accel.reports.verdict import verdict_line
 from lightning_accel.verification.result import Verification
 
 
@@ -80,13 +81,13 @@ def write_reports(folder: Path, report: Report) -> None:
     plot_comparison(report.rows, folder / "report.png")
     (folder / "report.html").write_text(render_html(report), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
-    first = [decision_of(report), *map(str, facts(report))]
+    first = [verdict_line(report), *(str(fact) for fact in facts(report)[1:]), decision_of(report)]
     text = render_markdown(report, [line for line in first if line])
     (folder / "report.md").write_text(f"{text}\n![accuracy and latency](report.png)\n", encoding="utf-8")
 
 
 def summary(report: Report, dirpath: str | Path) -> str:
-    """The report's table and the path of the full report, for the terminal."""
+    """The report's table, the path of the full report and the verdict, for the terminal."""
     lines = [comparison_table(report.rows)]
     if decision := (report.comparison or {}).get("decision"):
         lines.append(f"Decision: {decision['why']}")
@@ -96,5 +97,5 @@ def summary(report: Report, dirpath: str | Path) -> str:
         lines.append(
             f"Finish the proof on the machine that runs it: lightning-accel verify {shlex.quote(str(dirpath))}{data}"
         )
-    last = [line] if (line := failed_line(report)) else []
-    return "\n".join([*lines, f"Report: {Path(dirpath) / 'report.html'}", *last])
+    lines += [f"Report: {Path(dirpath) / 'report.html'}", failed_line(report), verdict_line(report)]
+    return "\n".join(line for line in lines if line)

@@ -1,27 +1,33 @@
 """ModelExport: write the trained network as a verified bundle when ``fit`` ends."""
 
 import json
+import os
 import shlex
 import sys
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_accel.benchmarking.comparison import BenchmarkSettings
 from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.benchmarking.scores import CLASSES, VALUES
+from lightning_accel.bundle.lock import lock, unlock
 from lightning_accel.bundle.provenance import run_of
-from lightning_accel.bundle.writer import check_destination
+from lightning_accel.bundle.writer import check_destination, expanded
 from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
+from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, at_least, checked
 from lightning_accel.core.callback import check_strategy, compression_callbacks
 from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.patching import patches_of_run
@@ -45,6 +51,13 @@ from lightning_accel.reports.curves import Curves
 from lightning_accel.reports.model import Report
 
 _PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_CKPT_PATH = Rule(
+    '"last", "best" or the path of a checkpoint', lambda value: value in ("last", "best") or bool(Path(value).suffix)
+)
+_DATA = Rule(
+    'a loader, "val" or "test"',
+    lambda value: value in ("val", "test") if isinstance(value, str) else hasattr(value, "__iter__"),
+)
 
 
 class ModelExport(TrainerCallback):
@@ -56,7 +69,8 @@ class ModelExport(TrainerCallback):
     the trained network, the run fails after the checkpoint ``<dirpath>.ckpt`` is saved, and no bundle is written.
 
     Args:
-        dirpath: the bundle's folder. An earlier bundle there is replaced when the new one is complete.
+        dirpath: the bundle's folder; a leading ``~`` is the home folder, a link is followed. An earlier bundle there is replaced when the
+            new one is complete.
         engines: ``"onnxruntime"``, ``"tensorrt"``, ``"openvino"``, ``"pytorch"``; ``None`` means the target's natural engine.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"`` (TensorRT only) or ``"int8"``; ``None`` means int8 if the network is
             trained quantization-aware. TensorRT's int8 engine computes the rest in fp16.
@@ -93,9 +107,19 @@ class ModelExport(TrainerCallback):
         'last'
     """
 
+    @checked(
+        dirpath=FOLDER,
+        ckpt_path=_CKPT_PATH,
+        data=_DATA,
+        metadata=JSON,
+        samples=at_least(1),
+        keep_samples=at_least(0),
+        outputs=NOT_EMPTY,
+        name=NOT_EMPTY,
+    )
     def __init__(
         self,
-        dirpath: str = "artifacts",
+        dirpath: str | os.PathLike[str] = "artifacts",
         engines: str | list[str] | None = None,
         precision: str | None = None,
         ckpt_path: str = "last",
@@ -132,8 +156,6 @@ class ModelExport(TrainerCallback):
             raise InvalidArgumentError(
                 f"Argument `output_kind` must be {CLASSES!r}, {VALUES!r} or None, but got {output_kind!r}."
             )
-        if samples < 1:
-            raise InvalidArgumentError(f"Argument `samples` must be at least 1, but got {samples}.")
         if keep_samples not in range(samples + 1):
             raise InvalidArgumentError(
                 f"Argument `keep_samples` must be from 0 to `samples` ({samples}), but got {keep_samples!r}."
@@ -147,7 +169,7 @@ class ModelExport(TrainerCallback):
             raise InvalidArgumentError(
                 f"Argument `budgets` must name a batch size that is measured {sizes}, but got {budgets.batch}."
             )
-        self.dirpath, self.engines, self.precision, self.ckpt_path = str(dirpath), chosen, precision, str(ckpt_path)
+        self.dirpath, self.engines, self.precision, self.ckpt_path = expanded(dirpath), chosen, precision, ckpt_path
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
@@ -156,7 +178,7 @@ class ModelExport(TrainerCallback):
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
-        self._ready = False
+        self._ready = self._trained = False
         self._curves, self._run = Curves(), dict[str, Any]()
         self._untrained: dict[str, Any] | None = None  # what int8 predicted before it was trained
         self._quantizing: list[QuantizingCallback] = []  # those whose fake-quant has yet to begin
@@ -185,11 +207,15 @@ class ModelExport(TrainerCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._ready = False
+        self._ready = self._trained = False
         patches_of_run(trainer)  # from here on loaders are asked for once
-        self._curves, self._run, self._untrained = Curves(), run_of(trainer, pl_module), None
+        self._curves, self._untrained = Curves(), None
+        self._run = {"id": uuid.uuid4().hex, **run_of(trainer, pl_module)}
         if trainer.is_global_zero:
-            check_destination(self.dirpath)
+            # At least the checkpoint and one float32 file; optimizers, engines and reports come on top.
+            weights = sum(p.numel() * p.element_size() for p in pl_module.parameters() if not is_lazy(p))
+            check_destination(self.dirpath, needed=2 * weights + 1_000_000)
+            lock(self.dirpath, id(self))
         self.check_plan(trainer)
         check_strategy(trainer, type(self).__name__)
         warn_of_objects(trainer, pl_module)
@@ -238,12 +264,37 @@ class ModelExport(TrainerCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_fast_dev_run(trainer):
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
+            self._trained = True
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        unlock(self.dirpath, id(self))
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        unlock(self.dirpath, id(self))
         rank_zero_info(
             f"ModelExport: no bundle was written to {self.dirpath}, since the run ended with {type(exception).__name__}."
         )
+        if isinstance(exception, KeyboardInterrupt) and not is_fast_dev_run(trainer):
+            rank_zero_info(f"ModelExport: {self._interrupted(trainer, pl_module)}")
+
+    def _interrupted(self, trainer: L.Trainer, pl_module: nn.Module) -> str:
+        """Write a checkpoint after Ctrl-C, unless there is one; returns where it is and how to go on."""
+        if self._trained:
+            command = self._command("last", pl_module)
+            return f"The checkpoint is safe: {self.checkpoint_path}. Write the bundle with: {command}"
+        if trainer.global_step == 0:
+            return "No step was trained, and there is nothing to save."
+        if trainer.world_size > 1:  # other ranks may be gone, and saving is done together
+            return f"Stopped at step {trainer.global_step}. Go on from the last checkpoint of ModelCheckpoint."
+        path = f"{self.dirpath.rstrip('/')}.interrupted.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        configs = self._configs()
+        how = f"trainer.fit(..., ckpt_path={path!r})"
+        if configs:
+            how = " ".join(["lightning-accel fit", *configs, f"--ckpt-path {shlex.quote(path)}"])
+        return f"Stopped at step {trainer.global_step}. The checkpoint is written: {path}. Go on with: {how}"
 
     @override
     @rank_zero_only
@@ -296,9 +347,10 @@ class ModelExport(TrainerCallback):
             teacher=_teacher_of(pl_module),
             history=did,
             compression=measured(trainer, pl_module),
-            command=self._command(ckpt_path),
+            command=self._command(ckpt_path, pl_module),
             unfinished=[f"{reason}." for reason in unfinished],
             refused=refused,
+            checkpoint=self._exported,
             **run_facts,
         )
         report = write_bundle(spec, self.dirpath)
@@ -465,16 +517,21 @@ class ModelExport(TrainerCallback):
             'network\'s inputs and returns its outputs, or name a submodule with QuantizationAwareTraining(module="...").'
         )
 
-    def _command(self, ckpt_path: str) -> str:
+    @staticmethod
+    def _configs() -> list[str]:
+        """The configs on the command line that this process was started with."""
+        pairs = zip(sys.argv, sys.argv[1:], strict=False)
+        return [f"-c {shlex.quote(value)}" for option, value in pairs if option in ("-c", "--config")]
+
+    def _command(self, ckpt_path: str, pl_module: nn.Module) -> str:
+        """How the export is repeated: on the command line where the run came from there, else in Python."""
         if self.repeat:
             return self.repeat
         path = self.checkpoint_path if ckpt_path == "last" else ckpt_path
-        configs = [
-            f"-c {shlex.quote(v)}" for a, v in zip(sys.argv, sys.argv[1:], strict=False) if a in ("-c", "--config")
-        ]
-        return " ".join(
-            ["lightning-accel export", *(configs or ["-c CONFIG.yaml"]), f"--ckpt-path {shlex.quote(path)}"]
-        )
+        if configs := self._configs():
+            return " ".join(["lightning-accel export", *configs, f"--ckpt-path {shlex.quote(path)}"])
+        own = type(pl_module).__name__.removeprefix("Distilled")
+        return f"lightning_accel.export_bundle({path!r}, data, {self.dirpath!r}, cls={own})"
 
 
 def _qat(trainer: L.Trainer) -> list[QuantizingCallback]:

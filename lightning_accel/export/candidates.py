@@ -16,13 +16,15 @@ from lightning_accel.calls.example import ExampleCall
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
-from lightning_accel.export.evaluate import count_correct, through_engine, user_metrics
+from lightning_accel.export.default_rule import Choice, choose_default, speed_ratios
+from lightning_accel.export.evaluate import correct_samples, through_engine, user_metrics
 from lightning_accel.export.failures import ARITHMETIC, BUILD, LOAD, VERIFY, EngineFailures
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, engine_file
 from lightning_accel.export.fp16_alternative import build_alternative, choose_precision, verify_alternative
 from lightning_accel.export.ptq_baseline import beside_untrained
+from lightning_accel.export.quality import ACCURACY, Change, Scores, metric_blocks, metrics_through, monitored
 from lightning_accel.export.spec import ExportSpec
-from lightning_accel.onnx.export import OnnxExport, export_onnx
+from lightning_accel.onnx.export import export_onnx
 from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.reports.model import Row
 from lightning_accel.verification import tolerances
@@ -48,8 +50,9 @@ class Candidates:
         labels: label of each engine's row.
         alternative: line of the fp16 engine beside an int8 engine for a GPU that is here.
         failures: engines that failed, and aren't among the others.
-        labelled: whether held-out labels are classes of the first output.
+        scores: quality of each network that ran, by label.
         earned: whether quantization-aware training was worth it, in sentences.
+        gained: change of accuracy by quantization-aware training; ``None`` where it isn't known.
     """
 
     name: str
@@ -62,8 +65,20 @@ class Candidates:
     labels: dict[str, str] = field(default_factory=dict)
     alternative: dict[str, Any] | None = None
     failures: EngineFailures = field(default_factory=EngineFailures)
-    labelled: bool = False
+    scores: dict[str, Scores] = field(default_factory=dict)
     earned: list[str] = field(default_factory=list)
+    gained: Change | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether held-out labels are classes of the first output."""
+        return any(found.right is not None for found in self.scores.values())
+
+    @property
+    def float32(self) -> str:
+        """Label of the shipped network in float32: the first of the engines that runs here."""
+        plain = f"{self.name} fp32"
+        return plain if plain in self.paths else next((n for n, p in self.precisions.items() if p == "fp32"), plain)
 
 
 def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path) -> Candidates:
@@ -167,17 +182,18 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
             check.raise_if_failed(spec.command)
             files.checks.append(check)
         networks = {label: runner.run for label, runner in runners.items()}
-        counts = {} if not spec.predicts else count_correct(networks, files.shipped, whole, spec.data)
-        candidates.labelled = bool(counts)
+        right = {} if not spec.predicts else correct_samples(networks, files.shipped, whole, spec.data)
+        candidates.scores = {label: Scores(right.get(label)) for label in runners}
         candidates.rows |= {
-            label: replace(candidates.rows[label], correct=c, total=n) for label, (c, n) in counts.items()
+            label: replace(candidates.rows[label], correct=int(hits.sum()), total=len(hits))
+            for label, hits in right.items()
         }
         if not candidates.labelled and spec.bare:  # what else would say how good each is
-            for label, runner in runners.items():
-                candidates.rows[label].metrics = _metrics_through(spec, files.shipped, runner)
-        candidates.rows, candidates.earned = beside_untrained(
+            _score_by_metrics(candidates, spec, files, runners)
+        candidates.rows, candidates.earned, gained = beside_untrained(
             candidates.rows, f"{candidates.name} {spec.precision}", spec, whole
         )
+        candidates.gained = None if gained is None else Change(ACCURACY, *gained)
         measured = _measure_latency(candidates.rows, runners, files.samples, spec.batch_size)
     finally:
         for runner in runners.values():
@@ -185,6 +201,48 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
     if candidates.alternative is not None:
         _choose_engine(candidates, candidates.alternative, measured)
     return measured
+
+
+def _score_by_metrics(candidates: Candidates, spec: ExportSpec, files: Files, runners: Mapping[str, Runner]) -> None:
+    """Measure the user's metrics with every network; over parts of the data as well, where there are networks to choose from."""
+    several = len(candidates.labels) > 1 or candidates.float32 not in candidates.labels.values()
+    for label, runner in runners.items():
+        found = metrics_through(spec, files.shipped, runner)
+        blocks = metric_blocks(spec, files.shipped, runner) if found and several else []
+        candidates.rows[label].metrics = found
+        candidates.scores[label] = Scores(metrics=found, blocks=blocks)
+
+
+def choose_candidate(candidates: Candidates, measured: BenchmarkResult, spec: ExportSpec) -> Choice:
+    """Choose what ships without budgets, see :func:`~lightning_accel.export.default_rule.choose_default`.
+
+    Where none of the requested engines runs on this machine, the first one stays the default: what a CPU measures says nothing
+    about the machine that the bundle is for.
+    """
+    ran = [label for label in candidates.paths if label in candidates.labels.values()]
+    if not ran:
+        return Choice(candidates.labels[candidates.lines[0]["engine"]], "which was asked for")
+    float32 = candidates.float32
+    labels = list(dict.fromkeys([*([float32] if float32 in candidates.paths else []), *ran]))
+    trained = {} if candidates.gained is None else dict.fromkeys((label for label in ran), candidates.gained)
+    return choose_default(
+        labels,
+        float32,
+        candidates.scores,
+        speed_ratios(measured, labels, float32),
+        measured.null.high,
+        modes=monitored(getattr(spec.data.trainer, "callbacks", ())),
+        exact=[label for label in ran if candidates.precisions.get(label) == "fp32"],
+        trained=trained,
+    )
+
+
+def manifest_default(candidates: Candidates, ships: str) -> dict[str, str]:
+    """The manifest's default for the candidate that ships."""
+    for line in candidates.lines:
+        if candidates.labels[line["engine"]] == ships:
+            return {"engine": line["engine"], "file": line["file"]}
+    return {"engine": "onnxruntime", "file": REFERENCE, "precision": "fp32"}
 
 
 def _verify_engines(
@@ -283,16 +341,6 @@ def _verify_engine(spec: ExportSpec, files: Files, runner: Runner, precision: st
     return check
 
 
-def _metrics_through(spec: ExportSpec, export: OnnxExport, runner: Runner) -> dict[str, float]:
-    """The user's metrics with a runner in place of ``forward``; empty if they can't be computed that way."""
-    try:
-        with through_engine(spec.part, export, runner.run) as calls:
-            found = user_metrics(spec.module, spec.data)
-    except Exception:  # the user's own code; the comparisons of the engines that ship say what it raised
-        return {}
-    return {name: value for name, value in found.items() if calls[0] and math.isfinite(value)}
-
-
 def _measure_metric(
     spec: ExportSpec, files: Files, runner: Runner, check: Verification, steps: Mapping[str, float] | None
 ) -> None:
@@ -349,14 +397,17 @@ def _beside_first(candidates: Candidates, row: Row, file: Path, files: Files, sp
         _load(path, candidates.rows[first].engine, candidates.threads) as before,
         _load(file, row.engine, candidates.threads) as runner,
     ):
-        counts = (
-            count_correct({row.name: runner.run}, files.shipped, spec.whole, spec.data) if candidates.labelled else {}
+        right = (
+            correct_samples({row.name: runner.run}, files.shipped, spec.whole, spec.data) if candidates.labelled else {}
         )
-        correct, total = counts.get(row.name, (None, None))
+        hits = right.get(row.name)
+        candidates.scores[row.name] = Scores(hits)
+        correct, total = (None, None) if hits is None else (int(hits.sum()), len(hits))
         pair = {first: replace(candidates.rows[first]), row.name: replace(row, correct=correct, total=total)}
         _measure_latency(pair, {first: before, row.name: runner}, files.samples, spec.batch_size)
         if not candidates.labelled and spec.bare:
-            pair[row.name].metrics = _metrics_through(spec, files.shipped, runner)
+            pair[row.name].metrics = metrics_through(spec, files.shipped, runner)
+            candidates.scores[row.name] = Scores(metrics=pair[row.name].metrics)
     return pair[row.name]
 
 

@@ -1,6 +1,5 @@
 """Try in half a minute whether a module can be captured, exported, quantized and built."""
 
-import math
 import signal
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from lightning_accel.calls.batches import Call, canonical_call, given_call
 from lightning_accel.calls.contexts import has_forward, isolated_random, mode, own_signature
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.calls.user_code import user_line
+from lightning_accel.core.arguments import above, checked
 from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
@@ -76,6 +76,7 @@ class Finding:
         )
 
 
+@checked(seconds=above(0))
 def check(
     module: nn.Module,
     inputs: Any,
@@ -92,7 +93,8 @@ def check(
         inputs: example of a call: a tensor, a tuple of positional or a dict of keyword arguments, or ``(args, kwargs)``.
         target: arithmetic to quantize for; a network that was trained with fake-quant has one already.
         engines: to build; ``None``: those that are installed.
-        seconds: time limit; a running step is interrupted, and remaining ones aren't tried.
+        seconds: limit of this process's time on the CPU, so that other processes don't count, and of a quarter of the time that passes; a
+            running step is interrupted, and remaining ones aren't tried.
         spent: seconds spent before the call.
 
     Returns:
@@ -112,10 +114,8 @@ def check(
     chosen = installed if engines is None else list(engines)
     if unknown := [engine for engine in chosen if engine not in buildable]:
         raise InvalidArgumentError(f"Argument `engines` must be among {list(buildable)}, but got {unknown}.")
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise InvalidArgumentError(f"Argument `seconds` must be above 0 and finite, but got {seconds}.")
     call = canonical_call(own_signature(module), *given_call(inputs))
-    end = time.monotonic() + seconds - spent
+    clock = _Clock(seconds - spent)
     findings: list[Finding] = []
     made: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, isolated_random():
@@ -141,18 +141,18 @@ def check(
             if failed is not None:
                 findings.append(Finding(name, "not tried", f"it needs what `{needs}` makes"))
                 continue
-            findings.append(_tried(name, step, module, end - time.monotonic(), seconds))
+            findings.append(_tried(name, step, module, clock, seconds))
     return findings
 
 
 def _tried(
-    name: str, step: Callable[[], tuple[str, list[str]]], module: nn.Module, left: float, seconds: float
+    name: str, step: Callable[[], tuple[str, list[str]]], module: nn.Module, clock: "_Clock", seconds: float
 ) -> Finding:
     started = time.monotonic()
     try:
-        if left <= 0:
+        if clock.left() <= 0:
             raise _OutOfTimeError
-        with _alarm(left):
+        with _alarm(clock):
             detail, lines = step()
         found = Finding(name, "ok", detail, lines=lines)
     except _OutOfTimeError:
@@ -281,14 +281,28 @@ def _arguments(module: nn.Module, call: Call) -> Any:
     return dict(own_signature(module).bind(*args, **kwargs).arguments) if kwargs else tuple(args)
 
 
+class _Clock:
+    """The time that is left: of this process on the CPU, and of a quarter of the time that passes, for what waits."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._cpu, self._wall = seconds, time.process_time(), time.monotonic()
+
+    def left(self) -> float:
+        cpu, wall = time.process_time() - self._cpu, time.monotonic() - self._wall
+        return self._seconds - min(wall, max(cpu, wall / 4))  # with several threads, CPU time passes faster
+
+
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def _alarm(clock: _Clock) -> Iterator[None]:
     """Interrupt what takes longer, where the system and the thread allow it; Python between two calls into C, that is."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
+        if (left := clock.left()) > 0:  # other processes had the CPU
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.01), _AGAIN_S)
+            return
         while frame is not None and frame.f_globals is not globals():
             if frame.f_code.co_name in _LOST_IN:
                 signal.setitimer(signal.ITIMER_REAL, 0.01, _AGAIN_S)
@@ -297,7 +311,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise _OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, clock.left(), _AGAIN_S)
     started = time.monotonic()
     try:
         yield

@@ -116,15 +116,15 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """A hook that does nothing."""
 
 
-def count_correct(
+def correct_samples(
     networks: Mapping[str, Network], export: OnnxExport, module: nn.Module, data: HeldOut
-) -> dict[str, tuple[int, int]]:
-    """Correct top-1 predictions and labelled samples of each network over all held-out data.
+) -> dict[str, np.ndarray]:
+    """Samples that each network predicts correctly (top-1), over all held-out data in its order.
 
     Returns:
-        ``{name: (correct, total)}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
+        ``{name: (S,) booleans}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    right: dict[str, list[np.ndarray]] = {}
     for call, target in data.calls(module):
         labels = class_labels(target)
         if labels is None:
@@ -134,7 +134,5 @@ def count_correct(
             logits = next(iter(network(feeds).values()))
             if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:
                 return {}
-            correct, total = counts.get(name, (0, 0))
-            hits = int((logits.argmax(1) == labels.numpy()).sum())
-            counts[name] = (correct + hits, total + len(labels))
-    return counts
+            right.setdefault(name, []).append(logits.argmax(1) == labels.numpy())
+    return {name: np.concatenate(parts) for name, parts in right.items()}

@@ -14,12 +14,22 @@ from lightning_accel.benchmarking.measure import BenchmarkResult
 from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.progress import progress_of
+from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
-from lightning_accel.export.candidates import Candidates, list_candidates, row_that_ships, run_all
+from lightning_accel.export.candidates import (
+    Candidates,
+    choose_candidate,
+    list_candidates,
+    manifest_default,
+    row_that_ships,
+    run_all,
+)
 from lightning_accel.export.default_engine import decide_default, output_kind_of
 from lightning_accel.export.file_size import why_not_smaller
 from lightning_accel.export.files import MODEL, REFERENCE, Files, write_files
 from lightning_accel.export.spec import ExportSpec
+from lightning_accel.export.verdict import verdict_of, with_budgets
 from lightning_accel.quantization.graph.prepare import quantization_map
 from lightning_accel.quantization.ptq import quantized_after_training
 from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, SIZE, UNUSED_INPUTS, Note, Report
@@ -39,16 +49,23 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         VerificationError: an exported file differs from the trained network, or every engine does.
         MissingPackageError: an engine isn't installed.
     """
-    with staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
+    steps = {"write and verify files": 4.0, "build engines": 2.0, "verify engines and measure": 4.0}
+    steps |= {} if spec.budgets is None else {"compare runtime variants": 10.0}
+    progress = progress_of(spec.data.trainer, "ModelExport", {**steps, "write the report": 1.0})
+    with progress, staged(dirpath) as folder, mode(spec.module, False), tempfile.TemporaryDirectory() as scratch:
+        progress.step("write and verify files")
         whole = spec.whole
         files = write_files(spec, whole, spec.example(whole), folder)
+        progress.step("build engines")
         candidates = list_candidates(spec, files, folder, Path(scratch))
+        progress.step("verify engines and measure")
         measured = run_all(candidates, spec, files, whole, folder)
         report = _report(spec, files, candidates, measured, _of_the_file(files, folder))
-        default = next((line for line in candidates.lines if line["runs_here"]), candidates.lines[0])
+        choice = choose_candidate(candidates, measured, spec)
+        default = manifest_default(candidates, choice.ships)
         report.failed = candidates.failures.replaced(spec.engines, default["engine"])
         content: dict[str, Any] = {
-            "default": {"engine": default["engine"], "file": default["file"]},
+            "default": default,
             "engines": {line["engine"]: line for line in candidates.lines},
             "failed": {f.engine: {"step": f.step, "reason": f.reason} for f in report.failed},
             "model": MODEL,
@@ -60,9 +77,14 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             "unused_inputs": list(files.shipped.unused),
         }
         if spec.budgets is not None:
+            progress.step("compare runtime variants")
             content |= decide_default(spec, files, folder, content, report)
+            comparison = report.comparison or {}
+            choice = with_budgets(choice, comparison.get("decision"), comparison.get("baseline", ""))
+        progress.step("write the report")
         report.ships = row_that_ships(candidates, content["default"], spec, files, folder)
         report.rows = list(candidates.rows.values())
+        report.verdict = verdict_of(candidates, choice, report, spec)
         write_reports(folder, report)
         written = report.to_dict()
         write_manifest(
@@ -74,11 +96,19 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
                 "complete": not spec.unfinished,
                 "unfinished": list(spec.unfinished),
                 "git": git_revision(),
+                "run": {"id": spec.run.get("id"), "checkpoint": _checkpoint(spec.checkpoint)},
                 **{key: written[key] for key in ("phases", "layers", "verification", "proofs", "environment")},
                 "benchmark": {**report.benchmark, "rows": written["rows"], "threads": candidates.threads},
             },
         )
     return report
+
+
+def _checkpoint(path: str) -> dict[str, Any] | None:
+    """Name and SHA-256 of the checkpoint that a bundle was made from; ``None`` without one, as where weights were never saved."""
+    if not Path(path).is_file():
+        return None
+    return {"file": Path(path).name, "sha256": sha256_of(path)}
 
 
 def _of_the_file(files: Files, folder: Path) -> list[Note]:

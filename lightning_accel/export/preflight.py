@@ -15,6 +15,7 @@ from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.finite import check_weights
 from lightning_accel.core.optional import require
 from lightning_accel.core.patching import Patches
+from lightning_accel.core.progress import progress_of
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import engine_named, resolve, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, VerificationError
@@ -85,8 +86,16 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         InvalidArgumentError: weights or held-out samples have NaN.
     """
     check_weights(spec.module, "model")
-    with as_if_trained(spec.module, forwards), tempfile.TemporaryDirectory() as scratch, mode(spec.module, False):
+    steps = {"export the untrained network": 3.0, "compare it with PyTorch": 3.0, "try engines": 2.0}
+    progress = progress_of(spec.data.trainer, "Preflight", steps)
+    with (
+        progress,
+        as_if_trained(spec.module, forwards),
+        tempfile.TemporaryDirectory() as scratch,
+        mode(spec.module, False),
+    ):
         folder, whole = Path(scratch), spec.whole
+        progress.step("export the untrained network")
         export = export_onnx(
             whole,
             spec.example(whole),
@@ -96,6 +105,7 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
             outputs=spec.outputs,
         )
         check_integers(export.path, export.trained)
+        progress.step("compare it with PyTorch")
         samples = spec.data.samples(whole, export.example, _SAMPLES)
         network = ModuleNetwork(whole, export)
         check_samples(network, samples, spec.data.source, trained=False)
@@ -105,6 +115,7 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
             )
         nodes = prove_nodes(export, samples, "the untrained network's file")
         failures = EngineFailures(spec.strict)
+        progress.step("try engines")
         for name in spec.engines:
             with failures.collect(name, VERIFY):
                 _try_engine(export, network, name, samples, nodes.noise)

@@ -126,10 +126,15 @@ def verdict(difference: tuple[float, float, float], step: int, samples: int) -> 
 
 def beside_untrained(
     rows: dict[str, Row], label: str, spec: ExportSpec, whole: nn.Module
-) -> tuple[dict[str, Row], list[str]]:
-    """Insert a row for int8 without training before that of the shipped network, with a verdict on the benefit of training."""
+) -> tuple[dict[str, Row], list[str], tuple[float, float, float] | None]:
+    """Insert a row for int8 without training before that of the shipped network.
+
+    Returns:
+        The rows; a verdict on the benefit of training, in sentences; the change of accuracy by training with its interval, see
+        :func:`paired_difference`.
+    """
     if spec.untrained is None or label not in rows:
-        return rows, []
+        return rows, [], None
     before = Predictions.from_dict(spec.untrained)
     row = Row(f"{label}, not trained (PTQ)", "pytorch", correct=int(before.right.sum()), total=len(before.right))
     row.parameters = rows[label].parameters
@@ -141,6 +146,7 @@ def beside_untrained(
     rows = dict([*items[:place], (row.name, row), *items[place:]])
     after = predictions_of(whole, spec.data)
     if after is None or after.labels != before.labels:
-        return rows, ["PTQ and QAT weren't compared: the held-out samples came in another order, or are others."]
+        says = "PTQ and QAT weren't compared: the held-out samples came in another order, or are others."
+        return rows, [says], None
     difference = paired_difference(before.right, after.right)
-    return rows, [verdict(difference, spec.untrained["step"], len(before.right))]
+    return rows, [verdict(difference, spec.untrained["step"], len(before.right))], difference

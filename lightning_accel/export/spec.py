@@ -46,7 +46,8 @@ class ExportSpec:
         output_kind: how the first output is scored, ``"classes"`` or ``"values"``; ``None``: inferred from held-out targets.
         timeline: when each callback changed the network.
         curves: logged metrics of each epoch, for the report.
-        run: the command and configuration of the run, for the report.
+        run: the run's ``id``, command and configuration, for the report.
+        checkpoint: file that holds the weights; its SHA-256 goes into the manifest.
         strict: whether one failing engine fails the export.
         refused: engines whose kernels compute another arithmetic on this machine, and why.
         untrained: predictions of the int8 network before training, see :mod:`~lightning_accel.export.ptq_baseline`.
@@ -76,6 +77,7 @@ class ExportSpec:
     timeline: Sequence[Phase] = ()
     curves: Sequence[Mapping[str, Any]] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str = ""
     strict: bool = False
     refused: Mapping[str, InvalidArgumentError] = field(default_factory=dict)
     untrained: Mapping[str, Any] | None = None

@@ -28,6 +28,8 @@ from lightning_accel.calls.shapes import (
     plain_call,
 )
 from lightning_accel.calls.user_code import user_line
+from lightning_accel.core.arguments import checked
+from lightning_accel.core.finite import check_weights
 from lightning_accel.core.patching import swapped, swapped_child
 from lightning_accel.errors import CaptureError, InvalidArgumentError, LightningAccelError
 from lightning_accel.onnx import file as onnx_file
@@ -88,6 +90,7 @@ class OnnxExport:
         return self.example.axes
 
 
+@checked()
 def export_onnx(
     module: nn.Module,
     inputs: Any,
@@ -121,6 +124,10 @@ def export_onnx(
     """
     if opset is not None and opset not in range(OPSET, NEWEST + 1):
         raise InvalidArgumentError(f"Argument `opset` must be from {OPSET} to {NEWEST}, but got {opset!r}.")
+    out = Path(path)
+    if out.is_dir() or not out.parent.is_dir():
+        raise InvalidArgumentError(f"Argument `path` must be a file in a folder that exists, but got {path}.")
+    check_weights(module, "module")
     module = surrounded(module, preprocess, postprocess)
     example = (
         inputs

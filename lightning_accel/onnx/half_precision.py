@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.optional import require
-from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.errors import InvalidArgumentError, MissingFileError
 from lightning_accel.onnx import file as onnx_file
 
 FLOAT, HALVES = TensorProto.FLOAT, {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -59,6 +60,7 @@ class PrecisionReport:
     bytes: int = 0
 
 
+@checked()
 def lower_precision(
     path: str | Path,
     out: str | Path,
@@ -91,7 +93,14 @@ def lower_precision(
     """
     if precision not in HALVES:
         raise InvalidArgumentError(f"Argument `precision` must be one of {sorted(HALVES)}, but got {precision!r}.")
+    if not Path(path).is_file():
+        raise MissingFileError(f"Argument `path` must be an ONNX file, but got {path}: nothing is there.")
+    if Path(out).exists() and Path(path).samefile(out):
+        raise InvalidArgumentError(f"Argument `out` must be another file than `path`, but got {out} for both.")
     model = onnx.load(path)
+    missing = [one.name for one in model.graph.input if samples is not None and one.name not in samples]
+    if missing:
+        raise InvalidArgumentError(f"Argument `samples` must hold an array for each input, but got none for {missing}.")
     _check_graph(model)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     standard = next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_accel.calls.contexts import has_forward
 from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
 from lightning_accel.calls.discovery import owner_and_call
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
 from lightning_accel.core.packages import TrainerCallback, check_one_package, counterpart
 from lightning_accel.core.schedules import Timeline
@@ -94,6 +95,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@checked()
 def plan(
     trainer: L.Trainer,
     model: L.LightningModule,

@@ -17,7 +17,7 @@ from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.core.packages import counterpart
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import CaptureError, InvalidArgumentError
-from lightning_accel.quantization.arithmetic.targets import Target
+from lightning_accel.quantization.arithmetic.targets import Target, target_names
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantize_change, quantized_forwards
 from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
@@ -65,6 +65,11 @@ class QuantizingCallback(CompressionCallback):
         if stage != "fit":
             return
         who = type(self).__name__
+        if self.settings.target is None:
+            rank_zero_info(
+                f"{who}: quantizes for `{self.target.name}`, which this machine can run. Pass `target` to choose another: "
+                f"{', '.join(target_names())}."
+            )
         check_apart("module", [p for c in callbacks_of(trainer, QuantizingCallback) for p in c.paths])
         if trainer.precision in ("16-true", "bf16-true", "64-true", "transformer-engine"):
             raise InvalidArgumentError(

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.quantization.ptq import quantize
@@ -16,6 +17,7 @@ from lightning_accel.quantization.sensitivity import sensitivity
 _EFFORTS = ("standard", "high")
 
 
+@checked()
 def quantize_within(
     model: nn.Module,
     data: Iterable[Any],

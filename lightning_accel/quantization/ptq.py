@@ -19,8 +19,11 @@ from lightning_accel.calls.learned import learned_inputs
 from lightning_accel.calls.loaders import first_batch, peek, training_batches
 from lightning_accel.calls.names import Axes
 from lightning_accel.core import structure
+from lightning_accel.core.arguments import NOT_EMPTY, checked
+from lightning_accel.core.finite import check_weights
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.core.patching import removed
+from lightning_accel.core.progress import progress_of
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import AllRanks, QuantizingCallback, ranks_of
@@ -29,6 +32,7 @@ from lightning_accel.quantization.refinement.steps import SAMPLES, check_effort,
 from lightning_accel.quantization.settings import QuantizationSettings, check_apart
 
 
+@checked()
 def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module:
     """Return a copy of a model, quantized without training; takes the arguments of :func:`quantize_`.
 
@@ -43,6 +47,7 @@ def quantize(model: nn.Module, data: Iterable[Any], **options: Any) -> nn.Module
     return quantize_(made, data, **options)
 
 
+@checked()
 @isolated_random()
 def quantize_(
     model: nn.Module,
@@ -97,6 +102,7 @@ def quantize_(
         raise InvalidArgumentError(
             f"Argument `data` must be a loader or a list of batches, but got a Tensor {tuple(data.shape)}. Put it into a list: [data]."
         )
+    check_weights(model, "model")
     settings = QuantizationSettings(
         target,
         calibration_batches,
@@ -237,7 +243,7 @@ class PostTrainingQuantization(QuantizingCallback):
     quantized network. To quantize a checkpoint, see :func:`quantize` and ``lightning-accel quantize``.
 
     Args:
-        target: name, or a ``Target`` of your own.
+        target: name, or a ``Target`` of your own; ``None``: what this machine can run. The choice is printed.
         calibration_batches: largest number of batches of the training loader.
         ranges: as in :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means the LightningModule's ``forward``,
@@ -261,9 +267,10 @@ class PostTrainingQuantization(QuantizingCallback):
 
     trains = False
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(
         self,
-        target: str | Target = "onnxruntime",
+        target: str | Target | None = None,
         calibration_batches: int = 32,
         ranges: str = "mse",
         module: str | list[str] | None = None,
@@ -324,9 +331,15 @@ class PostTrainingQuantization(QuantizingCallback):
             calls = (call_from_batch(caller, batch, inputs) for batch in batches)
             seen: list[Call] = []
             placed = list(self._placed.values())
-            calibrate_(placed, caller, _kept(calls, seen), ranks_of(trainer))
-            if self.settings.activations == "static":
-                refine_(placed, caller, seen, self.effort, ranks_of(trainer))
+            refines = self.settings.activations == "static" and self.effort != "low"
+            steps = {"learn ranges": 1.0, **({"refine": 3.0} if refines else {})}
+            with progress_of(trainer, type(self).__name__, steps) as progress:
+                progress.step("learn ranges")
+                calibrate_(placed, caller, _kept(calls, seen), ranks_of(trainer))
+                if refines:
+                    progress.step("refine")
+                if self.settings.activations == "static":
+                    refine_(placed, caller, seen, self.effort, ranks_of(trainer))
 
     @override
     def unfinished(self) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.core.arguments import NOT_EMPTY, checked
 from lightning_accel.core.callback import check_one_optimizer, compression_callbacks, timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import is_fast_dev_run
@@ -32,7 +33,8 @@ class QuantizationAwareTraining(QuantizingCallback):
     After ``fit`` the module computes the quantized network.
 
     Args:
-        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own.
+        target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own; ``None``: what this
+            machine can run, ``"onnxruntime"`` on one without a GPU. The choice is printed.
         start: epoch (int) or share of the run (float) at which fake-quantization begins.
         module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: the
             LightningModule's ``forward``, or else the largest network that the step calls, which a message names.
@@ -60,9 +62,10 @@ class QuantizationAwareTraining(QuantizingCallback):
         63
     """
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(
         self,
-        target: str | Target = "tensorrt",
+        target: str | Target | None = None,
         start: int | float = 0.5,
         module: str | list[str] | None = None,
         include: str | list[str] | None = None,

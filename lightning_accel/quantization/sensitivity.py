@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import InputsFunction, call_from_batch
 from lightning_accel.calls.contexts import isolated_random
+from lightning_accel.core.arguments import checked
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import calibration_call, on_device_of, quantize
@@ -55,6 +56,7 @@ class Sensitivity:
         return "\n".join([f"{self.what}, operator by operator:", *lines, f"{'all':<{width}}  {self.total:.3e}"])
 
 
+@checked()
 def sensitivity(
     model: nn.Module,
     data: Iterable[Any],

@@ -8,11 +8,12 @@ from torch import nn
 from lightning_accel.calls.batches import Call, InputsFunction
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
+from lightning_accel.core.arguments import NOT_EMPTY, check_fields, one_of
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import METHODS
-from lightning_accel.quantization.arithmetic.targets import Target, target_of
+from lightning_accel.quantization.arithmetic.targets import Target, default_target, target_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 
@@ -21,7 +22,8 @@ class QuantizationSettings:
     """The parts of a network to quantize, and the arithmetic to quantize them with.
 
     Args:
-        target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`.
+        target: name, or a :class:`~lightning_accel.quantization.arithmetic.targets.Target`; ``None``: what this machine can run, see
+            :func:`~lightning_accel.quantization.arithmetic.targets.default_target`.
         calibration_batches: number of batches that ranges are learned from.
         ranges: how ranges are learned, see :class:`~lightning_accel.quantization.qat.QuantizationAwareTraining`.
         module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: ``forward`` of the
@@ -44,7 +46,7 @@ class QuantizationSettings:
         InvalidArgumentError: an argument is out of its range, or paths overlap.
     """
 
-    target: str | Target
+    target: str | Target | None
     calibration_batches: int
     ranges: str
     module: str | list[str] | None = None
@@ -61,6 +63,8 @@ class QuantizationSettings:
     excludes: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        activations, batch = one_of("static", "dynamic", "float"), one_of("dynamic", "fixed")
+        check_fields(self, activations=activations, batch=batch, include=NOT_EMPTY, module=NOT_EMPTY)
         if self.calibration_batches < 1:
             raise InvalidArgumentError(
                 f"Argument `calibration_batches` must be at least 1, but got {self.calibration_batches}."
@@ -68,7 +72,7 @@ class QuantizationSettings:
         if self.ranges not in METHODS:
             raise InvalidArgumentError(f"Argument `ranges` must be one of {METHODS}, but got {self.ranges!r}.")
         derived = {
-            "arithmetic": target_of(self.target),
+            "arithmetic": target_of(default_target() if self.target is None else self.target),
             "paths": list(as_patterns("module", self.module)) or [""],
             "includes": as_patterns("include", self.include),
             "excludes": as_patterns("exclude", self.exclude),

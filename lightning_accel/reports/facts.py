@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_accel.reports.model import INCOMPLETE, Report, Row
+from lightning_accel.reports.verdict import points, shipped_row, verdict_line
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,21 @@ def facts(report: Report) -> list[Fact]:
     Args:
         report: of a bundle.
     """
-    rows = report.rows
-    if not rows:
+    rows, shipped = report.rows, shipped_row(report)
+    if shipped is None:
         return []
-    shipped = next((row for row in rows if row.name == report.ships), rows[-1])
-    found = [Fact("Ships", shipped.name, shipped.engine or "")]
+    verdict = report.verdict
+    first = next((row for row in rows if verdict is not None and row.name == verdict.baseline), rows[0])
+    found = [Fact("Ships", shipped.name, verdict_line(report) or shipped.engine or "", verdict is None or verdict.good)]
     if shipped.accuracy is not None:
-        found.append(Fact("Accuracy", f"{100 * shipped.accuracy:.2f} %", _accuracy(shipped, rows)))
+        detail = _accuracy(shipped, first, None if verdict is None or verdict.score != "accuracy" else points(verdict))
+        good = verdict is None or verdict.score != "accuracy" or verdict.high is None or verdict.high >= 0
+        found.append(Fact("Accuracy", f"{100 * shipped.accuracy:.2f} %", detail, good))
     if shipped.file_bytes:
-        found.append(Fact("Size", size(shipped.file_bytes), _size(shipped, rows[0])))
+        found.append(Fact("Size", size(shipped.file_bytes), _size(shipped, first)))
     if shipped.p50_ms is not None:
         slower = shipped.speedup_high is not None and shipped.speedup_high < 1
-        found.append(Fact("Latency", f"{shipped.p50_ms:.3g} ms", _latency(shipped, rows[0], report), not slower))
+        found.append(Fact("Latency", f"{shipped.p50_ms:.3g} ms", _latency(shipped, first, report), not slower))
     else:
         found.append(Fact("Latency", "not measured", shipped.note, good=False))
     checks = report.verification
@@ -86,13 +90,12 @@ def size(count: float) -> str:
     return f"{count:g} B"
 
 
-def _accuracy(shipped: Row, rows: list[Row]) -> str:
+def _accuracy(shipped: Row, first: Row, change: str | None) -> str:
     parts = []
     if interval := shipped.accuracy_interval:
         parts.append(f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}] on {shipped.total:,} held-out samples")
-    full = next((r for r in rows if r.name.endswith(" fp32") and r is not shipped and r.accuracy is not None), rows[0])
-    if full is not shipped and full.accuracy is not None and shipped.accuracy is not None:
-        parts.append(f"{100 * (shipped.accuracy - full.accuracy):+.2f} points to {full.name}")
+    if first is not shipped and first.accuracy is not None and shipped.accuracy is not None:
+        parts.append(f"{change or f'{100 * (shipped.accuracy - first.accuracy):+.2f} points'} to {first.name}")
     return "; ".join(parts)
 
 

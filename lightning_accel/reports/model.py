@@ -176,6 +176,31 @@ class FailedEngine:
     replaced_by: str = ""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Why a network ships, and its score against one baseline.
+
+    Args:
+        why: the reason, as a clause that follows the network's name.
+        baseline: row that everything is compared with: the teacher if there is one, else float32; empty if it wasn't measured.
+        score: ``"accuracy"``, or the metric that decided; empty if nothing says how good the networks are.
+        change: change of the score from the baseline; positive is better; of accuracy as a share.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        good: ``False`` if quantization-aware training cost accuracy.
+        refused: rows that don't ship, and why.
+    """
+
+    why: str
+    baseline: str = ""
+    score: str = ""
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    good: bool = True
+    refused: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Report:
     """The report of one bundle; an empty value was not measured or doesn't apply.
@@ -184,6 +209,7 @@ class Report:
         title: name of the module.
         command: command that repeats the export.
         ships: name of the row that is the bundle's default.
+        verdict: why it ships.
         rows: the networks and engines that were compared; speed-ups are over the first.
         batch_size: samples in a call of the latency measurement.
         threads: of each engine.
@@ -208,6 +234,7 @@ class Report:
     title: str = "Report"
     command: str = ""
     ships: str = ""
+    verdict: Verdict | None = None
     rows: list[Row] = field(default_factory=list)
     batch_size: int | None = None
     threads: int | None = None
@@ -255,6 +282,8 @@ class Report:
             ("failed", FailedEngine),
         ):
             known[name] = [item if isinstance(item, kind) else kind(**item) for item in known.get(name, [])]
+        if isinstance(verdict := known.get("verdict"), Mapping):
+            known["verdict"] = Verdict(**verdict)
         return cls(**known)
 
 

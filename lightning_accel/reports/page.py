@@ -65,7 +65,9 @@ def _status(report: Report) -> Markup | None:
         return tag("p", tag("span", "incomplete: targets not reached", class_="chip warn"))
     if not all(check.get("passed") for check in checks):
         return tag("p", tag("span", "not proven", class_="chip warn"))
-    return tag("p", tag("span", "proven: what ships is what was trained", class_="chip good"))
+    worse = report.verdict is not None and not report.verdict.good
+    chip = tag("span", "quantization-aware training cost accuracy", class_="chip warn") if worse else None
+    return tag("p", tag("span", "proven: what ships is what was trained", class_="chip good"), chip)
 
 
 def _summary(report: Report) -> Markup:
@@ -73,8 +75,8 @@ def _summary(report: Report) -> Markup:
     decision = decision_of(report)
     return tag(
         "section",
-        tag("p", decision, class_="decision") if decision else None,
         tag("dl", *map(_card, found), class_="facts") if found else None,
+        tag("p", decision, class_="decision") if decision else None,
         *(tag("p", note, class_="lead") for note in report.notes_of(QAT_BENEFIT)),
         id="summary",
         aria_label="Summary",

@@ -61,6 +61,8 @@ def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] =
         parts.append(f"```\n{report.command}\n```")
     if report.rows:
         parts += ["## Comparison", comparison_table(report.rows)]
+    if report.verdict is not None and report.verdict.refused:
+        parts += ["\n".join(f"- {name} doesn't ship: {why}." for name, why in report.verdict.refused.items())]
     if report.verification:
         parts += ["## Verification", _records(map(_readable, report.verification))]
     if report.engines:

@@ -42,7 +42,13 @@ def before_after(report: Report) -> Markup | None:
     ships = [index for index, row in enumerate(rows) if row.name == report.ships]
     caption = f"Accuracy on held-out data; speed-ups are over {rows[0].name}. Intervals are 95 %."
     shown = table(caption, titles, lines, marked=ships)
-    return join([shown, _plots(_points_of_rows(rows, report.ships), "networks")])
+    refused = None if report.verdict is None else report.verdict.refused
+    others = (
+        table("Networks that don't ship, and why.", ["network", "reason"], refused.items(), wide=(1,))
+        if refused
+        else None
+    )
+    return join([shown, others, _plots(_points_of_rows(rows, report.ships), "networks")])
 
 
 def variants(report: Report) -> Markup | None:

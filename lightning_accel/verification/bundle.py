@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.arguments import NOT_EMPTY, Rule, checked
+from lightning_accel.core.arrays import read_named
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
@@ -23,6 +25,9 @@ from lightning_accel.verification.result import Verification
 
 SAMPLES, REFERENCE = "samples.npz", "reference.onnx"
 _FLOAT = ("fp32", "fp16", "bf16")
+
+
+_SIZES = Rule("sizes of at least 1", lambda sizes: len(sizes) > 0 and min(sizes) >= 1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class EngineProof:
         return f"{says}; {'; '.join(c.failures)}" if c.failures else says
 
 
+@checked(engines=NOT_EMPTY, batch_sizes=_SIZES)
 def verify_bundle(
     folder: str | Path,
     samples: Mapping[str, np.ndarray] | None = None,
@@ -109,6 +115,7 @@ def verify_bundle(
         files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
         files.add(proven_file(manifest, manifest["precision"]))
         right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
+        _check_numbers(feeds, folder / proven_file(manifest, "fp32"))
         if wanted:
             file = proven_file(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
@@ -166,6 +173,27 @@ def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
     return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
+def _check_numbers(feeds: Mapping[str, np.ndarray], file: Path) -> None:
+    """Raise if inputs hold NaN that reach the outputs, which nothing could be compared with.
+
+    Args:
+        feeds: inputs by name.
+        file: the network in float32, since int8 turns NaN into ordinary numbers.
+
+    Raises:
+        InvalidArgumentError: they do.
+    """
+    bad = [name for name, array in feeds.items() if array.dtype.kind in "fc" and np.isnan(array).any()]
+    if not bad:
+        return
+    with load_runner(file, "onnxruntime", emulate=True) as runner:
+        outputs = runner.run(dict(feeds))
+    if any(array.dtype.kind in "fc" and np.isnan(array).any() for array in outputs.values()):
+        raise InvalidArgumentError(
+            f"Argument `samples` must hold numbers, but got NaN in {bad}, which the network hands on to its outputs. Clean the samples."
+        )
+
+
 class _Known:
     """A network whose outputs are known for exactly these samples."""
 
@@ -184,8 +212,7 @@ def _samples_of(folder: Path, samples: Mapping[str, np.ndarray] | None) -> dict[
             f"Argument `samples` must be given for {folder}, which holds none. Pass `--data FILE.npz` with an array for each input, or "
             "export with ModelExport(keep_samples=16)."
         )
-    with np.load(folder / SAMPLES, allow_pickle=False) as kept:
-        return dict(kept)
+    return read_named(folder / SAMPLES, "samples")
 
 
 def split_samples(

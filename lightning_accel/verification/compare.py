@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.limits import judge
 from lightning_accel.verification.outputs import OutputErrors
@@ -20,6 +21,7 @@ Network = Callable[[Feeds], Mapping[str, np.ndarray]]
 _SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
 
 
+@checked()
 def verify(
     reference: Network,
     network: Network,

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_accel.calls.contexts import isolated_random, mode, own_forwards
 from lightning_accel.calls.names import Axes
+from lightning_accel.core.arguments import checked
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx import export as onnx_export
 from lightning_accel.onnx import file as onnx_file
@@ -25,6 +26,7 @@ _LEAST = 16  # samples that the example is completed to: statistics of channels 
 _DRAWS = 3  # of these samples: a fault is seen in each, a limit that is passed by chance isn't
 
 
+@checked()
 def export_onnx(
     module: nn.Module,
     inputs: Any,

@@ -189,7 +189,7 @@ def _check_node(scale: np.float32, zero_point: int, signed: bool) -> None:
         ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    ort = require("onnxruntime", "cpu", "Verification")
+    ort = require("onnxruntime", "runtime", "Verification")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -205,7 +205,7 @@ class _Cut:
         whole = onnx.ModelProto()
         whole.CopyFrom(self.model)
         whole.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in self.shown)
-        ort = require("onnxruntime", "cpu", "Verification")
+        ort = require("onnxruntime", "runtime", "Verification")
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = ort.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -92,7 +92,7 @@ def run_segments(
 
 def run_as_written(model: onnx.ModelProto, outputs: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Run a file in ONNX Runtime without optimizations."""
-    ort = require("onnxruntime", "cpu", "Verification")
+    ort = require("onnxruntime", "runtime", "Verification")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # a node that can't be run is reported once, by name

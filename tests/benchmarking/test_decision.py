@@ -193,7 +193,7 @@ def test_bad_budgets(arguments, message):
         ({"limit_s": float("nan")}, "Argument `limit_s` must be above 0 and finite, but got nan"),
         ({"warmup_s": -1.0}, "Argument `warmup_s` must be at least 0"),
         ({"min_rounds": 1}, "Argument `min_rounds` must be at least 2"),
-        ({"threads": 0}, "Argument `threads` must be an integer of at least 1"),
+        ({"threads": 0}, "Argument `threads` must be at least 1"),
     ],
 )
 def test_bad_settings(arguments, message):

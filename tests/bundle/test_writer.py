@@ -117,3 +117,90 @@ def test_what_the_run_wrote_into_the_folder_is_not_replaced(trainer, tmp_path):
         trainer(Writes(), la.ModelExport(tmp_path / "out"), max_epochs=1).fit(Classifier(), loader(), loader())
     assert (tmp_path / "out" / "best.ckpt").read_text() == "mine"
     assert (tmp_path / "out.ckpt").is_file()
+
+
+def test_paths_that_cannot_be_a_bundle_are_refused_before_training(tmp_path, monkeypatch):
+    (tmp_path / "q.ckpt").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
+    monkeypatch.chdir(tmp_path)
+    for path, says in {
+        "q": r"must leave 'q.ckpt' for the checkpoint",
+        "dangling": r"a link to '.*nowhere/x', where nothing is",
+        ".": "holds other files",
+        "y" * 250: "File name too long",  # with the names of temporary folders beside it
+        "z" * 300: "File name too long",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            check_destination(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "q.ckpt"]  # nothing is left from looking
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="must not hold the current folder"):
+        check_destination(".")
+    check_destination("a\nb")
+
+
+def test_a_full_disk_is_refused_before_training(trainer, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"at least 1,000,000,000,000.0 MB free for checkpoint and bundle, but got .* MB are free"
+    ):
+        check_destination(tmp_path / "b", needed=10**18)
+    check_destination(tmp_path / "b", needed=10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"dirpath": ""}, ValueError),
+        ({"dirpath": " "}, ValueError),
+        ({"dirpath": None}, TypeError),
+        ({"dirpath": 5}, TypeError),
+        ({"dirpath": "a\0b"}, ValueError),
+        ({"ckpt_path": "bset"}, ValueError),
+        ({"ckpt_path": None}, TypeError),
+        ({"metadata": {"a": object()}}, ValueError),
+        ({"metadata": {"a": float("nan")}}, ValueError),
+        ({"metadata": {"a": {"b": [1, b"x"]}}}, ValueError),
+        ({"metadata": {"a": "\ud800"}}, ValueError),
+        ({"metadata": {1: 2}}, TypeError),
+        ({"metadata": [1]}, TypeError),
+        ({"data": "train"}, ValueError),
+        ({"data": 5}, ValueError),
+        ({"keep_samples": True}, TypeError),
+        ({"budgets": 0.5}, TypeError),
+        ({"preprocess": len}, TypeError),
+        ({"inputs": "x"}, TypeError),
+        ({"dynamic": 5}, TypeError),
+    ],
+    ids=str,
+)
+def test_what_would_fail_at_the_end_is_no_argument(arguments, kind):
+    with pytest.raises(kind, match=f"Argument `{next(iter(arguments))}` must be"):
+        la.ModelExport(**arguments)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    write(tmp_path / "v1", b"first")
+    (tmp_path / "current").symlink_to("v1")
+    write(tmp_path / "current", b"second")
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "v1" / "model.onnx").read_bytes() == b"second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_home_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export = la.ModelExport("~/bundle")
+    assert (export.dirpath, export.checkpoint_path) == (f"{tmp_path}/bundle", f"{tmp_path}/bundle.ckpt")
+
+
+def test_the_manifest_names_the_run_and_the_checkpoint_that_the_bundle_was_made_from(trainer, tmp_path):
+    ids = []
+    for _ in range(2):
+        export = la.ModelExport(tmp_path / "b", engines=["onnxruntime"], samples=8)
+        trainer(export, max_epochs=1).fit(Classifier(), loader(16), loader(16, seed=1))
+        run = json.loads((tmp_path / "b" / "manifest.json").read_text())["run"]
+        assert run["checkpoint"] == {"file": "b.ckpt", "sha256": sha256_of(tmp_path / "b.ckpt")}
+        assert export.report["run"]["id"] == run["id"]
+        ids.append(run["id"])
+    assert len(set(ids)) == 2

@@ -74,7 +74,7 @@ def test_a_batch_that_forward_takes_whole(trainer, tmp_path, kind, quantize):
     assert "image" in inputs
     assert list(quantized_forwards(module)) == ([""] if quantize else [])
     batch = collate(kind)([Rows()[i] for i in range(20, 28)])
-    with la.load_runner(tmp_path / "b") as runner, torch.no_grad():
+    with la.load_runner(tmp_path / "b", "onnxruntime") as runner, torch.no_grad():
         feeds = {name: getattr(batch, name).numpy() for name in inputs}
         (output,) = runner.run(feeds).values()
         assert torch.allclose(torch.from_numpy(output), module.eval()(batch), atol=1e-4)
@@ -148,6 +148,6 @@ def test_a_forward_that_passes_its_arguments_on(trainer, tmp_path):
     module = PassesOn()
     assert ship(trainer, tmp_path, module) == ["past", "scale"]
     x = torch.randn(4, 8)
-    with la.load_runner(tmp_path / "b") as runner, torch.no_grad():
+    with la.load_runner(tmp_path / "b", "onnxruntime") as runner, torch.no_grad():
         (output,) = runner.run({"past": x.numpy(), "scale": x.abs().numpy()}).values()
         assert torch.allclose(torch.from_numpy(output), module.model.eval()(x, x.abs()), atol=1e-5)

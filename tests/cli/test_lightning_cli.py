@@ -252,9 +252,11 @@ def trained(tmp_path_factory):
 def test_fit_writes_a_bundle_and_ends_with_the_table(trained):
     folder, process = trained
     lines = process.stdout.strip().splitlines()
-    assert lines[-1] == f"Report: {folder / 'bundle' / 'report.html'}"
+    assert lines[-2] == f"Report: {folder / 'bundle' / 'report.html'}"
+    assert lines[-1].startswith("Ships student ")
     assert any(line.startswith("| student int8") for line in lines)
     assert "LeafSpec" not in process.stderr
+    assert "Tip: " not in process.stderr
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     assert manifest["complete"]
     run = json.loads((folder / "bundle" / "report.json").read_text())["run"]
@@ -345,7 +347,7 @@ def test_a_run_without_one_of_its_engines_is_no_success(tmp_path, capsys):
         config["trainer"]["callbacks"] = [export]
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
         assert main(["fit", "-c", "run.yaml"]) == 1
-        last = capsys.readouterr().out.strip().splitlines()[-1]
+        last = capsys.readouterr().out.strip().splitlines()[-2]
         assert last.startswith("FAILED, and not in the bundle: unloadable (load): it has no such operator.")
         la.load_runner(export["init_args"]["dirpath"]).close()
     finally:

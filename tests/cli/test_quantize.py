@@ -59,10 +59,10 @@ def test_a_checkpoint_becomes_a_verified_bundle(checkpoint, tmp_path, capsys, ta
     assert main([*arguments, "--calibration-batches", "4"]) == 0
     assert "network int8" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert manifest["default"]["engine"] == engine
+    assert list(manifest["engines"]) == [engine]
     assert all(not line.get("failures") for line in manifest["verification"])
     x = images(32, 7).tensors[0]
-    with la.load_runner(tmp_path / "bundle") as runner, torch.no_grad():
+    with la.load_runner(tmp_path / "bundle", engine) as runner, torch.no_grad():
         got, want = runner(x.numpy()), module(x).numpy()
     assert np.abs(got - want).max() < 0.1 * np.ptp(want)
     assert not np.array_equal(got, want)
@@ -100,7 +100,7 @@ def test_the_configs_export_says_the_rest(checkpoint, tmp_path, capfd):
     assert main([*base, "--target", "openvino", "--dirpath", "bundle", "--module", "net"]) == 0
     assert not (tmp_path / "trained").exists()
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert (manifest["precision"], manifest["default"]["engine"]) == ("int8", "openvino")
+    assert (manifest["precision"], list(manifest["engines"])) == ("int8", ["openvino"])
     assert manifest["metadata"] == {"class_names": ["a", "b"]}
     with np.load(tmp_path / "bundle" / "samples.npz") as samples:
         assert {len(array) for array in samples.values()} == {8}

@@ -323,7 +323,7 @@ def test_random_state_round_trip():
 
 
 def test_errors(trainer, tmp_path):
-    with pytest.raises(ValueError, match="Argument `name` must be a non-empty string, but got ''"):
+    with pytest.raises(ValueError, match="Argument `name` must be not empty, but got ''"):
         ExactResume(name="")
     with pytest.raises(ValueError, match="must hold one ExactResume, but got several"):
         trainer(ExactResume(name="a"), ExactResume(name="b")).fit(Model(), datamodule=Data())

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -102,7 +104,9 @@ def test_load_runner_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Argument `path` must be a bundle or a model file"):
         load_runner(tmp_path / "nothing.onnx")
     for threads in (0, 1.5, True):
-        with pytest.raises(ValueError, match=r"Argument `threads` must be None or an integer of at least 1"):
+        with pytest.raises(
+            (ValueError, TypeError), match=r"Argument `threads` must be (an integer or None, )?at least 1, but"
+        ):
             load_runner(tmp_path / "m.bin", threads=threads)
 
 
@@ -130,3 +134,19 @@ def test_bundle_runs_in_a_process_that_cannot_import_torch(bundle):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == ["[[10.0, 4.0]]", "[]"]
+
+
+def test_a_runner_is_neither_copied_nor_pickled(runner):
+    for copy_of in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(
+            TypeError, match="A runner must be loaded in the process that runs it, but got OnnxRuntimeRunner"
+        ):
+            copy_of(runner)
+
+
+def test_an_unknown_option_is_named_with_those_that_there_are(tmp_path):
+    path = models.linear(tmp_path / "m.onnx")
+    with pytest.raises(
+        TypeError, match=r"of engine `onnxruntime`, \['providers', 'emulate', 'io_binding'\], but got \['provders'\]"
+    ):
+        load_runner(path, provders=("CPUExecutionProvider",))

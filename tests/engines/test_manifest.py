@@ -2,10 +2,13 @@ import hashlib
 import json
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
+from lightning_accel.errors import InvalidArgumentError
 from tests.support import onnx_models as models
 
 
@@ -139,3 +142,57 @@ def test_every_flipped_byte_of_a_manifest_is_refused_or_no_change(bundle):
         if not same:
             with pytest.raises((ValueError, FileNotFoundError)):
                 load_runner(folder)
+
+
+def test_brackets_within_brackets_are_no_manifest(bundle):
+    folder, _ = bundle
+    (folder / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(
+        InvalidArgumentError, match=r"must be JSON, but it can't be read: maximum recursion depth exceeded"
+    ):
+        load_runner(folder)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle, tmp_path):
+    folder, _ = bundle
+    (folder / "model.onnx").rename(tmp_path / "outside.onnx")
+    (folder / "model.onnx").symlink_to(tmp_path / "outside.onnx")
+    with pytest.raises(
+        InvalidArgumentError, match=r"`model.onnx` must lie inside the bundle .*, but it is a link to .*outside.onnx"
+    ):
+        load_runner(folder)
+
+
+def test_a_link_within_the_bundle_and_into_a_cache_of_the_hub_is_followed(bundle, tmp_path):
+    folder, _ = bundle
+    (folder / "model.onnx").rename(folder / "engines" / "m.onnx")
+    (folder / "model.onnx").symlink_to("engines/m.onnx")
+    load_runner(folder).close()
+    snapshot = tmp_path / "models--me--net" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parents[1] / "blobs").mkdir()
+    (snapshot / "engines" / "m.onnx").rename(snapshot.parents[1] / "blobs" / "1234")
+    (snapshot / "model.onnx").unlink()
+    (snapshot / "model.onnx").symlink_to("../../blobs/1234")
+    load_runner(snapshot).close()
+
+
+@pytest.mark.parametrize("length", [12, 200])  # lengths of one byte, and of two
+def test_weights_that_the_manifest_does_not_list_are_refused(bundle, length):
+    """External data, as the package onnx writes it."""
+    folder, write = bundle
+    weights = "w" * length
+    model = onnx.load(folder / "model.onnx")
+    large = helper.make_tensor("unused", TensorProto.FLOAT, [4], [1.0, 2.0, 3.0, 4.0])
+    model.graph.initializer.append(large)
+    model.metadata_props.append(onnx.StringStringEntryProto(key="location", value="Berlin"))  # the user's own
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location=weights, size_threshold=0)
+    sums = {name: {"sha256": sha256_of(folder / name)} for name in ("model.onnx", "engines/model.tensorrt_rtx.engine")}
+    write(files=sums)
+    with pytest.raises(
+        InvalidArgumentError, match=r"must read its weights from files that manifest.json lists, but it reads 'www"
+    ):
+        load_runner(folder)
+    write(files={**sums, weights: {"sha256": sha256_of(folder / weights)}})
+    load_runner(folder).close()

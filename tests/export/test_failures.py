@@ -63,7 +63,10 @@ def test_the_others_ship_and_the_failure_is_marked_everywhere(trainer, tmp_path,
     assert all(check["passed"] for check in report["verification"])
     assert {row["engine"] for row in report["rows"]} == {"onnxruntime", "reference"}
     assert not list(folder.glob("engines/*"))
-    last = capsys.readouterr().out.splitlines()[-1]
+    last, verdict = capsys.readouterr().out.splitlines()[-2:]
+    assert verdict.startswith(("Ships network fp32 (onnxruntime), since", "Ships network fp32, onnxruntime, since"))
+    assert "`network fp32, reference` is slower" in verdict
+    assert verdict.endswith(f"; failed: {failing}.")
     assert last.startswith(f"FAILED, and not in the bundle: {failing} ({FAILING[failing]}): ")
     assert REASONS[failing] in last
     assert last.endswith(f"The bundle ships onnxruntime, reference. The default is onnxruntime instead of {failing}.")
@@ -82,7 +85,7 @@ def test_the_others_ship_and_the_failure_is_marked_everywhere(trainer, tmp_path,
 def test_a_failure_behind_the_default_changes_no_default(trainer, tmp_path, capsys):
     fit(trainer, tmp_path / "bundle", ["reference", "unloadable"])
     assert read_manifest(tmp_path / "bundle")["default"]["engine"] == "reference"
-    assert "instead of" not in capsys.readouterr().out.splitlines()[-1]
+    assert "instead of" not in capsys.readouterr().out.splitlines()[-2]
 
 
 @pytest.mark.filterwarnings("ignore:ModelExport")

@@ -68,7 +68,7 @@ def test_int8_for_tensorrt_computes_the_rest_in_fp16(trainer, tmp_path, capsys):
     assert all(half[name].raw_data == whole[name].raw_data for name in integers)
     assert {c["engine"] for c in manifest["verification"]} >= {"file (as written)", "int8+fp16 file (as written)"}
     if not has_gpu():
-        assert manifest["default"]["engine"] == "pytorch"  # the one that runs here
+        assert manifest["default"]["engine"] in ("pytorch", "onnxruntime")  # what runs here; or float32
     x = images(9, 5).tensors[0].numpy()
     with la.load_runner(tmp_path / "b", "pytorch") as runner:
         program = runner(x)

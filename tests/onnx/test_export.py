@@ -342,7 +342,7 @@ def test_large_weights_lie_beside_the_file(tmp_path):
     [
         ({"opset": 17}, "Argument `opset` must be from 18 to 23, but got 17"),
         ({"input_names": ["a", "b"]}, r"Argument `input_names` must hold 1 different names \(by default \['x'\]\)"),
-        ({"output_names": ""}, "Argument `output_names` must hold 1 different names"),
+        ({"output_names": []}, "Argument `output_names` must hold 1 different names"),
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):

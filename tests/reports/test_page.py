@@ -11,6 +11,7 @@ from lightning_accel.reports.markup import join, tag
 from lightning_accel.reports.model import INCOMPLETE, Note
 from lightning_accel.reports.page import render_html
 from lightning_accel.reports.run_report import render_markdown
+from lightning_accel.reports.verdict import verdict_line
 from tests.reports.whole import NASTY, Page, comparison, whole_report
 
 SECTIONS = ["summary", "comparison", "variants", "verification", "layers", "training", "engines", "making", "machine"]
@@ -74,9 +75,11 @@ def test_only_what_there_is_to_say_is_said():
 def test_the_summary_comes_first_and_says_what_is_measured():
     report = whole_report()
     said = {fact.title: fact for fact in facts(report)}
-    assert str(said["Ships"]) == "Ships: student int8 (onnxruntime)"
+    assert next(iter(said)) == "Ships"
+    assert said["Ships"].detail == verdict_line(report)
     assert said["Accuracy"].value == "97.00 %"
-    assert said["Accuracy"].detail == "[95.75, 97.89] on 1,000 held-out samples; -0.50 points to student fp32"
+    assert said["Accuracy"].detail == "[95.75, 97.89] on 1,000 held-out samples; -1.10 points [-2.00, -0.20] to teacher"
+    assert not said["Accuracy"].good  # worse, beyond its interval
     assert str(said["Size"]) == "Size: 31.2 kB (35.3x smaller than teacher)"
     assert said["Latency"].detail == "0.84x [0.80, 0.88] the speed of teacher; batch 32, 2 threads"
     assert not said["Latency"].good  # slower, beyond its interval
@@ -91,6 +94,9 @@ def test_the_summary_comes_first_and_says_what_is_measured():
     text = render_html(report)
     assert text.index("Ship openvino int8") < text.index('id="comparison"')
     assert "proven: what ships is what was trained" in text
+    assert "training cost accuracy" not in text
+    report.verdict = replace(report.verdict, good=False)
+    assert "quantization-aware training cost accuracy" in render_html(report)
 
 
 def test_what_is_not_proven_or_not_complete_is_said_first():

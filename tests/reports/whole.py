@@ -104,6 +104,16 @@ def whole_report() -> Report:
             "title": f"Net {NASTY}",
             "command": "lightning-accel export -c run.yaml --ckpt-path bundle.ckpt",
             "ships": "student int8",
+            "verdict": {
+                "why": "the fastest candidate that is not worse than float32 of the same network",
+                "baseline": "teacher",
+                "score": "accuracy",
+                "change": -0.011,
+                "low": -0.02,
+                "high": -0.002,
+                "good": True,
+                "refused": {"student fp32": f"slower {NASTY}"},
+            },
             "rows": [
                 {**row, "name": "teacher", "correct": 981, "p50_ms": 4.21, "p90_ms": 4.9},
                 {**row, "name": "student fp32", "correct": 975, "p50_ms": 2.0, "p90_ms": 2.2, "file_bytes": 80000}

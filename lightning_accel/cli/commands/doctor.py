@@ -60,7 +60,10 @@ def diagnose(*, probe: bool = True) -> dict[str, Any]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: uninstall both, then install one"
         )
     if not {"onnxruntime", "onnxruntime-gpu"} & installed:
-        broken.append('ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]"')
+        broken.append(
+            'ONNX Runtime is missing; every export is verified with it: pip install "lightning-accel[cpu]", or "lightning-accel[runtime]" '
+            "on a machine that only runs bundles"
+        )
     engines = {name: status for spec in all_engines() for name, status in spec.statuses().items()}
     broken += [f"{name}: {status}" for name, status in engines.items() if status.startswith(UNLOADABLE)]
     runs = [engine for engine in probed_engines() if probe and engines[engine].startswith("runs")]
@@ -101,7 +104,7 @@ def _screen(found: dict[str, Any]) -> str:
             "",
             "int8 on this CPU: speed-up of a 3x3 convolution with 64 channels over float32 in the same engine, 1 thread:",
         ]
-    lines += [f"{one['engine']:18s} {_format(one):22s} {one['speedup']:.1f}x" for one in found["int8"]]
+    lines += [f"{one['engine']:18s} {_format(one):22s} {_speed(one)}" for one in found["int8"]]
     if found["kernels"]:
         lines += [
             "",
@@ -114,6 +117,12 @@ def _screen(found: dict[str, Any]) -> str:
             wrong.append(f"{_format(one['arithmetic'])} {_words(one)}")
     lines += [f"{engine:18s} {form:34s} {'; '.join(wrong) or 'exact'}" for (engine, form), wrong in rows.items()]
     return "\n".join([*lines, *(f"BROKEN: {text}" for text in found["broken"])])
+
+
+def _speed(one: dict[str, Any]) -> str:
+    if one["noisy"]:
+        return f"too noisy to tell: from {one['low']:.1f}x to {one['high']:.1f}x; repeat it on a quiet machine"
+    return f"{one['speedup']:.1f}x"
 
 
 def _format(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Memory-mapped file of rows, each with a checksum."""
 
+import os
 import zlib
 from pathlib import Path
 
@@ -20,6 +21,9 @@ class RowFile:
         rows: number of rows.
         row_bytes: bytes in a row.
 
+    Raises:
+        OSError: the disk has no space for all rows, which is reserved at once.
+
     Example:
         >>> file = RowFile("logits.rows", rows=3, row_bytes=2)
         >>> file.write(np.array([1]), np.array([[7, 8]], dtype=np.uint8))
@@ -33,9 +37,12 @@ class RowFile:
         size = shape[0] * shape[1]
         with open(self.path, "ab"):
             pass
-        if self.path.stat().st_size != size:
-            with open(self.path, "r+b") as file:
+        with open(self.path, "r+b") as file:
+            if self.path.stat().st_size != size:
                 file.truncate(size)
+            if size and hasattr(os, "posix_fallocate"):
+                # Rows are written through a memory map: without space for one, the system would kill the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, size)
         self._rows: np.memmap = np.memmap(self.path, np.uint8, "r+", shape=shape)
 
     def write(self, index: np.ndarray, rows: np.ndarray) -> None:

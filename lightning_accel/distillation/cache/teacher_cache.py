@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.arguments import FOLDER, checked, shown
 from lightning_accel.distillation.cache.encoding import Dense, Encoding, TopK
 from lightning_accel.distillation.cache.fingerprint import of_data, of_teacher
 from lightning_accel.distillation.cache.rowfile import RowFile
@@ -45,6 +46,7 @@ class TeacherCache:
         >>> cache = TeacherCache("artifacts/teacher_cache", storage="float16")
     """
 
+    @checked(dirpath=FOLDER)
     def __init__(self, dirpath: str | Path, storage: str = "float32", top_k: int | None = None) -> None:
         if storage not in _STORAGES:
             raise InvalidArgumentError(
@@ -56,7 +58,13 @@ class TeacherCache:
                 f"{storage!r}."
             )
         self.dirpath = Path(dirpath)
-        if self.dirpath.exists() and not self.dirpath.is_dir():
+        try:
+            other = self.dirpath.exists() and not self.dirpath.is_dir()
+        except OSError as error:  # too long, for instance
+            raise InvalidArgumentError(
+                f"Argument `dirpath` must be the path of a folder, but got {shown(str(dirpath))}: {error.strerror}."
+            ) from error
+        if other:
             raise InvalidArgumentError(f"Argument `dirpath` must be a folder, but got the file {str(dirpath)!r}.")
         self.storage, self.top_k = storage, top_k
         self._files: dict[str, tuple[RowFile, Encoding]] = {}
@@ -93,8 +101,28 @@ class TeacherCache:
             create: whether this process creates missing files; other processes open the folder afterwards.
 
         Raises:
-            InvalidArgumentError: the folder belongs to another cache.
+            InvalidArgumentError: the folder belongs to another cache, can't be written to, or its disk is too full.
         """
+        try:
+            self._open(teacher, outputs, dataset, example, create=create)
+        except OSError as error:
+            raise InvalidArgumentError(self._no_place(error, len(dataset), example)) from error
+
+    def _no_place(self, error: OSError, samples: int, example: Mapping[str, Tensor]) -> str:
+        """Why the folder can't hold the cache, with the space that it takes."""
+        rows = [self._encoding(path, value).row_bytes for path, value in example.items()]
+        needed = samples * (
+            sum(rows) + 8 + 4 * (len(rows) + 1)
+        )  # with the digest of each sample, and a checksum for each row
+        return (
+            f"Argument `dirpath` of TeacherCache must be a folder with {needed / 1e6:,.1f} MB free that can be written to, but got "
+            f"{str(self.dirpath)!r}: {error.strerror}. Choose another disk, store less (storage='float16' or 'topk'), or train without "
+            "a cache."
+        )
+
+    def _open(
+        self, teacher: nn.Module, outputs: Any, dataset: Any, example: Mapping[str, Tensor], *, create: bool
+    ) -> None:
         wanted: dict[str, Any] = {
             "schema": _SCHEMA,
             "samples": len(dataset),

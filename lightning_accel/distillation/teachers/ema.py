@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_accel.calls.contexts import own_forwards
 from lightning_accel.core import structure
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import InvalidArgumentError, RunError
 
@@ -33,6 +34,7 @@ class EMATeacher(nn.Module):
 
     layers_in = "network"
 
+    @checked()
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         super().__init__()
         if not 0 <= decay < 1:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.distillation.layers.selection import select_tensor, split_path
 from lightning_accel.errors import InvalidArgumentError
 
@@ -29,6 +30,7 @@ class TeacherEnsemble(nn.Module):
         tensor([[1., 2.]])
     """
 
+    @checked()
     def __init__(
         self,
         teachers: list[nn.Module],

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.optional import require
 from lightning_accel.errors import InvalidArgumentError
 
@@ -26,6 +27,7 @@ class HuggingFaceTeacher(nn.Module):
 
     layers_in = "network"
 
+    @checked()
     def __init__(
         self,
         name_or_path: str,
@@ -39,7 +41,12 @@ class HuggingFaceTeacher(nn.Module):
             raise InvalidArgumentError(
                 f"Argument `auto_class` must be a class of transformers with from_pretrained, but got {auto_class!r}."
             )
-        self.network = make.from_pretrained(name_or_path, **(options or {}))
+        try:
+            self.network = make.from_pretrained(name_or_path, **(options or {}))
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"Argument `name_or_path` must be a folder or name of a pretrained model, but got {name_or_path!r}: {error}"
+            ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the model: an object with ``logits``."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.errors import InvalidArgumentTypeError
 
@@ -25,6 +26,7 @@ class OnnxTeacher(nn.Module):
         >>> teacher = OnnxTeacher("teacher.onnx")  # doctest: +SKIP
     """
 
+    @checked()
     def __init__(self, path: str | Path | Runner, engine: str | None = None) -> None:
         super().__init__()
         self.runner = path if isinstance(path, Runner) else load_runner(path, engine)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_accel.core.arguments import checked
 from lightning_accel.core.optional import require
 from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.engines.tensorrt.cuda import gpu_name, has_gpu
@@ -29,6 +30,7 @@ DEFAULT_BATCH = (1, 8, 64)
 COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 
 
+@checked()
 def build_engine(
     onnx_path: str | Path,
     engine_path: str | Path | None = None,
@@ -175,7 +177,7 @@ def build_engine(
 
 def _checked_model(path: Path) -> Any:
     """Read and check an ONNX file, including external weights."""
-    onnx = require("onnx", "cpu", "`build_engine`")
+    onnx = require("onnx", "runtime", "`build_engine`")
     if not path.is_file():
         raise MissingFileError(f"Argument `onnx_path` must be an ONNX file, but got {path}: nothing is there.")
     try:
@@ -190,7 +192,7 @@ def _checked_model(path: Path) -> Any:
 
 def _precision_of(model: Any) -> str:
     """Precision of a model: of its integers if it has Q/DQ nodes, otherwise of its weights."""
-    types, graph = require("onnx", "cpu", "`build_engine`").TensorProto.DataType, model.graph
+    types, graph = require("onnx", "runtime", "`build_engine`").TensorProto.DataType, model.graph
     constants = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
     kinds = {types.Name(tensor.data_type) for tensor in (*graph.initializer, *constants)}
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node):

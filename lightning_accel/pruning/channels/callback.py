@@ -15,6 +15,7 @@ from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.calls.discovery import chosen_path, owner_and_call
+from lightning_accel.core.arguments import NOT_EMPTY, Rule, checked
 from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer
 from lightning_accel.core.finite import check_weights, nan_weight
 from lightning_accel.core.globs import as_patterns
@@ -27,6 +28,8 @@ from lightning_accel.pruning.channels.equivalence import NOT_RUN
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.channels.step_trials import StepTrials
 from lightning_accel.pruning.criterion import Criterion
+
+_FACTOR = Rule("a factor above 1", lambda value: value > 1)
 
 
 class ChannelPruning(CompressionCallback):
@@ -67,6 +70,7 @@ class ChannelPruning(CompressionCallback):
 
     wants_low_rate = False
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, macs_reduction=_FACTOR)
     def __init__(
         self,
         pruning_ratio: float | None = None,

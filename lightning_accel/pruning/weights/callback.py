@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
+from lightning_accel.core.arguments import NOT_EMPTY, at_least, checked
 from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
 from lightning_accel.core.finite import nan_weight
 from lightning_accel.core.globs import as_patterns
@@ -99,6 +100,7 @@ class WeightPruning(CompressionCallback):
     wants_low_rate = False
     prunes_weights = True
 
+    @checked(name=NOT_EMPTY, include=NOT_EMPTY, every=at_least(1))
     def __init__(
         self,
         sparsity: float | dict[str, float] | None = None,

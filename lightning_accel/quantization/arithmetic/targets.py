@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lightning_accel.core.arguments import NOT_EMPTY, at_least, check_fields
 from lightning_accel.core.cpu import cpu_name
 from lightning_accel.core.entry_points import entry_point_names, load_entry_point
 from lightning_accel.engines.arithmetic import Arithmetic
@@ -65,6 +66,7 @@ class Target:
     opset: int = 18
 
     def __post_init__(self) -> None:
+        check_fields(self, name=NOT_EMPTY, engines=NOT_EMPTY, operators=NOT_EMPTY, opset=at_least(1))
         if self.activations not in ACTIVATIONS:
             raise InvalidArgumentError(
                 f"Argument `activations` must be one of {ACTIVATIONS}, but got {self.activations!r}."
@@ -176,6 +178,19 @@ def unregister_target(name: str) -> None:
 def target_names() -> list[str]:
     """Names of all targets: those of this package, those of entry points, and those registered in this process."""
     return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+
+
+def default_target() -> str:
+    """Name of the target that this machine can run.
+
+    ``"tensorrt"`` where there is an NVIDIA GPU with TensorRT, else ``"onnxruntime"`` or ``"openvino"``, whichever is installed first
+    in this order; ``"portable"`` where no engine is installed.
+    """
+    for name in ("tensorrt", "onnxruntime", "openvino"):
+        engine = engine_named(name)
+        if engine.installed() and not engine.why_unavailable():
+            return name
+    return "portable"
 
 
 def target_of(name: str | Target, vnni: bool | None = None) -> Target:

@@ -291,7 +291,7 @@ def test_pytorch_and_what_is_made_or_missing(tmp_path):
         ),
         (["--data", "{x}", "--labels", "{one}"], "Argument `labels` must hold an integer for each of the 8 samples"),
         (["--data", "{damaged}"], "Argument `--data` must be a .npz or .npy file of plain arrays, but got"),
-        (["--labels", "{empty}"], "Argument `--labels` must be a .npy file of a plain array, but got"),
+        (["--labels", "{empty}"], "Argument `--labels` must be a .npz or .npy file of plain arrays, but got"),
         (["--limit", "inf"], "Argument `limit_s` must be above 0 and finite, but got inf"),
         (["--max-latency-ms", "inf"], "Argument `max_latency_ms` must be above 0 and finite, or None, but got inf"),
         (["--json", "{x}/nowhere/c.json"], "Argument `--json` must be a file in a folder that exists, but got"),
