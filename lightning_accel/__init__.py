@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_accel.quantization.ptq import PostTrainingQuantization as PostTrainingQuantization
     from lightning_accel.quantization.ptq import quantize as quantize
     from lightning_accel.quantization.qat import QuantizationAwareTraining as QuantizationAwareTraining
+    from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization as WeightOnlyQuantization
     from lightning_accel.verification.bundle import verify_bundle as verify_bundle
     from lightning_accel.verification.compare import verify as verify
     from lightning_accel.verification.exported import export_onnx as export_onnx
@@ -53,6 +54,7 @@ _PUBLIC = {
     "WeightPruning": "pruning.weights.callback",
     "QuantizationAwareTraining": "quantization.qat",
     "PostTrainingQuantization": "quantization.ptq",
+    "WeightOnlyQuantization": "quantization.weight_only.callback",
     "ModelExport": "export.callback",
     "ExactResume": "core.exact_resume",
     "quantize": "quantization.ptq",
