@@ -10,6 +10,7 @@ from lightning_accel.core.lazy import lazy
 if TYPE_CHECKING:
     from lightning_accel import benchmarking as benchmarking
     from lightning_accel import engines as engines
+    from lightning_accel import language_models as language_models
     from lightning_accel import losses as losses
     from lightning_accel import onnx as onnx
     from lightning_accel import pruning as pruning
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from lightning_accel.errors import VerificationError as VerificationError
     from lightning_accel.export.callback import ModelExport as ModelExport
     from lightning_accel.export.check import check as check
+    from lightning_accel.language_models.causal_lm import CausalLM as CausalLM
+    from lightning_accel.language_models.lora import LoRA as LoRA
+    from lightning_accel.language_models.token_kl import TokenKL as TokenKL
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
@@ -56,6 +60,9 @@ _PUBLIC = {
     "PostTrainingQuantization": "quantization.ptq",
     "WeightOnlyQuantization": "quantization.weight_only.callback",
     "ModelExport": "export.callback",
+    "CausalLM": "language_models.causal_lm",
+    "LoRA": "language_models.lora",
+    "TokenKL": "language_models.token_kl",
     "ExactResume": "core.exact_resume",
     "quantize": "quantization.ptq",
     "plan": "planning.plan",
@@ -73,6 +80,7 @@ _PUBLIC = {
     "LightningAccelError": "errors",
     "VerificationError": "errors",
     "benchmarking": "",
+    "language_models": "",
     "losses": "",
     "onnx": "",
     "teachers": "",
