@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_accel.export.callback import ModelExport as ModelExport
     from lightning_accel.export.check import check as check
     from lightning_accel.language_models.causal_lm import CausalLM as CausalLM
+    from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
     from lightning_accel.language_models.lora import LoRA as LoRA
     from lightning_accel.language_models.token_kl import TokenKL as TokenKL
     from lightning_accel.planning.plan import plan as plan
@@ -61,6 +62,7 @@ _PUBLIC = {
     "WeightOnlyQuantization": "quantization.weight_only.callback",
     "ModelExport": "export.callback",
     "CausalLM": "language_models.causal_lm",
+    "LanguageModelExport": "language_models.export",
     "LoRA": "language_models.lora",
     "TokenKL": "language_models.token_kl",
     "ExactResume": "core.exact_resume",

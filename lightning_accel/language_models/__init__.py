@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 from lightning_accel.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from lightning_accel.language_models.bundle import open_bundle as open_bundle
+    from lightning_accel.language_models.bundle import write_language_bundle as write_language_bundle
     from lightning_accel.language_models.causal_lm import CausalLM as CausalLM
+    from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
     from lightning_accel.language_models.lora import LoRA as LoRA
     from lightning_accel.language_models.lora import add_lora_ as add_lora_
     from lightning_accel.language_models.lora import load_adapter_ as load_adapter_
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "CausalLM": "language_models.causal_lm",
+    "LanguageModelExport": "language_models.export",
+    "open_bundle": "language_models.bundle",
+    "write_language_bundle": "language_models.bundle",
     "LoRA": "language_models.lora",
     "add_lora_": "language_models.lora",
     "load_adapter_": "language_models.lora",

@@ -131,7 +131,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     (tmp_path / "base.json").unlink()  # one that peft wrote
     with pytest.raises(InvalidArgumentError, match=r"for `model.layers.1\S+`, which it lacks"):
         load_adapter_(llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(InvalidArgumentError, match=r"but got \(2, 64\) for .*, which has \(2, 32\)"):
+    with pytest.raises(InvalidArgumentError, match=r"but got \(2, 128\) for .*, which has \(2, 32\)"):
         load_adapter_(llama(hidden_size=32), tmp_path)
     layers = load_adapter_(llama(), tmp_path)
     assert len(layers) == 14

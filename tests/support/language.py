@@ -36,8 +36,8 @@ def llama(seed=0, vocabulary=320, tied=False, **kwargs):
 
     torch.manual_seed(seed)
     settings = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 160,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
