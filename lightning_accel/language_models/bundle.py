@@ -103,6 +103,7 @@ def write_language_bundle(
                 "tokenizer": digests,
                 "grid": report["grid"],
                 "context": context_of(shipped),
+                "vocabulary": int(shipped.config["vocab_size"]),
                 "complete": not report["failed"],
                 **(provenance or {}),
             },

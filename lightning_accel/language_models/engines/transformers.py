@@ -1,7 +1,8 @@
 """transformers: the folder in compressed-tensors, computed in float32."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ class TransformersEngine(TextEngine):
         transformers = require("transformers", "lm", "Engine `transformers`")
         torch = require("torch", "lm", "Engine `transformers`")
         require("compressed_tensors", "lm", "Engine `transformers`")
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "You passed `quantization_config`"
-            )  # asks for float kernels of the integers
-            settings = transformers.CompressedTensorsConfig(run_compressed=False)
+        with warnings.catch_warnings(), without_progress(transformers):
+            # The argument asks for float kernels of the file's own integers.
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            settings = transformers.CompressedTensorsConfig(dequantize=True)
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=torch.float32, quantization_config=settings
             ).eval()
@@ -75,3 +75,16 @@ class TransformersEngine(TextEngine):
         with torch.no_grad():
             out = self._model.generate(input_ids=ids, attention_mask=mask, eos_token_id=None, **settings)
         return [row[longest:].tolist() for row in out]
+
+
+@contextmanager
+def without_progress(transformers: Any) -> Iterator[None]:
+    """No progress bars of transformers in the block."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

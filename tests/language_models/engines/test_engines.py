@@ -10,21 +10,16 @@ from lightning_accel.language_models.engines.registry import TEXT_ENGINES, check
 for package in ("transformers", "gguf", "compressed_tensors", "onnxruntime_genai"):
     pytest.importorskip(package, reason="the extra `lm` is not installed")
 
-from lightning_accel.language_models.formats.registry import FORMATS  # noqa: E402  # after the skip
-from lightning_accel.language_models.shipped import reference_model  # noqa: E402
+from lightning_accel.language_models.shipped import reference_model  # noqa: E402  # after the skip
 from tests.support.language import tokenizer, tokens  # noqa: E402
-from tests.support.shipped import tiny_shipped  # noqa: E402
 
 HERE = [name for name in TEXT_ENGINES if name != "vllm"]  # tests/language_models/engines/test_vllm.py
 PROMPT = tokens(1, 12)[0].tolist()
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder, shipped = tmp_path_factory.mktemp("engines"), tiny_shipped()
-    for name in ("compressed-tensors", "gguf", "onnx-genai"):
-        FORMATS[name].write(shipped, tokenizer(), folder / name)
-    return folder, reference_model(shipped)
+@pytest.fixture
+def bundle(written):
+    return written[0], reference_model(written[1])
 
 
 def greedy(model, prompt, count):
