@@ -66,6 +66,19 @@ def small_llama() -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
+class Documentation(la.language_models.TokenDataModule):
+    """Python's documentation with the tokenizer that was trained on it, for ``configs/lm.yaml``.
+
+    Args:
+        length: tokens per sequence.
+        batch_size: sequences per batch.
+    """
+
+    def __init__(self, length: int = LENGTH, batch_size: int = 12) -> None:
+        text = documentation()
+        super().__init__(texts=[text], tokenizer=byte_pair_tokenizer(text), length=length, batch_size=batch_size)
+
+
 def trainer(steps: int, *callbacks: L.Callback) -> L.Trainer:
     """A quiet Trainer."""
     return L.Trainer(
@@ -93,6 +106,7 @@ def main() -> None:
     trainer(4 if quick else 400).fit(teacher, data)
     folder = Path("artifacts/language_model_teacher")
     teacher.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
     # The student is the teacher's copy; it learns to give the same distributions with int4 weights.
     student = la.CausalLM(

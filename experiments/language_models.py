@@ -67,7 +67,7 @@ class Work:
         self.quick, self.folder = quick, folder
         text = documentation()[: 60_000 if quick else None]
         self.tokenizer = byte_pair_tokenizer(text)
-        self.steps, self.more = (6, 4) if quick else (500, 250)
+        self.steps, self.more = (6, 4) if quick else (300, 150)
         self.data = la.language_models.TokenDataModule(
             texts=[text], tokenizer=self.tokenizer, length=LENGTH, batch_size=12
         )
@@ -307,9 +307,9 @@ def main() -> None:
     file = Path(tempfile.mkdtemp()) / "quick.jsonl" if options.quick else RESULTS
     settings = {"steps": work.steps, "distilled": work.more, "length": LENGTH, "model": "Llama 2.9 M"}
     every = {"float32": work.float32, "rounded": work.rounded, "gptq": work.gptq, "distilled": work.distilled}
-    lines = run_trials(file, every, seeds, settings, options.minutes)
-    once = {"grids": work.grids, "adapters": work.adapters, "engines": work.engines, "step": work.step}
-    lines += [one for one in run_trials(file, once, seeds[:1], settings, options.minutes) if one["row"] in once]
+    once = {"grids": work.grids, "adapters": work.adapters, "step": work.step, "engines": work.engines}
+    lines = run_trials(file, {**every, **once}, seeds[:1], settings, options.minutes)
+    lines += run_trials(file, every, seeds[1:], settings, options.minutes) if seeds[1:] else []
     print_verdicts({(one["row"], one["seed"]): one for one in lines}, seeds)
 
 

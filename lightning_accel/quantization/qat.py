@@ -67,11 +67,12 @@ class QuantizationAwareTraining(QuantizingCallback):
         63
     """
 
-    def __new__(cls, target: object = "tensorrt", *args: Any, **kwargs: Any) -> Any:
-        """An instance, or a :class:`WeightOnlyQuantization` for a weight-only target."""
-        if is_weight_only(target):
-            return _weight_only(inspect.signature(cls.__init__).bind(None, target, *args, **kwargs).arguments)
-        return super().__new__(cls)
+    @classmethod
+    @override
+    def instead(cls, *args: Any, **kwargs: Any) -> Any:
+        if is_weight_only(args[0] if args else kwargs.get("target")):
+            return _weight_only(inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments)
+        return None
 
     def __init__(
         self,
