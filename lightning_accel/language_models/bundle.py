@@ -3,6 +3,8 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ from lightning_accel.language_models.shipped import (
 )
 
 KIND = "language-model"
+PACKAGES = (
+    "transformers",
+    "tokenizers",
+    "peft",
+    "compressed-tensors",
+    "gguf",
+    "onnxruntime-genai",
+    "xllamacpp",
+    "openvino-genai",
+)
 ADAPTERS = "adapters"
 _WITH_ADAPTERS = ("transformers", "vllm")
 
@@ -70,7 +82,9 @@ def write_language_bundle(
     prompts, text = render_prompts(held_out)
     active = list(shipped.adapters)
     reference = Reference(reference_model(shipped), prompts, text, new_tokens)  # without adapters that are kept apart
-    report: dict[str, Any] = {"formats": {}, "engines": {}, "failed": {}, "environment": environment()}
+    machine = environment()
+    machine["packages"] |= language_packages()
+    report: dict[str, Any] = {"formats": {}, "engines": {}, "failed": {}, "environment": machine}
     with staged(dirpath) as folder:
         digests = write_tokenizer(tokenizer, folder / TOKENIZER)
         for name in names:
@@ -109,6 +123,15 @@ def write_language_bundle(
             },
         )
     return report
+
+
+def language_packages() -> dict[str, str]:
+    """Installed packages that read or write language models, with their versions."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _facts(shipped: ShippedModel, adapters: Sequence[str]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def shipped_model(module: nn.Module) -> ShippedModel:
     config: Any = model.config
     names = [n for n in adapter_names(model) if not next(iter(adapters_of(model, n).values())).merged]
     settings = {**config.to_dict(), "architectures": [type(model).__name__]}
+    settings.pop("quantization_config", None)  # of the file that it was loaded from
     integers = {name: (q, s) for name, (q, s, _) in found.items()}
     return ShippedModel(settings, tensors, integers, next(iter(grids), None), names, transposed, model)
 

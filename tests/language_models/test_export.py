@@ -56,6 +56,7 @@ def test_one_fit_ships_to_every_engine(tmp_path):
     )
     assert report["engines"]["llama.cpp"]["tokenizer_equal"]
     assert all(one["batched_equal"] for one in report["engines"].values())
+    assert report["environment"]["packages"]["xllamacpp"]
     text = (folder / "report.md").read_text()
     assert "| transformers | compressed-tensors | 0 |" in text
     assert "<table>" in (folder / "report.html").read_text()

@@ -1,7 +1,8 @@
 """ONNX with a KV cache, through the model builder of onnxruntime-genai (https://github.com/microsoft/onnxruntime-genai).
 
 The builder quantizes by itself, with the rule of MatMulNBits. It gets the weights on the grid, so it writes the trained integers;
-:func:`read` shows that it did. Layers in float are kept out by name: by default the builder quantizes the output layer, too.
+:func:`read` shows that it did. Layers in float are kept out by name: by default the builder quantizes the output layer, too, and the
+embedding that is tied to it.
 """
 
 import json
@@ -59,7 +60,11 @@ def write(shipped: ShippedModel, tokenizer: Any, folder: Path) -> None:
         if shipped.grid is not None:
             precision = "int4"
             options += [f"block_size={shipped.grid.group}", "accuracy_level=4"]
-            options += [] if "lm_head" in shipped.integers else ["nodes_to_exclude=/lm_head/MatMul"]
+            float_nodes = [
+                *([] if "lm_head" in shipped.integers else ["/lm_head/MatMul"]),
+                "/model/embed_tokens/Gather",
+            ]
+            options += [f"nodes_to_exclude={','.join(float_nodes)}"]
         arguments = ["-m", str(source), "-i", str(source), "-o", str(folder), "-p", precision, "-e", "cpu"]
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments]
         done = subprocess.run(
@@ -99,12 +104,14 @@ def layers_of(node: str, shipped: ShippedModel) -> list[str]:
 
 
 def read(folder: Path, shipped: ShippedModel) -> Integers:
-    """Integers and scales of all ``MatMulNBits`` of the graph."""
+    """Integers and scales of all ``MatMulNBits`` of the graph; a quantized embedding is named without them."""
     onnx = require("onnx", "lm", 'Format "onnx-genai"')
     model = onnx.load(str(folder / FILE))
     values = {one.name: one for one in model.graph.initializer}
     found: Integers = {}
     for node in model.graph.node:
+        if node.op_type == "GatherBlockQuantized":  # an embedding, which is float in the trained network
+            found["model.embed_tokens"] = (torch.zeros(0), torch.zeros(0))
         if node.op_type != "MatMulNBits":
             continue
         settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

@@ -125,10 +125,23 @@ def test_pre_tokenizers_are_named():
 def test_a_quantized_output_layer_is_written_too(tmp_path):
     small = tiny_shipped(exclude=None)
     assert "lm_head" in small.integers
-    for name in ("compressed-tensors", "gguf", "onnx-genai"):
+    for name in ("compressed-tensors", "gguf"):
         FORMATS[name].write(small, tokenizer(), tmp_path / name)
         found = FORMATS[name].read(tmp_path / name, small)
         assert torch.equal(found["lm_head"][0], small.integers["lm_head"][0]), name
+
+
+def test_a_tied_embedding_stays_float_in_onnx(tmp_path):
+    """By default the builder quantizes an embedding that is also the output layer."""
+    tied = tiny_shipped(model=llama(tied=True), exclude=None)
+    assert "lm_head" not in tied.integers
+    FORMATS["onnx-genai"].write(tied, tokenizer(), tmp_path)
+    assert FORMATS["onnx-genai"].read(tmp_path, tied).keys() == tied.integers.keys()
+    prompt = tokens(1, 12)
+    with torch.no_grad():
+        expected = reference_model(tied)(prompt).logits[0].numpy()
+    found = onnx_genai.float_logits(tmp_path, prompt[0].tolist())
+    assert np.abs(found - expected).max() < 1e-5 * np.ptp(expected)
 
 
 def test_what_a_format_cannot_hold_is_said(tmp_path):
@@ -173,3 +186,13 @@ def test_layers_of_different_grids_are_refused():
     quantize_weights_(model, "int8-weights", include="lm_head")
     with pytest.raises(InvalidArgumentError, match="must have one grid for all layers"):
         shipped_model(model)
+
+
+def test_a_network_loaded_from_a_quantized_file_ships_as_what_it_is_now(shipped, tmp_path):
+    """transformers keeps the quantization of a GGUF file in the config, and onnxruntime-genai's builder refuses it."""
+    from lightning_accel.language_models.loading import load_causal_lm
+
+    FORMATS["gguf"].write(shipped, tokenizer(), tmp_path)
+    again = tiny_shipped(model=load_causal_lm(tmp_path / "model.gguf"))
+    assert "quantization_config" not in again.config
+    assert all(torch.equal(again.integers[name][0], q) for name, (q, _) in shipped.integers.items())
