@@ -10,7 +10,17 @@ from mkdocs.structure.files import File, Files
 PACKAGE = Path(__file__).parents[1] / "lightning_accel"
 
 
-NAMESPACES = ("losses", "teachers", "pruning", "quantization", "engines", "onnx", "benchmarking", "reports")
+NAMESPACES = (
+    "language_models",
+    "losses",
+    "teachers",
+    "pruning",
+    "quantization",
+    "engines",
+    "onnx",
+    "benchmarking",
+    "reports",
+)
 
 
 def public_names(space: str = "") -> dict[str, str]:

@@ -10,6 +10,7 @@ from lightning_accel.core.lazy import lazy
 if TYPE_CHECKING:
     from lightning_accel import benchmarking as benchmarking
     from lightning_accel import engines as engines
+    from lightning_accel import language_models as language_models
     from lightning_accel import losses as losses
     from lightning_accel import onnx as onnx
     from lightning_accel import pruning as pruning
@@ -33,12 +34,17 @@ if TYPE_CHECKING:
     from lightning_accel.export.callback import ModelExport as ModelExport
     from lightning_accel.export.check import check as check
     from lightning_accel.export.export_bundle import export_bundle as export_bundle
+    from lightning_accel.language_models.causal_lm import CausalLM as CausalLM
+    from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
+    from lightning_accel.language_models.lora import LoRA as LoRA
+    from lightning_accel.language_models.token_kl import TokenKL as TokenKL
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
     from lightning_accel.quantization.ptq import PostTrainingQuantization as PostTrainingQuantization
     from lightning_accel.quantization.ptq import quantize as quantize
     from lightning_accel.quantization.qat import QuantizationAwareTraining as QuantizationAwareTraining
+    from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization as WeightOnlyQuantization
     from lightning_accel.verification.bundle import verify_bundle as verify_bundle
     from lightning_accel.verification.compare import verify as verify
     from lightning_accel.verification.exported import export_onnx as export_onnx
@@ -54,7 +60,12 @@ _PUBLIC = {
     "WeightPruning": "pruning.weights.callback",
     "QuantizationAwareTraining": "quantization.qat",
     "PostTrainingQuantization": "quantization.ptq",
+    "WeightOnlyQuantization": "quantization.weight_only.callback",
     "ModelExport": "export.callback",
+    "CausalLM": "language_models.causal_lm",
+    "LanguageModelExport": "language_models.export",
+    "LoRA": "language_models.lora",
+    "TokenKL": "language_models.token_kl",
     "ExactResume": "core.exact_resume",
     "quantize": "quantization.ptq",
     "export_bundle": "export.export_bundle",
@@ -73,6 +84,7 @@ _PUBLIC = {
     "LightningAccelError": "errors",
     "VerificationError": "errors",
     "benchmarking": "",
+    "language_models": "",
     "losses": "",
     "onnx": "",
     "teachers": "",

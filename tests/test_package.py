@@ -46,7 +46,17 @@ def test_a_runner_needs_neither_torch_nor_lightning():
     assert not set(loaded) & {"torch", "lightning", "matplotlib", "wandb"}
 
 
-NAMESPACES = ("losses", "onnx", "teachers", "pruning", "quantization", "engines", "benchmarking", "reports")
+NAMESPACES = (
+    "language_models",
+    "losses",
+    "onnx",
+    "teachers",
+    "pruning",
+    "quantization",
+    "engines",
+    "benchmarking",
+    "reports",
+)
 
 
 @pytest.mark.parametrize("space", ["", *NAMESPACES])

@@ -22,6 +22,7 @@ COMMANDS = {
     "benchmark": "measure all runtime variants of a bundle and select the one that ships; or the latency of several files",
     "compare": "compare two bundles",
     "serve": "serve bundles over HTTP, if this machine reproduces them: serve artifacts --port 8000",
+    "generate": "generate text from a language model's bundle: generate BUNDLE --prompt TEXT",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
     "doctor": "print what is installed, which engines run or only build here, and how fast and exact int8 is on this CPU",
 }

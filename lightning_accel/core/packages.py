@@ -103,7 +103,16 @@ class TrainerCallback(L.Callback):
         theirs = twin(L.Callback)
         if theirs is not None and not issubclass(TrainerCallback, theirs):
             TrainerCallback.__bases__ = (*TrainerCallback.__bases__, theirs)
-        return super().__new__(cls)
+        other: Any = cls.instead(*args, **kwargs)
+        return super().__new__(cls) if other is None else other
+
+    @classmethod
+    def instead(cls, *args: Any, **kwargs: Any) -> Any:
+        """Another callback that these arguments stand for; ``None`` for an instance of this class.
+
+        A ``__new__`` of a subclass would hide the arguments of ``__init__`` from the command line.
+        """
+        return None
 
 
 def module_bases(kind: type[nn.Module]) -> tuple[type, ...]:

@@ -30,6 +30,7 @@ CHECKPOINT_KEY = "lightning_accel"
 _RECORD = "_lightning_accel_record"
 _ROOMS = {  # where each kind registers itself
     "quantize": "lightning_accel.quantization.graph.prepare",
+    "quantize_weights": "lightning_accel.quantization.weight_only.layers",
     "remove_channels": "lightning_accel.pruning.channels.slices",
 }
 Resized = dict[str, list[list[Any]]]  # by parameter name: [dimension, size before, kept indices]

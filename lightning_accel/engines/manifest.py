@@ -89,6 +89,11 @@ def resolve_bundle(folder: str | Path, engine: str | None) -> tuple[str, Path]:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.get("kind") == "language-model":
+        raise InvalidArgumentError(
+            f"Argument `path` must be a bundle of ModelExport, but got {str(folder)!r}, a language model: open it with "
+            "`language_models.open_bundle`, or `lightning-accel generate`."
+        )
     shipped = manifest["engines"]
     if engine is None:
         default = manifest.get("default")

@@ -47,6 +47,7 @@ from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.quantization.base_callback import QuantizingCallback
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
+from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization
 from lightning_accel.reports.curves import Curves
 from lightning_accel.reports.model import Report
 
@@ -433,6 +434,11 @@ class ModelExport(TrainerCallback):
     def check_plan(self, trainer: L.Trainer) -> None:
         """Check before training that callbacks don't contradict each other and that engines are installed."""
         qat = _qat(trainer)
+        if callbacks_of(trainer, WeightOnlyQuantization):
+            raise InvalidArgumentError(
+                "Argument `callbacks` must hold LanguageModelExport with WeightOnlyQuantization, but got ModelExport, whose files have no "
+                "integer weights with float activations."
+            )
         if len(qat) > 1:
             raise InvalidArgumentError(
                 f"ModelExport must see at most one QuantizationAwareTraining or PostTrainingQuantization, but got {len(qat)}."

@@ -1,6 +1,8 @@
 """Callback for quantization-aware training."""
 
+import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -18,6 +20,8 @@ from lightning_accel.quantization.arithmetic.targets import Target
 from lightning_accel.quantization.base_callback import QuantizingCallback, ranks_of
 from lightning_accel.quantization.call_watch import CallWatch
 from lightning_accel.quantization.settings import QuantizationSettings
+from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization
+from lightning_accel.quantization.weight_only.targets import WEIGHT_ONLY, is_weight_only
 
 _FREEZES = (2 / 3, 5 / 6)  # shares of the phase after which batch norm and ranges are frozen
 _STEP_RATE = 1e-3  # learning rate of Adam for the logarithm of learned scales
@@ -34,7 +38,9 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     Args:
         target: ``"tensorrt"``, ``"onnxruntime"``, ``"openvino"``, ``"portable"``, or a ``Target`` of your own; ``None``: what this
-            machine can run, ``"onnxruntime"`` on one without a GPU. The choice is printed.
+            machine can run, ``"onnxruntime"`` on one without a GPU. The choice is printed. With ``"int4"`` or
+            ``"int8-weights"`` the result is a :class:`WeightOnlyQuantization`, which takes ``start``, ``group``, ``include``,
+            ``exclude`` and ``name``.
         start: epoch (int) or share of the run (float) at which fake-quantization begins.
         module: dotted path(s) of the submodules to quantize; ``None`` means what ``training_step`` calls: the
             LightningModule's ``forward``, or else the largest network that the step calls, which a message names.
@@ -52,6 +58,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         inputs: maps a batch to the arguments of ``forward``; needed only if the module's own steps don't show them.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
         name: the state's name in the checkpoint.
+        group: neighbouring inputs that share a scale; weight-only targets have it, with a default of 32.
 
     Raises:
         InvalidArgumentError: an argument is out of its range; in ``setup``, a glob or path that matches nothing.
@@ -61,6 +68,13 @@ class QuantizationAwareTraining(QuantizingCallback):
         >>> QuantizationAwareTraining(target="portable", start=0.5).target.weight_max
         63
     """
+
+    @classmethod
+    @override
+    def instead(cls, *args: Any, **kwargs: Any) -> Any:
+        if is_weight_only(args[0] if args else kwargs.get("target")):
+            return _weight_only(inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments)
+        return None
 
     @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(
@@ -78,7 +92,12 @@ class QuantizationAwareTraining(QuantizingCallback):
         inputs: InputsFunction | None = None,
         dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "qat",
+        group: int | None = None,
     ) -> None:
+        if group is not None:
+            raise InvalidArgumentError(
+                f"Argument `group` must be None unless `target` is weight-only ({sorted(WEIGHT_ONLY)}), but got {group!r} with {target!r}."
+            )
         settings = QuantizationSettings(target, calibration_batches, ranges, module, include, exclude, inputs, dynamic)
         super().__init__(settings, name=name, start=start)
         self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
@@ -316,3 +335,20 @@ class QuantizationAwareTraining(QuantizingCallback):
             f"QuantizationAwareTraining({self.name!r}) hasn't trained with fake-quant yet: it starts at {self.start} and has "
             f"seen {seen} of {self.settings.calibration_batches} calibration batches"
         )
+
+
+def _weight_only(given: Mapping[str, Any]) -> WeightOnlyQuantization:
+    """The callback of a weight-only target, from the arguments of :class:`QuantizationAwareTraining`.
+
+    Raises:
+        InvalidArgumentError: an argument is about activations, which stay float.
+    """
+    taken = ("target", "start", "group", "include", "exclude", "name")
+    defaults = {name: p.default for name, p in inspect.signature(QuantizationAwareTraining.__init__).parameters.items()}
+    other = [name for name, value in given.items() if name not in ("self", *taken) and value != defaults[name]]
+    if other:
+        raise InvalidArgumentError(
+            f"Argument `{other[0]}` must be left out with the weight-only target {given['target']!r}, but got {given[other[0]]!r}: "
+            "activations stay float."
+        )
+    return WeightOnlyQuantization(**{k: v for k, v in given.items() if k in taken and not (k == "group" and v is None)})

@@ -3,6 +3,8 @@
 One bundle: latency, throughput, memory and accuracy of each variant. Several bundles or files: their latency, in one process. In both cases
 the order is shuffled in each round, and a null run of the baseline against itself shows the measurement error of this machine.
 
+A language model's bundle: time to first token, tokens per second at 1 and 8 callers, memory and perplexity of each proven engine.
+
 Exit code for one bundle: 0; 1 if no variant meets the budgets, or for an error; 130 after Ctrl-C, which prints the measurements so far.
 """
 
@@ -105,6 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _one_bundle(bundle: Path, arguments: argparse.Namespace) -> int:
     from lightning_accel.benchmarking.benchmark_bundle import benchmark_bundle
 
+    if read_manifest(bundle).get("kind") == "language-model":
+        return _language_model(bundle, arguments)
     samples = None if arguments.data is None else load_arrays(arguments.data, read_manifest(bundle)["inputs"])
     comparison = benchmark_bundle(
         bundle,
@@ -176,6 +180,33 @@ def show(text: str) -> None:
     """Show the progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{text[:78]:78s}", end="\r" if not text else "", file=sys.stderr, flush=True)
+
+
+def _language_model(bundle: Path, arguments: argparse.Namespace) -> int:
+    """Measure the proven engines of a language model's bundle."""
+    from lightning_accel.language_models.speed import benchmark_language_bundle, render_speed
+
+    used = ("callers", "limit", "markdown", "no_record")
+    if other := [k for k, default in _OF_ONE_BUNDLE.items() if k not in used and getattr(arguments, k) != default]:
+        raise InvalidArgumentError(
+            f"Argument `--{other[0].replace('_', '-')}` must be left out with a language model, but got {getattr(arguments, other[0])!r}."
+        )
+    found = benchmark_language_bundle(
+        bundle,
+        callers=tuple(arguments.callers or (1, 8)),
+        seconds=2.0 if arguments.seconds is None else arguments.seconds,
+        threads=arguments.threads or 1,
+        limit=max(arguments.limit, 300.0),
+    )
+    for name, value in found["environment"].items():
+        print(f"{name}: {value}")
+    text = render_speed(found)
+    print(f"\n{text}")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text + "\n", encoding="utf-8")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0 if found["engines"] else 1
 
 
 def _side_by_side(arguments: argparse.Namespace) -> int:

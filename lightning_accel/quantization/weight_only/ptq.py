@@ -1,0 +1,128 @@
+"""Weight-only quantization without training: round to nearest, or GPTQ."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_accel.core import structure
+from lightning_accel.core.effective_weight import EffectiveWeight
+from lightning_accel.core.globs import as_patterns
+from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.quantization.weight_only.gptq import gptq_weight
+from lightning_accel.quantization.weight_only.group_grid import GroupGrid
+from lightning_accel.quantization.weight_only.layers import inputs_of, quantize_change, select_layers
+from lightning_accel.quantization.weight_only.targets import WeightOnlyTarget, weight_only_target
+
+_BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")  # name of the transformer block that a layer belongs to
+METHODS = ("rtn", "gptq")
+
+
+def quantize_weights_(
+    module: nn.Module,
+    target: str | WeightOnlyTarget = "int4",
+    *,
+    group: int = 32,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    method: str = "rtn",
+    batches: Iterable[Any] | None = None,
+    call: Callable[[Any], Any] | None = None,
+) -> list[str]:
+    """Quantize the weights of linear layers in place, without training.
+
+    Args:
+        module: the network; it computes with the rounded weights afterwards.
+        target: ``"int4"`` or ``"int8-weights"``.
+        group: inputs that share a scale.
+        include: globs of layers; ``None`` means all.
+        exclude: globs of layers that stay float; ``"lm_head"`` also matches ``"model.lm_head"``.
+        method: ``"rtn"`` (round to nearest) or ``"gptq"`` (https://arxiv.org/abs/2210.17323), which needs ``batches``.
+        batches: calibration data for ``"gptq"``, kept in memory; a few dozen sequences.
+        call: runs the network on a batch; by default ``module(**batch)`` or ``module(batch)``.
+
+    Returns:
+        Names of the quantized layers.
+
+    Raises:
+        InvalidArgumentError: an argument is out of its range, see :func:`select_layers`; layers already quantized or with adapters.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(64, 4, bias=False))
+        >>> quantize_weights_(network)
+        ['0']
+    """
+    if method not in METHODS:
+        raise InvalidArgumentError(f"Argument `method` must be one of {METHODS}, but got {method!r}.")
+    kept = list(batches or ())
+    if (method == "gptq") != bool(kept):
+        raise InvalidArgumentError(
+            f'Argument `batches` must hold calibration data with `method="gptq"`, and be left out with "rtn", but got {len(kept)} batches '
+            f"with {method!r}."
+        )
+    grid = GroupGrid(weight_only_target(target).bits, group)
+    names, _ = select_layers(module, group, as_patterns("include", include), as_patterns("exclude", exclude))
+    for name in names:
+        layer = module.get_submodule(name)
+        if isinstance(layer, EffectiveWeight) and (layer.rounding is not None or layer.adapters_by_name):
+            raise InvalidArgumentError(
+                f"Argument `module` must have float layers without adapters, but got `{name}`, which is quantized or adapted already."
+            )
+    if method == "gptq":
+        _gptq_(module, names, grid, kept, call or _default_call(module))
+    structure.apply(module, quantize_change(names, grid, f"quantize_weights_.{method}"))
+    return names
+
+
+def _default_call(module: nn.Module) -> Callable[[Any], Any]:
+    return lambda batch: module(**batch) if isinstance(batch, dict) else module(batch)
+
+
+def _block_of(name: str) -> str:
+    found = _BLOCK.match(name)
+    return found[1] if found else name
+
+
+@torch.no_grad()
+def _gptq_(
+    module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
+) -> None:
+    """Round block by block: each block's Hessians are of inputs that come through the blocks rounded before."""
+    training = module.training
+    module.eval()
+    try:
+        for _, block in groupby(names, _block_of):
+            layers = {name: module.get_submodule(name) for name in block}
+            for name, hessian in _hessians(layers, batches, call).items():
+                weight = layers[name].weight
+                assert isinstance(weight, torch.Tensor)
+                transposed = inputs_of(layers[name]) != weight.shape[1] or type(layers[name]).__name__ == "Conv1D"
+                rows = weight.t() if transposed else weight
+                rounded = gptq_weight(rows.float(), hessian, grid).to(weight.dtype)
+                weight.copy_(rounded.t() if transposed else rounded)
+    finally:
+        module.train(training)
+
+
+def _hessians(layers: dict[str, nn.Module], batches: list[Any], call: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
+    """Sum of ``x xᵀ`` over all inputs of each layer."""
+    sums = {name: torch.zeros(inputs_of(layer), inputs_of(layer)) for name, layer in layers.items()}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().float().reshape(-1, args[0].shape[-1])
+            sums[name] = sums[name].to(x.device).addmm_(x.t(), x)
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            call(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
