@@ -256,14 +256,14 @@ def smollm2(quick: bool, minutes: float) -> None:
         texts=[text], tokenizer=tokenizer, length=64 if quick else 128, batch_size=2
     )
     data.setup("fit")
-    held = data.held.columns["input_ids"][: 2 if quick else 32]
+    held = data.held.columns["input_ids"][: 2 if quick else 16]
     rounded = la.CausalLM(str(source)).model
     scores = {"float32": perplexity(rounded, held)}
     la.quantization.quantize_weights_(rounded, "int4")
     scores["int4, rounded"] = perplexity(rounded, held)
     del rounded
     L.seed_everything(0, verbose=False)
-    module = la.CausalLM(str(source), lora=la.LoRA(8), lr=2e-4)
+    module = la.CausalLM(str(source), lora=la.LoRA(8), lr=5e-4, warmup=0.0)
     fitting = trainer(2 if quick else 100_000, la.QuantizationAwareTraining(target="int4", start=0))
     fitting.callbacks.append(Timer({"minutes": minutes}, verbose=False))
     began = time.monotonic()
