@@ -114,7 +114,8 @@ def main() -> None:
         lr=3e-4,
         distill=la.TokenKL(str(folder), alpha=1.0, top_k=32, cache="artifacts/language_model_cache"),
     )
-    export = la.LanguageModelExport("artifacts/language_model", tokenizer, engines=ENGINES)
+    engines = ["transformers", "llama.cpp"] if quick else ENGINES
+    export = la.LanguageModelExport("artifacts/language_model", tokenizer, engines=engines)
     int4 = la.QuantizationAwareTraining(target="int4", group=32, exclude=["lm_head"], start=0)
     trainer(4 if quick else 200, int4, export).fit(student, data)
 

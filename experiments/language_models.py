@@ -134,8 +134,8 @@ class Work:
                 Path(scratch) / "bundle",
                 self.tokenizer,
                 self.held,
-                formats=["compressed-tensors", "gptq", "gguf", "onnx-genai"],
-                engines=installed(),
+                formats=["gguf"] if self.quick else ["compressed-tensors", "gptq", "gguf", "onnx-genai"],
+                engines=["transformers"] if self.quick else installed(),
                 new_tokens=4 if self.quick else 24,
             )
         return {key: report[key] for key in ("formats", "engines", "failed", "parameters", "quantized_parameters")}
@@ -173,8 +173,10 @@ class Work:
                 optimizer.zero_grad()
 
             variants[name] = run
-        rounds = 5 if self.quick else 40
-        result = benchmark(variants, baseline="float", rounds=rounds, min_rounds=5, max_seconds=240, warmup_s=2)
+        rounds = 3 if self.quick else 40
+        result = benchmark(
+            variants, baseline="float", rounds=rounds, min_rounds=3, max_seconds=240, warmup_s=0.1 if self.quick else 2
+        )
         ratios = {one.name: 1 / one.speedup.value for one in result.measurements if one.name != "float"}
         return {"int4 / float": ratios["int4"], "null run": ratios["float again"], "rounds": result.rounds}
 
@@ -254,14 +256,14 @@ def smollm2(quick: bool, minutes: float) -> None:
         texts=[text], tokenizer=tokenizer, length=64 if quick else 128, batch_size=2
     )
     data.setup("fit")
-    held = data.held.columns["input_ids"][: 2 if quick else 32]
+    held = data.held.columns["input_ids"][: 2 if quick else 16]
     rounded = la.CausalLM(str(source)).model
     scores = {"float32": perplexity(rounded, held)}
     la.quantization.quantize_weights_(rounded, "int4")
     scores["int4, rounded"] = perplexity(rounded, held)
     del rounded
     L.seed_everything(0, verbose=False)
-    module = la.CausalLM(str(source), lora=la.LoRA(8), lr=2e-4)
+    module = la.CausalLM(str(source), lora=la.LoRA(8), lr=5e-4, warmup=0.0)
     fitting = trainer(2 if quick else 100_000, la.QuantizationAwareTraining(target="int4", start=0))
     fitting.callbacks.append(Timer({"minutes": minutes}, verbose=False))
     began = time.monotonic()

@@ -63,3 +63,21 @@ def test_distillation_of_text(tmp_path):
     assert process.returncode == 0, process.stderr
     assert re.search(r"From the bundle: cosine 0\.\d+ to the teacher on 32 held-out sentences", process.stdout)
     assert json.loads((tmp_path / "artifacts" / "distill_text" / "manifest.json").read_text())["complete"]
+
+
+def test_a_language_model(tmp_path):
+    for package in ("transformers", "gguf", "compressed_tensors", "peft", "xllamacpp"):
+        pytest.importorskip(package, reason="the extra `lm-engines` is not installed")
+    process = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:lightning_accel", "-m", "examples.language_model", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"Held-out perplexity: \d+\.\d\d in float32, \d+\.\d\d in int4\.", process.stdout)
+    assert process.stdout.splitlines()[-1].startswith("From the bundle, by llama.cpp: The import statement")
+    manifest = json.loads((tmp_path / "artifacts" / "language_model" / "manifest.json").read_text())
+    assert (manifest["kind"], sorted(manifest["engines"])) == ("language-model", ["llama.cpp", "transformers"])

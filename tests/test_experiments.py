@@ -174,3 +174,21 @@ def test_serving():
     assert sum(": 0 of " in line and "innocent requests failed" in line for line in lines) == 4
     assert "rows that are no result of the runner at batch 1 or 16: 0; requests without an answer: 0" in lines
     assert re.fullmatch(r"p99 at 8 clients: \d+\.\d+x of p50 \(target: at most 3, (reached|missed)\)", lines[-1])
+
+
+def test_language_models(tmp_path):
+    for package in ("transformers", "gguf", "compressed_tensors", "peft"):
+        pytest.importorskip(package, reason="the extra `lm` is not installed")
+    lines = quick("language_models", "--folder", str(tmp_path)).stdout.splitlines()
+    found = {
+        line.partition(": ")[0]: json.loads(line.partition(": ")[2])
+        for line in lines
+        if re.match(r"(grids|adapters): ", line)
+    }
+    assert found["adapters"]["inside the grid"] == 0.0 < found["adapters"]["over a rounded base"]
+    assert found["grids"]["signed extreme / -8 (here)"] == {"gguf": 1.0, "onnxruntime": 1.0}
+    assert found["grids"]["largest / 7"]["gguf"] < 0.6
+    assert re.fullmatch(
+        r"loss of perplexity, distilled / rounded, 1 seeds: .* \(target: at most 0.5, (reached|missed)\)", lines[-2]
+    )
+    assert re.fullmatch(r"step of LoRA .*: \d+\.\d{3} \(target: at most 1.15, (reached|missed)\)", lines[-1])

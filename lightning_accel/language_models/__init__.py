@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from lightning_accel.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from lightning_accel.language_models.bundle import open_bundle as open_bundle
     from lightning_accel.language_models.bundle import write_language_bundle as write_language_bundle
     from lightning_accel.language_models.causal_lm import CausalLM as CausalLM
     from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_accel.language_models.lora import merge_lora_ as merge_lora_
     from lightning_accel.language_models.lora import save_adapter as save_adapter
     from lightning_accel.language_models.lora import set_adapters_ as set_adapters_
+    from lightning_accel.language_models.opening import open_bundle as open_bundle
     from lightning_accel.language_models.perplexity import Perplexity as Perplexity
     from lightning_accel.language_models.token_data import TokenDataModule as TokenDataModule
     from lightning_accel.language_models.token_data import TokenSequences as TokenSequences
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CausalLM": "language_models.causal_lm",
     "LanguageModelExport": "language_models.export",
-    "open_bundle": "language_models.bundle",
+    "open_bundle": "language_models.opening",
     "write_language_bundle": "language_models.bundle",
     "LoRA": "language_models.lora",
     "add_lora_": "language_models.lora",

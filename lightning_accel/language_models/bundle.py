@@ -1,4 +1,4 @@
-"""Write and open bundles of language models: one folder per format, the tokenizer, the proof, the manifest."""
+"""Write bundles of language models: one folder per format, the tokenizer, the proof, the manifest."""
 
 import copy
 import json
@@ -13,16 +13,14 @@ from torch import nn
 
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.bundle.writer import staged, write_manifest
-from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError, LightningAccelError, VerificationError
-from lightning_accel.language_models.engines.base import TextEngine
-from lightning_accel.language_models.engines.registry import engine_entry, open_engine
+from lightning_accel.language_models.engines.registry import engine_entry
 from lightning_accel.language_models.formats.registry import format_named
 from lightning_accel.language_models.lora import hugging_face_model, save_adapter, set_adapters_
+from lightning_accel.language_models.opening import ADAPTERS, KIND, TOKENIZER
 from lightning_accel.language_models.proof import EngineProof, Reference, prove_engine, prove_format, render_prompts
 from lightning_accel.language_models.report import render_markdown, render_page
 from lightning_accel.language_models.shipped import (
-    TOKENIZER,
     ShippedModel,
     check_tokenizer,
     reference_model,
@@ -30,7 +28,6 @@ from lightning_accel.language_models.shipped import (
     write_tokenizer,
 )
 
-KIND = "language-model"
 PACKAGES = (
     "transformers",
     "tokenizers",
@@ -41,7 +38,6 @@ PACKAGES = (
     "xllamacpp",
     "openvino-genai",
 )
-ADAPTERS = "adapters"
 _WITH_ADAPTERS = ("transformers", "vllm")
 
 
@@ -201,42 +197,3 @@ def _file(engine: str) -> str:
     """Main file of an engine in the bundle."""
     one = format_named(engine_entry(engine).format)
     return f"{one.name}/{one.file}"
-
-
-def read_language_manifest(bundle: str | Path) -> dict[str, Any]:
-    """The manifest of a language model's bundle, all of whose files are as they were written.
-
-    Raises:
-        MissingFileError: there is no manifest, or a file is missing.
-        InvalidArgumentError: a file changed, or it is a bundle of another kind.
-    """
-    manifest = read_manifest(bundle)
-    if manifest.get("kind") != KIND:
-        raise InvalidArgumentError(
-            f"Argument `bundle` must be one of LanguageModelExport, but got {str(bundle)!r}, which is no language model. Use `load_runner`."
-        )
-    check_files(bundle, manifest)
-    return manifest
-
-
-def open_bundle(bundle: str | Path, engine: str | None = None, **options: Any) -> TextEngine:
-    """Open an engine of a bundle that passed its proof; every file is compared with the manifest first.
-
-    Args:
-        bundle: folder.
-        engine: name; ``None`` takes the first that passed.
-        options: of the engine: ``threads``, ``context``, ``adapter``.
-
-    Raises:
-        InvalidArgumentError: the engine isn't in the bundle, or a file changed.
-    """
-    manifest = read_language_manifest(bundle)
-    default = manifest.get("default")
-    name = engine or (default["engine"] if default else "")
-    if name not in manifest["engines"]:
-        why = manifest.get("failed", {}).get(name, {}).get("reason", "it wasn't proven when the bundle was written")
-        raise InvalidArgumentError(
-            f"Argument `engine` must be one of the bundle's {sorted(manifest['engines'])}, but got {name!r}: {why}."
-        )
-    options = {"context": manifest["context"], **options}
-    return open_engine(name, bundle, **options)

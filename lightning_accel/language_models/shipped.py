@@ -16,8 +16,6 @@ from lightning_accel.language_models.lora import adapter_names, adapters_of, hug
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
 from lightning_accel.quantization.weight_only.layers import integers_of
 
-TOKENIZER = "tokenizer"
-
 
 @dataclass
 class ShippedModel:

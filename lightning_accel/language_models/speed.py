@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning_accel.benchmarking.environment import environment
 from lightning_accel.errors import EngineError, InvalidArgumentError
-from lightning_accel.language_models.bundle import open_bundle, read_language_manifest
 from lightning_accel.language_models.engines.base import TextEngine
+from lightning_accel.language_models.opening import open_bundle, read_language_manifest
 
 _MARK = "lightning-accel speed: "
 _NULL = "(again)"

@@ -12,11 +12,11 @@ for package in ("transformers", "gguf", "compressed_tensors", "onnxruntime_genai
     pytest.importorskip(package, reason="the extra `lm` is not installed")
 
 from lightning_accel.language_models import bundle as bundles  # noqa: E402  # after the skip
-from lightning_accel.language_models.bundle import open_bundle  # noqa: E402
 from lightning_accel.language_models.causal_lm import CausalLM  # noqa: E402
 from lightning_accel.language_models.export import LanguageModelExport  # noqa: E402
 from lightning_accel.language_models.formats.registry import FORMATS  # noqa: E402
 from lightning_accel.language_models.lora import LoRA  # noqa: E402
+from lightning_accel.language_models.opening import open_bundle  # noqa: E402
 from lightning_accel.language_models.token_data import TokenSequences  # noqa: E402
 from tests.support.language import llama, tokenizer, tokens, trainer  # noqa: E402
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -48,3 +50,11 @@ def test_an_engine_that_fails_is_listed_with_its_reason(tmp_path, monkeypatch):
     found = benchmark_language_bundle(tmp_path)
     assert "must run in its own process, but failed: " in found["failed"]["gone"]
     assert "gone: Engine `gone` must run" in render_speed(found)
+
+
+def test_engines_are_measured_without_torch():
+    code = (
+        "import sys, lightning_accel.language_models.speed; print('torch' in sys.modules, 'lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

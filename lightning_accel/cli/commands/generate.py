@@ -23,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
-    from lightning_accel.language_models.bundle import ADAPTERS, open_bundle, read_language_manifest
-    from lightning_accel.language_models.shipped import TOKENIZER
+    from lightning_accel.language_models.opening import ADAPTERS, TOKENIZER, open_bundle, read_language_manifest
     from lightning_accel.language_models.token_data import load_tokenizer
 
     if arguments.tokens < 1:
