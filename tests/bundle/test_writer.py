@@ -172,7 +172,6 @@ def test_a_full_disk_is_refused_before_training(trainer, tmp_path):
         ({"inputs": "x"}, TypeError),
         ({"dynamic": 5}, TypeError),
     ],
-    ids=str,
 )
 def test_what_would_fail_at_the_end_is_no_argument(arguments, kind):
     with pytest.raises(kind, match=f"Argument `{next(iter(arguments))}` must be"):

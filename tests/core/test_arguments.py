@@ -56,7 +56,6 @@ from lightning_accel.errors import InvalidArgumentError, InvalidArgumentTypeErro
         (Path, [Path("x")], ["x"], "a Path"),
         (Any, [None, 1, object()], [], "an Any"),
     ],
-    ids=str,
 )
 def test_values_fit_their_annotation(hint, right, wrong, words):
     assert [value for value in right if not fits(value, hint)] == []

@@ -168,6 +168,11 @@ def test_other_bodies_and_paths(server, path, content, code, text):
     assert text in response.json()["error"]
 
 
+def test_neither_torch_nor_lightning_is_loaded(server):
+    for pid in (server.process.pid, *server.workers()):
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_metadata_and_health(server, bundles):
     assert server.client.get("/v2/health/live").json() == {"live": True}
     assert server.client.get("/v2/health/ready").json() == {"ready": True}
