@@ -209,7 +209,14 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
         return _BUILTIN[name](cpu_has_vnni() if vnni is None else vnni)
     found: Target | None = _registered.get(name) or load_entry_point(ENTRY_POINTS, name, Target)
     if found is None:
-        raise InvalidArgumentError(f"Argument `target` must be one of {sorted(target_names())}, but got {name!r}.")
+        hint = (
+            " Weights alone are quantized by QuantizationAwareTraining, or without training by `quantization.quantize_weights_`."
+            if name in ("int4", "int8-weights")
+            else ""
+        )
+        raise InvalidArgumentError(
+            f"Argument `target` must be one of {sorted(target_names())}, but got {name!r}.{hint}"
+        )
     return found
 
 

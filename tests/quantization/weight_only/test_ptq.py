@@ -98,3 +98,9 @@ def test_a_weight_that_is_also_an_embedding_stays_float():
     with pytest.raises(InvalidArgumentError, match="got `2`, whose weight is also the embedding `0`"):
         quantize_weights_(net, include="2")
     assert quantize_weights_(net) == ["1"]
+
+
+@pytest.mark.parametrize("target", ["int4", "int8-weights"])
+def test_where_activations_are_quantized_too_the_error_names_the_function(target):
+    with pytest.raises(ValueError, match="without training by `quantization.quantize_weights_`"):
+        la.quantize(torch.nn.Linear(32, 4), [torch.randn(4, 32)], target=target)
