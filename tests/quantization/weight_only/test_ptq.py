@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_accel as la
 from lightning_accel.core.effective_weight import EffectiveLinear
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.weight_only.gptq import gptq_weight
@@ -102,5 +103,5 @@ def test_a_weight_that_is_also_an_embedding_stays_float():
 
 @pytest.mark.parametrize("target", ["int4", "int8-weights"])
 def test_where_activations_are_quantized_too_the_error_names_the_function(target):
-    with pytest.raises(ValueError, match="without training by `quantization.quantize_weights_`"):
+    with pytest.raises(ValueError, match=r"without training by `quantization\.quantize_weights_`"):
         la.quantize(torch.nn.Linear(32, 4), [torch.randn(4, 32)], target=target)
