@@ -36,7 +36,9 @@ def test_verify_with_the_samples_in_the_bundle(bundle, capsys, tmp_path):
     )  # the GPU's part is still to be proven
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" files match the manifest")
-    assert [line.split(" (")[0] for line in lines[1:]] == [
+    # A float32 file that ships, because it is faster here, is one more line.
+    assert [line for line in lines[5:] if not line.startswith("onnxruntime (reference.onnx): passed")] == []
+    assert [line.split(" (")[0] for line in lines[1:5]] == [
         "file as written, against what was trained",
         "onnxruntime",
         "tensorrt",
@@ -46,7 +48,7 @@ def test_verify_with_the_samples_in_the_bundle(bundle, capsys, tmp_path):
     assert "not run here" in lines[3]
     assert "needs an NVIDIA GPU" in lines[3]
     told = json.loads((tmp_path / "v.json").read_text())
-    assert [line["status"] for line in told["lines"]] == ["passed", "passed", "not run here", "passed"]
+    assert [line["status"] for line in told["lines"][:4]] == ["passed", "passed", "not run here", "passed"]
     assert told["lines"][1]["check"]["batch_sizes"] == {"1": 16, "7": 16, "16": 16}
 
 
