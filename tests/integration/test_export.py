@@ -55,7 +55,8 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     teacher, floating, untrained, int8, engine = report["rows"]
     assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in (teacher, floating, int8))
     assert engine["p50_ms"] is None
-    assert (untrained["total"], untrained["p50_ms"], report["ships"]) == (96, None, "student int8")
+    assert (untrained["total"], untrained["p50_ms"]) == (96, None)
+    assert report["ships"] in ("student fp32", "student int8")  # by what was measured; tests/export/test_default_rule.py has the rule
     (earned,) = (note["text"] for note in report["notes"] if note["kind"] == "qat benefit")
     points = float(re.search(r"([+-][\d.]+) points", earned)[1])
     assert points == pytest.approx(100 * (int8["accuracy"] - untrained["accuracy"]), abs=100 / 96 + 0.01)  # a flip
@@ -103,10 +104,10 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert "TensorRT: built here, not run" in (bundle / "report.md").read_text()
     assert (bundle / "report.png").read_bytes().startswith(b"\x89PNG")
 
-    # What the module computes after fit is what ships, and what Trainer.test measures.
+    # What the module computes after fit is what the int8 file computes, and what Trainer.test measures.
     (tested,) = t.test(module, val(), verbose=False)
     x, y = val().dataset.tensors
-    with la.load_runner(bundle, emulate=True) as runner:
+    with la.load_runner(bundle / "model.onnx", emulate=True) as runner:
         logits = runner(x.numpy())
     assert tested["test_accuracy"] == pytest.approx((logits.argmax(1) == y.numpy()).mean(), abs=0.011)
     module.eval()
@@ -219,7 +220,7 @@ def test_an_interrupt_leaves_no_bundle(trainer, tmp_path):
     callbacks = [la.WeightPruning(0.5, end=1), la.ModelExport(tmp_path / "b"), Stop("interrupt")]
     with pytest.raises(SystemExit):
         trainer(*callbacks).fit(Classifier(), loader(), val())
-    assert not list(tmp_path.glob("*b*"))
+    assert [path.name for path in tmp_path.glob("*b*")] == ["b.interrupted.ckpt"]
 
 
 class Noisy(Classifier):
