@@ -440,13 +440,13 @@ def test_fast_dev_run_tries_the_path_and_writes_nothing(trainer, tmp_path):
     assert not list(tmp_path.glob("*b*"))
 
 
-def test_predict_after_fit_computes_what_ships(trainer, tmp_path):
+def test_predict_after_fit_computes_what_the_int8_file_does(trainer, tmp_path):
     module = Classifier()
     t = trainer(la.QuantizationAwareTraining("portable", start=0), la.ModelExport(tmp_path / "b"))
     t.fit(module, loader(), val())
     x = images(8, 3).tensors[0]
     predicted = torch.cat(t.predict(module, DataLoader(x, 4)))
-    with la.load_runner(tmp_path / "b", emulate=True) as runner:
+    with la.load_runner(tmp_path / "b", "onnxruntime", emulate=True) as runner:  # whichever is the default
         assert np.median(np.abs(runner(x.numpy()) - predicted.numpy())) < 1e-6
 
 
