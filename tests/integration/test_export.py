@@ -505,8 +505,8 @@ import wandb; wandb.finish()
     ):
         assert f"'{name}'" in keys
     shipped = ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("SHIPPED"))[8:])
-    row = json.loads((tmp_path / "b" / "report.json").read_text())["rows"][-1]
-    assert row["name"] == "student int8"
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    (row,) = (row for row in report["rows"] if row["name"] == report["ships"])
     assert shipped == {
         "shipped/accuracy": row["accuracy"],
         "shipped/latency_ms": row["p50_ms"],

@@ -80,12 +80,16 @@ def test_dynamic_axes_without_a_profile_name_the_input(tmp_path):
         [(4, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)],
         [(0, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)],
         [(1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 9, 8)],
-        [(1, 3, 8, 8), (2.0, 3, 8, 8), (4, 3, 8, 8)],
     ],
 )
 def test_profiles_that_do_not_fit(built, shapes):
     with pytest.raises(ValueError, match=r"must give input `x` of shape \(-1, 3, 8, 8\) three such shapes"):
         build(built[0], profile={"x": shapes})
+
+
+def test_a_profile_holds_integers(built):
+    with pytest.raises(TypeError, match="Argument `profile` must be a dict of strings to a list of a list of integers"):
+        build(built[0], profile={"x": [(1, 3, 8, 8), (2.0, 3, 8, 8), (4, 3, 8, 8)]})
 
 
 def test_profile_of_an_unknown_input(built):

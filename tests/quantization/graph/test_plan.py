@@ -219,11 +219,11 @@ def test_every_network_of_the_zoo_trains_quantized():
 
 def test_targets_of_ones_own_are_checked():
     with pytest.raises(ValueError, match="Argument `activations` must be one of"):
-        Target("x", "int4", 127, (), "")
+        Target("x", "int4", 127, ("onnxruntime",), "")
     with pytest.raises(ValueError, match="Argument `weight_max` must be from 1 to 127"):
-        Target("x", "int8", 255, (), "")
+        Target("x", "int8", 255, ("onnxruntime",), "")
     with pytest.raises(ValueError, match=r"Argument `operators` must hold some of .*, but got \['sort'\]"):
-        Target("x", "int8", 127, (), "", operators=("sort",))
+        Target("x", "int8", 127, ("onnxruntime",), "", operators=("sort",))
     with pytest.raises(ValueError, match="Argument `rest` must be"):
-        Target("x", "int8", 127, (), "", rest="fp8")
+        Target("x", "int8", 127, ("onnxruntime",), "", rest="fp8")
     assert target_of(EVERYTHING) is EVERYTHING
