@@ -128,10 +128,15 @@ def test_integers_behind_no_chosen_output_are_not_written(tmp_path):
     assert export.input_names == ("past",)
 
 
-@pytest.mark.parametrize("outputs", [[], ["nothing"], "forecast", ["forecast", "forecast"], {"forecast": ""}])
+@pytest.mark.parametrize("outputs", [[], ["nothing"], ["forecast", "forecast"], {"forecast": ""}])
 def test_outputs_that_are_not_there(tmp_path, outputs):
     with pytest.raises(
         InvalidArgumentError, match=r"Argument `outputs` must hold names of outputs, each once, of \['hidden'"
     ):
         export_onnx(Alone(), (batch(),), tmp_path / "m.onnx", outputs=outputs)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_string_is_no_list_of_outputs(tmp_path):
+    with pytest.raises(TypeError, match="Argument `outputs` must be a list of strings, .* but got 'forecast'"):
+        export_onnx(Alone(), (batch(),), tmp_path / "m.onnx", outputs="forecast")
