@@ -56,7 +56,10 @@ def test_distilled_pruned_quantized_exported_verified_and_built_in_one_run(train
     assert all(row["total"] == 96 and row["p50_ms"] > 0 for row in (teacher, floating, int8))
     assert engine["p50_ms"] is None
     assert (untrained["total"], untrained["p50_ms"]) == (96, None)
-    assert report["ships"] in ("student fp32", "student int8")  # by what was measured; tests/export/test_default_rule.py has the rule
+    assert report["ships"] in (
+        "student fp32",
+        "student int8",
+    )  # by what was measured; tests/export/test_default_rule.py has the rule
     (earned,) = (note["text"] for note in report["notes"] if note["kind"] == "qat benefit")
     points = float(re.search(r"([+-][\d.]+) points", earned)[1])
     assert points == pytest.approx(100 * (int8["accuracy"] - untrained["accuracy"]), abs=100 / 96 + 0.01)  # a flip

@@ -138,5 +138,5 @@ def test_outputs_that_are_not_there(tmp_path, outputs):
 
 
 def test_a_string_is_no_list_of_outputs(tmp_path):
-    with pytest.raises(TypeError, match="Argument `outputs` must be a list of strings, .* but got 'forecast'"):
+    with pytest.raises(TypeError, match=r"Argument `outputs` must be a list of strings, .* but got 'forecast'"):
         export_onnx(Alone(), (batch(),), tmp_path / "m.onnx", outputs="forecast")
