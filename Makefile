@@ -41,7 +41,7 @@ docs: $(INSTALLED)
 
 # The tutorial of the first ten minutes, and the oldest and newest versions of the extra `runtime`, in empty environments: about ten minutes.
 empty-environments: wheel
-	.ci/first-minutes $(BIN)/python
+	CONSTRAINTS=$(CURDIR)/constraints.txt .ci/first-minutes $(BIN)/python
 	.ci/runtime-versions $(BIN)/python
 
 # New results of the experiments beside the recorded ones: make experiments-compare ARGS="--against HEAD~5"
