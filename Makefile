@@ -23,7 +23,7 @@ artifacts/teacher.ckpt: $(INSTALLED)
 
 # Two processes with a thread each: tiny networks gain nothing from more, and wait for each other with it.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 # The same with the share of lines that the tests run. It takes 1.7 times as long, too long for CI; it has no threshold.
 coverage: $(INSTALLED)

@@ -10,6 +10,23 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# With a file to each process these would start last, as they have few tests, and the other processes would wait for them.
+_LONGEST = (
+    "tests/test_docs.py",
+    "tests/test_experiments.py",
+    "tests/integration/test_ordinary_networks.py",
+    "tests/integration/test_engines_and_precisions.py",
+    "tests/integration/test_export.py",
+    "tests/onnx/test_operators.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest; `--no-loadscope-reorder` keeps this order."""
+    order = {name: index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _translations_parsed_once():
     """Keep the registry that `torch.onnx.export` makes of onnxscript's sources each time: two thirds of a small export."""
