@@ -140,13 +140,7 @@ def _loaded(model: Any, cls: type[L.LightningModule] | None) -> L.LightningModul
                 f"Argument `cls` must be the LightningModule's class with a checkpoint, but got None for {Path(model)}. Pass cls=MyModule."
             )
         return load_from_checkpoint(cls, Path(model))
-    if is_lightning_module(model):
-        return model
-    if isinstance(model, nn.Module):
-        return _around(model)
-    raise InvalidArgumentTypeError(
-        f"Argument `model` must be a module or the path of a checkpoint, but got {type(model).__name__}."
-    )
+    return model if is_lightning_module(model) else _around(model)
 
 
 class _Network(L.LightningModule):

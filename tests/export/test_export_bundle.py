@@ -81,7 +81,7 @@ def test_a_checkpoint_of_quantization_aware_training_ships_as_trained(trainer, t
             "Argument `cls` must be the LightningModule's class with a checkpoint, but got None",
         ),
         ({"model": "x.ckpt", "cls": Classifier}, FileNotFoundError, "x.ckpt"),
-        ({"model": 5}, TypeError, "Argument `model` must be a module or the path of a checkpoint, but got int"),
+        ({"model": 5}, TypeError, "Argument `model` must be a Module, a string or a path, but got 5"),
         ({"target": "portable"}, ValueError, "Argument `calibration` must come with `target`"),
         ({"calibration": []}, ValueError, "Argument `calibration` must come with `target`"),
         ({"engine": "x"}, TypeError, "unexpected keyword argument 'engine'"),

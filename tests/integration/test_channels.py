@@ -131,7 +131,7 @@ def test_pruned_quantized_distilled_and_exported(trainer, tmp_path):
     for file in (tmp_path / "bundle").glob("*.onnx"):  # the student is 4 wide, its teacher 12
         assert all(12 not in tensor.dims for tensor in onnx.load(file).graph.initializer)
     x = loader(32, 32, seed=3).dataset.tensors[0]
-    with la.load_runner(tmp_path / "bundle", emulate=True) as runner, torch.no_grad():
+    with la.load_runner(tmp_path / "bundle" / "model.onnx", emulate=True) as runner, torch.no_grad():
         logits, wanted = torch.from_numpy(runner(x.numpy())), net.eval()(x)
     assert (logits - wanted).abs().median() <= 1e-6 * (wanted.max() - wanted.min())
 
