@@ -23,6 +23,7 @@ from lightning_accel.serving.worker import CANARY, Served, WorkerSettings, work
 _START_S = 180.0  # until a worker has loaded and proven its bundle
 _BACKOFF_S = (0.1, 0.5, 2.0, 5.0)  # before a worker that died again is started again
 _STOP_S = 5.0
+_POLL_S = 0.002  # after which the queue is looked at while a worker computes
 _LOOK_S = 0.5  # after which an idle worker is looked at
 
 Feeds = Mapping[str, np.ndarray]
@@ -109,11 +110,11 @@ class RequestQueue:
             self.rows += pending.rows
             self._changed.notify_all()
 
-    async def put_back(self, batch: Sequence[Pending]) -> None:
-        """Put requests whose batch failed in front, each to be run alone."""
+    async def put_back(self, batch: Sequence[Pending], *, alone: bool = True) -> None:
+        """Put requests in front; those whose batch failed are to be run alone."""
         async with self._changed:
             for pending in reversed(batch):
-                pending.alone = True
+                pending.alone = alone
                 self._waiting.appendleft(pending)
                 self.rows += pending.rows
             self._changed.notify_all()
@@ -143,6 +144,13 @@ class RequestQueue:
                         break
                 if first in self._waiting:
                     return self._removed(self._fitting(first))
+
+    def take_full(self) -> list[Pending]:
+        """A whole batch, if so many requests wait that there is one; otherwise nothing."""
+        if self._taking.locked() or not (self._drop_answered() and self._waiting) or self._waiting[0].alone:
+            return []
+        batch = self._fitting(self._waiting[0])
+        return self._removed(batch) if sum(pending.rows for pending in batch) >= self.max_batch else []
 
     def _drop_answered(self) -> bool:
         """Remove requests that timed out or whose client has gone."""
@@ -212,7 +220,7 @@ class WorkerPool:
         self.served: Served
         self._workers: dict[int, _Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._threads = ThreadPoolExecutor(2 * settings.workers, thread_name_prefix="worker")
+        self._threads = ThreadPoolExecutor(3 * settings.workers, thread_name_prefix="worker")
         self._context = multiprocessing.get_context("spawn")  # engines don't survive a fork
         self._busy = 0
 
@@ -319,23 +327,49 @@ class WorkerPool:
                 self._busy -= 1
 
     async def _run(self, worker: _Worker, batch: list[Pending]) -> bool:
-        """Run a batch; False if the worker was lost."""
-        rows = sum(pending.rows for pending in batch)
+        """Run a batch, and those that are full when its turn is over; False if the worker was lost.
+
+        The next full batch is sent while the worker computes, so that it needn't wait for it.
+        """
+        await self._in_time(_send, worker.connection, self._feeds(batch))
+        while batch:
+            following: list[Pending] = []
+            reply = asyncio.ensure_future(self._in_time(_receive, worker.connection, self.settings.stall_s))
+            while not reply.done():
+                await asyncio.wait({reply}, timeout=_POLL_S)
+                if not reply.done() and not following and self.served.batched and (following := self.queue.take_full()):
+                    await self._in_time(_send, worker.connection, self._feeds(following))
+            await self._answered(batch, reply.result())
+            if reply.result() is None:
+                await self.queue.put_back(following, alone=False)
+                return False
+            batch = following
+        return True
+
+    def _feeds(self, batch: list[Pending]) -> dict[str, np.ndarray]:
+        """Inputs of a batch, filled up by its last row."""
         feeds = {name: _joined([pending.feeds[name] for pending in batch]) for name in batch[0].feeds}
-        padded = max(rows, self.settings.pad_to) if self.served.batched else rows
-        if padded > rows:
-            feeds = {name: np.concatenate([a, np.repeat(a[-1:], padded - rows, 0)]) for name, a in feeds.items()}
-        reply = await self._asked(worker, feeds)
+        missing = self._padded(batch) - sum(pending.rows for pending in batch)
+        if missing:
+            feeds = {name: np.concatenate([a, np.repeat(a[-1:], missing, 0)]) for name, a in feeds.items()}
+        return feeds
+
+    def _padded(self, batch: list[Pending]) -> int:
+        rows = sum(pending.rows for pending in batch)
+        return max(rows, self.settings.pad_to) if self.served.batched else rows
+
+    async def _answered(self, batch: list[Pending], reply: Any) -> None:
+        """Give each request its rows; or, if the batch failed, its error or another try."""
         if isinstance(reply, dict):
-            self._event("batch", rows)
+            self._event("batch", sum(pending.rows for pending in batch))
             start = 0
             for pending in batch:
                 end = start + pending.rows
                 if not pending.future.done():
                     own = reply if not self.served.batched else {n: a[start:end] for n, a in reply.items()}
-                    pending.future.set_result(Answer(own, padded))
+                    pending.future.set_result(Answer(own, self._padded(batch)))
                 start = end
-            return True
+            return
         again = [pending for pending in batch if not pending.future.done()]
         if batch[0].alone or (len(batch) == 1 and reply is not None):
             why = "its worker died twice" if reply is None else reply
@@ -343,12 +377,16 @@ class WorkerPool:
                 pending.future.set_exception(RequestFailedError(f"The engine can't run this request: {why}"))
         else:
             await self.queue.put_back(again)
-        return reply is not None
 
     async def _asked(self, worker: _Worker, message: Any) -> Any:
         """A worker's answer; ``None`` if it died or doesn't answer."""
-        asked = asyncio.ensure_future(self._in_thread(_ask, worker.connection, message, self.settings.stall_s))
-        done, _ = await asyncio.wait({asked}, timeout=self.settings.stall_s + 1)  # a stopped process doesn't even read
+        await self._in_time(_send, worker.connection, message)
+        return await self._in_time(_receive, worker.connection, self.settings.stall_s)
+
+    async def _in_time(self, function: Callable[..., Any], *args: Any) -> Any:
+        """The result of a function in a thread; ``None`` if it takes too long: a stopped process doesn't even read."""
+        asked = asyncio.ensure_future(self._in_thread(function, *args))
+        done, _ = await asyncio.wait({asked}, timeout=self.settings.stall_s + 1)
         return asked.result() if done else None
 
     async def _lost(self, slot: int) -> None:
@@ -363,9 +401,13 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _ask(connection: Connection, message: Any, timeout_s: float) -> Any:
-    try:
+def _send(connection: Connection, message: Any) -> None:
+    with suppress(EOFError, OSError):  # a dead worker: there will be no answer
         connection.send(message)
+
+
+def _receive(connection: Connection, timeout_s: float) -> Any:
+    try:
         return connection.recv() if connection.poll(timeout_s) else None
     except (EOFError, OSError):
         return None

@@ -70,3 +70,20 @@ def test_no_more_rows_wait_than_may_and_those_that_are_answered_do_not_count():
         assert [one.rows for one in await queue.take(True)] == [3]
 
     run(test)
+
+
+def test_a_full_batch_can_be_taken_while_another_one_runs():
+    async def test():
+        queue = RequestQueue(max_batch=3, wait_s=0.0, limit=100)
+        given = [pending() for _ in range(5)]
+        for one in given[:2]:
+            await queue.put(one)
+        assert queue.take_full() == []
+        for one in given[2:]:
+            await queue.put(one)
+        assert queue.take_full() == given[:3]
+        assert queue.take_full() == []
+        await queue.put_back(given[:3], alone=False)
+        assert await queue.take(True) == given[:3]
+
+    run(test)
