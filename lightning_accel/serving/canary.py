@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_accel.core.arrays import read_named
 from lightning_accel.engines.base import Runner
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.errors import InvalidArgumentError, VerificationError
@@ -30,8 +31,7 @@ class Canary:
                 f"Argument `bundle` must hold samples to check the engine with, but {bundle} holds none. Export with "
                 "ModelExport(keep_samples=16), or serve unchecked with --no-canary."
             )
-        with np.load(bundle / SAMPLES, allow_pickle=False) as kept:
-            self.feeds, _ = split_samples(dict(kept), self._manifest)
+        self.feeds, _ = split_samples(read_named(bundle / SAMPLES, "bundle"), self._manifest)
         self._first: dict[str, np.ndarray] = {}
 
     def prove(self, runner: Runner) -> None:

@@ -4,6 +4,7 @@ A request that fails in a batch, or whose worker dies, is run once more, alone: 
 """
 
 import asyncio
+import math
 import multiprocessing
 import time
 from collections import deque
@@ -293,7 +294,8 @@ class WorkerPool:
 
     async def _serve(self, slot: int) -> None:
         """Give batches to one worker; start another one when it dies."""
-        failures, last_canary = 0, time.monotonic()
+        failures, period = 0, self.settings.canary_s or math.inf
+        canary_at = time.monotonic() + period
         while True:
             worker = self._workers.get(slot)
             if worker is None:
@@ -301,13 +303,13 @@ class WorkerPool:
                 failures += 1
                 with suppress(EngineError):
                     self._workers[slot] = await self._in_thread(self._launch)
-                    last_canary = time.monotonic()
+                    canary_at = time.monotonic() + period
                 continue
             if not worker.process.is_alive():
                 await self._lost(slot)
                 continue
-            if self.settings.canary_s and time.monotonic() - last_canary > self.settings.canary_s:
-                last_canary = time.monotonic()
+            if time.monotonic() > canary_at:
+                canary_at = time.monotonic() + period
                 reply = await self._asked(worker, CANARY)
                 if not isinstance(reply, dict):
                     self._event("canary_failed" if reply is not None else "stalled")
@@ -319,17 +321,18 @@ class WorkerPool:
                 continue
             self._busy += 1
             try:
-                if await self._run(worker, batch):
+                if await self._run(worker, batch, canary_at):
                     failures = 0
                 else:
                     await self._lost(slot)
             finally:
                 self._busy -= 1
 
-    async def _run(self, worker: _Worker, batch: list[Pending]) -> bool:
+    async def _run(self, worker: _Worker, batch: list[Pending], until: float) -> bool:
         """Run a batch, and those that are full when its turn is over; False if the worker was lost.
 
-        The next full batch is sent while the worker computes, so that it needn't wait for it.
+        The next full batch is sent while the worker computes, so that it needn't wait for it; none after ``until``, when the kept
+        samples are due: under steady load they would never run.
         """
         await self._in_time(_send, worker.connection, self._feeds(batch))
         while batch:
@@ -337,7 +340,8 @@ class WorkerPool:
             reply = asyncio.ensure_future(self._in_time(_receive, worker.connection, self.settings.stall_s))
             while not reply.done():
                 await asyncio.wait({reply}, timeout=_POLL_S)
-                if not reply.done() and not following and self.served.batched and (following := self.queue.take_full()):
+                ahead = self.served.batched and not following and time.monotonic() < until
+                if not reply.done() and ahead and (following := self.queue.take_full()):
                     await self._in_time(_send, worker.connection, self._feeds(following))
             await self._answered(batch, reply.result())
             if reply.result() is None:

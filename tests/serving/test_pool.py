@@ -1,9 +1,11 @@
 import asyncio
+import time
 
 import numpy as np
 import pytest
 
-from lightning_accel.serving.pool import Pending, QueueFullError, RequestQueue
+from lightning_accel.serving.pool import Pending, PoolSettings, QueueFullError, RequestQueue, WorkerPool
+from lightning_accel.serving.worker import WorkerSettings
 
 
 def pending(rows=1, width=4):
@@ -87,3 +89,30 @@ def test_a_full_batch_can_be_taken_while_another_one_runs():
         assert await queue.take(True) == given[:3]
 
     run(test)
+
+
+def test_the_kept_samples_run_under_steady_load_too(bundles):
+    class Counting(WorkerPool):
+        asked = 0
+
+        async def _asked(self, worker, message):
+            self.asked += 1
+            return await super()._asked(worker, message)
+
+    async def test():
+        rows = 300_000  # each request is a full batch, and takes longer than the queue is left alone
+        settings = WorkerSettings(bundles["pixels"], None, 1, True, max_batch=rows)
+        pool = Counting(PoolSettings(settings, queue=10 * rows, canary_s=0.3))
+        await pool.start()
+        until = time.monotonic() + 2.5
+
+        async def client():
+            while time.monotonic() < until:
+                await pool.infer({"x": np.zeros((rows, 4), np.float32)}, rows, 10.0)
+
+        await asyncio.gather(*(client() for _ in range(6)))
+        asked = pool.asked
+        await pool.close()
+        assert asked >= 2
+
+    asyncio.run(asyncio.wait_for(test(), 60))
