@@ -35,6 +35,7 @@ from lightning_accel.verification import tolerances
 from lightning_accel.verification.bundle import SAMPLES, proven_file, split_samples
 from lightning_accel.verification.compare import Feeds, Network, verify
 from lightning_accel.verification.kernels import check_kernels
+from lightning_accel.verification.layout import check_batch_first
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.saturation import saturates
 
@@ -90,6 +91,7 @@ def benchmark_bundle(
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
+    check_batch_first(manifest, "the benchmark, whose calls have several sizes")
     if record:
         check_recordable(folder)
     source = "given"

@@ -34,6 +34,7 @@ from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification.bundle import SAMPLES, proven_file
 from lightning_accel.verification.compare import Feeds
+from lightning_accel.verification.layout import check_batch_first
 
 SCHEMA = 1
 _Input = tuple[str, str, tuple[int | None, ...]]  # name, dtype, shape; an open dimension is None
@@ -131,6 +132,7 @@ def compare_bundles(
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     for name, folder in folders.items():
         check_files(folder, manifests[name])
+        check_batch_first(manifests[name], "the comparison, whose calls have several sizes")
     inputs = [manifest["inputs"] for manifest in manifests.values()]
     if inputs[0] != inputs[1]:
         raise InvalidArgumentError(

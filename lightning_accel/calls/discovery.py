@@ -17,7 +17,9 @@ from lightning_accel.calls.observed import TRAINING
 from lightning_accel.errors import InvalidArgumentError
 
 
-def example_call(module: L.LightningModule, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
+def example_call(
+    module: L.LightningModule, trainer: L.Trainer, inputs: InputsFunction | None, *, whole: bool = False
+) -> Call:
     """How ``forward`` of a LightningModule is called.
 
     By ``inputs``; else ``example_input_array``; else as the user's ``validation_step`` or ``training_step`` calls it; else by the first
@@ -26,10 +28,12 @@ def example_call(module: L.LightningModule, trainer: L.Trainer, inputs: InputsFu
     example = getattr(module, "example_input_array", None)
     if inputs is None and example is not None:
         return canonical_call(own_signature(module), *as_call(example))
-    return _call_of(module, "", trainer, inputs)
+    return _call_of(module, "", trainer, inputs, whole)
 
 
-def _call_of(pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None) -> Call:
+def _call_of(
+    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None, whole: bool
+) -> Call:
     """The call of a part of the module: as the user's steps make it, or for the first batch."""
 
     def call(samples: int | None) -> Call:
@@ -49,7 +53,7 @@ def _call_of(pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs
             return passed_on_call(trainer, pl_module, samples) or guess
         return guess
 
-    return _clear(call)
+    return call(None) if whole else _clear(call)
 
 
 def _clear(call_of: Callable[[int | None], Call]) -> Call:
@@ -171,9 +175,16 @@ def _check_python(module: nn.Module) -> None:
 
 
 def owner_and_call(
-    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
+    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None, *, whole: bool = False
 ) -> tuple[nn.Module, Call]:
     """The LightningModule or its submodule at ``path``, with an example of its call.
+
+    Args:
+        pl_module: the LightningModule.
+        path: of the submodule; ``""`` for the whole module.
+        trainer: in ``fit``, its module and data attached.
+        inputs: maps a batch to the arguments of ``forward``.
+        whole: whether the first batch is taken as it is, because its axes are named; otherwise it may be made smaller.
 
     Raises:
         InvalidArgumentError: the module has no ``forward``, or there is no submodule at the path.
@@ -187,9 +198,9 @@ def owner_and_call(
                 f"`{type(pl_module).__name__}` has no `forward`. There are: {', '.join(n for n, _ in pl_module.named_children())}."
                 f"{why_unseen(trainer, pl_module)}"
             )
-        return pl_module, example_call(pl_module, trainer, inputs)
+        return pl_module, example_call(pl_module, trainer, inputs, whole=whole)
     part = find_submodule(pl_module, path)
     stated = inputs is not None or getattr(pl_module, "example_input_array", None) is not None
     if forward_exists and (stated or learned_call(trainer, pl_module, path) is None):
-        return part, submodule_call(pl_module, path, example_call(pl_module, trainer, inputs))
-    return part, _call_of(pl_module, path, trainer, inputs)
+        return part, submodule_call(pl_module, path, example_call(pl_module, trainer, inputs, whole=whole))
+    return part, _call_of(pl_module, path, trainer, inputs, whole)

@@ -104,6 +104,22 @@ def batch_axes(description: Mapping[str, Any]) -> list[int | None]:
     return [entry.get("batch_axis", 0) if entry["batch"] else None for entry in tensor_entries(description)]
 
 
+def batch_elsewhere(description: Mapping[str, Any]) -> str:
+    """Sentence on inputs that are as long as the batch along another axis than the first one, unnamed; empty if there are none."""
+    entries = list(tensor_entries(description))
+    sizes = [entry[_TENSOR][entry.get("batch_axis", 0)] for entry in entries if entry["batch"]]
+    found = [
+        (e[_TENSOR], e[_TENSOR].index(sizes[0])) for e in entries if not e["batch"] and sizes and sizes[0] in e[_TENSOR]
+    ]
+    if not found:
+        return ""
+    shape, axis = found[0]
+    return (
+        f" An input of shape {tuple(shape)} is taken for one that is the same in each call, but its axis {axis} is as long as the batch: "
+        f"if it is the batch, name it, batch_axis={{name: {axis}}}."
+    )
+
+
 def traced_batch(description: Mapping[str, Any]) -> int:
     """Batch size to capture with: not 0 or 1, which torch.export specializes, and no size in the example."""
     fixed = {size for entry in tensor_entries(description) for size in entry[_TENSOR]}

@@ -58,6 +58,13 @@ def notes(
             f"Bit for bit: {n['integers']} integers in {n['weights']} weights, {n['activations']} activation scales and zero points, "
             f"and {n['nodes']} Q/DQ nodes fed the same inputs equal the trained ones."
         )
+    if ratios := proofs.get("signal_to_noise_db"):
+        name = min(ratios, key=ratios.__getitem__)
+        others = "" if len(ratios) == 1 else f", the output with the most noise of {len(ratios)},"
+        lines.append(
+            f"Rounding to int8 leaves `{name}`{others} a signal-to-noise ratio of {ratios[name]:.1f} dB against the same weights in "
+            "float32."
+        )
     if "lowered" in proofs:
         n = proofs["lowered"]
         lines.append(

@@ -27,7 +27,7 @@ from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
-from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, at_least, checked
+from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, at_least, checked, one_of
 from lightning_accel.core.callback import check_strategy, compression_callbacks
 from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.patching import patches_of_run
@@ -85,6 +85,10 @@ class ModelExport(TrainerCallback):
         postprocess: module that maps the network's result to the file's outputs, e.g. probabilities.
         metadata: key-value pairs stored in file and manifest, e.g. ``{"class_names": ["cat", "dog"]}``.
         dynamic: axes beyond the batch that may change, see :func:`export_onnx`.
+        batch: ``"dynamic"``, or ``"fixed"`` for a network that takes one batch size only; a sample is then a whole call. ``None``: as the
+            callback that quantizes the same module says, else ``"dynamic"``.
+        batch_axis: axis of the batch of inputs where it isn't the first one, e.g. ``{"state": 1}``; ``None`` for an input that is the same
+            in each call. ``None`` alone: as the callback that quantizes says, else the first axis of every input.
         module: dotted path of the submodule to ship, called as the user's own steps call it; ``None``: the whole module's
             ``forward``, or without one what is quantized or what ``training_step`` calls.
         outputs: names of the outputs to write, see :func:`export_onnx`, or ``{name: name in the file}``; ``None``: all.
@@ -114,6 +118,7 @@ class ModelExport(TrainerCallback):
         data=_DATA,
         metadata=JSON,
         samples=at_least(1),
+        batch=one_of("dynamic", "fixed"),
         keep_samples=at_least(0),
         outputs=NOT_EMPTY,
         name=NOT_EMPTY,
@@ -140,6 +145,8 @@ class ModelExport(TrainerCallback):
         output_kind: str | None = None,
         strict: bool = False,
         name: str = "export",
+        batch: str | None = None,
+        batch_axis: dict[str, int | None] | None = None,
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
         for engine in chosen or ():
@@ -174,7 +181,7 @@ class ModelExport(TrainerCallback):
         self.data, self.inputs, self.incomplete, self.samples, self.name = data, inputs, incomplete, samples, name
         self.preprocess, self.postprocess = preprocess, postprocess
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
-        self.module, self.outputs = module, outputs
+        self.module, self.outputs, self.batch, self.batch_axis = module, outputs, batch, batch_axis
         self.budgets, self.benchmark, self.output_kind, self.strict = budgets, benchmark, output_kind, strict
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
@@ -371,6 +378,7 @@ class ModelExport(TrainerCallback):
             postprocess=self.postprocess,
             metadata=self.metadata,
             dynamic=self.dynamic,
+            **self._batch(trainer),
             outputs=self.outputs,
             keep_samples=self.keep_samples,
             budgets=self.budgets,
@@ -379,6 +387,14 @@ class ModelExport(TrainerCallback):
             strict=self.strict,
             **run_facts,
         )
+
+    def _batch(self, trainer: L.Trainer) -> dict[str, Any]:
+        """Which axes are the batch: as the arguments say, or those of the callback that quantizes what is exported."""
+        own: dict[str, Any] = {"batch": self.batch or "dynamic", "batch_axis": self.batch_axis}
+        if self.batch is None and self.batch_axis is None:
+            same = [c.settings for c in _qat(trainer) if c.paths == [self.module or ""]]
+            own = next(({"batch": s.batch, "batch_axis": s.batch_axis} for s in same), own)
+        return {**own, **({"batch_size": 1} if own["batch"] == "fixed" else {})}
 
     def _held_out(self, trainer: L.Trainer, pl_module: L.LightningModule) -> HeldOut:
         """Held-out data, and how the network is called with it."""
@@ -460,6 +476,12 @@ class ModelExport(TrainerCallback):
         if self.precision not in (None, "int8") and qat:
             raise InvalidArgumentError(
                 f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
+            )
+        batch = self._batch(trainer)
+        if self.budgets is not None and (batch["batch"] == "fixed" or batch["batch_axis"] is not None):
+            raise InvalidArgumentError(
+                "Argument `budgets` must be None for a network whose batch is fixed or isn't the first axis of every input, which the "
+                f"common variants are measured with, but got {self.budgets}."
             )
         wanted = self._wanted_engines(trainer)
         others = [e for e in wanted if self.precision is not None and self.precision not in engine_named(e).precisions]

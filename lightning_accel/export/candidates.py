@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from lightning_accel.benchmarking.comparison import usable_cores
@@ -129,7 +128,7 @@ def list_candidates(spec: ExportSpec, files: Files, folder: Path, scratch: Path)
         else:
             rows[label].note = line["status"]
     if "int8+fp16" in candidates.precisions.values():  # a GPU is here: int8 has to prove that it is worth it
-        candidates.alternative = build_alternative(folder, REFERENCE, files.samples)
+        candidates.alternative = build_alternative(folder, REFERENCE, files.layout.calls(files.samples))
         candidates.paths[FP16_ALTERNATIVE] = folder / candidates.alternative["file"]
         rows[FP16_ALTERNATIVE] = Row(FP16_ALTERNATIVE, "tensorrt", parameters=candidates.parameters)
     return candidates
@@ -178,6 +177,7 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
                 files.samples,
                 (1, 7, spec.batch_size),
                 check_agreement=spec.predicts,
+                layout=files.layout,
             )
             check.raise_if_failed(spec.command)
             files.checks.append(check)
@@ -194,7 +194,7 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
             candidates.rows, f"{candidates.name} {spec.precision}", spec, whole
         )
         candidates.gained = None if gained is None else Change(ACCURACY, *gained)
-        measured = _measure_latency(candidates.rows, runners, files.samples, spec.batch_size)
+        measured = _measure_latency(candidates.rows, runners, files, spec.batch_size)
     finally:
         for runner in runners.values():
             runner.close()
@@ -328,6 +328,7 @@ def _verify_engine(spec: ExportSpec, files: Files, runner: Runner, precision: st
         batch_sizes=(1, 7, spec.batch_size),
         axes=files.shipped.axes,
         check_agreement=spec.predicts,
+        layout=files.layout,
     )
     if kernels is not None:
         files.proofs.setdefault("kernels", {})[runner.engine] = kernels.to_dict()
@@ -404,7 +405,7 @@ def _beside_first(candidates: Candidates, row: Row, file: Path, files: Files, sp
         candidates.scores[row.name] = Scores(hits)
         correct, total = (None, None) if hits is None else (int(hits.sum()), len(hits))
         pair = {first: replace(candidates.rows[first]), row.name: replace(row, correct=correct, total=total)}
-        _measure_latency(pair, {first: before, row.name: runner}, files.samples, spec.batch_size)
+        _measure_latency(pair, {first: before, row.name: runner}, files, spec.batch_size)
         if not candidates.labelled and spec.bare:
             pair[row.name].metrics = metrics_through(spec, files.shipped, runner)
             candidates.scores[row.name] = Scores(metrics=pair[row.name].metrics)
@@ -416,10 +417,8 @@ def _load(file: Path, engine: str | None, threads: int) -> Runner:
     return load_runner(file, engine, threads=chosen)
 
 
-def _measure_latency(
-    rows: dict[str, Row], runners: Mapping[str, Runner], samples: Mapping[str, np.ndarray], batch: int
-) -> BenchmarkResult:
-    feeds = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in samples.items()}
+def _measure_latency(rows: dict[str, Row], runners: Mapping[str, Runner], files: Files, batch: int) -> BenchmarkResult:
+    feeds = files.layout.sized(files.samples, batch)
     measured = benchmark({label: partial(runner.run, feeds) for label, runner in runners.items()})
     for m in measured.measurements:
         row = rows[m.name]

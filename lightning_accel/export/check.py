@@ -4,6 +4,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,19 +23,22 @@ from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.arguments import above, checked
 from lightning_accel.core.checkpoints import unreadable
+from lightning_accel.core.decibels import POOR
 from lightning_accel.core.packages import is_lightning_module
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import all_engines, engine_named, resolve
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.onnx.export import OnnxExport, export_onnx
-from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, target_of
+from lightning_accel.quantization.arithmetic.targets import Target, cannot_reproduce, finer_targets, target_of
 from lightning_accel.quantization.graph.capture import capture
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import quantize
 from lightning_accel.verification.engine_trial import try_engine
+from lightning_accel.verification.exported import varied
 from lightning_accel.verification.file import prove_nodes
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork
+from lightning_accel.verification.signal import poorest, signal_to_noise
 
 _SAMPLES = 8
 _LOST_IN = ("__del__", "remove", "_remove")  # finalizers and callbacks of weak references: Python drops what they raise
@@ -210,13 +214,35 @@ def _export(module: nn.Module, call: Call, folder: Path, made: dict[str, Any]) -
 
 
 def _quantize(module: nn.Module, call: Call, target: str, folder: Path, made: dict[str, Any]) -> tuple[str, list[str]]:
-    small = quantize(module, [call], target=target, ranges="min_max", effort="low", inputs=partial(_arguments, module))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is coarse")  # a line of this step's own says so
+        small = quantize(
+            module, [call], target=target, ranges="min_max", effort="low", inputs=partial(_arguments, module)
+        )
     export = export_onnx(small, call, folder / "int8.onnx")
     counts = check_integers(export.path, export.trained)
     forwards = list(quantized_forwards(small).values())
     made["quantize"], made["network"] = (export, call), ModuleNetwork(small, export)
     made["forms"] = frozenset().union(*(forward.forms for forward in forwards))
-    return _told(f"{target}: ", forwards, counts["integers"])
+    detail, lines = _told(f"{target}: ", forwards, counts["integers"])
+    noise, warning = _noise(module, made["network"], export, call)
+    return f"{detail}{noise}", [*warning, *lines]
+
+
+def _noise(module: nn.Module, quantized: ModuleNetwork, export: OnnxExport, call: Call) -> tuple[str, list[str]]:
+    """Signal-to-noise ratio against the float network on the example; a line of advice where it is poor."""
+    samples = varied(export.example.named(call), _SAMPLES, 0)
+    with mode(module, False):
+        found = poorest(signal_to_noise(quantized, ModuleNetwork(module, export), samples))
+    if found is None:
+        return "", []
+    name, ratio = found
+    text = f", `{name}` {ratio:.1f} dB above its rounding noise on the example"
+    if ratio >= POOR:
+        return text, []
+    ways = "`quantize` with training data takes outliers back (effort); `sensitivity` says what to keep in float; QAT trains with it."
+    (forward, *_) = quantized_forwards(quantized.module).values()
+    return text, [f"coarse: a tenth of the signal or more is noise.{finer_targets(forward.target)} {ways}"]
 
 
 def _quantized(forwards: Sequence[QuantizedForward], made: dict[str, Any]) -> tuple[str, list[str]]:

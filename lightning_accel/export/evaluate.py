@@ -125,11 +125,15 @@ def correct_samples(
         ``{name: (S,) booleans}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
     """
     right: dict[str, list[np.ndarray]] = {}
+    example = export.example
+    fixed = {} if example.batch_axes else {name: array.shape for name, array in example.feeds().items()}
     for call, target in data.calls(module):
         labels = class_labels(target)
         if labels is None:
             return {}
         feeds = export.example.named(call)
+        if fixed and {name: array.shape for name, array in feeds.items()} != fixed:
+            continue  # the last batch, which is smaller than the one that the file takes
         for name, network in networks.items():
             logits = next(iter(network(feeds).values()))
             if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:

@@ -97,7 +97,13 @@ def export_bundle(
         with removed(module, "_trainer"):  # a run isn't part of the network
             module = copy.deepcopy(module)
         quantizing = PostTrainingQuantization(
-            target, module=export.module, inputs=export.inputs, dynamic=export.dynamic or None, effort=effort
+            target,
+            module=export.module,
+            inputs=export.inputs,
+            dynamic=export.dynamic or None,
+            effort=effort,
+            batch=export.batch or "dynamic",
+            batch_axis=export.batch_axis,
         )
         callbacks = [quantizing, export]
     report = _run(module, callbacks, export, data, calibration)

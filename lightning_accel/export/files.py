@@ -1,6 +1,7 @@
 """Write the files of a bundle, verify each, and build engines."""
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ from lightning_accel.reports.model import KEPT_FLOAT, LayerTable
 from lightning_accel.verification.compare import Network, verify
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
+from lightning_accel.verification.signal import signal_to_noise
 from lightning_accel.verification.tolerances import FILES, FLOAT
 
 MODEL, REFERENCE, PROGRAM, SAMPLES = "model.onnx", "reference.onnx", "model.pt2", "samples.npz"
@@ -45,6 +48,7 @@ class Files:
         network: the trained network, as the reference.
         samples: samples used for verification.
         null: null divergence of the network.
+        layout: how samples become the inputs of a call.
         engine_file: file that TensorRT builds from, below the bundle.
         engine_precision: its precision.
         checks: comparisons end to end.
@@ -56,6 +60,7 @@ class Files:
     network: Network
     samples: dict[str, np.ndarray]
     null: NullDivergence
+    layout: Layout
     engine_file: str = MODEL
     engine_precision: str = "fp32"
     checks: list[Verification] = field(default_factory=list)
@@ -85,9 +90,9 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
     options: dict[str, Any] = {"metadata": spec.metadata, "opset": BF16_OPSET if spec.precision == "bf16" else None}
     options |= {"outputs": spec.outputs}
     exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
-    samples = spec.data.samples(whole, exported.example, spec.samples)
-    network = ModuleNetwork(whole, exported)
-    check_samples(network, samples, spec.data.source)
+    samples = spec.data.samples(whole, exported.example, spec.samples, named=spec.names_batch)
+    network, layout = ModuleNetwork(whole, exported), Layout.of(exported.example)
+    check_samples(layout.adapt(network), samples, spec.data.source)
     sizes = (1, 7, spec.batch_size)
     integers = check_integers(exported.path, exported.trained) if exported.trained else None
     tolerance = FLOAT if half else FILES[spec.precision]
@@ -100,12 +105,14 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
         batch_sizes=sizes,
         check_agreement=spec.predicts,
         repeat=spec.command,
+        layout=layout,
     )
-    files = Files(exported, network, samples, proof.null, engine_precision=spec.precision)
+    files = Files(exported, network, samples, proof.null, layout, engine_precision=spec.precision)
     files.checks.append(proof.check)
     files.proofs |= {"nodes": proof.counts, **({} if integers is None else {"integers": integers})}
     if exported.trained:
         _write_reference(spec, whole, folder, files, options)
+        files.proofs["signal_to_noise_db"] = _signal_to_noise(files, folder)
     if half:
         _lower(spec, files, exported.path, folder / MODEL, spec.precision, spec.precision)
     elif exported.trained and any(
@@ -118,7 +125,8 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
         save_program(exported, folder / PROGRAM)
     if spec.keep_samples:
         few = {name: array[: spec.keep_samples] for name, array in samples.items()}
-        np.savez(folder / SAMPLES, allow_pickle=False, **few, **files.network(few))
+        outputs = layout.adapt(network)(few)
+        np.savez(folder / SAMPLES, allow_pickle=False, **few, **layout.constants, **outputs)
     return files
 
 
@@ -139,13 +147,25 @@ def _write_reference(
             batch_sizes=(1, 7, spec.batch_size),
             check_agreement=spec.predicts,
             repeat=spec.command,
+            layout=files.layout,
         )
     files.checks.append(proof.check)
 
 
+def _signal_to_noise(files: Files, folder: Path) -> dict[str, float]:
+    """Signal-to-noise ratio of each output of the int8 file against the float reference, where it is finite."""
+    with ExitStack() as stack:
+        int8, floating = (
+            files.layout.adapt(stack.enter_context(load_runner(folder / name, "onnxruntime", emulate=True)).run)
+            for name in (MODEL, REFERENCE)
+        )
+        found = signal_to_noise(int8, floating, files.samples)
+    return {name: round(ratio, 2) for name, ratio in found.items() if math.isfinite(ratio)}
+
+
 def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, precision: str) -> None:
     """Write a half-precision file and verify it: node by node against its source, and on the samples."""
-    report = lower_precision(source, out, half, samples=files.samples)
+    report = lower_precision(source, out, half, samples=files.layout.calls(files.samples))
     try:
         same = check_lowered(source, out, half)
     except ValueError as error:
@@ -157,8 +177,8 @@ def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, p
         return
     with load_runner(out, "onnxruntime", emulate=True) as runner:
         check = verify(
-            files.network,
-            runner.run,
+            files.layout.adapt(files.network),
+            files.layout.adapt(runner.run),
             files.samples,
             engine=f"{precision} file (as written)",
             tolerance=FILES[precision],

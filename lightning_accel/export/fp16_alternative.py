@@ -12,6 +12,7 @@ from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.tensorrt.build import build_engine
 from lightning_accel.onnx.half_precision import check_lowered, lower_precision
 from lightning_accel.verification.compare import Feeds, verify
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import FP16
@@ -48,9 +49,9 @@ def choose_precision(fp16_ms: Sequence[float], int8_ms: Sequence[float]) -> Deci
     return Decision(False, ratio, f"fp16 is the default: int8 is {shown} as fast on this GPU")
 
 
-def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str, Any]:
+def build_alternative(folder: Path, reference: str, calls: Sequence[Feeds]) -> dict[str, Any]:
     """Build an fp16 engine from a bundle's float reference; returns its entry for report and manifest."""
-    lower_precision(folder / reference, folder / FILE, "fp16", samples=samples)
+    lower_precision(folder / reference, folder / FILE, "fp16", samples=calls)
     check_lowered(folder / reference, folder / FILE, "fp16")
     info = build_engine(folder / FILE, folder / ENGINE)
     return {
@@ -64,18 +65,26 @@ def build_alternative(folder: Path, reference: str, samples: Feeds) -> dict[str,
 
 
 def verify_alternative(
-    runner: Runner, reference: Path, samples: Feeds, batch_sizes: Sequence[int], *, check_agreement: bool
+    runner: Runner,
+    reference: Path,
+    samples: Feeds,
+    batch_sizes: Sequence[int],
+    *,
+    check_agreement: bool,
+    layout: Layout,
 ) -> Verification:
     """Compare the fp16 engine with the float reference, which was verified before."""
     with load_runner(reference, "onnxruntime", emulate=True) as right:
         what = "tensorrt in fp16 (its kernels)"
         check = verify(
-            right.run,
-            runner.run,
+            layout.adapt(right.run),
+            layout.adapt(runner.run),
             samples,
             engine=what,
             tolerance=FP16,
             batch_sizes=batch_sizes,
             check_agreement=check_agreement,
         )
-    return check if check.passed else check.against(NullDivergence(reference, samples).noise(FP16, rounding="fp16"))
+    if check.passed:
+        return check
+    return check.against(NullDivergence(reference, samples, layout=layout).noise(FP16, rounding="fp16"))

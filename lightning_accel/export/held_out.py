@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call, InputsFunction, call_from_batch, target_from_batch
 from lightning_accel.calls.contexts import isolated_random
@@ -19,6 +18,7 @@ from lightning_accel.calls.loaders import first_of, peek, validation_loader
 from lightning_accel.core.finite import nan_array
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.verification.compare import Network
+from lightning_accel.verification.layout import Layout
 
 
 @dataclass
@@ -81,24 +81,36 @@ class HeldOut:
         finally:
             self.trainer.state.stage = stage
 
-    def samples(self, module: nn.Module, example: ExampleCall, count: int) -> dict[str, np.ndarray]:
-        """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``.
+    def samples(
+        self, module: nn.Module, example: ExampleCall, count: int, *, named: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The first ``count`` samples (all, if there are fewer) as named arrays ``(S, ...)``; of a fixed batch, so many calls.
+
+        Args:
+            module: the network.
+            example: how it is called.
+            count: number of samples.
+            named: whether the user said which axes are the batch; otherwise it is the first of each input.
 
         Raises:
-            InvalidArgumentError: there is none.
+            InvalidArgumentError: there is none, or an input without a batch isn't the same in each call.
         """
         parts: list[dict[str, np.ndarray]] = []
-        have = 0
+        layout, have = Layout.of(example), 0
+        shapes = {name: array.shape for name, array in example.feeds().items()}
         for call, _ in self.calls(module):
-            parts.append(_same_length(example.named(call)))
-            have += batch_of(call)
+            feeds = example.named(call)
+            if not layout.axes and {name: array.shape for name, array in feeds.items()} != shapes:
+                continue  # the last batch, which is smaller
+            parts.append(layout.samples(_constant(feeds, layout) if named else _same_length(feeds)))
+            have += len(next(iter(parts[-1].values())))
             if have >= count:
                 break
         if not have:
             raise InvalidArgumentError(
                 f"Argument `data` must hold held-out samples, but got none from the {self.source}."
             )
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in example.input_names}
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
     def everything(self, module: nn.Module, example: ExampleCall) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """All samples as named arrays ``(S, ...)``, and their targets if every batch has one.
@@ -163,15 +175,25 @@ def _same_length(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise InvalidArgumentError(
             f"Argument `inputs` must give tensors with one batch as their first dimension, but got {shapes}: a bundle is verified "
             "sample by sample, which nodes and edges of a graph, for instance, can't be. Pass `inputs=` a function of the batch that "
-            "pads them to one entry a sample, or make what never changes a buffer of the module. `export_onnx(batch_axis=...)` writes a "
-            "verified file of such a network without a bundle."
+            "pads them to one entry a sample, or say which axes are the batch: batch_axis={name: axis}, with None for an input that is the "
+            'same in each call, or batch="fixed".'
         )
     return feeds
 
 
-def batch_of(call: Call) -> int:
-    """Number of samples in a call."""
-    return next(leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)).shape[0]
+def _constant(feeds: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
+    """Check that inputs without a batch are those of the first call.
+
+    Raises:
+        InvalidArgumentError: one isn't.
+    """
+    for name, array in layout.constants.items():
+        if not np.array_equal(array, feeds[name]):
+            raise InvalidArgumentError(
+                f"Argument `batch_axis` must give an axis to inputs that change, but input `{name}` of shape {feeds[name].shape} has none "
+                'and differs between batches. Name its axis, or pass batch="fixed".'
+            )
+    return feeds
 
 
 def held_out(trainer: L.Trainer, data: Any, inputs: InputsFunction | None) -> HeldOut:

@@ -74,6 +74,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             "output_kind": output_kind_of(spec, files, labelled=candidates.labelled),
             "inputs": list(files.shipped.input_names),
             "outputs": list(files.shipped.output_names),
+            "batch_axes": files.layout.axes,
             "unused_inputs": list(files.shipped.unused),
         }
         if spec.budgets is not None:

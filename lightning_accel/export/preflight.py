@@ -31,6 +31,7 @@ from lightning_accel.verification.engine_trial import try_engine
 from lightning_accel.verification.file import check_repeatable, prove_nodes
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.kernels import check_kernels
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 
 _SAMPLES = 8
@@ -106,28 +107,28 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
         )
         check_integers(export.path, export.trained)
         progress.step("compare it with PyTorch")
-        samples = spec.data.samples(whole, export.example, _SAMPLES)
-        network = ModuleNetwork(whole, export)
-        check_samples(network, samples, spec.data.source, trained=False)
-        if random := check_repeatable(network, samples):
+        samples = spec.data.samples(whole, export.example, _SAMPLES, named=spec.names_batch)
+        network, layout = ModuleNetwork(whole, export), Layout.of(export.example)
+        check_samples(layout.adapt(network), samples, spec.data.source, trained=False)
+        if random := check_repeatable(layout.adapt(network), samples):
             raise VerificationError(
                 f"The network must give the same outputs for the same inputs, or no file can equal it, but {random}."
             )
-        nodes = prove_nodes(export, samples, "the untrained network's file")
+        nodes = prove_nodes(export, samples, "the untrained network's file", layout=layout)
         failures = EngineFailures(spec.strict)
         progress.step("try engines")
         for name in spec.engines:
             with failures.collect(name, VERIFY):
-                _try_engine(export, network, name, samples, nodes.noise)
+                _try_engine(export, network, name, samples, nodes.noise, layout)
         built = [engine for engine in map(engine_named, spec.engines) if engine.source == "built"]
         half = "fp16" if export.trained and any(engine.rest_in_fp16 for engine in built) else spec.precision
         if half in HALVES:
-            lower_precision(export.path, folder / "half.onnx", half, samples=samples)
+            lower_precision(export.path, folder / "half.onnx", half, samples=layout.calls(samples))
             check_lowered(export.path, folder / "half.onnx", half)
         for name in spec.engines:
             if spec.precision in HALVES and runs_onnx(name) and name not in failures:
                 with failures.collect(name, LOAD):
-                    _load_half(folder / "half.onnx", name, samples)
+                    _load_half(folder / "half.onnx", name, layout.feeds(samples))
         for engine in built:
             lowered = spec.precision in HALVES or (half in HALVES and engine.rest_in_fp16)
             source = folder / "half.onnx" if lowered else export.path
@@ -142,7 +143,12 @@ def try_out(spec: ExportSpec, forwards: Mapping[str, QuantizedForward]) -> None:
 
 
 def _try_engine(
-    export: OnnxExport, network: ModuleNetwork, engine: str, samples: Mapping[str, np.ndarray], rms: Mapping[str, float]
+    export: OnnxExport,
+    network: ModuleNetwork,
+    engine: str,
+    samples: Mapping[str, np.ndarray],
+    rms: Mapping[str, float],
+    layout: Layout,
 ) -> None:
     """Check that an engine on this machine loads the file, runs it at several batch sizes, and computes what PyTorch computes.
 
@@ -153,12 +159,12 @@ def _try_engine(
     if engine_named(engine).source == "program":
         save_program(export, program := export.path.with_suffix(".pt2"))
         with load_runner(program, engine) as runner:
-            runner.run(dict(samples))
+            runner.run(layout.feeds(samples))
     if not runs_onnx(engine):  # engines that build a file are tried by building it
         return
-    try_engine(export, network, engine, samples, rms)
+    try_engine(export, network, engine, samples, rms, layout)
     if export.trained:
-        kernels = check_kernels(export.path, engine, samples)
+        kernels = check_kernels(export.path, engine, samples, layout)
         if kernels.diverging:
             other = engine if engine == "openvino" else "onnxruntime"
             raise VerificationError(
@@ -167,10 +173,10 @@ def _try_engine(
             )
 
 
-def _load_half(file: Path, engine: str, samples: Mapping[str, np.ndarray]) -> None:
+def _load_half(file: Path, engine: str, feeds: Mapping[str, np.ndarray]) -> None:
     """Run the half-precision file once; what it computes is proven on the trained network."""
     with load_runner(file, engine) as runner:
-        runner.run(dict(samples))
+        runner.run(dict(feeds))
 
 
 @contextmanager

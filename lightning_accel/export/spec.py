@@ -39,6 +39,8 @@ class ExportSpec:
         postprocess: module after it.
         metadata: key-value pairs stored in the file.
         dynamic: axes beyond the batch that may change.
+        batch: ``"dynamic"``, or ``"fixed"``: a sample is then a whole call.
+        batch_axis: axis of the batch of inputs where it isn't the first one; ``None``: of no input.
         outputs: which outputs are written, and their names; ``None``: all.
         keep_samples: samples that are shipped with their outputs, so that another machine can verify without data.
         budgets: budgets for choosing the default among the common variants; ``None``: no choice.
@@ -69,6 +71,8 @@ class ExportSpec:
     postprocess: nn.Module | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dynamic: Axes = field(default_factory=dict)
+    batch: str = "dynamic"
+    batch_axis: Mapping[str, int | None] | None = None
     outputs: Sequence[str] | Mapping[str, str] | None = None
     keep_samples: int = 0
     budgets: Budgets | None = None
@@ -89,7 +93,13 @@ class ExportSpec:
 
     def example(self, whole: nn.Module) -> ExampleCall:
         """How ``whole`` is called: the first held-out batch, with the axes that may change."""
-        return ExampleCall.of(whole, self.data.first_call(whole), dynamic=self.dynamic)
+        call = self.data.first_call(whole)
+        return ExampleCall.of(whole, call, dynamic=self.dynamic, batch=self.batch, batch_axis=self.batch_axis)
+
+    @property
+    def names_batch(self) -> bool:
+        """Whether the user said which axes are the batch."""
+        return self.batch == "fixed" or self.batch_axis is not None
 
     @property
     def predicts(self) -> bool:

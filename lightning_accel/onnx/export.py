@@ -24,6 +24,7 @@ from lightning_accel.calls.names import Axes
 from lightning_accel.calls.shapes import (
     ResultShape,
     batch_axes,
+    batch_elsewhere,
     dynamic_axes,
     plain_call,
 )
@@ -155,7 +156,7 @@ def export_onnx(
         stack.enter_context(no_logs())
         call, shapes = stack.enter_context(example.traceable(source, device))
         results = stack.enter_context(_tensors_only(source, choose, others=outputs is not None))
-        program = _captured(source, call, shapes)
+        program = _captured(source, call, shapes, example)
         check_deterministic(program, module)
         first = example.unused is None
         example = _used(example, program)
@@ -208,7 +209,7 @@ def _check_captured(example: ExampleCall, parts: Mapping[str, QuantizedForward])
             )
 
 
-def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
+def _captured(source: nn.Module, call: Call, shapes: Any, example: ExampleCall) -> ExportedProgram:
     try:
         return exported_program(source, call, shapes)
     except Exception as error:  # torch.export documents no common base
@@ -218,6 +219,7 @@ def _captured(source: nn.Module, call: Call, shapes: Any) -> ExportedProgram:
         raise CaptureError(
             fixed_batch(error, f"`{type(source).__name__}.forward`{f' (at {where})' if where else ''}")
             or f"Argument `module` must be one that torch.export can capture, but got: {first}{f' (at {where})' if where else ''}."
+            f"{batch_elsewhere(example.description)}"
         ) from error
 
 

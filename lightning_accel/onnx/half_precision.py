@@ -66,7 +66,7 @@ def lower_precision(
     out: str | Path,
     precision: str,
     *,
-    samples: Mapping[str, np.ndarray] | None = None,
+    samples: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]] | None = None,
     keep: Sequence[str] = (),
     largest: int = onnx_file.LARGEST,
 ) -> PrecisionReport:
@@ -76,7 +76,7 @@ def lower_precision(
         path: the ONNX file.
         out: file to write.
         precision: ``"fp16"`` or ``"bf16"``.
-        samples: inputs, each ``(S, ...)``, on which ranges are found; without them only weights are looked at.
+        samples: inputs of a call, or of several, on which ranges are found; without them only weights are looked at.
         keep: globs of nodes, by name or operator, that stay in float32.
         largest: as in :func:`~lightning_accel.onnx.export.export_onnx`.
 
@@ -98,7 +98,8 @@ def lower_precision(
     if Path(out).exists() and Path(path).samefile(out):
         raise InvalidArgumentError(f"Argument `out` must be another file than `path`, but got {out} for both.")
     model = onnx.load(path)
-    missing = [one.name for one in model.graph.input if samples is not None and one.name not in samples]
+    calls = [] if samples is None else [samples] if isinstance(samples, Mapping) else list(samples)
+    missing = [one.name for one in model.graph.input if any(one.name not in call for call in calls)]
     if missing:
         raise InvalidArgumentError(f"Argument `samples` must hold an array for each input, but got none for {missing}.")
     _check_graph(model)
@@ -109,7 +110,7 @@ def lower_precision(
             f"Argument `path` must be a file of opset {BF16_OPSET} or newer for bf16, which convolutions don't have before, but got "
             f"{standard.version}. Export it with `export_onnx(..., opset={BF16_OPSET})`."
         )
-    kept = _kept(model, precision, samples, keep)
+    kept = _kept(model, precision, calls, keep)
     casts = _Lowering(model, HALVES[precision], kept).run()
     _drop_unread(model)
     if any(node.op_type in _INT8_NODES and node.name not in kept for node in model.graph.node):
@@ -134,13 +135,13 @@ def _check_graph(model: onnx.ModelProto) -> None:
 
 
 def _kept(
-    model: onnx.ModelProto, precision: str, samples: Mapping[str, np.ndarray] | None, keep: Sequence[str]
+    model: onnx.ModelProto, precision: str, calls: Sequence[Mapping[str, np.ndarray]], keep: Sequence[str]
 ) -> dict[str, str]:
     """Names of nodes that stay in float32, and why."""
     largest, smallest, rounding = _LIMITS[precision]
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == FLOAT}
     kinds = element_types(model)
-    ranges = _ranges(model, samples, kinds) if samples is not None else {}
+    ranges = _ranges(model, calls, kinds) if calls else {}
     kept: dict[str, str] = {}
     matched: set[str] = set()
     for index, node in enumerate(model.graph.node):
@@ -222,8 +223,10 @@ def element_types(model: onnx.ModelProto) -> dict[str, int]:
     return kinds
 
 
-def _ranges(model: onnx.ModelProto, samples: Mapping[str, np.ndarray], kinds: Mapping[str, int]) -> dict[str, float]:
-    """Largest finite magnitude of each float32 tensor on the samples, run in float32 as written."""
+def _ranges(
+    model: onnx.ModelProto, calls: Sequence[Mapping[str, np.ndarray]], kinds: Mapping[str, int]
+) -> dict[str, float]:
+    """Largest finite magnitude of each float32 tensor in these calls, run in float32 as written."""
     ort = require("onnxruntime", "cpu", "Precision (ranges)")
     names = list(dict.fromkeys(n for node in model.graph.node for n in node.output if kinds.get(n) == FLOAT))
     probe = onnx.ModelProto()
@@ -233,14 +236,14 @@ def _ranges(model: onnx.ModelProto, samples: Mapping[str, np.ndarray], kinds: Ma
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feeds = {value.name: samples[value.name] for value in model.graph.input}
     found: dict[str, float] = {}
-    for name, array in zip(names, session.run(names, feeds), strict=True):
-        finite = np.abs(array[np.isfinite(array)])
-        found[name] = float(finite.max(initial=0.0))
-    for name, array in feeds.items():
-        if array.dtype == np.float32:
-            found[name] = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+    for call in calls:
+        feeds = {value.name: call[value.name] for value in model.graph.input}
+        arrays = dict(zip(names, session.run(names, feeds), strict=True))
+        arrays |= {name: array for name, array in feeds.items() if array.dtype == np.float32}
+        for name, array in arrays.items():
+            largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+            found[name] = max(found.get(name, 0.0), largest)
     return found
 
 

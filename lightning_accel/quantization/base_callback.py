@@ -125,7 +125,7 @@ class QuantizingCallback(CompressionCallback):
         for path in self.paths:
             if path in self._placed or path in self._prepared:
                 continue
-            owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
+            owner, call = owner_and_call(pl_module, path, trainer, self.inputs, whole=self.settings.names_batch)
             try:
                 forward = self.settings.prepare(owner, call, path)
             except CaptureError as error:

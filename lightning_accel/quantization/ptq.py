@@ -123,9 +123,7 @@ def quantize_(
     if isinstance(data, Iterator):  # it can be read only once: the first batch is used for shapes and for calibration
         shown = list(islice(data, 1))
         data = chain(shown, data)
-    caller, call, inputs = calibration_call(
-        model, paths, shown, inputs, whole=batch == "fixed" or batch_axis is not None
-    )
+    caller, call, inputs = calibration_call(model, paths, shown, inputs, whole=settings.names_batch)
     forwards = {}
     for path in paths:
         owner = find_submodule(model, path, "module") if path else model
@@ -252,6 +250,8 @@ class PostTrainingQuantization(QuantizingCallback):
         exclude: globs of operators that stay float.
         inputs: maps a batch to the arguments of ``forward``.
         dynamic: axes beyond the batch that may change, see :func:`quantize_`.
+        batch: ``"dynamic"``, or ``"fixed"`` for a network that takes one batch size only.
+        batch_axis: axis of the batch of inputs where it isn't the first one, see :func:`quantize_`.
         activations: ``"static"``, ``"dynamic"`` or ``"float"``, see :func:`quantize_`.
         effort: ``"low"``, ``"standard"`` or ``"high"``, see :func:`quantize_`.
         name: the state's name in the checkpoint.
@@ -281,10 +281,22 @@ class PostTrainingQuantization(QuantizingCallback):
         activations: str = "static",
         effort: str = "standard",
         name: str = "ptq",
+        batch: str = "dynamic",
+        batch_axis: dict[str, int | None] | None = None,
     ) -> None:
         self.effort = check_effort(effort)
         settings = QuantizationSettings(
-            target, calibration_batches, ranges, module, include, exclude, inputs, dynamic, activations
+            target,
+            calibration_batches,
+            ranges,
+            module,
+            include,
+            exclude,
+            inputs,
+            dynamic,
+            activations,
+            batch,
+            batch_axis,
         )
         super().__init__(settings, name=name, start=1.0)
 

@@ -57,6 +57,9 @@ class QuantizationAwareTraining(QuantizingCallback):
         lr_scale: factor on the learning rate from ``start`` on; the scheduler is not modified.
         inputs: maps a batch to the arguments of ``forward``; needed only if the module's own steps don't show them.
         dynamic: axes beyond the batch that may change, ``{input: {axis: name}}``, e.g. ``{"input_ids": {1: "time"}}``.
+        batch: ``"dynamic"``, or ``"fixed"`` for a network that takes one batch size only, for instance of streaming audio.
+        batch_axis: axis of the batch of inputs where it isn't the first one, e.g. ``{"state": 1}`` of an LSTM's state
+            ``(1, B, H)``; ``None`` for an input without a batch.
         name: the state's name in the checkpoint.
         group: neighbouring inputs that share a scale; weight-only targets have it, with a default of 32.
 
@@ -93,12 +96,25 @@ class QuantizationAwareTraining(QuantizingCallback):
         dynamic: dict[str, dict[int, str]] | None = None,
         name: str = "qat",
         group: int | None = None,
+        batch: str = "dynamic",
+        batch_axis: dict[str, int | None] | None = None,
     ) -> None:
         if group is not None:
             raise InvalidArgumentError(
                 f"Argument `group` must be None unless `target` is weight-only ({sorted(WEIGHT_ONLY)}), but got {group!r} with {target!r}."
             )
-        settings = QuantizationSettings(target, calibration_batches, ranges, module, include, exclude, inputs, dynamic)
+        settings = QuantizationSettings(
+            target,
+            calibration_batches,
+            ranges,
+            module,
+            include,
+            exclude,
+            inputs,
+            dynamic,
+            batch=batch,
+            batch_axis=batch_axis,
+        )
         super().__init__(settings, name=name, start=start)
         self.freezes = {"freeze_batch_norm": freeze_batch_norm, "freeze_ranges": freeze_ranges}
         for argument, value in self.freezes.items():

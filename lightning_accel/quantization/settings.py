@@ -80,6 +80,11 @@ class QuantizationSettings:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def names_batch(self) -> bool:
+        """Whether the arguments say which axes are the batch."""
+        return self.batch == "fixed" or self.batch_axis is not None
+
     def choose(self, choice: Callable[[], str]) -> None:
         """Quantize what is chosen if ``module`` names nothing; a second call does nothing.
 

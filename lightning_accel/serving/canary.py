@@ -10,6 +10,7 @@ from lightning_accel.engines.base import Runner
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.errors import InvalidArgumentError, VerificationError
 from lightning_accel.verification.bundle import SAMPLES, split_samples, verify_bundle
+from lightning_accel.verification.layout import Layout
 
 
 class Canary:
@@ -31,8 +32,11 @@ class Canary:
                 f"Argument `bundle` must hold samples to check the engine with, but {bundle} holds none. Export with "
                 "ModelExport(keep_samples=16), or serve unchecked with --no-canary."
             )
-        self.feeds, _ = split_samples(read_named(bundle / SAMPLES, "bundle"), self._manifest)
-        self._first: dict[str, np.ndarray] = {}
+        feeds, _ = split_samples(read_named(bundle / SAMPLES, "bundle"), self._manifest)
+        layout = Layout.of_bundle(self._manifest, feeds)
+        self.feeds = {name: array for name, array in feeds.items() if name not in layout.constants}
+        self._calls = layout.calls(self.feeds)
+        self._first: list[dict[str, np.ndarray]] = []
 
     def prove(self, runner: Runner) -> None:
         """Verify the bundle as ``lightning-accel verify`` does, and keep the runner's outputs for :meth:`repeat`.
@@ -43,7 +47,7 @@ class Canary:
         for proof in verify_bundle(self._bundle, engines=[self._engine]):
             if proof.status != "passed":
                 raise VerificationError(f"The kept samples of {self._bundle} must be reproduced here, but: {proof}")
-        self._first = runner.run(self.feeds)
+        self._first = [runner.run(call) for call in self._calls]
 
     def repeat(self, runner: Runner) -> None:
         """Run the samples again; the same engine on the same machine gives the same bits.
@@ -51,10 +55,13 @@ class Canary:
         Raises:
             VerificationError: an output has changed.
         """
-        now = runner.run(self.feeds)
-        for name, want in self._first.items():
-            if not np.array_equal(now[name], want, equal_nan=want.dtype.kind == "f"):
-                raise VerificationError(f"Output `{name}` of the kept samples must stay the same, but it has changed.")
+        for call, first in zip(self._calls, self._first, strict=True):
+            now = runner.run(call)
+            for name, want in first.items():
+                if not np.array_equal(now[name], want, equal_nan=want.dtype.kind == "f"):
+                    raise VerificationError(
+                        f"Output `{name}` of the kept samples must stay the same, but it has changed."
+                    )
 
 
 def variant_rows(runner: Runner, feeds: Mapping[str, np.ndarray], sizes: tuple[int, ...]) -> dict[int, int]:

@@ -16,6 +16,7 @@ from lightning_accel.engines.base import TensorSpec, load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest, resolve_bundle
 from lightning_accel.engines.tensorrt.library import read_info
 from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.verification.layout import check_batch_first
 
 # Backends that read the files of a bundle; OpenVINO's and PyTorch's read other formats.
 BACKENDS = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.plan")}
@@ -61,6 +62,7 @@ def write_triton(
             raise InvalidArgumentError(f"Argument `{argument}` must be at least 1, but got {number}.")
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
+    check_batch_first(manifest, "Triton's batching")
     engine, file = resolve_bundle(bundle, engine)
     if engine not in BACKENDS:
         raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(BACKENDS)}, but got {engine!r}.")

@@ -13,6 +13,7 @@ from lightning_accel.engines.base import Runner, TensorSpec, load_runner
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.errors import LightningAccelError
 from lightning_accel.serving.canary import Canary, variant_rows
+from lightning_accel.verification.layout import Layout
 
 CANARY = "canary"  # asks for :meth:`Canary.repeat` instead of a batch
 
@@ -90,7 +91,9 @@ def _loaded(settings: WorkerSettings) -> tuple[Runner, Canary | None, Served]:
     manifest = read_manifest(settings.bundle)
     canary = Canary(settings.bundle, settings.engine) if settings.canary else None
     runner = load_runner(settings.bundle, settings.engine, threads=settings.threads)
-    batched = all(spec.shape and spec.shape[0] is None for spec in (*runner.inputs, *runner.outputs))
+    first = Layout(manifest.get("batch_axes", dict.fromkeys(runner.input_names, 0)))
+    batched = set(first.axes) == set(runner.input_names) and first.plain
+    batched &= all(spec.shape and spec.shape[0] is None for spec in (*runner.inputs, *runner.outputs))
     variant: dict[int, int] = {}
     if canary is not None:
         canary.prove(runner)

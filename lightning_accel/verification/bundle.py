@@ -20,6 +20,7 @@ from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.verification import tolerances
 from lightning_accel.verification.compare import verify
 from lightning_accel.verification.engine import prove_engine
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
 
@@ -85,7 +86,8 @@ def verify_bundle(
 
     Args:
         folder: the bundle.
-        samples: inputs by name, each ``(S, ...)``; with the trained network's outputs by name, the file is compared
+        samples: inputs by name, each ``(S, ...)`` with the samples in front, whichever axis they are in a call (of a fixed batch, a
+            sample is a call), and inputs without a batch as they are; with the trained network's outputs by name, the file is compared
             with them too. ``None`` takes the samples in the bundle, if it was written with any.
         engines: engines to run; ``None`` means all in the bundle.
         batch_sizes: as in :func:`~lightning_accel.verification.compare.verify`.
@@ -108,6 +110,8 @@ def verify_bundle(
     if unknown := [engine for engine in engines or () if engine not in shipped]:
         raise InvalidArgumentError(f"Argument `engines` must be among the bundle's {shipped}, but got {unknown}.")
     feeds, wanted = split_samples(_samples_of(folder, samples), manifest)
+    layout = Layout.of_bundle(manifest, feeds)
+    feeds = {name: array for name, array in feeds.items() if name not in layout.constants}
     predicts = manifest.get("output_kind") != "values"
     axes = {name: {int(a): s for a, s in of.items()} for name, of in manifest.get("axes", {}).items()}
     proofs: list[EngineProof] = []
@@ -115,14 +119,14 @@ def verify_bundle(
         files = {proven_file(manifest, line["precision"]) for _, line, _ in _lines(manifest, engines)}
         files.add(proven_file(manifest, manifest["precision"]))
         right = {f: stack.enter_context(load_runner(folder / f, "onnxruntime", emulate=True)) for f in files}
-        _check_numbers(feeds, folder / proven_file(manifest, "fp32"))
+        _check_numbers(feeds, layout, folder / proven_file(manifest, "fp32"))
         if wanted:
             file = proven_file(manifest, manifest["precision"])
             limits = tolerances.FILES["int8" if manifest["precision"] == "int8" else "fp32"]
             known = _Known(feeds, wanted)
             check = verify(
                 known,
-                right[file].run,
+                layout.adapt(right[file].run),
                 feeds,
                 engine="file (as written)",
                 tolerance=limits,
@@ -130,7 +134,7 @@ def verify_bundle(
                 check_agreement=predicts,
             )
             if not check.passed:
-                check = check.against(NullDivergence(folder / file, feeds).noise(limits))
+                check = check.against(NullDivergence(folder / file, feeds, layout=layout).noise(limits))
             proofs.append(EngineProof("file as written, against what was trained", file, check))
         for engine, line, is_default in _lines(manifest, engines):
             try:
@@ -145,11 +149,12 @@ def verify_bundle(
                 feeds,
                 file=folder / proven,
                 precision=line["precision"],
-                null=NullDivergence(folder / proven, feeds),
+                null=NullDivergence(folder / proven, feeds, layout=layout),
                 tolerance=tolerances.ENGINES[line["precision"]],
                 batch_sizes=batch_sizes,
                 axes=axes,
                 check_agreement=predicts,
+                layout=layout,
             )
             proofs.append(EngineProof(engine, line["file"], check))
     return proofs
@@ -173,11 +178,12 @@ def proven_file(manifest: Mapping[str, Any], precision: str) -> str:
     return REFERENCE if precision in _FLOAT and REFERENCE in manifest["files"] else str(manifest["model"])
 
 
-def _check_numbers(feeds: Mapping[str, np.ndarray], file: Path) -> None:
+def _check_numbers(feeds: Mapping[str, np.ndarray], layout: Layout, file: Path) -> None:
     """Raise if inputs hold NaN that reach the outputs, which nothing could be compared with.
 
     Args:
-        feeds: inputs by name.
+        feeds: inputs by name, each ``(S, ...)``.
+        layout: how they become the inputs of a call.
         file: the network in float32, since int8 turns NaN into ordinary numbers.
 
     Raises:
@@ -187,7 +193,7 @@ def _check_numbers(feeds: Mapping[str, np.ndarray], file: Path) -> None:
     if not bad:
         return
     with load_runner(file, "onnxruntime", emulate=True) as runner:
-        outputs = runner.run(dict(feeds))
+        outputs = layout.adapt(runner.run)(feeds)
     if any(array.dtype.kind in "fc" and np.isnan(array).any() for array in outputs.values()):
         raise InvalidArgumentError(
             f"Argument `samples` must hold numbers, but got NaN in {bad}, which the network hands on to its outputs. Clean the samples."

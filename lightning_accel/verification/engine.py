@@ -10,6 +10,7 @@ from lightning_accel.engines.base import Runner
 from lightning_accel.engines.registry import runs_onnx
 from lightning_accel.verification.compare import Feeds, Network, verify
 from lightning_accel.verification.kernels import KernelCheck, check_kernels
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
@@ -28,11 +29,12 @@ def prove_engine(
     axes: Mapping[str, Mapping[int, str]] | None = None,
     kernels: bool = True,
     check_agreement: bool = True,
+    layout: Layout | None = None,
 ) -> tuple[Verification, KernelCheck | None]:
     """Compare an engine with the trained network, or with the file that was proven equal to it.
 
     Args:
-        reference: the correct outputs as a function of named arrays.
+        reference: the correct outputs as a function of a call's named arrays.
         runner: the engine, loaded.
         samples: inputs, each ``(S, ...)``.
         file: the ONNX file that the engine was made of.
@@ -43,13 +45,15 @@ def prove_engine(
         axes: as in :func:`~lightning_accel.verification.compare.verify`.
         kernels: whether integer kernels are isolated, where the engine runs regions of a file.
         check_agreement: as in :func:`~lightning_accel.verification.compare.verify`.
+        layout: how samples become the inputs of a call; ``None``: they are.
 
     Returns:
         The comparison of the outputs, and that of the integer kernels if any can be isolated.
     """
+    form = layout or Layout.of_samples(samples)
     check = verify(
-        reference,
-        runner.run,
+        form.adapt(reference),
+        form.adapt(runner.run),
         samples,
         engine=f"{runner.engine} (its kernels)",
         tolerance=tolerance,
@@ -59,7 +63,7 @@ def prove_engine(
     )
     isolated = None
     if precision == "int8" and kernels and runs_onnx(runner.engine):
-        isolated = check_kernels(file, runner.engine, samples)
+        isolated = check_kernels(file, runner.engine, samples, form)
     if isolated is not None and isolated.diverging:
         check.failures.append("a kernel computes something else than the file")
         check.first_divergence = isolated.diverging

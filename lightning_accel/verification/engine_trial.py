@@ -18,12 +18,14 @@ from lightning_accel.errors import MissingPackageError, RunError, VerificationEr
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.channels import PEAK
 from lightning_accel.verification.compare import Network, verify
+from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.nodes import Reference, node_sentence, record_program
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.segments import Segment, cut_segments, run_segments
 from lightning_accel.verification.tolerances import FLOAT
 
 OPERATOR = 1e-3  # of an operator's range: engines approximate, and sum in other orders; what is computed otherwise is off by more
+_MANY = 8  # samples that operators are compared on
 _GROSS = 1e-2  # of the output's range in the median: only this refuses an engine none of whose operators differs
 _WAYS_OUT = {  # operator -> what can be written instead
     "Resize": "resize without antialiasing, or in preprocessing outside of the network",
@@ -44,6 +46,7 @@ def try_engine(
     engine: str,
     samples: Mapping[str, np.ndarray],
     rms: Mapping[str, float] | None = None,
+    layout: Layout | None = None,
 ) -> None:
     """Load a file in an engine, and compare a few samples with PyTorch, unless it is quantized: there, a rounding may spread.
 
@@ -53,18 +56,19 @@ def try_engine(
         engine: name of an engine that runs ONNX files.
         samples: inputs, each ``(S, ...)``.
         rms: noise of the file's nodes, see :class:`~lightning_accel.verification.nodes.NodeCheck`.
+        layout: how samples become the inputs of a call; ``None``: they are.
 
     Raises:
         RunError: it can't load or run the file; the message names the operator, if there is one that it can't load alone.
         VerificationError: it computes something else; the message names the operator.
         MissingPackageError: the engine isn't installed.
     """
-    count = len(next(iter(samples.values())))
+    count, form = len(next(iter(samples.values()))), layout or Layout.of_samples(samples)
     try:
         with load_runner(export.path, engine) as runner:
             check = verify(
-                network,
-                runner.run,
+                form.adapt(network),
+                form.adapt(runner.run),
                 samples,
                 batch_sizes=(1, count),
                 tolerance=FLOAT,
@@ -74,14 +78,14 @@ def try_engine(
     except MissingPackageError:
         raise
     except Exception as error:  # engines raise a dozen unrelated types
-        found = _first_operator(export, engine, samples, compare=False)
+        found = _first_operator(export, engine, samples, form, compare=False)
         reason = found or f"{engine} can't run it: {' '.join(str(error).split())[:600]}"
         raise RunError(_sentence("engines that run this network", engine, reason, found)) from error
     if check.passed or (export.trained and not check.broken):
         return
-    if found := _first_operator(export, engine, samples):
+    if found := _first_operator(export, engine, samples, form):
         raise VerificationError(_sentence("engines that compute this network", engine, found, found))
-    own = NullDivergence(export.path, samples, rms or {}, network).noise(FLOAT)
+    own = NullDivergence(export.path, samples, rms or {}, network, layout=form).noise(FLOAT)
     limit = max(_GROSS, PEAK * max(null.median_error for null in own.values()))
     if check.broken or not check.median_error <= limit:
         reason = f"No operator differs by itself; of the outputs, {'; '.join(check.failures[:3])}."
@@ -94,10 +98,14 @@ def _sentence(rule: str, engine: str, reason: str, operator: str) -> str:
     return f"Argument `engines` must name {rule}, but got {engine!r}. {reason.rstrip('.')}. {way}"
 
 
-def _first_operator(export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray], *, compare: bool = True) -> str:
+def _first_operator(
+    export: OnnxExport, engine: str, samples: Mapping[str, np.ndarray], layout: Layout, *, compare: bool = True
+) -> str:
     """The first operator that the engine can't run alone or computes otherwise, in one sentence; empty if there is none."""
     model = onnx.load(export.path)
-    reference = record_program(export.program, samples, [value.name for value in model.graph.output])
+    feeds = layout.first(samples, _MANY)
+    named, whole = {name: feeds[name] for name in export.input_names}, () if layout.plain else export.input_names
+    reference = record_program(export.program, named, [value.name for value in model.graph.output], whole)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     segments = list(cut_segments(model, reference.values, constants))
 

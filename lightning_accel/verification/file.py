@@ -69,7 +69,9 @@ def check_repeatable(network: Network, samples: Feeds) -> str:
     )
 
 
-def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "") -> NodeCheck:
+def prove_nodes(
+    export: OnnxExport, samples: Feeds, what: str, repeat: str = "", layout: Layout | None = None
+) -> NodeCheck:
     """Compare each node of a file with PyTorch. For an untrained network no other comparison is meaningful.
 
     Args:
@@ -77,17 +79,26 @@ def prove_nodes(export: OnnxExport, samples: Feeds, what: str, repeat: str = "")
         samples: inputs, each ``(S, ...)``.
         what: name of the file in messages.
         repeat: command that repeats the step, for the message.
+        layout: how samples become the inputs of a call; ``None``: they are.
 
     Raises:
         VerificationError: a node computes something else; the message names it.
     """
-    nodes = check_nodes(export.path, export.program, samples)
+    nodes = _nodes(export, samples, layout)
     if nodes.diverging:
         again = f" Repeat this step with: {repeat}" if repeat else ""
         raise VerificationError(
             f"{what[:1].upper()}{what[1:]} must compute what PyTorch does. {nodes.diverging}{again}"
         )
     return nodes
+
+
+def _nodes(export: OnnxExport, samples: Feeds, layout: Layout | None) -> NodeCheck:
+    if layout is None or layout.plain:
+        return check_nodes(export.path, export.program, samples)
+    feeds = layout.first(samples, _FEW)
+    names = export.input_names
+    return check_nodes(export.path, export.program, {name: feeds[name] for name in names}, names)
 
 
 def prove_file(
@@ -121,11 +132,9 @@ def prove_file(
     Raises:
         VerificationError: they differ; the message names the first diverging node.
     """
-    form = layout or Layout(dict.fromkeys(samples, 0))
+    form = layout or Layout.of_samples(samples)
     check = _end_to_end(export, form, network, samples, tolerance, what, batch_sizes, check_agreement)
-    feeds = form.feeds({name: array[:_FEW] for name, array in samples.items()})
-    whole = () if layout is None else export.input_names
-    nodes = check_nodes(export.path, export.program, {name: feeds[name] for name in export.input_names}, whole)
+    nodes = _nodes(export, samples, layout)
     others = network.orders() if isinstance(network, ModuleNetwork) else {}
     null = NullDivergence(export.path, samples, nodes.noise, network, others, layout)
     random = "" if check.passed else check_repeatable(form.adapt(network), samples)

@@ -24,6 +24,7 @@ from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.onnx.file import reads
+from lightning_accel.verification.layout import Layout
 
 DRIFT = 0.25  # steps: average by which values that are rounded may be moved; rounding moves them both ways, cutting off by a half
 _ROUNDED = 1e-3  # steps: a value nearer to an integer isn't rounded, nor is one beyond the largest integer
@@ -91,13 +92,16 @@ class KernelCheck:
         return values
 
 
-def check_kernels(path: str | Path, engine: str, feeds: Mapping[str, np.ndarray], **options: Any) -> KernelCheck:
+def check_kernels(
+    path: str | Path, engine: str, samples: Mapping[str, np.ndarray], layout: Layout | None = None, **options: Any
+) -> KernelCheck:
     """Compare every quantized region of a file with an engine, isolated and in place.
 
     Args:
         path: the ONNX file with Q/DQ nodes; a file without any has no region to compare but its outputs.
         engine: ``"onnxruntime"`` or ``"openvino"``.
-        feeds: inputs by name, each ``(S, ...)``; at most 8 samples are used.
+        samples: inputs by name, each ``(S, ...)``; at most 8 samples are used.
+        layout: how samples become the inputs of a call; ``None``: they are.
         options: for :func:`~lightning_accel.engines.base.load_runner`.
 
     Raises:
@@ -105,7 +109,7 @@ def check_kernels(path: str | Path, engine: str, feeds: Mapping[str, np.ndarray]
     """
     model = onnx.load(path)
     cut = _Cut(model, floats=True)
-    values = cut.run(feeds)
+    values = cut.run(samples, layout or Layout.of_samples(samples))
     with tempfile.TemporaryDirectory() as folder:
         alone = _isolated(engine, cut, values, Path(folder) / "regions.onnx", options)
         if alone.diverging or not cut.pairs:
@@ -191,13 +195,13 @@ class _Cut:
             and np.size(self.constants.get(node.input[1], ())) == 1
         )
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, samples: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
         """The file as written: values at the cuts, and before each quantization."""
-        count = len(next(iter(feeds.values())))
-        few = self._run({name: array[:_FEW] for name, array in feeds.items()})
-        if count <= _FEW or sum(array.nbytes for array in few.values()) / _FEW * _MANY > _MUCH:
+        count = len(next(iter(samples.values())))
+        few = self._run(layout.first(samples, _FEW))
+        if not layout.axes or count <= _FEW or sum(array.nbytes for array in few.values()) / _FEW * _MANY > _MUCH:
             return few
-        return self._run({name: array[:_MANY] for name, array in feeds.items()})
+        return self._run(layout.first(samples, _MANY))
 
     def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         before = [quantize.input[0] for quantize, _ in self.pairs.values()]

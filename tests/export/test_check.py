@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,31 @@ def test_nothing_stands_in_the_way_and_the_module_is_left_alone():
     assert module.training
     assert "forward" not in module.__dict__
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+class Outlier(nn.Module):
+    """One input is a thousand times as large as the others, and hardly counts: a common step drowns the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 4, bias=False)
+        with torch.no_grad():
+            self.linear.weight[:, 0] *= 1e-4
+
+    def forward(self, x):
+        large = torch.ones(16).index_fill(0, torch.tensor(0), 1000.0)
+        return self.linear(x * large)
+
+
+def test_the_rounding_noise_is_stated_and_poor_ratios_come_with_advice():
+    torch.manual_seed(0)
+    fine = next(f for f in check(nn.Linear(16, 4), torch.randn(32, 16), engines=[]) if f.step == "quantize")
+    said = re.search(r"`\w+` (\d+\.\d) dB above its rounding noise on the example", fine.detail)
+    assert 25 < float(said[1]) < 50  # 7-bit weights and 8-bit activations of a Gaussian
+    assert not any("coarse" in line for line in fine.lines)
+    poor = next(f for f in check(Outlier(), torch.randn(32, 16), engines=[]) if f.step == "quantize")
+    assert float(re.search(r"(-?\d+\.\d) dB", poor.detail)[1]) < 10
+    assert poor.lines[0].startswith("coarse: a tenth of the signal or more is noise. Targets with uint8 activations")
 
 
 def test_what_cannot_be_captured_is_named_with_its_line():

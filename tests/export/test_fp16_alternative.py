@@ -5,6 +5,7 @@ import torch
 from lightning_accel import export_onnx, load_runner
 from lightning_accel.engines.tensorrt.library import read_info
 from lightning_accel.export.fp16_alternative import build_alternative, choose_precision, verify_alternative
+from lightning_accel.verification.layout import Layout
 from tests.support.models import Residual
 
 
@@ -23,9 +24,17 @@ def test_the_rival_is_built_and_held_against_the_reference(tmp_path):
     module, x = Residual().eval(), torch.randn(16, 3, 8, 8)
     export_onnx(module, x, tmp_path / "reference.onnx")
     (tmp_path / "engines").mkdir()
-    line = build_alternative(tmp_path, "reference.onnx", {"x": x.numpy()})
+    line = build_alternative(tmp_path, "reference.onnx", [{"x": x.numpy()}])
     assert read_info(tmp_path / line["file"]).precision == line["precision"] == "fp16"
     with load_runner(tmp_path / line["built_from"], emulate=True) as runner:  # its file, where no GPU runs the engine
-        check = verify_alternative(runner, tmp_path / "reference.onnx", {"x": x.numpy()}, (1, 16), check_agreement=True)
+        plain = Layout({"x": 0})
+        check = verify_alternative(
+            runner,
+            tmp_path / "reference.onnx",
+            {"x": x.numpy()},
+            (1, 16),
+            check_agreement=True,
+            layout=plain,
+        )
     assert check.passed, check.failures
     assert check.max_error > 1e-6

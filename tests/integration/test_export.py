@@ -447,6 +447,13 @@ def test_predict_after_fit_computes_what_the_int8_file_does(trainer, tmp_path):
     module = Classifier()
     t = trainer(la.QuantizationAwareTraining("portable", start=0), la.ModelExport(tmp_path / "b"))
     t.fit(module, loader(), val())
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    (name, ratio), *_ = report["proofs"]["signal_to_noise_db"].items()
+    assert 5 < ratio < 60
+    assert any(
+        f"Rounding to int8 leaves `{name}` a signal-to-noise ratio of {ratio:.1f} dB" in n["text"]
+        for n in report["notes"]
+    )
     x = images(8, 3).tensors[0]
     predicted = torch.cat(t.predict(module, DataLoader(x, 4)))
     with la.load_runner(tmp_path / "b", "onnxruntime", emulate=True) as runner:  # whichever is the default

@@ -193,6 +193,13 @@ def default_target() -> str:
     return "portable"
 
 
+def finer_targets(target: Target) -> str:
+    """Sentence on targets whose steps are finer than those of this one, for a network that it rounds too coarsely; empty if none are."""
+    if not target.signed_activations and target.weight_max >= 127:
+        return ""
+    return " Targets with uint8 activations (`onnxruntime`, `openvino`) have finer steps."
+
+
 def target_of(name: str | Target, vnni: bool | None = None) -> Target:
     """Look up a target by its name; a :class:`Target` is returned as it is.
 

@@ -21,7 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_accel.calls.batches import canonical_call
 from lightning_accel.calls.containers import registered_results
 from lightning_accel.calls.contexts import kept_state, mode, named_keywords, own_forward, own_signature, unlogged
-from lightning_accel.calls.shapes import batch_axes, batch_shapes, describe_inputs, dynamic_axes, example_inputs
+from lightning_accel.calls.shapes import (
+    batch_axes,
+    batch_elsewhere,
+    batch_shapes,
+    describe_inputs,
+    dynamic_axes,
+    example_inputs,
+)
 from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.patching import swapped
 from lightning_accel.errors import CaptureError
@@ -152,7 +159,8 @@ def _explain(module: nn.Module, description: Mapping[str, Any], path: str, error
     if works:
         name = f"{path}.{works}" if path else works
         return f'{message}. Its submodule `{name}` can be captured: use QuantizationAwareTraining(module="{name}").'
-    return f"{message}. Keep data-dependent Python out of `forward`, or name a submodule with `module=`."
+    elsewhere = batch_elsewhere(description)
+    return f"{message}. Keep data-dependent Python out of `forward`, or name a submodule with `module=`.{elsewhere}"
 
 
 def taken_name(error: BaseException, module: nn.Module) -> str:

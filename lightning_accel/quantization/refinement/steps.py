@@ -10,8 +10,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.decibels import POOR, decibels
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.observers import Ranks
+from lightning_accel.quantization.arithmetic.targets import finer_targets
 from lightning_accel.quantization.graph.prepare import QuantizedForward
 from lightning_accel.quantization.refinement.bias_correction import correct_biases
 from lightning_accel.quantization.refinement.rounding import refine_rounding
@@ -29,7 +31,6 @@ EFFORTS: dict[str, tuple[tuple[str, Step], ...]] = {
     ),
 }
 SAMPLES = 64  # that steps look at, rounded up to whole calls
-_POOR = 10.0  # dB: a tenth of the signal's power is noise
 
 
 def check_effort(effort: str) -> str:
@@ -102,14 +103,14 @@ def _noise(found: list[list[torch.Tensor]], wanted: list[list[torch.Tensor]], ra
 
 
 def _tell(noise: float, forward: QuantizedForward) -> None:
-    decibels = -10 * float(torch.tensor(max(noise, 1e-30)).log10())
-    text = f"results have a signal-to-noise ratio of {decibels:.1f} dB against the float network, on calibration data"
-    if decibels >= _POOR:
+    ratio = decibels(1.0, max(noise, 1e-30))
+    text = f"results have a signal-to-noise ratio of {ratio:.1f} dB against the float network, on calibration data"
+    if ratio >= POOR:
         rank_zero_info(f"Quantization for {forward.target.name}: {text}.")
         return
-    coarse = forward.target.signed_activations or forward.target.weight_max < 127
-    other = " Targets with uint8 activations (`onnxruntime`, `openvino`) have finer steps." if coarse else ""
+    ways = (
+        'Try `effort="high"`, keep the operators that `sensitivity` ranks first in float with `exclude`, or train with'
+    )
     rank_zero_warn(
-        f'Quantization for {forward.target.name} is coarse: {text}.{other} Try `effort="high"`, keep the operators that '
-        "`sensitivity` ranks first in float with `exclude`, or train with QuantizationAwareTraining."
+        f"Quantization for {forward.target.name} is coarse: {text}.{finer_targets(forward.target)} {ways} QuantizationAwareTraining."
     )
