@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_accel.quantization.ptq import quantize as quantize
     from lightning_accel.quantization.qat import QuantizationAwareTraining as QuantizationAwareTraining
     from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization as WeightOnlyQuantization
+    from lightning_accel.serving.bulk.predict import predict_files as predict_files
     from lightning_accel.verification.bundle import verify_bundle as verify_bundle
     from lightning_accel.verification.compare import verify as verify
     from lightning_accel.verification.exported import export_onnx as export_onnx
@@ -74,6 +75,7 @@ _PUBLIC = {
     "export_onnx": "verification.exported",
     "verify": "verification.compare",
     "verify_bundle": "verification.bundle",
+    "predict_files": "serving.bulk.predict",
     "load_runner": "engines.base",
     "benchmark": "benchmarking.measure",
     "benchmark_bundle": "benchmarking.benchmark_bundle",

@@ -32,7 +32,13 @@ def main(args: Sequence[str] | None = None) -> int:
     if given[0] in ("-V", "--version"):
         print(f"lightning-accel {__version__}")
         return 0
-    return run_guarded(lambda: _run(given)) if given[0] in COMMANDS else _run_trainer(given)
+    of_bundle = given[0] in COMMANDS and (given[0] not in TRAINER_COMMANDS or _names_bundle(given))
+    return run_guarded(lambda: _run(given)) if of_bundle else _run_trainer(given)
+
+
+def _names_bundle(given: Sequence[str]) -> bool:
+    """Whether a command of both, `predict`, is of a bundle: the Trainer's takes options alone."""
+    return len(given) > 1 and not given[1].startswith("-")
 
 
 def help_text() -> str:

@@ -1,0 +1,1 @@
+"""Bulk inference: files in, Parquet out, nothing lost and nothing twice."""

@@ -1,0 +1,1 @@
+"""Files that bulk inference reads: tables, arrays and images."""
