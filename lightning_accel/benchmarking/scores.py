@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 CLASSES, VALUES = "classes", "values"
-Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def score_titles(settings: Mapping[str, Any]) -> tuple[str, str]:

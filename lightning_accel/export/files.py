@@ -32,7 +32,7 @@ from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
-from lightning_accel.verification.signal import signal_to_noise
+from lightning_accel.verification.signal import same_predictions, signal_to_noise
 from lightning_accel.verification.tolerances import FILES, FLOAT
 
 MODEL, REFERENCE, PROGRAM, SAMPLES = "model.onnx", "reference.onnx", "model.pt2", "samples.npz"
@@ -112,7 +112,7 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
     files.proofs |= {"nodes": proof.counts, **({} if integers is None else {"integers": integers})}
     if exported.trained:
         _write_reference(spec, whole, folder, files, options)
-        files.proofs["signal_to_noise_db"] = _signal_to_noise(files, folder)
+        files.proofs |= _against_float(spec, files, folder)
     if half:
         _lower(spec, files, exported.path, folder / MODEL, spec.precision, spec.precision)
     elif exported.trained and any(
@@ -152,15 +152,19 @@ def _write_reference(
     files.checks.append(proof.check)
 
 
-def _signal_to_noise(files: Files, folder: Path) -> dict[str, float]:
-    """Signal-to-noise ratio of each output of the int8 file against the float reference, where it is finite."""
+def _against_float(spec: ExportSpec, files: Files, folder: Path) -> dict[str, Any]:
+    """What rounding to int8 costs: signal-to-noise ratio of each output, where it is finite, and share of equal predictions."""
     with ExitStack() as stack:
         int8, floating = (
             files.layout.adapt(stack.enter_context(load_runner(folder / name, "onnxruntime", emulate=True)).run)
             for name in (MODEL, REFERENCE)
         )
-        found = signal_to_noise(int8, floating, files.samples)
-    return {name: round(ratio, 2) for name, ratio in found.items() if math.isfinite(ratio)}
+        ratios = signal_to_noise(int8, floating, files.samples)
+        same = same_predictions(int8, floating, files.samples) if spec.predicts else None
+    found: dict[str, Any] = {
+        "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in ratios.items() if math.isfinite(ratio)}
+    }
+    return found if same is None else {**found, "same_as_float": {"predictions": same[0], "of": same[1]}}
 
 
 def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, precision: str) -> None:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.benchmarking.environment import environment
@@ -75,6 +76,7 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             "inputs": list(files.shipped.input_names),
             "outputs": list(files.shipped.output_names),
             "batch_axes": files.layout.axes,
+            "input_ranges": _ranges(files),
             "unused_inputs": list(files.shipped.unused),
         }
         if spec.budgets is not None:
@@ -103,6 +105,16 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
             },
         )
     return report
+
+
+def _ranges(files: Files) -> dict[str, list[float]]:
+    """Smallest and largest number of each input among the samples; what comes later may be held against them."""
+    found = {}
+    for name, array in files.samples.items():
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        if finite.size and array.dtype.kind in "iuf":
+            found[name] = [float(finite.min()), float(finite.max())]
+    return found
 
 
 def _checkpoint(path: str) -> dict[str, Any] | None:

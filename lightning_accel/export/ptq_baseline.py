@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lightning_accel.benchmarking.scores import Z95
 from lightning_accel.calls.batches import class_labels
 from lightning_accel.calls.contexts import mode
+from lightning_accel.core.intervals import Z95
 from lightning_accel.export.held_out import HeldOut
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.reports.model import Row

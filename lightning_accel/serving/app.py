@@ -2,9 +2,11 @@
 
 import asyncio
 import hmac
+import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lightning_accel import __version__
+from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.errors import LightningAccelError
+from lightning_accel.serving.drift import rows_outside
 from lightning_accel.serving.metrics import Metrics
 from lightning_accel.serving.pool import (
     PoolSettings,
@@ -24,6 +28,7 @@ from lightning_accel.serving.pool import (
     WorkerPool,
 )
 from lightning_accel.serving.protocol import BINARY_HEADER, describe, read_request, write_response
+from lightning_accel.serving.shadow import Expected, Shadow
 
 _OPEN = ("/v2/health/", "/metrics")  # paths that need no token: a probe has none
 
@@ -36,6 +41,8 @@ class ServedModel:
         name: in the paths of the server.
         settings: how it is served.
         pool: its workers.
+        shadow: compares a share of the answers with the float32 reference.
+        ranges: smallest and largest number of each input that the bundle was verified on.
         version: counts the reloads, from 1.
         lock: held while it is reloaded.
     """
@@ -43,6 +50,8 @@ class ServedModel:
     name: str
     settings: PoolSettings
     pool: WorkerPool
+    shadow: Shadow | None = None
+    ranges: Mapping[str, Sequence[float]] = field(default_factory=dict)
     version: int = 1
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -89,7 +98,7 @@ class InferenceServer:
         """
         try:
             for name, settings in self._wanted.items():
-                self.models[name] = ServedModel(name, settings, await self._started(name, settings))
+                self.models[name] = ServedModel(name, settings, *await self._started(name, settings))
                 self._note(self.models[name])
         except BaseException:
             await self.close()
@@ -97,7 +106,8 @@ class InferenceServer:
 
     async def close(self) -> None:
         """Answer the requests that wait, and end all workers."""
-        await asyncio.gather(*(model.pool.close() for model in self.models.values()))
+        closing = [part.close() for model in self.models.values() for part in (model.pool, model.shadow) if part]
+        await asyncio.gather(*closing)
 
     async def reload(self, name: str, bundle: Path | None = None) -> ServedModel:
         """Start workers on the bundle as it is now; the old ones serve until those have reproduced it, and stay if they don't.
@@ -111,14 +121,17 @@ class InferenceServer:
             if bundle is not None:
                 settings = replace(settings, worker=replace(settings.worker, bundle=bundle))
             try:
-                pool = await self._started(name, settings)
+                pool, shadow, ranges = await self._started(name, settings)
             except LightningAccelError:
                 self.metrics.reloads.labels(name, "refused").inc()
                 raise
             old, model.pool, model.settings, model.version = model.pool, pool, settings, model.version + 1
+            old_shadow, model.shadow, model.ranges = model.shadow, shadow, ranges
             self.metrics.reloads.labels(name, "served").inc()
             self._note(model)
             await old.close()
+            if old_shadow is not None:
+                await old_shadow.close()
             return model
 
     def app(self) -> Starlette:
@@ -138,7 +151,9 @@ class InferenceServer:
             ]
         )
 
-    async def _started(self, name: str, settings: PoolSettings) -> WorkerPool:
+    async def _started(
+        self, name: str, settings: PoolSettings
+    ) -> tuple[WorkerPool, Shadow | None, Mapping[str, Sequence[float]]]:
         def event(kind: str, rows: int = 0) -> None:
             if kind == "batch":
                 self.metrics.batches.labels(name).observe(rows)
@@ -147,9 +162,37 @@ class InferenceServer:
             elif kind == "canary_failed":
                 self.metrics.canaries.labels(name).inc()
 
+        manifest = read_manifest(settings.worker.bundle)
+        expected = Expected.of_bundle(manifest) if settings.shadow else None
         pool = WorkerPool(settings, event)
         await pool.start()
-        return pool
+        shadow = None
+        if expected is not None:
+            worker = replace(settings.worker, canary=False, file="reference.onnx")
+            reference = WorkerPool(replace(settings, worker=worker, workers=1, canary_s=0.0, pad_to=0, shadow=0.0))
+            shadow = Shadow(settings.shadow, reference, expected, partial(self._shadowed, name))
+            try:
+                await reference.start()
+            except BaseException:
+                await pool.close()
+                raise
+        self.metrics.shadow_alarm.labels(name).set(0)
+        known = {one.name for one in pool.served.inputs} if pool.served.batched else set()
+        return pool, shadow, {n: r for n, r in manifest.get("input_ranges", {}).items() if n in known}
+
+    def _shadowed(self, name: str, kind: str, count: int) -> None:
+        if kind != "alarm":
+            self.metrics.shadow.labels(name, kind).inc(count)
+            return
+        self.metrics.shadow_alarm.labels(name).set(count)
+        shadow = self.models[name].shadow
+        if shadow is not None:
+            what = (
+                "leaves its float32 reference more than on held-out data"
+                if count
+                else "is as near to its reference as before"
+            )
+            print(f"Model `{name}` {what}: {shadow.says}.", file=sys.stderr, flush=True)
 
     def _note(self, model: ServedModel) -> None:
         for size, rows in model.pool.served.variant.items():
@@ -237,7 +280,12 @@ class InferenceServer:
             )
             if served.batched and asked.rows > largest:
                 return _refusal(400, f"A request must hold at most {largest} rows, but got {asked.rows}. Split it.")
+            for input_name, outside in rows_outside(asked.feeds, model.ranges).items():
+                self.metrics.rows.labels(model.name, input_name).inc(asked.rows)
+                self.metrics.outside.labels(model.name, input_name).inc(outside)
             answer = await pool.infer(asked.feeds, asked.rows, self.settings.timeout_s)
+            if model.shadow is not None:
+                model.shadow.offer(asked.feeds, asked.rows, answer.outputs)
         except _BodyTooLargeError as error:
             return _refusal(413, str(error))
         except QueueFullError as error:

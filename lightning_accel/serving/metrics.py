@@ -30,6 +30,16 @@ class Metrics:
         self.reloads = of(Counter, "reloads", "New bundles asked for, by outcome.", "outcome")
         self.variant = of(Gauge, "batch_variant_rows", "Kept samples whose bits depend on the batch size.", "batch")
 
+        self.rows = of(Counter, "input_rows", "Rows of each input.", "input")
+        self.outside = of(
+            Counter,
+            "input_rows_outside",
+            "Rows with numbers outside of those that the bundle was verified on.",
+            "input",
+        )
+        self.shadow = of(Counter, "shadow_predictions", "Predictions compared with the float32 reference.", "outcome")
+        self.shadow_alarm = of(Gauge, "shadow_alarm", "1 while answers leave the reference more than the bundle says.")
+
     def text(self) -> bytes:
         """All metrics."""
         return generate_latest(self._registry)

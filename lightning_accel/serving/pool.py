@@ -196,6 +196,7 @@ class PoolSettings:
         stall_s: time after which a worker that doesn't answer is killed.
         canary_s: time between two runs of the kept samples; 0: at the start only.
         pad_to: rows that each batch is filled up to, so that a row doesn't depend on how many others there are; 0: not at all.
+        shadow: share of the requests that run on the float32 reference, too.
     """
 
     worker: WorkerSettings
@@ -205,6 +206,7 @@ class PoolSettings:
     stall_s: float = 10.0
     canary_s: float = 60.0
     pad_to: int = 0
+    shadow: float = 0.0
 
 
 class WorkerPool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightning_accel.engines.base import Runner, TensorSpec, load_runner
-from lightning_accel.engines.manifest import read_manifest
+from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import LightningAccelError
 from lightning_accel.serving.canary import Canary, variant_rows
 from lightning_accel.verification.layout import Layout
@@ -51,6 +51,7 @@ class WorkerSettings:
         threads: of the engine.
         canary: whether the bundle's samples must be reproduced.
         max_batch: largest batch that it is asked for.
+        file: file of the bundle to run in ONNX Runtime; empty: that of the engine.
     """
 
     bundle: Path
@@ -58,6 +59,7 @@ class WorkerSettings:
     threads: int | None
     canary: bool
     max_batch: int
+    file: str = ""
 
 
 def work(connection: Connection, settings: WorkerSettings) -> None:
@@ -90,7 +92,10 @@ def work(connection: Connection, settings: WorkerSettings) -> None:
 def _loaded(settings: WorkerSettings) -> tuple[Runner, Canary | None, Served]:
     manifest = read_manifest(settings.bundle)
     canary = Canary(settings.bundle, settings.engine) if settings.canary else None
-    runner = load_runner(settings.bundle, settings.engine, threads=settings.threads)
+    if settings.file:
+        check_files(settings.bundle, manifest)
+    source = settings.bundle / settings.file if settings.file else settings.bundle
+    runner = load_runner(source, "onnxruntime" if settings.file else settings.engine, threads=settings.threads)
     first = Layout(manifest.get("batch_axes", dict.fromkeys(runner.input_names, 0)))
     batched = set(first.axes) == set(runner.input_names) and first.plain
     batched &= all(spec.shape and spec.shape[0] is None for spec in (*runner.inputs, *runner.outputs))

@@ -1,9 +1,8 @@
 import json
 
 import pytest
-from scipy.stats import binomtest
 
-from lightning_accel.reports.model import Row, wilson_interval
+from lightning_accel.reports.model import Row
 from lightning_accel.reports.run_report import comparison_table, render_markdown
 
 TEACHER = Row(
@@ -30,18 +29,6 @@ INT8 = Row(
     speedup_high=0.881,
 )
 ENGINE = Row("student int8", "tensorrt", parameters=20010, file_bytes=99999, note="built here, not run")
-
-
-@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 50), (50, 50), (970, 1000), (1, 7), (9999, 10000)])
-def test_wilson_interval_is_scipys(correct, total):
-    expected = binomtest(correct, total).proportion_ci(method="wilson")
-    assert wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-@pytest.mark.parametrize(("correct", "total", "name"), [(0, 0, "total"), (-1, 5, "correct"), (6, 5, "correct")])
-def test_wilson_interval_refuses(correct, total, name):
-    with pytest.raises(ValueError, match=f"Argument `{name}` must be"):
-        wilson_interval(correct, total)
 
 
 def test_row_takes_its_accuracy_from_the_counts():

@@ -46,11 +46,13 @@ class Words(Pixels):
         self.net = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(1), nn.Linear(20, 3))
 
 
-def write_bundle(module: type, folder: Path, seed: int = 0) -> Path:
+def write_bundle(module: type, folder: Path, seed: int = 0, *quantizing: L.Callback) -> Path:
     torch.manual_seed(seed)
     x = torch.randint(0, 10, (32, 5)) if module is Words else torch.randn(32, 4)
     loader = DataLoader(TensorDataset(x, torch.randint(0, 3, (32,))), 16)
-    export = la.ModelExport(str(folder), engines=["onnxruntime"], precision="fp32", keep_samples=16)
+    export = la.ModelExport(
+        str(folder), engines=["onnxruntime"], precision=None if quantizing else "fp32", keep_samples=16
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -59,7 +61,7 @@ def write_bundle(module: type, folder: Path, seed: int = 0) -> Path:
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder.parent,
-        callbacks=[export],
+        callbacks=[*quantizing, export],
     )
     trainer.fit(module(), loader, loader)
     return folder
@@ -72,6 +74,7 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
         "pixels": write_bundle(Pixels, folder / "pixels"),
         "words": write_bundle(Words, folder / "words"),
         "newer": write_bundle(Pixels, folder / "newer", seed=1),
+        "int8": write_bundle(Pixels, folder / "int8", 0, la.PostTrainingQuantization("onnxruntime")),
     }
 
 

@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="time between two runs of the kept samples; 0: at the start only",
     )
+    parser.add_argument(
+        "--shadow",
+        type=float,
+        default=0.0,
+        help="percent of the requests that run on the float32 reference, too, to be compared; default: 0",
+    )
     parser.add_argument("--no-canary", action="store_true", help="serve without reproducing the kept samples")
     parser.add_argument("--allow-nonfinite", action="store_true", help="pass NaN and infinity on to the network")
     parser.add_argument(
@@ -127,6 +133,8 @@ def _server(arguments: argparse.Namespace) -> "InferenceServer":
         _at_least(name, getattr(arguments, name), 1)
     for name in ("timeout", "stall", "max_body_mb"):
         _at_least(name, getattr(arguments, name), 0.001)
+    if not 0 <= arguments.shadow <= 100:
+        raise InvalidArgumentError(f"Option `--shadow` must be from 0 to 100 percent, but got {arguments.shadow}.")
     for name in ("batch_wait_ms", "canary_seconds", "pad_to", "port"):
         _at_least(name, getattr(arguments, name), 0)
     if arguments.port > 65535:
@@ -148,6 +156,7 @@ def _server(arguments: argparse.Namespace) -> "InferenceServer":
             arguments.stall,
             arguments.canary_seconds,
             arguments.pad_to,
+            arguments.shadow / 100,
         )
         for name, bundle in _bundles(arguments.bundles).items()
     }
