@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows-per-part", type=int, help="rows in a file; default: inputs of 64 MB, at most 65,536 rows"
     )
+    parser.add_argument(
+        "--ray", action="store_true", help="compute on Ray: the cluster of RAY_ADDRESS, or this machine"
+    )
     parser.add_argument("--no-canary", action="store_true", help="compute without reproducing the kept samples")
 
 
@@ -56,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         pixel_scale=arguments.pixel_scale,
         rows_per_part=arguments.rows_per_part,
         canary=not arguments.no_canary,
+        ray=arguments.ray,
         progress=sys.stderr.isatty(),
     )
     there = found.parts - found.computed

@@ -15,6 +15,7 @@ from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.serving.bulk.on_ray import run_on_ray
 from lightning_accel.serving.bulk.parts import ROW, SOURCE, part_path
 from lightning_accel.serving.bulk.pool import Pool
 from lightning_accel.serving.bulk.sources.base import Reading
@@ -68,6 +69,7 @@ def predict_files(
     pixel_scale: float | None = None,
     rows_per_part: int | None = None,
     canary: bool = True,
+    ray: bool = False,
     progress: bool = False,
 ) -> Prediction:
     """Compute the outputs of a bundle for every row of files, and write them as Parquet.
@@ -93,6 +95,8 @@ def predict_files(
         pixel_scale: factor on the values 0 to 255 of images for inputs in floating point.
         rows_per_part: rows in a file; ``None``: so many that their inputs have 64 MB, at most 65,536.
         canary: whether the bundle's kept samples, if it has any, must be reproduced first.
+        ray: compute the parts with Ray Data, on the cluster that this process is connected to, or else on this machine; bundle, data and
+            ``out`` must be paths that every node has. ``workers`` is then the number of actors.
         progress: write a line of progress to standard error.
 
     Returns:
@@ -110,7 +114,7 @@ def predict_files(
         1000000
     """
     started = time.monotonic()
-    folder, target = Path(bundle), Path(out)
+    folder, target = Path(bundle).resolve(), Path(out).resolve()
     require("pyarrow", "predict", "`predict_files`")
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -140,7 +144,11 @@ def predict_files(
         missing = _prepared(target, plan, parts)
         job = Job(folder, engine, threads, batch, reading, target)
         count = min(workers or usable_cores(), max(len(missing), 1))
-        restarts = Pool(job, count, len(parts), progress).run(missing) if missing else 0
+        restarts = 0
+        if missing and ray:
+            run_on_ray(job, missing, count)
+        elif missing:
+            restarts = Pool(job, count, len(parts), progress).run(missing)
         result = Prediction(
             sum(part.stop - part.start for part in parts),
             len(parts),

@@ -33,7 +33,7 @@ def files_of(data: Sequence[Path]) -> list[tuple[Path, str]]:
         InvalidArgumentError: a file of another kind, a folder without data, or two of one name.
     """
     found: list[tuple[Path, str]] = []
-    for path in data:
+    for path in (one.resolve() for one in data):  # a worker may have another working folder
         if not path.exists():
             raise MissingFileError(f"Argument `data` must be files that exist, but got {path}: nothing is there.")
         below = (
