@@ -176,6 +176,11 @@ def test_serving():
     assert re.fullmatch(r"p99 at 8 clients: \d+\.\d+x of p50 \(target: at most 3, (reached|missed)\)", lines[-1])
 
 
+def test_bulk():
+    line = quick("bulk").stdout.splitlines()[-1]
+    assert line == "of 20,000 rows lost: 0, doubled: 0 (target: 0 and 0, with one worker killed, reached)"
+
+
 def test_language_models(tmp_path):
     for package in ("transformers", "gguf", "compressed_tensors", "peft"):
         pytest.importorskip(package, reason="the extra `lm` is not installed")
