@@ -35,16 +35,21 @@ def write_triton(
     *,
     name: str,
     engine: str | None = None,
+    backend: str | None = None,
     version: int = 1,
     max_batch: int = 64,
 ) -> Path:
     """Write a bundle as a model of a Triton repository: ``<repository>/<name>/config.pbtxt``, ``<version>/model.onnx``.
 
+    With ``backend="python"`` the version holds the whole bundle and ``model.py``, which reproduces the kept samples before the server
+    becomes ready, and runs any engine in a Python of the server that has ``lightning-accel[runtime]``.
+
     Args:
         bundle: the bundle's folder.
         repository: Triton's model repository; other models in it stay.
         name: the model's name there. A model of that name is replaced whole.
-        engine: ``"onnxruntime"`` or ``"tensorrt"``; default: the bundle's own.
+        engine: ``"onnxruntime"`` or ``"tensorrt"``, any with the Python backend; default: the bundle's own.
+        backend: ``"python"``, or ``None`` for Triton's backend of the engine.
         version: version of the model, from 1.
         max_batch: largest batch that the server assembles.
 
@@ -60,14 +65,23 @@ def write_triton(
     for argument, number in (("version", version), ("max_batch", max_batch)):
         if number < 1:
             raise InvalidArgumentError(f"Argument `{argument}` must be at least 1, but got {number}.")
+    if backend not in (None, "python"):
+        raise InvalidArgumentError(
+            f'Argument `backend` must be "python", or None for the backend of the engine, but got {backend!r}.'
+        )
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     check_batch_first(manifest, "Triton's batching")
     engine, file = resolve_bundle(bundle, engine)
-    if engine not in BACKENDS:
-        raise InvalidArgumentError(f"Argument `engine` must be one of {sorted(BACKENDS)}, but got {engine!r}.")
+    if backend is None and engine not in BACKENDS:
+        raise InvalidArgumentError(
+            f'Argument `engine` must be one of {sorted(BACKENDS)}, or any with backend="python", but got {engine!r}.'
+        )
     with load_runner(bundle / manifest["model"], "onnxruntime") as runner:  # its names and shapes are the engine's
         inputs, outputs = runner.inputs, runner.outputs
+    labels = manifest.get("metadata", {}).get("class_names")
+    if backend == "python":
+        return _write_python(bundle, repository / name, engine, str(version), inputs, outputs, max_batch, labels)
     if engine == "tensorrt":
         info = read_info(file)
         if info.library != "tensorrt":
@@ -77,7 +91,6 @@ def write_triton(
             )
         max_batch = min([max_batch, *(shapes[2][0] for shapes in info.profile.values())])
     backend, target = BACKENDS[engine]
-    labels = manifest.get("metadata", {}).get("class_names")
     with staged(repository / name) as folder:
         (folder / str(version)).mkdir()
         shutil.copy2(file, folder / str(version) / target)
@@ -90,6 +103,28 @@ def write_triton(
         text = config_text(name, backend, inputs, outputs, max_batch, labelled=labels is not None, notes=notes)
         (folder / "config.pbtxt").write_text(text)
     return repository / name
+
+
+def _write_python(
+    bundle: Path,
+    place: Path,
+    engine: str,
+    version: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    max_batch: int,
+    labels: Sequence[str] | None,
+) -> Path:
+    """Write a model of Triton's Python backend: ``<version>/model.py`` and ``<version>/bundle``."""
+    with staged(place) as folder:
+        shutil.copytree(bundle, folder / version / "bundle")
+        shutil.copy2(Path(__file__).with_name("triton_model.py"), folder / version / "model.py")
+        if labels is not None:
+            (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+        notes = {"engine": engine}
+        text = config_text(place.name, "python", inputs, outputs, max_batch, labelled=labels is not None, notes=notes)
+        (folder / "config.pbtxt").write_text(text)
+    return place
 
 
 def config_text(

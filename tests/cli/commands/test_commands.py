@@ -13,7 +13,7 @@ from google.protobuf import text_format
 from lightning_accel.bundle.writer import write_manifest
 from lightning_accel.cli.commands.build import parse_profile
 from lightning_accel.cli.main import main
-from lightning_accel.engines.base import TensorSpec
+from lightning_accel.engines.base import TensorSpec, load_runner
 from lightning_accel.engines.manifest import read_manifest, resolve_bundle
 from lightning_accel.engines.tensorrt.build import has_gpu
 from lightning_accel.engines.tensorrt.library import read_info
@@ -194,6 +194,39 @@ def test_triton_takes_it(bundle, tmp_path, capsys):
     assert config.output[0].label_filename == "labels.txt"
     assert (folder / "labels.txt").read_text().split() == ["a", "b", "c", "d"]
     assert config.WhichOneof("scheduling_choice") == "dynamic_batching"
+
+
+def test_triton_with_the_python_backend_gets_the_whole_bundle(bundle, tmp_path):
+    """`experiments/triton.py` runs it in a real server."""
+    arguments = [
+        "--triton",
+        str(tmp_path / "models"),
+        "--name",
+        "m",
+        "--engine",
+        "openvino",
+        "--backend",
+        "python",
+        "--version",
+        "3",
+    ]
+    assert main(["bundle", str(bundle), *arguments]) == 0
+    folder = tmp_path / "models" / "m"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema().ModelConfig())
+    assert (config.backend, config.max_batch_size) == ("python", 64)
+    assert config.parameters["engine"].string_value == "openvino"
+    assert config.output[0].label_filename == "labels.txt"
+    assert sorted(f.name for f in (folder / "3").iterdir()) == ["bundle", "model.py"]
+    compile((folder / "3" / "model.py").read_text(), "model.py", "exec")
+    with load_runner(folder / "3" / "bundle", "openvino") as copied, load_runner(bundle, "openvino") as own:
+        x = np.ones((2, *own.inputs[0].shape[1:]), np.float32)
+        assert all(
+            np.array_equal(copied.run({own.input_names[0]: x})[n], a)
+            for n, a in own.run({own.input_names[0]: x}).items()
+        )
+    with pytest.raises(ValueError, match=r'Argument `backend` must be "python", or None'):
+        write_triton(bundle, tmp_path / "others", name="m", backend="pytorch")
+    assert not (tmp_path / "others").exists()
 
 
 def test_triton_of_other_shapes():
