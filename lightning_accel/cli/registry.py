@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": "compute a bundle's outputs for files, in processes: predict artifacts --data FILES --out FOLDER",
     "generate": "generate text from a language model's bundle: generate BUNDLE --prompt TEXT",
     "bundle": "write a bundle as a Triton model repository: --triton FOLDER",
+    "package": "write a bundle as a package for a platform: package artifacts --oci --out image",
     "doctor": "print what is installed, which engines run or only build here, and how fast and exact int8 is on this CPU",
 }
 

@@ -65,12 +65,14 @@ class ServerSettings:
         timeout_s: time within which a request is answered.
         token: that each request must bring, ``Authorization: Bearer ...``; empty: none.
         finite: whether inputs with NaN or infinity are refused.
+        sagemaker: whether the only model answers at ``/ping`` and ``/invocations``, too, as Amazon SageMaker asks.
     """
 
     max_body: int = 64 * 2**20
     timeout_s: float = 30.0
     token: str = ""
     finite: bool = True
+    sagemaker: bool = False
 
 
 class _BodyTooLargeError(LightningAccelError):
@@ -138,8 +140,13 @@ class InferenceServer:
         """The ASGI application. :meth:`start` must have been called, and :meth:`close` must follow."""
         model = "/v2/models/{name}"
         versioned = model + "/versions/{version}"
+        only = [
+            Route("/ping", self._ready),
+            Route("/invocations", self._guarded(self._invoke), methods=["POST"]),
+        ]
         return Starlette(
             routes=[
+                *(only if self.settings.sagemaker else []),
                 Route("/v2", self._guarded(self._server)),
                 Route("/v2/health/live", self._live),
                 Route("/v2/health/ready", self._ready),
@@ -262,6 +269,10 @@ class InferenceServer:
         except LightningAccelError as error:
             return _refusal(409, f"{error} The bundle that was served before still is.", _headers(self.models[name]))
         return JSONResponse({"name": name, "version": str(model.version)}, headers=_headers(model))
+
+    async def _invoke(self, request: Request) -> Response:
+        request.path_params["name"] = next(iter(self.models))
+        return await self._infer(request)
 
     async def _infer(self, request: Request) -> Response:
         model, since = self.models[request.path_params["name"]], time.perf_counter()

@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="percent of the requests that run on the float32 reference, too, to be compared; default: 0",
     )
+    parser.add_argument(
+        "--sagemaker", action="store_true", help="answer at /ping and /invocations, too; with one bundle"
+    )
     parser.add_argument("--no-canary", action="store_true", help="serve without reproducing the kept samples")
     parser.add_argument("--allow-nonfinite", action="store_true", help="pass NaN and infinity on to the network")
     parser.add_argument(
@@ -160,8 +163,11 @@ def _server(arguments: argparse.Namespace) -> "InferenceServer":
         )
         for name, bundle in _bundles(arguments.bundles).items()
     }
+    if arguments.sagemaker and len(models) > 1:
+        raise InvalidArgumentError(f"Option `--sagemaker` must come with one bundle, but got {list(models)}.")
     limit, finite = int(arguments.max_body_mb * 2**20), not arguments.allow_nonfinite
-    return InferenceServer(models, ServerSettings(limit, arguments.timeout, _token(arguments.token_file), finite))
+    token = _token(arguments.token_file)
+    return InferenceServer(models, ServerSettings(limit, arguments.timeout, token, finite, arguments.sagemaker))
 
 
 def _at_least(name: str, value: float, least: float) -> None:

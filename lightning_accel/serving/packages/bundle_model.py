@@ -1,0 +1,78 @@
+"""A bundle behind the entry points of other platforms: proven when it is loaded, fed nested lists, answering nested lists."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_accel.engines.base import TensorSpec, load_runner
+from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.serving.canary import Canary
+from lightning_accel.verification.bundle import SAMPLES
+
+
+class BundleModel:
+    """Loads a bundle's default engine, and reproduces its kept samples, if it has any.
+
+    Args:
+        bundle: its folder.
+        threads: of the engine; ``None``: its own choice.
+
+    Raises:
+        InvalidArgumentError: the bundle changed after it was written.
+        VerificationError: the kept samples aren't reproduced on this machine.
+    """
+
+    def __init__(self, bundle: str | Path, threads: int | None = None) -> None:
+        self.runner = load_runner(bundle, threads=threads)
+        self.proven = (Path(bundle) / SAMPLES).is_file()
+        if self.proven:
+            Canary(Path(bundle), None).prove(self.runner)
+
+    def run(self, inputs: Mapping[str, Any] | list[Any]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Args:
+            inputs: arrays or nested lists by input; or, for a network with one input, that one.
+
+        Raises:
+            InvalidArgumentError: they don't fit the network.
+        """
+        specs = {spec.name: spec for spec in self.runner.inputs}
+        given = dict(inputs) if isinstance(inputs, Mapping) else {next(iter(specs)): inputs}
+        if given.keys() != specs.keys():
+            raise InvalidArgumentError(f"Field `inputs` must hold the inputs {list(specs)}, but got {list(given)}.")
+        return self.runner.run({name: as_array(given[name], spec) for name, spec in specs.items()})
+
+    def answer(self, inputs: Mapping[str, Any] | list[Any]) -> dict[str, Any]:
+        """The same as nested lists."""
+        return {name: array.tolist() for name, array in self.run(inputs).items()}
+
+
+def as_array(value: Any, spec: TensorSpec) -> np.ndarray:
+    """Nested lists of numbers as an array of an input; arrays must have its type.
+
+    Raises:
+        InvalidArgumentError: they are no numbers, not of one length, not finite, or not of this shape.
+    """
+    if isinstance(value, np.ndarray):
+        spec.check(value)
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(f"Input `{spec.name}` must be equally long lists of numbers.") from None
+    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[spec.dtype.kind]
+    if array.size and array.dtype.kind not in allowed:
+        raise InvalidArgumentError(
+            f"Input `{spec.name}` must be numbers of {spec.dtype}, but got {array.dtype} values."
+        )
+    with np.errstate(over="ignore"):
+        cast = array.astype(spec.dtype)
+    if spec.dtype.kind in "iu" and not np.array_equal(cast, array):
+        raise InvalidArgumentError(f"Input `{spec.name}` must be numbers of {spec.dtype}, but got larger ones.")
+    if spec.dtype.kind == "f" and not np.isfinite(cast).all():
+        raise InvalidArgumentError(f"Input `{spec.name}` must be finite numbers, but got NaN or infinity.")
+    spec.check(cast)
+    return cast
