@@ -41,10 +41,15 @@ def copy_of(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) 
     return copy
 
 
-def few_samples(call: Call) -> Call:
+def few_samples(call: Call, module: nn.Module) -> Call:
     """A call with the first samples of its batch; the batch is the first dimension of the first tensor.
 
-    Where first dimensions differ one tensor may point into another, as the edges of a graph do: such a call stays whole.
+    Where first dimensions differ one tensor may point into another, as the edges of a graph do: such a call stays whole. So does one that
+    the module doesn't run on when it is shorter: its batch is fixed, or another dimension.
+
+    Args:
+        call: arguments of ``forward``.
+        module: in any state; its ``forward`` is run.
     """
     sizes = [t.shape[0] for t in _tensors(call) if t.ndim]
     size = sizes[0] if len(set(sizes)) == 1 else 0
@@ -53,6 +58,13 @@ def few_samples(call: Call) -> Call:
         return tensor[:_SAMPLES] if tensor.ndim and tensor.shape[0] == size else tensor
 
     result: Call = _map(call, shorten)
+    if all(a is b or a.shape == b.shape for a, b in zip(_tensors(result), _tensors(call), strict=True)):
+        return call
+    try:
+        with kept_buffers(module), torch.no_grad():
+            _run(module, result, training=False)
+    except Exception:  # whatever a forward raises on other shapes
+        return call
     return result
 
 
@@ -140,7 +152,9 @@ def skeleton(module: nn.Module, path: str, call: Call) -> tuple[nn.Module, Call]
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
     # What was seen before the Trainer cast the module ("bf16-true") is of another precision than the module is now.
-    call = converted(few_samples(call), lambda t: t.to(dtype) if t.is_floating_point() else t)
+    call = converted(
+        few_samples(call, module.get_submodule(path)), lambda t: t.to(dtype) if t.is_floating_point() else t
+    )
     with suppress(Exception):  # whatever a forward raises on tensors without data, the other copy is the answer
         empty = copy_of(module, lambda t: torch.empty_like(t, device="meta"))
         shapes = converted(call, lambda t: t.to("meta"))

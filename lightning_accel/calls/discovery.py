@@ -184,11 +184,13 @@ def owner_and_call(
         path: of the submodule; ``""`` for the whole module.
         trainer: in ``fit``, its module and data attached.
         inputs: maps a batch to the arguments of ``forward``.
-        whole: whether the first batch is taken as it is, because its axes are named; otherwise it may be made smaller.
+        whole: whether the first batch is taken as it is, because its axes are named, here or by another callback (its attribute
+            ``names_batch``); otherwise it may be made smaller.
 
     Raises:
         InvalidArgumentError: the module has no ``forward``, or there is no submodule at the path.
     """
+    whole = whole or any(getattr(callback, "names_batch", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     forward_exists = has_forward(pl_module)
     _check_python(find_submodule(pl_module, path) if path else pl_module)
     if not path:

@@ -388,6 +388,11 @@ class ModelExport(TrainerCallback):
             **run_facts,
         )
 
+    @property
+    def names_batch(self) -> bool:
+        """Whether the arguments say which axes are the batch."""
+        return self.batch == "fixed" or self.batch_axis is not None
+
     def _batch(self, trainer: L.Trainer) -> dict[str, Any]:
         """Which axes are the batch: as the arguments say, or those of the callback that quantizes what is exported."""
         own: dict[str, Any] = {"batch": self.batch or "dynamic", "batch_axis": self.batch_axis}

@@ -51,6 +51,11 @@ class QuantizingCallback(CompressionCallback):
         return self.settings.paths
 
     @property
+    def names_batch(self) -> bool:
+        """Whether the arguments say which axes are the batch."""
+        return self.settings.names_batch
+
+    @property
     def inputs(self) -> InputsFunction | None:
         """Maps a batch to the arguments of ``forward``."""
         return self.settings.inputs
@@ -125,7 +130,7 @@ class QuantizingCallback(CompressionCallback):
         for path in self.paths:
             if path in self._placed or path in self._prepared:
                 continue
-            owner, call = owner_and_call(pl_module, path, trainer, self.inputs, whole=self.settings.names_batch)
+            owner, call = owner_and_call(pl_module, path, trainer, self.inputs)
             try:
                 forward = self.settings.prepare(owner, call, path)
             except CaptureError as error:

@@ -132,6 +132,18 @@ def test_it_ships_and_is_verified_again(trainer, case, how, tmp_path):
     assert main(["verify", str(tmp_path / "bundle")]) == 0
 
 
+def test_channels_leave_a_network_whose_batch_is_another_axis(trainer, tmp_path):
+    make, shapes, named, batch, _ = CASES["time first"]
+    pruning = la.ChannelPruning(pruning_ratio=0.5, start=0, end=1)
+    qat = la.QuantizationAwareTraining("onnxruntime", start=1, calibration_batches=1, **named)
+    module = make()
+    trainer(pruning, qat, la.ModelExport(tmp_path / "bundle", "onnxruntime"), max_epochs=2).fit(
+        module, *loaders(shapes, batch)
+    )
+    assert module.embed.out_features < 8
+    assert read_manifest(tmp_path / "bundle")["failed"] == {}
+
+
 def test_a_wrong_file_is_found_where_the_batch_is_another_axis(trainer, tmp_path):
     """The kept samples are compared with what was trained along their own axis."""
     ship(trainer, "state", "fp32", tmp_path / "bundle", ["onnxruntime"])

@@ -32,7 +32,7 @@ class _Reference:
     """A copy of a module with random weights, to verify the removal of groups."""
 
     def __init__(self, module: nn.Module, path: str, call: Call) -> None:
-        call = few_samples(call)
+        call = few_samples(call, module.get_submodule(path))
         generator = torch.Generator().manual_seed(0)
 
         def noise(tensor: torch.Tensor) -> torch.Tensor:

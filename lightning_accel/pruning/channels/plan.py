@@ -106,7 +106,7 @@ class ChannelPlan:
         self, module: nn.Module, path: str, call: Call, target: ChannelTarget, steps: StepTrials | None = None
     ) -> None:
         self.target, self._path = target, path
-        self._call = few_samples(call)
+        self._call = few_samples(call, module.get_submodule(path))
         self.groups = find_groups(module, call, path, target.include, target.exclude)
         if steps is not None:
             self.groups = steps.kept(self.groups)
