@@ -60,9 +60,9 @@ def few_samples(call: Call, module: nn.Module) -> Call:
     result: Call = _map(call, shorten)
     if all(a is b or a.shape == b.shape for a, b in zip(_tensors(result), _tensors(call), strict=True)):
         return call
-    try:
-        with kept_buffers(module), torch.no_grad():
-            _run(module, result, training=False)
+    try:  # on a copy: hooks of old parametrizations leave tensors in the module that can't be copied any more
+        with torch.no_grad():
+            _run(copy_of(module, lambda t: t.detach().clone()), result, training=False)
     except Exception:  # whatever a forward raises on other shapes
         return call
     return result
