@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel.calls.batches import Call, canonical_call, is_target
 from lightning_accel.calls.contexts import isolated_random, own_forwards, own_signature, unlogged
+from lightning_accel.calls.manual import own_distillation, own_optimizers
 from lightning_accel.calls.user_code import innermost_line
 from lightning_accel.core.packages import counterpart, is_lightning_module, is_overridden
 from lightning_accel.core.patching import Patches, removed, swapped
@@ -135,6 +136,9 @@ def run_step(
                 watch(path, part)
         if validating:
             module.eval()
+        own_distillation(module, patches)
+        if not validating and not module.automatic_optimization:
+            own_optimizers(module, trainer, patches)
         with (
             unlogged(module),
             _quiet(trainer, _STAGES[step]),

@@ -1,23 +1,21 @@
 """Base class of the compression callbacks: state key, position in the run, and checks before training."""
 
 import logging
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_accel.core import resizing, structure
+from lightning_accel.core.clock import first_step_of_epoch, is_manual, step_of, timeline_of
 from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
-from lightning_accel.core.packages import TrainerCallback, both
+from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.schedules import Timeline, check_position, passed
+from lightning_accel.core.strategies import Capability, require
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
 
@@ -59,6 +57,8 @@ class CompressionCallback(TrainerCallback):
         True  # whether it should start at a small share of the peak learning rate; else only end well above 0
     )
     lr_scale = 1.0  # factor on the learning rate from its start on
+    needs = Capability.WHOLE  # what the strategy must offer
+    sharded_instead = ""  # what to do under a strategy that shards tensors, if the callback needs whole ones
     captures = False  # whether the callback records the network's shapes at its start: they must be final by then
 
     @property
@@ -134,7 +134,7 @@ class CompressionCallback(TrainerCallback):
         if stage == "fit":
             self._counting, self._epoch, self._begun, self._ended = False, None, False, False
             self._placed_epoch, self._told = -1, False
-            check_supported(trainer, pl_module, type(self).__name__)
+            require(trainer, type(self).__name__, self.needs, self.sharded_instead)
             for argument, value in (("start", self.start), ("end", self.end)):
                 endless = trainer.max_epochs in (None, -1) or is_fast_dev_run(trainer)
                 if isinstance(value, int) and not endless and value > trainer.max_epochs:
@@ -192,7 +192,9 @@ class CompressionCallback(TrainerCallback):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        batch, self._batch = self._batch, None
+        batch = self._batch
+        if not is_manual(trainer):  # otherwise the step may call backward again
+            self._batch = None
         if not self._looks:
             return
         # Later losses are read where that costs nothing; on a GPU it would stall the queue in each step.
@@ -202,7 +204,7 @@ class CompressionCallback(TrainerCallback):
                 nan_input(batch) or nan_weight(pl_module) or "weights and inputs are numbers: look at the loss itself"
             )
             raise RunError(
-                f"The loss of `training_step` must be a number, but got NaN in step {trainer.global_step}: {found}."
+                f"The loss of `training_step` must be a number, but got NaN in step {step_of(trainer)}: {found}."
             )
 
     def _place(self, trainer: L.Trainer) -> None:
@@ -214,7 +216,7 @@ class CompressionCallback(TrainerCallback):
         if self._epoch is None:
             self._epoch = (present, first_step_of_epoch(trainer))
         elif self._epoch[0] != present:
-            self._epoch = (present, trainer.global_step)
+            self._epoch = (present, step_of(trainer))
         self._placed_epoch = present
         self._place_phase(trainer, timeline_of(trainer, self._epoch), check=first)
 
@@ -250,7 +252,7 @@ class CompressionCallback(TrainerCallback):
             epoch: epoch of that step; by default the present one.
         """
         epoch = trainer.current_epoch if epoch is None else epoch
-        if not self._begun and passed(self.start, self._start_step, epoch, trainer.global_step):
+        if not self._begun and passed(self.start, self._start_step, epoch, step_of(trainer)):
             self._begun = not is_fast_dev_run(trainer)
             return True
         return self._begun or is_fast_dev_run(trainer)
@@ -260,7 +262,7 @@ class CompressionCallback(TrainerCallback):
 
         Between two epochs it counts in epochs, so that epochs of different length have the same share.
         """
-        step = trainer.global_step
+        step = step_of(trainer)
         if not self._begins(trainer, epoch):
             return -1.0
         if is_fast_dev_run(trainer) or passed(self.end, self._end_step, epoch, step):
@@ -277,6 +279,7 @@ class CompressionCallback(TrainerCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._batch = None
         self._count_once_complete(trainer)  # what monitors a training metric may look at it right after
 
     @override
@@ -394,82 +397,3 @@ def change_structure(trainer: L.Trainer, pl_module: L.LightningModule, change: s
     told = getattr(pl_module, "structure_changed", None)
     if callable(told):  # a DistillationModule, whose adapters follow the student's channels
         told(change)
-
-
-def timeline_of(trainer: L.Trainer, epoch: tuple[int, int] | None = None) -> Timeline:
-    """Length of the run in optimizer steps; the training loader must be set up (``on_train_start`` or later).
-
-    Args:
-        trainer: of the run.
-        epoch: an epoch and the optimizer step at which it began; by default the present one.
-
-    Returns:
-        What is known at the beginning of that epoch. Loaders without a length are expected to be as long as they were on average.
-    """
-    present, first = epoch or (trainer.current_epoch, first_step_of_epoch(trainer))
-    batches = trainer.num_training_batches
-    schedulers = callbacks_of(trainer, GradientAccumulationScheduler)
-    changes = max((max(s.epochs) for s in schedulers), default=0)
-
-    def length(at: int) -> float:
-        if math.isinf(batches):
-            return first / present if present and first else math.inf
-        each = schedulers[0].get_accumulate_grad_batches(at) if schedulers else trainer.accumulate_grad_batches
-        return math.ceil(batches / each)
-
-    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    lengths = tuple(length(at) for at in range(present, max(present, changes) + 1))
-    line = Timeline(lengths[0], math.inf, present, first, lengths, epochs)
-    total = math.inf if math.isinf(epochs) else line.estimate(int(epochs))
-    return replace(line, total_steps=total if trainer.max_steps == -1 else min(total, trainer.max_steps))
-
-
-def first_step_of_epoch(trainer: L.Trainer, within: bool = False) -> int:
-    """Optimizer step at which the present epoch began.
-
-    Args:
-        trainer: of the run.
-        within: whether a batch of the epoch is being trained; otherwise one may just have ended.
-    """
-    if trainer.is_last_batch and not within:
-        return trainer.global_step
-    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
-    return trainer.global_step - steps.current.completed
-
-
-def check_supported(trainer: L.Trainer, pl_module: L.LightningModule, who: str) -> None:
-    """Reject unsupported settings before training.
-
-    Raises:
-        InvalidArgumentError: manual optimization, or a strategy that shards or wraps the module.
-    """
-    if not pl_module.automatic_optimization:
-        raise InvalidArgumentError(
-            f"Argument `automatic_optimization` must be True with {who}, but got False. Manual optimization isn't supported."
-        )
-    check_strategy(trainer, who)
-
-
-def check_strategy(trainer: L.Trainer, who: str) -> None:
-    """Reject strategies under which a process doesn't hold the whole module.
-
-    Raises:
-        InvalidArgumentError: the Trainer uses one.
-    """
-    if not isinstance(trainer.strategy, both(SingleDeviceStrategy, DDPStrategy)):
-        raise InvalidArgumentError(
-            f"Argument `strategy` must be a single device or DDP with {who}, but got {type(trainer.strategy).__name__}. "
-            "Strategies that shard parameters aren't supported."
-        )
-
-
-def check_one_optimizer(trainer: L.Trainer, who: str) -> None:
-    """Reject several optimizers as soon as they are configured.
-
-    Raises:
-        InvalidArgumentError: ``configure_optimizers`` returned several.
-    """
-    if len(trainer.optimizers) != 1:
-        raise InvalidArgumentError(
-            f"Method `configure_optimizers` must return one optimizer with {who}, but got {len(trainer.optimizers)}."
-        )

@@ -24,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_accel.core.arguments import NOT_EMPTY, checked
+from lightning_accel.core.clock import is_manual
 from lightning_accel.core.packages import TrainerCallback, both, counterpart
 from lightning_accel.core.patching import Patches, patches_of_run
 from lightning_accel.core.trainers import callbacks_of
@@ -138,7 +139,10 @@ class ExactResume(TrainerCallback):
         if not self._marks:
             return  # not in a fit: there is nothing to resume
         state: State = {**self._marks, "now": random_state(_generators(trainer)), "gradients": {}}
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready and trainer.fit_loop._should_accumulate():
+        accumulates = trainer.fit_loop.epoch_loop.batch_progress.current.ready and trainer.fit_loop._should_accumulate()
+        if accumulates or is_manual(
+            trainer
+        ):  # a step of the user's own may go on with them, also over the end of an epoch
             state["gradients"] = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
         states: list[Any] = [state]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
@@ -194,6 +198,7 @@ class ExactResume(TrainerCallback):
     def _on_epoch(self, trainer: L.Trainer, original: Callable[[], None]) -> None:
         """Called before the hooks of a new epoch, which draw from the same stream of random numbers."""
         if self._resumed is not None:
+            _set_gradients(trainer, self._resumed)
             set_random_state(self._resumed["now"], _generators(trainer))
         original()
 
@@ -233,9 +238,7 @@ class ExactResume(TrainerCallback):
                 iter(fetcher)
             set_random_state(resumed["order"], generators)
             _skip(fetcher, seen)
-        parameters = dict(trainer.lightning_module.named_parameters())
-        for name, gradient in resumed["gradients"].items():
-            parameters[name].grad = gradient.to(parameters[name].device)
+        _set_gradients(trainer, resumed)
         set_random_state(resumed["now"], generators)
         if not self._saved_at_batch_end:
             return
@@ -247,6 +250,12 @@ class ExactResume(TrainerCallback):
                 epoch_loop._batches_that_stepped += 1
             if epoch_loop._num_ready_batches_reached():
                 epoch_loop.restarting = False  # nothing left to fetch: on to the end of the epoch
+
+
+def _set_gradients(trainer: L.Trainer, state: State) -> None:
+    parameters = dict(trainer.lightning_module.named_parameters())
+    for name, gradient in state["gradients"].items():
+        parameters[name].grad = gradient.to(parameters[name].device)
 
 
 def _wrap(patches: Patches, owner: Any, method: str, wrapper: Callable[..., None]) -> None:

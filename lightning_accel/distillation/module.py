@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lightning_accel.calls.contexts import own_forwards
 from lightning_accel.core.arguments import check_arguments
-from lightning_accel.core.callback import LOG, check_strategy
+from lightning_accel.core.callback import LOG
+from lightning_accel.core.clock import is_manual, step_of
+from lightning_accel.core.optimizers import after_steps, ownership_of, release
 from lightning_accel.core.packages import (
     both,
     check_one_package,
@@ -24,7 +26,10 @@ from lightning_accel.core.packages import (
     module_bases,
     package_of,
 )
+from lightning_accel.core.patching import patches_of_run
+from lightning_accel.core.strategies import require
 from lightning_accel.core.structure import Change
+from lightning_accel.distillation.by_hand import StepCalls, seen_calls
 from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
 from lightning_accel.distillation.cache.teacher_cache import TeacherCache
 from lightning_accel.distillation.conflicts import conflicts
@@ -40,6 +45,7 @@ from lightning_accel.distillation.setup import as_teacher, begin, find_pairs, ou
 from lightning_accel.distillation.state import average_gradients_, load_state, save_state
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teachers.base import freeze_, load_weights_, network_of
+from lightning_accel.distillation.teachers.ema import EMATeacher
 from lightning_accel.distillation.terms import LossTerm, make_terms
 from lightning_accel.errors import InvalidArgumentError, InvalidArgumentTypeError, RunError
 
@@ -197,10 +203,75 @@ class DistillationModule(_SharesStudent):
         scheduled = distillation.scheduled()
         if scheduled and self._trainer is not None:
             move_all(scheduled.values(), self.trainer)
+        if distillation.by_hand or not self.automatic_optimization:
+            return self._step_by_hand(step, args, kwargs)
         result, task_loss, signals = self._observe(step, args, kwargs)
-        if task_loss is None:
+        if task_loss is None or distillation.by_hand:
             return result  # skipped batch; Lightning raises for a dict without "loss"
-        student, teacher = signals
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        loss = self._combined(*signals, batch, task_loss)
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _step_by_hand(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a training step that asks for its distillation losses itself."""
+        distillation = self._distillation
+        if not distillation.pairs:
+            distillation.pairs = find_pairs(self, distillation)
+        layers = [module for name in distillation.student_layers() if (module := split_path(name, "student_layer")[0])]
+        distillation.step = StepCalls()
+        try:
+            with seen_calls(self, outputs_path(distillation.outputs), list(dict.fromkeys(layers)), distillation.step):
+                return step(*args, **kwargs)
+        finally:
+            distillation.step = None
+
+    def distill(self, batch: Any, outputs: Any, task_loss: Tensor | None = None) -> Tensor:
+        """The distillation loss of one call, for a ``training_step`` that adds it itself.
+
+        It must be called before ``manual_backward`` with manual optimization, and can be with automatic optimization, where a step calls
+        the student several times (two views of a contrastive loss). The teacher gets the arguments of the call.
+
+        Args:
+            batch: of the step; losses take target and mask from it.
+            outputs: what ``forward`` (or what the argument ``outputs`` of the class names) returned in this step: the object itself.
+            task_loss: the step's own loss, to be weighted against the distillation loss with ``alpha``.
+
+        Returns:
+            ``alpha · distillation + (1 - alpha) · task_loss``, a scalar; without ``task_loss`` the distillation loss alone.
+
+        Raises:
+            RunError: outside of ``training_step``, or for an object that no call of the step returned.
+
+        Example:
+            >>> class Student(L.LightningModule):
+            ...     def training_step(self, batch, batch_idx):
+            ...         optimizer, (x, y) = self.optimizers(), batch
+            ...         logits = self(x)
+            ...         loss = self.distill(batch, logits, nn.functional.cross_entropy(logits, y))
+            ...         optimizer.zero_grad()
+            ...         self.manual_backward(loss)
+            ...         optimizer.step()
+        """
+        distillation = self._distillation
+        if distillation.step is None:
+            raise RunError("`distill` must be called in `training_step`, but got a call outside of one.")
+        distillation.step.asked += 1
+        distillation.by_hand = True
+        path = outputs_path(distillation.outputs)
+        call = distillation.step.of(outputs, path or "forward")
+        if distillation.cache is not None and len(distillation.step.calls) > 1:
+            raise RunError(
+                f"Argument `cache` must be None where a step calls {path or 'forward'!r} several times, but got a TeacherCache, which has "
+                "one output of the teacher for each sample."
+            )
+        teacher = self._teach(call.args, call.kwargs)
+        return self._combined(distillation.student_signals(call.layers, call.output), teacher, batch, task_loss)
+
+    def _combined(
+        self, student: dict[str, Tensor], teacher: dict[str, Tensor], batch: Any, task_loss: Tensor | None
+    ) -> Tensor:
+        """The distillation loss, weighted against the task's if there is one; logged."""
+        distillation = self._distillation
         for path, value in student.items():
             if torch.is_grad_enabled() and not value.requires_grad:
                 argument = "student_layer" if path else "outputs"
@@ -210,17 +281,17 @@ class DistillationModule(_SharesStudent):
                 )
         for key in distillation.follow(student, teacher, self, self._trainer):
             rank_zero_info(f"DistillationModule: the student's channels changed, so the adapter {key!r} is recreated.")
-        batch = args[0] if args else next(iter(kwargs.values()), None)
         first = not distillation.checked
         loss, parts = distillation.losses(student, teacher, batch)
+        task = {} if task_loss is None else {"task_loss": task_loss.detach()}
         if first:
-            check_first_losses(self, {"training_step": task_loss, **parts}, (student, teacher), batch)
+            own = {} if task_loss is None else {"training_step": task_loss}
+            check_first_losses(self, {**own, **parts}, (student, teacher), batch)
         several = {f"distillation_loss/{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-        numbers = {name: float(number) for name, number in scheduled.items()}
-        log_step(self, {"distillation_loss": loss.detach(), "task_loss": task_loss.detach(), **several, **numbers})
+        numbers = {name: float(number) for name, number in distillation.scheduled().items()}
+        log_step(self, {"distillation_loss": loss.detach(), **task, **several, **numbers})
         alpha = float(distillation.alpha)
-        loss = alpha * loss + (1 - alpha) * task_loss
-        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+        return loss if task_loss is None else alpha * loss + (1 - alpha) * task_loss
 
     def _observe(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Run a step; returns its result, its loss, and outputs of student and teacher; None for a skipped batch."""
@@ -241,7 +312,17 @@ class DistillationModule(_SharesStudent):
             called = [] if distillation.verified else stack.enter_context(called_submodules(self))
             found = stack.enter_context(recorded(self, list(dict.fromkeys(layers))))
             stack.enter_context(observed(*resolve(self, path), observe))
-            result = step(*args, **kwargs)
+            if (
+                self.training and not distillation.verified
+            ):  # the first step may show that it asks for its losses itself
+                distillation.step = StepCalls()
+                stack.enter_context(seen_calls(self, path, list(dict.fromkeys(layers)), distillation.step))
+            try:
+                result = step(*args, **kwargs)
+            finally:
+                distillation.step = None
+        if distillation.by_hand and self.training:
+            return result, None, None
 
         task_loss = result.get("loss") if isinstance(result, Mapping) else result
         if task_loss is None and self.training:
@@ -284,13 +365,8 @@ class DistillationModule(_SharesStudent):
         distillation = self._distillation
         distillation.index = None
         if stage == "fit":
-            if not self.automatic_optimization:
-                raise InvalidArgumentError(
-                    "Argument `student` must use automatic optimization, but got `automatic_optimization = False`: with "
-                    "manual optimization its training_step makes the loss and the step itself."
-                )
-            check_strategy(self.trainer, "DistillationModule")
-            distillation.in_charge = True
+            require(self.trainer, "DistillationModule")
+            distillation.in_charge, distillation.by_hand, distillation.verified = True, False, False
             distillation.restored = None
             distillation.checked.clear()
             distillation.teacher.eval()
@@ -302,7 +378,32 @@ class DistillationModule(_SharesStudent):
         for text in conflicts(self._distillation) if self.trainer.is_global_zero else ():
             LOG.warning("Conflict: %s", text)
         fill(self, self._distillation, self._inputs)
+        if self._distillation.ema is not None and is_manual(self.trainer):
+            self._average_by_hand(self._distillation.ema)
         super().on_train_start()
+
+    def _average_by_hand(self, ema: EMATeacher) -> None:
+        """Average each parameter after the step of its optimizer: Lightning calls no hook of the module for these."""
+        trainer = self.trainer
+        ownership = ownership_of(trainer)
+
+        def update(optimizer: torch.optim.Optimizer) -> None:
+            part = ema.averaged(self._student)
+            parameters, owners = dict(part.named_parameters()), ownership.owners(part.parameters())
+            buffers = [name for name, _ in part.named_buffers()] if optimizer is owners[0] else []
+            ema.update_(self._student, step_of(trainer), frozenset([*ownership.names(optimizer, parameters), *buffers]))
+
+        handles = after_steps(ownership.owners(ema.averaged(self._student).parameters()), update)
+        patches_of_run(trainer).on_undo(lambda: release(handles))
+
+    def on_train_epoch_end(self) -> None:
+        """The student's ``on_train_epoch_end``, after a check that manual optimization asks for the losses."""
+        if not self.automatic_optimization and not self._distillation.by_hand:
+            raise RunError(
+                "Method `training_step` must call `self.distill(batch, outputs)` with manual optimization, where it makes loss and step "
+                "itself, but no step of this epoch did. Add its loss before `manual_backward`."
+            )
+        super().on_train_epoch_end()
 
     def on_fit_start(self) -> None:
         """The student's ``on_fit_start``, after checks of ``outputs``, layers and shapes."""
@@ -323,7 +424,9 @@ class DistillationModule(_SharesStudent):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The student's ``on_save_checkpoint``; saves adapters and an averaged teacher in a separate entry."""
         super().on_save_checkpoint(checkpoint)
-        accumulating = self._trainer is not None and self._trainer.accumulate_grad_batches > 1
+        accumulating = self._trainer is not None and (
+            self._trainer.accumulate_grad_batches > 1 or not self.automatic_optimization
+        )
         save_state(self._distillation, checkpoint, gradients=accumulating)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -413,7 +516,7 @@ def _check_student(student: nn.Module, task_loss: Any, optimizer: Any) -> None:
             f"Argument `student` must define training_step, but got a {type(student).__name__} without. Add one, or pass its "
             "network with `task_loss` and `optimizer`."
         )
-    for name in ("student", "teacher"):
+    for name in ("student", "teacher", "distill"):
         if hasattr(student, name):
             raise InvalidArgumentError(
                 f"Argument `student` must not have an attribute named `{name}`, but got a {type(student).__name__} with one. "

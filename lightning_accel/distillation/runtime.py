@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_accel.core import structure
 from lightning_accel.core.finite import nan_input, nan_weight
+from lightning_accel.core.optimizers import ownership_of
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
@@ -20,6 +21,7 @@ from lightning_accel.distillation.adapters import (
     replace_parameters_,
     takes,
 )
+from lightning_accel.distillation.by_hand import StepCalls
 from lightning_accel.distillation.cache.teacher_cache import Signals, TeacherCache
 from lightning_accel.distillation.layers.paths import once, recorded
 from lightning_accel.distillation.layers.selection import logits_in, select_tensor, selection_of, split_path
@@ -73,6 +75,8 @@ class Distillation:
     ema: EMATeacher | None = field(default=None, init=False)  # the averaged teacher, if there is one
     index: Tensor | None = field(default=None, kw_only=True)  # indices of the samples in the present batch
     digests: Tensor | None = field(default=None, kw_only=True)  # digest of the first sample
+    step: StepCalls | None = field(default=None, kw_only=True)  # the student's calls, inside of a training step
+    by_hand: bool = field(default=False, kw_only=True)  # whether a step has asked for its losses itself
 
     def __post_init__(self) -> None:
         self.ema = next((m for m in self.teacher.modules() if isinstance(m, EMATeacher)), None)
@@ -213,10 +217,24 @@ class Distillation:
         grown = len(self.adapters)
         self.build_adapters(student, teacher, network)
         if (stale or len(self.adapters) > grown) and trainer is not None:
-            new = [p for key in self.adapters for p in self.adapters[key].parameters()]
-            replace_parameters_(trainer.optimizers[0], [p for a in stale.values() for p in a.parameters()], new)
+            old = [p for a in stale.values() for p in a.parameters()]
+            for optimizer in trainer.optimizers:
+                replace_parameters_(optimizer, old, [])
+            self.train_adapters(network, trainer)
             share_(self.adapters, trainer)
         return list(stale)
+
+    def train_adapters(self, network: nn.Module, trainer: L.Trainer) -> None:
+        """Add the adapters to the optimizers: each to the one that updates its layer of the student."""
+        ownership = ownership_of(trainer)
+        layers = {pair.key: pair.student or "" for pairs in self.pairs.values() for pair in pairs}
+        for key, adapter in self.adapters.items():
+            path, owners = split_path(layers[key], "student_layer")[0], []
+            while path and not owners:  # a layer without parameters: what is around it
+                owners = ownership.owners(network.get_submodule(path).parameters())
+                path = path.rpartition(".")[0]
+            owners = owners or ownership.owners(network.parameters()) or ownership.optimizers
+            replace_parameters_(owners[0], [], list(adapter.parameters()))
 
     def change(self, change: structure.Change, order: Sequence[str], trainer: L.Trainer | None) -> None:
         """Resize adapters and an averaged teacher after a change of the student's parameters.
@@ -239,7 +257,7 @@ class Distillation:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         other = copy(self)  # averaged models copy the student but share its teacher
-        other.in_charge = False
+        other.in_charge, other.step = False, None
         return other
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from lightning_accel.core.arguments import checked
-from lightning_accel.core.callback import first_step_of_epoch, timeline_of
+from lightning_accel.core.clock import first_step_of_epoch, step_of, timeline_of
 from lightning_accel.core.schedules import Timeline, check_position, check_schedule, fraction
 from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
@@ -92,7 +92,7 @@ def move_all(numbers: Iterable[Scheduled], trainer: L.Trainer) -> None:
     if not is_fast_dev_run(trainer):
         timeline = timeline_of(trainer, (trainer.current_epoch, first_step_of_epoch(trainer, within=True)))
         for number in numbers:
-            number.move(trainer.global_step, timeline)
+            number.move(step_of(trainer), timeline)
 
 
 def find_scheduled(*owners: Any) -> dict[str, Scheduled]:

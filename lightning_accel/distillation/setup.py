@@ -14,7 +14,6 @@ from lightning_accel.calls.batches import Call, call_by_signature
 from lightning_accel.calls.contexts import isolated_random, kept_buffers, own_forwards
 from lightning_accel.calls.loaders import peek, training_loader, transferred
 from lightning_accel.core.finite import check_weights
-from lightning_accel.distillation.adapters import replace_parameters_
 from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.recording import resolve
@@ -86,9 +85,7 @@ def begin(module: L.LightningModule, distillation: Distillation, inputs: Callabl
     distillation.pairs = find_pairs(module, distillation)
     _try(module, distillation, inputs)
     _restore(distillation, ema)
-    parameters = [p for adapter in distillation.adapters.values() for p in adapter.parameters()]
-    if parameters:
-        replace_parameters_(module.trainer.optimizers[0], [], parameters)
+    distillation.train_adapters(module, module.trainer)
 
 
 def _try(module: L.LightningModule, distillation: Distillation, inputs: Callable[..., Any] | None) -> None:

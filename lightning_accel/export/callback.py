@@ -28,9 +28,11 @@ from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
 from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, at_least, checked, one_of
-from lightning_accel.core.callback import check_strategy, compression_callbacks
+from lightning_accel.core.callback import compression_callbacks
+from lightning_accel.core.clock import step_of
 from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.patching import patches_of_run
+from lightning_accel.core.strategies import require
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -225,7 +227,7 @@ class ModelExport(TrainerCallback):
             check_destination(self.dirpath, needed=2 * weights + 1_000_000)
             lock(self.dirpath, id(self))
         self.check_plan(trainer)
-        check_strategy(trainer, type(self).__name__)
+        require(trainer, type(self).__name__)
         warn_of_objects(trainer, pl_module)
         if not builds_layers_late(pl_module):
             self._preflight(trainer, pl_module)
@@ -252,7 +254,7 @@ class ModelExport(TrainerCallback):
             self._quantizing = []
             part = surrounded(self._part(trainer, pl_module), self.preprocess, self.postprocess)
             found = predictions_of(part, self._held_out(trainer, pl_module))
-            self._untrained = None if found is None else {"step": trainer.global_step, **found.to_dict()}
+            self._untrained = None if found is None else {"step": step_of(trainer), **found.to_dict()}
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -292,17 +294,17 @@ class ModelExport(TrainerCallback):
         if self._trained:
             command = self._command("last", pl_module)
             return f"The checkpoint is safe: {self.checkpoint_path}. Write the bundle with: {command}"
-        if trainer.global_step == 0:
+        if step_of(trainer) == 0:
             return "No step was trained, and there is nothing to save."
         if trainer.world_size > 1:  # other ranks may be gone, and saving is done together
-            return f"Stopped at step {trainer.global_step}. Go on from the last checkpoint of ModelCheckpoint."
+            return f"Stopped at step {step_of(trainer)}. Go on from the last checkpoint of ModelCheckpoint."
         path = f"{self.dirpath.rstrip('/')}.interrupted.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         configs = self._configs()
         how = f"trainer.fit(..., ckpt_path={path!r})"
         if configs:
             how = " ".join(["lightning-accel fit", *configs, f"--ckpt-path {shlex.quote(path)}"])
-        return f"Stopped at step {trainer.global_step}. The checkpoint is written: {path}. Go on with: {how}"
+        return f"Stopped at step {step_of(trainer)}. The checkpoint is written: {path}. Go on with: {how}"
 
     @override
     @rank_zero_only
@@ -429,7 +431,7 @@ class ModelExport(TrainerCallback):
         if ckpt_path == "last":
             states = {c.state_key: c.state_dict() for c in compression_callbacks(trainer)}
             unfinished = [s["unfinished"] for s in states.values() if s["unfinished"]]
-            return unfinished, history(states, trainer.global_step), self._run_facts(self.state_dict(), states)
+            return unfinished, history(states, step_of(trainer)), self._run_facts(self.state_dict(), states)
         checkpoint = structure.read_checkpoint(ckpt_path)
         states = checkpoint.get("callbacks", {})
         reasons = []

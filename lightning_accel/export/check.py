@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import nn
@@ -22,9 +23,11 @@ from lightning_accel.calls.contexts import has_forward, isolated_random, mode, o
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.calls.user_code import user_line
 from lightning_accel.core.arguments import above, checked
+from lightning_accel.core.callback import compression_callbacks
 from lightning_accel.core.checkpoints import unreadable
 from lightning_accel.core.decibels import POOR
 from lightning_accel.core.packages import is_lightning_module
+from lightning_accel.core.strategies import offer_of, require
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.registry import all_engines, engine_named, resolve
 from lightning_accel.errors import InvalidArgumentError
@@ -89,6 +92,7 @@ def check(
     engines: Sequence[str] | None = None,
     seconds: float = 30.0,
     spent: float = 0.0,
+    trainer: L.Trainer | None = None,
 ) -> list[Finding]:
     """Try every step after training on the module as it is.
 
@@ -100,6 +104,7 @@ def check(
         seconds: limit of this process's time on the CPU, so that other processes don't count, and of a quarter of the time that passes; a
             running step is interrupted, and remaining ones aren't tried.
         spent: seconds spent before the call.
+        trainer: whose callbacks are compared with what its strategy allows.
 
     Returns:
         A finding for each step. A step that needs another's result is ``"not tried"`` if that one failed.
@@ -129,7 +134,7 @@ def check(
             else ("capture", partial(_quantize, module, call, wanted.name, Path(folder), made))
         )
         steps: list[tuple[str, str, Callable[[], tuple[str, list[str]]]]] = [
-            ("train", "", partial(_train, module)),
+            ("train", "", partial(_train, module, trainer)),
             ("forward", "", partial(_forward, module, call)),
             ("capture", "forward", partial(_capture, module, call)),
             ("export", "capture", partial(_export, module, call, Path(folder), made)),
@@ -170,15 +175,11 @@ def _tried(
     return found
 
 
-def _train(module: nn.Module) -> tuple[str, list[str]]:
-    """Check what the callbacks require, as far as possible without a Trainer."""
+def _train(module: nn.Module, trainer: L.Trainer | None) -> tuple[str, list[str]]:
+    """Check what the callbacks require of the module and, with a Trainer, of its strategy."""
     if not is_lightning_module(module):
         return "no LightningModule: the functions take it, the callbacks want one", []
-    if not module.automatic_optimization:
-        raise InvalidArgumentError(
-            "Argument `automatic_optimization` must be True for the callbacks that prune and quantize, but got False. Export and "
-            "post-training quantization don't ask for it."
-        )
+    allowed = "" if trainer is None else _check_strategy(trainer)
     if not has_forward(module):
         raise InvalidArgumentError(
             f"Argument `model` must have a `forward` to export, but {type(module).__name__} has none. Write one that takes the "
@@ -189,7 +190,24 @@ def _train(module: nn.Module) -> tuple[str, list[str]]:
         f"the hyper-parameter `{name}` holds a {kind}: to load a checkpoint pass it, load_from_checkpoint(..., {name}=...)"
         for name, kind in objects.items()
     ]
-    return "automatic optimization, and a `forward`", lines
+    way = (
+        "automatic optimization"
+        if module.automatic_optimization
+        else "manual optimization, whose steps are training batches"
+    )
+    return f"{way}, and a `forward`{allowed}", lines
+
+
+def _check_strategy(trainer: L.Trainer) -> str:
+    """What the Trainer's strategy allows, for a sentence.
+
+    Raises:
+        InvalidArgumentError: a callback needs more.
+    """
+    for callback in compression_callbacks(trainer):
+        require(trainer, type(callback).__name__, callback.needs, callback.sharded_instead)
+    offer = offer_of(trainer.strategy)
+    return f"; {offer.name}: ranks that {' and '.join(sorted(c.value for c in offer.capabilities)) or 'hold nothing whole'}"
 
 
 def _forward(module: nn.Module, call: Call) -> tuple[str, list[str]]:

@@ -15,7 +15,8 @@ from lightning_accel.calls.contexts import has_forward
 from lightning_accel.calls.copies import count_macs, parameter_count, skeleton
 from lightning_accel.calls.discovery import owner_and_call
 from lightning_accel.core.arguments import checked
-from lightning_accel.core.callback import CompressionCallback, compression_callbacks, timeline_of
+from lightning_accel.core.callback import CompressionCallback, compression_callbacks
+from lightning_accel.core.clock import is_manual, timeline_of
 from lightning_accel.core.packages import TrainerCallback, check_one_package, counterpart
 from lightning_accel.core.schedules import Timeline
 from lightning_accel.distillation.conflicts import conflicts
@@ -254,7 +255,12 @@ def _learning_rates(trainer: L.Trainer, timeline: Timeline) -> list[float]:
     """Learning rate of the first parameter group before each optimizer step; empty if unpredictable."""
     configs = trainer.lr_scheduler_configs
     total = timeline.total_steps
-    if len(trainer.optimizers) != 1 or total > _LONGEST or any(config.reduce_on_plateau for config in configs):
+    if (
+        is_manual(trainer)
+        or len(trainer.optimizers) != 1
+        or total > _LONGEST
+        or any(config.reduce_on_plateau for config in configs)
+    ):
         return []
     kept = {id(p): p for group in trainer.optimizers[0].param_groups for p in group["params"]}
     optimizer, schedulers = copy.deepcopy((trainer.optimizers[0], [c.scheduler for c in configs]), dict(kept))

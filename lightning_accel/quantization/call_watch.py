@@ -1,4 +1,4 @@
-"""Check in one training batch that the modules to quantize are called."""
+"""Check in the first training batches that the modules to quantize are called."""
 
 from typing import Any
 
@@ -14,11 +14,16 @@ class CallWatch:
     """Checks during one training batch that the modules to quantize are called.
 
     A mistake is raised in the first step instead of at ``start``, which may be half a run later.
+
+    Args:
+        pl_module: the LightningModule.
+        paths: of the modules to quantize.
+        called: names of what was called in earlier batches; those of this one are added.
     """
 
-    def __init__(self, pl_module: L.LightningModule, paths: list[str]) -> None:
+    def __init__(self, pl_module: L.LightningModule, paths: list[str], called: set[str]) -> None:
         self._paths = paths
-        self._called: set[str] = set()
+        self._called = called
         self._patches = Patches()
         for path in paths:
             self._wrap(path, pl_module.get_submodule(path))
@@ -40,6 +45,11 @@ class CallWatch:
     def remove(self) -> None:
         """Remove all hooks."""
         self._patches.undo()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all modules were called."""
+        return self._called.issuperset(self._paths)
 
     def check(self) -> None:
         """Raise unless all modules were called.

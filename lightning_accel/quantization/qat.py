@@ -12,7 +12,9 @@ from typing_extensions import override
 
 from lightning_accel.calls.batches import InputsFunction
 from lightning_accel.core.arguments import NOT_EMPTY, checked
-from lightning_accel.core.callback import check_one_optimizer, compression_callbacks, timeline_of
+from lightning_accel.core.callback import compression_callbacks
+from lightning_accel.core.clock import is_manual, step_of, timeline_of
+from lightning_accel.core.optimizers import after_steps, part_owners, release
 from lightning_accel.core.schedules import Timeline, check_position, passed
 from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
@@ -129,8 +131,10 @@ class QuantizationAwareTraining(QuantizingCallback):
         self._freeze_steps: dict[str, float] = {}
         self._watch: CallWatch | None = None
         self._checked = False
+        self._called: set[str] = set()  # modules that training steps have called, as long as that is checked
         self._waited = False  # whether a warning said so
-        self._stepped = 0  # `global_step` at the last update of learned scales
+        self._stepped = 0  # step at the last update of learned scales
+        self._owners: list[torch.optim.Optimizer] = []  # the optimizers that update what is quantized
         self._peak = 0.0  # highest learning rate so far
         self._hooks: list[Any] = []
 
@@ -138,17 +142,32 @@ class QuantizationAwareTraining(QuantizingCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._checked, self._peak, self._waited = False, 0.0, False
+            self._checked, self._peak, self._waited, self._called = False, 0.0, False, set()
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        check_one_optimizer(trainer, type(self).__name__)
+        self._owners = part_owners(trainer, pl_module, self.paths, type(self).__name__) or trainer.optimizers
         if is_fast_dev_run(trainer):
             total = timeline_of(trainer).total_steps
             self._freeze_steps = {name: share * total for name, share in zip(self.freezes, _FREEZES, strict=True)}
-        self._stepped = trainer.global_step
-        self._scale_rate(trainer.optimizers[0])
+        self._stepped = step_of(trainer)
+        for optimizer in self._owners:
+            self._scale_rate(optimizer)
+        if is_manual(trainer) and self.settings.ranges == "lsq":
+            self._hooks += after_steps(trainer.optimizers, lambda optimizer: self._learn_scales(trainer, optimizer))
+
+    def _learn_scales(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Update learned scales with the step of the optimizer that updates their weights.
+
+        Gradients that another one's loss has left in them (a discriminator's, of generated samples) aren't theirs to follow.
+        """
+        own = any(optimizer is owner for owner in self._owners)
+        for forward in self._placed.values():
+            if own:
+                forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
+            else:
+                forward.bank.forget_gradients()
 
     @override
     def _place_phase(self, trainer: L.Trainer, timeline: Timeline, check: bool) -> None:
@@ -167,7 +186,7 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     def _freezes(self, argument: str, trainer: L.Trainer) -> bool:
         """Whether ``"freeze_batch_norm"`` or ``"freeze_ranges"`` is reached at the next optimizer step."""
-        value, step = self.freezes[argument], trainer.global_step
+        value, step = self.freezes[argument], step_of(trainer)
         return passed(
             None if is_fast_dev_run(trainer) else value, self._freeze_steps[argument], trainer.current_epoch, step
         )
@@ -187,7 +206,7 @@ class QuantizationAwareTraining(QuantizingCallback):
                 group["lr"] = lr
 
         if self.lr_scale != 1.0:
-            self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+            self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     @override
     def on_train_batch_start(
@@ -197,7 +216,7 @@ class QuantizationAwareTraining(QuantizingCallback):
         if not self._placed and self._begins(trainer) and not self._waits(trainer):
             self.prepare(trainer, pl_module)
             self.place(pl_module)
-        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        rate = max((group["lr"] for optimizer in self._owners for group in optimizer.param_groups), default=0.0)
         self._peak = max(self._peak, rate)
         settled = self.freezes["freeze_batch_norm"] is not None or rate <= 0.1 * self._peak
         for forward in self._placed.values():
@@ -208,7 +227,8 @@ class QuantizationAwareTraining(QuantizingCallback):
             bank.learning = True
         self._unwatch()  # a skipped batch ends without `on_train_batch_end`
         if not self._checked:
-            self._watch = CallWatch(pl_module, self.paths)
+            called = self._called if is_manual(trainer) else set()  # where steps may take turns
+            self._watch = CallWatch(pl_module, self.paths, called)
 
     def _waits(self, trainer: L.Trainer) -> bool:
         """Whether channels still have to leave, because epochs aren't as long as expected."""
@@ -294,16 +314,17 @@ class QuantizationAwareTraining(QuantizingCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         watch = self._unwatch()
+        settled = watch is not None and (watch.complete or trainer.is_last_batch or not is_manual(trainer))
         if (
-            watch is not None and outputs is not None and not self._checked
+            watch is not None and settled and outputs is not None and not self._checked
         ):  # a step that returned None may have called nothing
             watch.check()
             self._checked = True
-        stepped, self._stepped = self._stepped != trainer.global_step, trainer.global_step
+        stepped, self._stepped = self._stepped != step_of(trainer), step_of(trainer)
         for forward in self._placed.values():
             forward.bank.learning = False
             forward.bank.update(ranks_of(trainer))
-            if stepped:
+            if stepped and not is_manual(trainer):
                 forward.bank.learn_steps(_STEP_RATE, ranks_of(trainer))
             if not forward.bank.active and forward.bank.batches >= self.settings.calibration_batches:
                 forward.bank.activate()
@@ -324,8 +345,7 @@ class QuantizationAwareTraining(QuantizingCallback):
 
     def _release(self) -> None:
         self._unwatch()
-        while self._hooks:
-            self._hooks.pop().remove()
+        release(self._hooks)
 
     def _unwatch(self) -> CallWatch | None:
         watch, self._watch = self._watch, None

@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_accel.core.clock import step_of
+
 _LEFT_OUT = ("sparsity/",)  # one for each weight: the report shows where they ended
 
 
@@ -41,4 +43,4 @@ class Curves:
         if len(trainer.optimizers) == 1:
             metrics["learning rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.points = [p for p in self.points if p["epoch"] < trainer.current_epoch]
-        self.points.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "metrics": metrics})
+        self.points.append({"epoch": trainer.current_epoch, "step": step_of(trainer), "metrics": metrics})

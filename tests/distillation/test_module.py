@@ -406,17 +406,10 @@ def test_a_teacher_must_not_be_part_of_the_student():
 
 
 def test_refused_before_training(trainer):
-    class Manual(Student):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
     class Several(Student):
         def configure_optimizers(self):
             return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
 
-    with pytest.raises(ValueError, match="Argument `student` must use automatic optimization"):
-        trainer(max_epochs=1).fit(DistillationModule(Manual(), Net()), loader())
     with pytest.raises(RuntimeError, match="multiple optimizers is only supported with manual optimization"):
         trainer(max_epochs=1).fit(DistillationModule(Several(), Net()), loader())
     with pytest.raises(ValueError, match=r"`outputs` must be the dotted path .* but got 'nett'.* Its submodules: net"):

@@ -159,9 +159,9 @@ def test_what_cannot_be_quantized_can_still_be_exported():
     assert found["train"].detail.startswith("no LightningModule")
 
 
-def test_manual_optimization_stands_in_the_way_of_training_alone():
+def test_manual_optimization_is_named():
     found = of(check(Manual(), ((torch.randn(2, 3, 8, 8),), {}), engines=[]))
-    assert "`automatic_optimization` must be True" in found["train"].detail
+    assert found["train"].detail == "manual optimization, whose steps are training batches, and a `forward`"
     assert found["quantize"].status == "ok"
 
 

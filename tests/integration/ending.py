@@ -7,10 +7,11 @@ from lightning_accel.quantization.graph.prepare import quantized_forwards
 
 
 def everything(trainer, pl_module, calls):
-    """Weights, momentum, masks and ranges, by name."""
+    """Weights, state of the optimizers, masks and ranges, by name."""
     state = {f"weight {k}": v for k, v in pl_module.state_dict().items()}
-    for i, entry in enumerate(trainer.optimizers[0].state_dict()["state"].values()):
-        state[f"momentum {i}"] = entry["momentum_buffer"]
+    for i, optimizer in enumerate(trainer.optimizers):
+        for j, entry in optimizer.state_dict()["state"].items():
+            state |= {f"optimizer {i} {j} {k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
     for pruning in (c for c in calls if isinstance(c, la.WeightPruning)):
         state |= {f"mask {k}": v for k, v in pruning.masks.items()}
     for path, forward in quantized_forwards(pl_module).items():

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_accel as la
-from lightning_accel.core.callback import check_strategy
+from lightning_accel.core.strategies import require
 from lightning_accel.errors import CaptureError
 from lightning_accel.export.evaluate import through_engine
 from lightning_accel.export.preflight import warn_of_objects
@@ -261,12 +261,12 @@ def test_hyper_parameters_that_would_not_come_back(trainer, tmp_path):
 
 def test_sharded_strategies_are_refused(trainer):
     fit = trainer()
-    check_strategy(fit, "ModelExport")
+    require(fit, "ModelExport")
     fit._accelerator_connector.strategy = FSDPStrategy()  # a Trainer makes one only where there are GPUs
     with pytest.raises(
-        ValueError, match="Argument `strategy` must be a single device or DDP with ModelExport, but got FSDPStrategy"
+        ValueError, match=r"one whose ranks hold whole tensors with ModelExport, but got FSDPStrategy \(FSDP1\)"
     ):
-        check_strategy(fit, "ModelExport")
+        require(fit, "ModelExport")
 
 
 @pytest.mark.parametrize(("first", "second"), [(None, "net"), ("net", "net.conv1"), ("net", "net")])

@@ -51,6 +51,10 @@ class EMATeacher(nn.Module):
             self.network = copy.deepcopy(part).eval().requires_grad_(False)
         self._path, self._method = path, method
 
+    def averaged(self, student: nn.Module) -> nn.Module:
+        """The submodule of a student that is averaged."""
+        return student.get_submodule(self._path)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the averaged network."""
         if self.network is None:
@@ -65,18 +69,20 @@ class EMATeacher(nn.Module):
             structure.apply(self.network, change)
 
     @torch.no_grad()
-    def update_(self, student: nn.Module, step: int) -> None:
+    def update_(self, student: nn.Module, step: int, names: frozenset[str] | None = None) -> None:
         """Update the average after an optimizer step.
 
         Args:
             student: as in :meth:`begin_`. A change of its shapes restarts the average.
-            step: number of optimizer steps before this one.
+            step: number of steps before this one.
+            names: parameters and buffers of :meth:`averaged` to update, where several optimizers take their steps; ``None``: all.
         """
-        ours, theirs = self._state(self.network), self._state(student.get_submodule(self._path))
+        ours, theirs = self._state(self.network), self._state(self.averaged(student))
         if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
             self.begin_(student, self._path, self._method)
             return
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        ours = {k: v for k, v in ours.items() if names is None or k in names}
         floats = [k for k, v in ours.items() if v.is_floating_point()]
         torch._foreach_lerp_([ours[k] for k in floats], [theirs[k] for k in floats], 1 - decay)
         for key, value in ours.items():

@@ -16,9 +16,11 @@ from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.calls.discovery import chosen_path, owner_and_call
 from lightning_accel.core.arguments import NOT_EMPTY, Rule, checked
-from lightning_accel.core.callback import CompressionCallback, change_structure, check_one_optimizer
+from lightning_accel.core.callback import CompressionCallback, change_structure
+from lightning_accel.core.clock import step_of
 from lightning_accel.core.finite import check_weights, nan_weight
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.optimizers import only_gradients_of
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
@@ -206,14 +208,13 @@ class ChannelPruning(CompressionCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        check_one_optimizer(trainer, type(self).__name__)
-        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             raise InvalidArgumentError(
                 "The optimizer must keep its state by parameter with ChannelPruning, but got LBFGS."
             )
         if self._retargeted:
             self._prepare(trainer, pl_module).check_not_exceeded(pl_module)
-        begins = trainer.global_step == 0 and self._epochs[0] == 0 and not is_fast_dev_run(trainer)
+        begins = step_of(trainer) == 0 and self._epochs[0] == 0 and not is_fast_dev_run(trainer)
         if self.target.method.needs_gradients and begins:
             raise InvalidArgumentError(
                 f'Argument `start` must be at least 1 with criterion "{label(self.target.criterion)}", but got {self.start}: it needs '
@@ -282,7 +283,7 @@ class ChannelPruning(CompressionCallback):
         epoch = trainer.current_epoch
         if epoch >= first:
             if not self._begun and not is_fast_dev_run(trainer):
-                self._begun, self._start_step = True, trainer.global_step
+                self._begun, self._start_step = True, step_of(trainer)
             # The last boundary reaches the target, also if it is the only one.
             due = 1.0 if epoch >= last else fraction(self.schedule, (epoch - first + 1) / (last - first + 1))
             if due > self.reached:
@@ -306,7 +307,7 @@ class ChannelPruning(CompressionCallback):
         chosen = trainer.strategy.broadcast(plan.choose(pl_module, due, collected))  # the same choice on every rank
         self.reached = due
         if due >= 1.0:
-            self._end_step = trainer.global_step
+            self._end_step = step_of(trainer)
         if chosen:
             change_structure(trainer, pl_module, plan.change(pl_module, chosen, self.state_key))
 
@@ -318,7 +319,9 @@ class ChannelPruning(CompressionCallback):
             return
         if trainer.current_epoch < self._epochs[0] - 1 and not isinf(self._epochs[0]):
             return  # no removal at the end of this epoch
-        for name, scores in self._plan.collect(pl_module).items():
+        with only_gradients_of(optimizer, trainer.optimizers, pl_module):
+            collected = self._plan.collect(pl_module)
+        for name, scores in collected.items():
             self._collected[name] = (
                 self._collected[name].to(scores.device) + scores if name in self._collected else scores
             )

@@ -14,9 +14,11 @@ from typing_extensions import override
 from lightning_accel.calls.contexts import builds_layers_late
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.core.arguments import NOT_EMPTY, at_least, checked
-from lightning_accel.core.callback import CompressionCallback, check_one_optimizer, timeline_of
+from lightning_accel.core.callback import CompressionCallback
+from lightning_accel.core.clock import step_of, timeline_of
 from lightning_accel.core.finite import nan_weight
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.optimizers import Ownership, after_steps, ownership_of, release
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change, average_models, resized
@@ -40,6 +42,7 @@ from lightning_accel.pruning.weights.targets import FROZEN, SparsityTargets, out
 _UPDATES = 100  # default number of mask updates in a phase; more updates don't improve the result
 _NEARLY_EMPTY = 0.95  # share of zeros in a single tensor that is warned of
 _MEMORY = 0.9  # weight of the earlier steps in the moving average of scores that need gradients
+_UNOWNED = "no optimizer updates it"
 _WORTH = {
     "weight": "smaller when compressed; no speed-up in dense engines",
     "2:4": "up to 2x in TensorRT's sparse kernels on GPUs that have them; no speed-up elsewhere",
@@ -137,7 +140,8 @@ class WeightPruning(CompressionCallback):
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._frozen: dict[str, torch.nn.Parameter] = {}  # pruned once they train
         self._kinds: dict[str, WeightKind] = {}
-        self._hook: Any = None
+        self._hooks: list[Any] = []  # on the optimizers
+        self._ownership = Ownership([])
         self._module: L.LightningModule | None = None
 
     def _clear(self) -> None:
@@ -154,6 +158,7 @@ class WeightPruning(CompressionCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._ownership = Ownership([])
             if self._module is not pl_module:  # reused for another module, e.g. in a cross-validation
                 self._clear()
             self._module = pl_module
@@ -163,15 +168,15 @@ class WeightPruning(CompressionCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        check_one_optimizer(trainer, type(self).__name__)
-        self._choose(trainer, pl_module)  # layers may have been created since setup
+        self._ownership = ownership_of(trainer)
+        self._choose(trainer, pl_module, started=True)  # layers may have been created since setup
         self._check_zeros()
         if not self.masks:
             self._report_choice(pl_module)
         self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
         self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
         # Directly after the update, before other callbacks (EMA, checkpoints) read the weights.
-        self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._apply())
+        self._hooks = after_steps(trainer.optimizers, self._after_step)
         if self.rewind is not None and not self._begun and not is_fast_dev_run(trainer):
             back = timeline_of(trainer, self._epoch).step("rewind", self.rewind)
             if self.rewind > self.start if isinstance(self.start, int) else back > self._start_step:
@@ -203,7 +208,9 @@ class WeightPruning(CompressionCallback):
         self._thaw()
         if not self._method.needs_gradients or (self.reached == 1.0 and self.masks.keys() >= self._weights.keys()):
             return
-        for name, weight in self._weights.items():
+        # Of several optimizers each sees the gradients that it steps with; those of the others may be of an earlier batch.
+        for name in self._ownership.names(getattr(optimizer, "_optimizer", optimizer), self._weights):
+            weight = self._weights[name]
             if weight.grad is not None:
                 score = self._method.scores(name, weight, weight.grad)
                 known = self._importance.get(name)
@@ -213,7 +220,7 @@ class WeightPruning(CompressionCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != self._last_step:  # gradient accumulation: no step in this batch
+        if step_of(trainer) != self._last_step:  # gradient accumulation: no step in this batch
             self._update(trainer, trainer.current_epoch + int(trainer.is_last_batch))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -227,17 +234,17 @@ class WeightPruning(CompressionCallback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._apply()  # EMA may have copied its average into the module
-        self._remove_hook()
+        release(self._hooks)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._remove_hook()
+        release(self._hooks)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._remove_hook()
+        release(self._hooks)
 
     @override
     def unfinished(self) -> str:
@@ -317,14 +324,30 @@ class WeightPruning(CompressionCallback):
             for name in names:
                 where = "" if self.scope == "layer" or len(names) == 1 else f", with {len(names) - 1} others together"
                 lines[name] = f"{share:.0%} of its {units} become zero{where}"
-        return lines | {name: f"stays dense: {reason}" for name, reason in self.targets.left_dense(pl_module).items()}
+        return lines | {name: f"stays dense: {reason}" for name, reason in self._left_dense(pl_module).items()}
+
+    def _left_dense(self, pl_module: L.LightningModule) -> dict[str, str]:
+        """Reasons why weights that the globs match are not pruned, by name."""
+        unowned = {name: _UNOWNED for name, parameter in self._frozen.items() if parameter.requires_grad}
+        return {**self.targets.left_dense(pl_module), **unowned}
 
     @property
     def _log_name(self) -> str:
         return "sparsity" if self.name == "weights" else f"sparsity/{self.name}"
 
-    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Determine the weights to prune; after a resume those of the checkpoint, since frozen parameters may have changed."""
+    def _trains(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is trained: once there are optimizers, by one of them."""
+        known = self._ownership.optimizers
+        return parameter.requires_grad and (not known or self._ownership.of(parameter) is not None)
+
+    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule, started: bool = False) -> None:
+        """Determine the weights to prune; after a resume those of the checkpoint, since frozen parameters may have changed.
+
+        Args:
+            trainer: of the run.
+            pl_module: its module.
+            started: whether the optimizers exist.
+        """
         named = dict(pl_module.named_parameters())
         if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
             raise InvalidArgumentError(
@@ -337,7 +360,12 @@ class WeightPruning(CompressionCallback):
                 f"Argument `ckpt_path` must hold masks of this module's weights, but got masks of {sorted(unknown)}. "
                 "Resume with the same `include` and `exclude`."
             )
-        chosen = self._chosen or [name for name, parameter in selected.items() if parameter.requires_grad]
+        chosen = self._chosen or [name for name, parameter in selected.items() if self._trains(parameter)]
+        if started and not chosen and any(p.requires_grad for p in selected.values()):
+            raise InvalidArgumentError(
+                f"Argument `include` must choose weights that an optimizer updates, but got {summary(list(selected))}, and none of them is "
+                "in an optimizer of `configure_optimizers`. Add them to one, or choose others."
+            )
         self._weights = {name: named[name] for name in chosen}
         self._frozen = {name: p for name, p in selected.items() if name not in self._weights}
         self._kinds = weight_kinds(pl_module)
@@ -366,11 +394,11 @@ class WeightPruning(CompressionCallback):
             f"WeightPruning: {len(self._weights)} tensors with {count:,} of the module's {total:,} parameters are pruned."
         )
         dense: dict[str, list[str]] = {}
-        for name, reason in self.targets.left_dense(pl_module).items():
+        for name, reason in self._left_dense(pl_module).items():
             dense.setdefault(reason, []).append(name)
         for reason, names in dense.items():
             verb, until = ("stays", "it trains") if len(names) == 1 else ("stay", "they train")
-            then = f" Pruned once {until}." if reason == FROZEN else ""
+            then = f" Pruned once {until}." if reason in (FROZEN, _UNOWNED) else ""
             rank_zero_info(f"WeightPruning: {summary(names)} {verb} dense: {reason}.{then}")
         if not self._weights:
             rank_zero_warn(
@@ -384,7 +412,7 @@ class WeightPruning(CompressionCallback):
 
     def _thaw(self) -> None:
         """Prune weights that were frozen so far and are trained from this step on."""
-        thawed = {name: p for name, p in self._frozen.items() if p.requires_grad}
+        thawed = {name: p for name, p in self._frozen.items() if self._trains(p)}
         if thawed:
             self._weights |= thawed
             self._frozen = {name: p for name, p in self._frozen.items() if name not in thawed}
@@ -442,7 +470,7 @@ class WeightPruning(CompressionCallback):
 
     def _update(self, trainer: L.Trainer, epoch: int) -> None:
         """Update the masks to the schedule at the next optimizer step, which belongs to ``epoch``, if an update is due."""
-        step = self._last_step = trainer.global_step
+        step = self._last_step = step_of(trainer)
         progress = self._progress(trainer, epoch)
         share, span = fraction(self.schedule, progress), self._end_step - self._start_step
         every = self.every or (1 if isinf(span) or isnan(span) else max(1, int(span) // _UPDATES))
@@ -480,7 +508,7 @@ class WeightPruning(CompressionCallback):
             self._end_step = step
         self._warn_of_empty_tensors()
         if self._rewound and step > 0 and self._module is not None:
-            rewind_(self._module, self._rewound, trainer.optimizers[0])
+            rewind_(self._module, self._rewound, *trainer.optimizers)
             rank_zero_info(
                 f"WeightPruning: step {step}: weights and buffers were reset to the start of epoch {self.rewind}."
             )
@@ -511,7 +539,10 @@ class WeightPruning(CompressionCallback):
     def _apply(self) -> None:
         apply_masks_(self._weights, self.masks)
 
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero what an optimizer has updated; with several optimizers its own weights only."""
+        if len(self._ownership.optimizers) == 1:
+            self._apply()
+        else:
+            names = self._ownership.names(optimizer, {name: self._weights[name] for name in self.masks})
+            apply_masks_(self._weights, {name: self.masks[name] for name in names})

@@ -12,13 +12,13 @@ def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named}
 
 
-def rewind_(module: nn.Module, state: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Restore a snapshot in place, and clear the optimizer's state (momentum, moments).
+def rewind_(module: nn.Module, state: dict[str, torch.Tensor], *optimizers: torch.optim.Optimizer) -> None:
+    """Restore a snapshot in place, and clear the optimizers' state (momentum, moments).
 
     Args:
         module: parameters and buffers keep their objects.
         state: from :func:`snapshot` of the same module.
-        optimizer: its learning rate and schedule are not changed.
+        optimizers: their learning rates and schedules are not changed.
 
     Raises:
         InvalidArgumentError: the snapshot has other names or shapes.
@@ -32,5 +32,5 @@ def rewind_(module: nn.Module, state: dict[str, torch.Tensor], optimizer: torch.
     with torch.no_grad():
         for name, tensor in named.items():
             tensor.copy_(state[name])
-    if optimizer is not None:
+    for optimizer in optimizers:
         optimizer.state.clear()

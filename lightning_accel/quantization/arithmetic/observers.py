@@ -367,6 +367,11 @@ class RangeBank:
             self._steps.mul_(torch.exp(-lr * mean / (deviation + 1e-12)))
         self.refresh()
 
+    def forget_gradients(self) -> None:
+        """Discard the gradients of learned scales that were recorded since their last step."""
+        if self._steps is not None:
+            self._steps.grad = None
+
     def forget(self) -> None:
         """Discard the ranges recorded since the last update."""
         self._seen.clear()
@@ -383,6 +388,7 @@ class RangeBank:
             "frozen": self.frozen,
             "norms_frozen": self.norms_frozen,
             "steps": None if self._steps is None else self._steps.detach().cpu(),
+            "step_gradients": None if self._steps is None or self._steps.grad is None else self._steps.grad.cpu(),
             "moments": [m.cpu() for m in self._moments],
             "updates": self._updates,
             "refined": {name: refined.to(_CPU).tensors() for name, refined in self.refined.items()},
@@ -407,6 +413,8 @@ class RangeBank:
         self.batches, self.active = state["batches"], state["active"]
         self.frozen, self.norms_frozen = state["frozen"], state["norms_frozen"]
         self._steps = None if state["steps"] is None else state["steps"].to(device).requires_grad_()
+        if self._steps is not None and state.get("step_gradients") is not None:  # being accumulated over batches
+            self._steps.grad = state["step_gradients"].to(device)
         self._moments = [m.to(device) for m in state["moments"]]
         self._updates = state["updates"]
         self.refined = {name: Refined(**found).to(device) for name, found in state["refined"].items()}

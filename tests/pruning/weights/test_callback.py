@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 
+import lightning_accel as la
 from lightning_accel import ChannelPruning, ExactResume, WeightPruning
 from lightning_accel.core.schedules import fraction
 from lightning_accel.pruning.functional import prune_weights_
@@ -389,17 +390,32 @@ def test_resumed_with_a_higher_target_goes_on(trainer, tmp_path):
     assert zeros(module) == pytest.approx(0.8, abs=0.003)
 
 
-def test_manual_optimization_is_refused(trainer):
-    module = Classifier()
-    module.automatic_optimization = False
-    with pytest.raises(ValueError, match="Manual optimization isn't supported"):
-        trainer(WeightPruning(0.5)).fit(module, loader())
+class HeadOnly(Classifier):
+    """Its optimizer updates the head; the rest isn't frozen, but nothing updates it."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.head.parameters(), 0.1)
 
 
-def test_several_optimizers_are_refused(trainer):
-    class Two(Classifier):
-        def configure_optimizers(self):
-            return [super().configure_optimizers(), torch.optim.SGD(self.net.head.parameters(), 0.1)]
+def test_weights_that_no_optimizer_updates_stay_dense(trainer, caplog):
+    module, pruning = HeadOnly(), WeightPruning(0.5, end=1)
+    with caplog.at_level("INFO"):
+        trainer(pruning).fit(module, loader())
+    assert list(pruning.masks) == ["net.head.weight"]
+    assert "`net.conv1.weight` and `net.conv2.weight` stay dense: no optimizer updates it" in caplog.text.replace(
+        ", ", " and "
+    )
+    assert measured_sparsity([module.net.conv1.weight]) == 0
+    assert (
+        la.plan(trainer(WeightPruning(0.5)), module, loader())
+        .phases[0]
+        .layers["net.conv2.weight"]
+        .endswith("no optimizer updates it")
+    )
 
-    with pytest.raises((ValueError, RuntimeError), match=r"one optimizer|multiple optimizers"):
-        trainer(WeightPruning(0.5)).fit(Two(), loader())
+
+def test_globs_of_weights_that_no_optimizer_updates_are_refused(trainer):
+    with pytest.raises(
+        ValueError, match=r"`include` must choose weights that an optimizer updates, but got `net.conv1.weight`"
+    ):
+        trainer(WeightPruning(0.5, include="*conv1.weight")).fit(HeadOnly(), loader())
