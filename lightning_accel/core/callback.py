@@ -15,6 +15,7 @@ from lightning_accel.core.layer_plot import log_layers
 from lightning_accel.core.monitors import restart_monitors, stopped_epochs
 from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.schedules import Timeline, check_position, passed
+from lightning_accel.core.shards import settle
 from lightning_accel.core.strategies import Capability, require
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -158,10 +159,13 @@ class CompressionCallback(TrainerCallback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        structure.no_restore(pl_module)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            structure.no_restore(pl_module)
+        settle(pl_module)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        structure.no_restore(pl_module)
         between = self._epoch is not None and self._epoch[0] != trainer.current_epoch
         self._place(trainer)
         if between:  # resumed at the end of an epoch: Lightning has yet to ask for the next one's loader

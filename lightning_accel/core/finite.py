@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from lightning_accel.core.shards import local
 from lightning_accel.errors import InvalidArgumentError
 
 
@@ -34,7 +35,7 @@ def nan_weight(module: nn.Module) -> str:
     ]
     parts = (("parameter", module.named_parameters()), ("buffer", statistics))
     tensors = [(kind, name, t) for kind, named in parts for name, t in named if not is_lazy(t) and not t.is_meta]
-    return _first((f"{kind} `{name}`", tensor) for kind, name, tensor in tensors)
+    return _first((f"{kind} `{name}`", local(tensor)) for kind, name, tensor in tensors)
 
 
 def nan_input(batch: Any) -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from torch.nn.parameter import is_lazy
 
 from lightning_accel.core.packages import both
 from lightning_accel.errors import InvalidArgumentError
@@ -79,6 +80,24 @@ def tensor_parallel(strategy: Any) -> int:
 def shards(trainer: L.Trainer) -> bool:
     """Whether the run's ranks hold rows of the tensors only (FSDP2)."""
     return isinstance(trainer.strategy, both(ModelParallelStrategy))
+
+
+def prepares_early(trainer: L.Trainer, pl_module: L.LightningModule, who: str) -> bool:
+    """Whether the module must be prepared in ``setup``, because ``configure_model`` will shard it.
+
+    Raises:
+        InvalidArgumentError: it is to be sharded and has no layers yet, or they hold no values.
+    """
+    if not shards(trainer):
+        return False
+    parameters = list(pl_module.parameters())
+    if not parameters or any(p.is_meta or is_lazy(p) for p in parameters):
+        got = "layers on the meta device or lazy ones" if parameters else "none"
+        raise InvalidArgumentError(
+            f"Argument `model` must have its layers, with values, before `configure_model` shards them with {who}, but got {got}: a graph "
+            "can't be captured of sharded tensors. Build them in `__init__`, and only call `fully_shard` in `configure_model`."
+        )
+    return True
 
 
 def require(trainer: L.Trainer, who: str, needed: Capability = Capability.WHOLE, instead: str = "") -> None:

@@ -27,7 +27,8 @@ from lightning_accel.core.packages import (
     package_of,
 )
 from lightning_accel.core.patching import patches_of_run
-from lightning_accel.core.strategies import require
+from lightning_accel.core.shards import settle
+from lightning_accel.core.strategies import Capability, require, shards
 from lightning_accel.core.structure import Change
 from lightning_accel.distillation.by_hand import StepCalls, seen_calls
 from lightning_accel.distillation.cache.indexed import IndexedBatch, index_training_data
@@ -365,7 +366,12 @@ class DistillationModule(_SharesStudent):
         distillation = self._distillation
         distillation.index = None
         if stage == "fit":
-            require(self.trainer, "DistillationModule")
+            require(self.trainer, "DistillationModule", Capability.ROWS)
+            if shards(self.trainer) and distillation.ema is not None:
+                raise InvalidArgumentError(
+                    "Argument `teacher` must be a trained network where each rank holds rows of the student's tensors (FSDP2), but got an "
+                    "average of the student, which would have to be sharded alike. Train with DDP."
+                )
             distillation.in_charge, distillation.by_hand, distillation.verified = True, False, False
             distillation.restored = None
             distillation.checked.clear()
@@ -407,6 +413,8 @@ class DistillationModule(_SharesStudent):
 
     def on_fit_start(self) -> None:
         """The student's ``on_fit_start``, after checks of ``outputs``, layers and shapes."""
+        settle(self)  # before a call of an inner module
+        settle(self._distillation.teacher)
         begin(self, self._distillation, self._inputs)
         super().on_fit_start()
 

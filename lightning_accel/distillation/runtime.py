@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_accel.core import structure
 from lightning_accel.core.finite import nan_input, nan_weight
 from lightning_accel.core.optimizers import ownership_of
+from lightning_accel.core.strategies import shards
 from lightning_accel.distillation.adapters import (
     channels_of,
     keep_channels_,
@@ -226,6 +227,12 @@ class Distillation:
 
     def train_adapters(self, network: nn.Module, trainer: L.Trainer) -> None:
         """Add the adapters to the optimizers: each to the one that updates its layer of the student."""
+        if self.adapters and shards(trainer):
+            raise InvalidArgumentError(
+                f"Argument `student_layer` must name layers as wide as the teacher's where each rank holds rows of the student's tensors (FSDP2), "
+                f"but got {sorted(self.adapters)}, which need an adapter: an optimizer can't step it together with sharded tensors. Choose "
+                "others, or train with DDP."
+            )
         ownership = ownership_of(trainer)
         layers = {pair.key: pair.student or "" for pairs in self.pairs.values() for pair in pairs}
         for key, adapter in self.adapters.items():

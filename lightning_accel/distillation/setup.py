@@ -14,6 +14,7 @@ from lightning_accel.calls.batches import Call, call_by_signature
 from lightning_accel.calls.contexts import isolated_random, kept_buffers, own_forwards
 from lightning_accel.calls.loaders import peek, training_loader, transferred
 from lightning_accel.core.finite import check_weights
+from lightning_accel.core.shards import parts_of_fsdp
 from lightning_accel.distillation.layers.paths import recorded
 from lightning_accel.distillation.layers.selection import split_path
 from lightning_accel.distillation.recording import resolve
@@ -139,7 +140,9 @@ def _answers(module: nn.Module, distillation: Distillation, call: Call) -> tuple
     layers = [name for layer in distillation.student_layers() if (name := split_path(layer, "student_layer")[0])]
     with torch.no_grad(), isolated_random(), kept_buffers(module), own_forwards(module):
         with recorded(module, list(dict.fromkeys(layers))) as found:
-            output = getattr(owner, method)(*call[0], **call[1])
+            # Hooks of FSDP2 gather the parameters: they run in a call of the module only.
+            called = owner if method == "forward" and parts_of_fsdp(module) else getattr(owner, method)
+            output = called(*call[0], **call[1])
         return (found, output), distillation.call_teacher(*call)
 
 

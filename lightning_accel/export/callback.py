@@ -32,7 +32,8 @@ from lightning_accel.core.callback import compression_callbacks
 from lightning_accel.core.clock import step_of
 from lightning_accel.core.packages import TrainerCallback
 from lightning_accel.core.patching import patches_of_run
-from lightning_accel.core.strategies import require
+from lightning_accel.core.shards import gathered, whole_copy
+from lightning_accel.core.strategies import Capability, prepares_early, require, shards
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -191,6 +192,7 @@ class ModelExport(TrainerCallback):
         self._ready = self._trained = False
         self._curves, self._run = Curves(), dict[str, Any]()
         self._untrained: dict[str, Any] | None = None  # what int8 predicted before it was trained
+        self._whole: dict[int, nn.Parameter] | None = None  # parameters at the end of a run whose tensors are sharded
         self._quantizing: list[QuantizingCallback] = []  # those whose fake-quant has yet to begin
 
     @property
@@ -227,9 +229,9 @@ class ModelExport(TrainerCallback):
             check_destination(self.dirpath, needed=2 * weights + 1_000_000)
             lock(self.dirpath, id(self))
         self.check_plan(trainer)
-        require(trainer, type(self).__name__)
+        require(trainer, type(self).__name__, Capability.ROWS)
         warn_of_objects(trainer, pl_module)
-        if not builds_layers_late(pl_module):
+        if prepares_early(trainer, pl_module, type(self).__name__) or not builds_layers_late(pl_module):
             self._preflight(trainer, pl_module)
 
     @override
@@ -244,7 +246,8 @@ class ModelExport(TrainerCallback):
             self.output_kind != VALUES and not is_fast_dev_run(trainer) and not list(structure.average_models(trainer))
         )
         waiting = [c for c in _qat(trainer) if not c.quantizing and c.steps[0] > 0]
-        self._quantizing = waiting if rivals and trainer.is_global_zero else []
+        # Where each rank holds rows of the tensors, one alone can't run the network.
+        self._quantizing = waiting if rivals and trainer.is_global_zero and not shards(trainer) else []
 
     @override
     def on_train_batch_start(
@@ -275,6 +278,8 @@ class ModelExport(TrainerCallback):
         if not is_fast_dev_run(trainer):
             trainer.save_checkpoint(self.checkpoint_path, weights_only=False)  # before anything can go wrong
             self._trained = True
+            if shards(trainer):  # after the run there are no exchanges between ranks any more
+                self._whole = gathered(pl_module)
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -312,7 +317,12 @@ class ModelExport(TrainerCallback):
         if is_fast_dev_run(trainer):
             rank_zero_info("ModelExport: the preflight passed; `fast_dev_run` trains too little to write a bundle.")
             return
-        report = self.export(trainer, pl_module, self.ckpt_path)
+        shipped = pl_module
+        if self._whole is not None:
+            teacher = _teacher_of(pl_module)
+            shipped = whole_copy(pl_module, self._whole, [] if teacher is None else [teacher])
+            shipped._trainer, self._whole = trainer, None
+        report = self.export(trainer, shipped, self.ckpt_path)
         log_bundle(trainer.loggers, report, self.dirpath, trainer.global_step, self._exported)
         if line := failed_line(report):
             rank_zero_warn(f"ModelExport: {line}")

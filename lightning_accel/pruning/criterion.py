@@ -33,6 +33,8 @@ class Criterion:
     Attributes:
         needs_gradients: whether the scores depend on gradients. They are then computed after each backward pass and averaged over
             steps, and pruning can't begin before the first step.
+        single: whether the score of a weight depends on that weight and its gradient alone, so that it can be computed where only rows of
+            the parameter are (FSDP2).
 
     Example:
         >>> class Magnitude(Criterion):
@@ -43,6 +45,7 @@ class Criterion:
     """
 
     needs_gradients = False
+    single = False
 
     def scores(self, name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
         """Score each weight of a parameter.
@@ -86,10 +89,14 @@ class FunctionCriterion(Criterion):
     Args:
         function: returns a tensor of the parameter's shape.
         needs_gradients: ``None`` reads the attribute ``needs_gradients`` of the function, by default ``False``.
+        single: the same for the attribute ``single``.
     """
 
-    def __init__(self, function: WeightScores, needs_gradients: bool | None = None) -> None:
+    def __init__(
+        self, function: WeightScores, needs_gradients: bool | None = None, single: bool | None = None
+    ) -> None:
         self.function = function
+        self.single = bool(getattr(function, "single", False) if single is None else single)
         declared = getattr(function, "needs_gradients", False)
         self.needs_gradients = bool(declared if needs_gradients is None else needs_gradients)
 

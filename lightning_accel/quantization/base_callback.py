@@ -15,6 +15,7 @@ from lightning_accel.calls.discovery import chosen_path, owner_and_call
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.core.packages import counterpart
+from lightning_accel.core.strategies import prepares_early
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target, target_names
@@ -84,7 +85,7 @@ class QuantizingCallback(CompressionCallback):
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             counterpart(to_uncompiled, pl_module)(pl_module)
             rank_zero_warn(f"{who} quantizes while `forward` runs: the module runs without torch.compile in this fit.")
-        if not builds_layers_late(pl_module):
+        if prepares_early(trainer, pl_module, who) or not builds_layers_late(pl_module):
             self.prepare(trainer, pl_module)
 
     @property

@@ -16,6 +16,7 @@ from lightning_accel.core.callback import compression_callbacks
 from lightning_accel.core.clock import is_manual, step_of, timeline_of
 from lightning_accel.core.optimizers import after_steps, part_owners, release
 from lightning_accel.core.schedules import Timeline, check_position, passed
+from lightning_accel.core.strategies import Capability
 from lightning_accel.core.trainers import is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target
@@ -73,6 +74,8 @@ class QuantizationAwareTraining(QuantizingCallback):
         >>> QuantizationAwareTraining(target="portable", start=0.5).target.weight_max
         63
     """
+
+    needs = Capability.ROWS
 
     @classmethod
     @override

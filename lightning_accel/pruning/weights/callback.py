@@ -21,6 +21,8 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.optimizers import Ownership, after_steps, ownership_of, release
 from lightning_accel.core.resizing import kept_slice
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
+from lightning_accel.core.shards import any_rank, group_of_all, local, reshard, rows_of, sharded_as, whole
+from lightning_accel.core.strategies import Capability, shards
 from lightning_accel.core.structure import Change, average_models, resized
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.errors import InvalidArgumentError, RunError
@@ -31,6 +33,7 @@ from lightning_accel.pruning.weights.layers import ADAPTER, WeightKind, weight_k
 from lightning_accel.pruning.weights.masks import (
     apply_masks_,
     check_reachable,
+    check_sharded,
     check_scope,
     measured_sparsity,
     prune_masks,
@@ -102,6 +105,7 @@ class WeightPruning(CompressionCallback):
 
     wants_low_rate = False
     prunes_weights = True
+    needs = Capability.ROWS
 
     @checked(name=NOT_EMPTY, include=NOT_EMPTY, every=at_least(1))
     def __init__(
@@ -152,17 +156,22 @@ class WeightPruning(CompressionCallback):
         self._rewound: dict[str, torch.Tensor] = {}
         self._loaded_targets: dict[str, float] = {}
         self._last_step = -1
+        self._last_state: dict[str, Any] | None = None  # at the end of a run whose tensors are sharded
+        self._last_shares: dict[str, float] | None = None
         self._nearly_empty: set[str] = set()  # tensors that a warning has named
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._ownership = Ownership([])
+            self._ownership, self._last_state, self._last_shares = Ownership([]), None, None
+            if shards(trainer):
+                self._check_shardable()
             if self._module is not pl_module:  # reused for another module, e.g. in a cross-validation
                 self._clear()
             self._module = pl_module
-        if stage == "fit" and not builds_layers_late(pl_module) and not any(map(is_lazy, pl_module.parameters())):
+        early = stage == "fit" and not builds_layers_late(pl_module)
+        if early and not any(map(is_lazy, pl_module.parameters())):
             self._choose(trainer, pl_module)
 
     @override
@@ -173,8 +182,10 @@ class WeightPruning(CompressionCallback):
         self._check_zeros()
         if not self.masks:
             self._report_choice(pl_module)
-        self.masks = {name: mask.to(self._weights[name].device) for name, mask in self.masks.items()}
-        self._importance = {n: t.to(self._weights[n].device) for n, t in self._importance.items()}
+        self.masks = {n: rows_of(mask.to(self._weights[n].device), self._weights[n]) for n, mask in self.masks.items()}
+        self._importance = {
+            n: rows_of(t.to(self._weights[n].device), self._weights[n]) for n, t in self._importance.items()
+        }
         # Directly after the update, before other callbacks (EMA, checkpoints) read the weights.
         self._hooks = after_steps(trainer.optimizers, self._after_step)
         if self.rewind is not None and not self._begun and not is_fast_dev_run(trainer):
@@ -212,9 +223,11 @@ class WeightPruning(CompressionCallback):
         for name in self._ownership.names(getattr(optimizer, "_optimizer", optimizer), self._weights):
             weight = self._weights[name]
             if weight.grad is not None:
-                score = self._method.scores(name, weight, weight.grad)
+                score = self._method.scores(name, local(weight), local(weight.grad))
                 known = self._importance.get(name)
-                self._importance[name] = score if known is None else known.lerp_(score, 1.0 - _MEMORY)
+                if known is not None:
+                    score = local(known).lerp_(score, 1.0 - _MEMORY)
+                self._importance[name] = sharded_as(score, weight)
 
     @override
     def on_train_batch_end(
@@ -235,6 +248,8 @@ class WeightPruning(CompressionCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._apply()  # EMA may have copied its average into the module
         release(self._hooks)
+        if shards(trainer):  # from here on there are no exchanges between ranks any more
+            self._last_shares, self._last_state = self.sparsity_of(pl_module), self.state_dict()
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -260,11 +275,13 @@ class WeightPruning(CompressionCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._last_state is not None:
+            return self._last_state
         return {
-            "masks": {name: mask.cpu() for name, mask in self.masks.items()},
+            "masks": {name: whole(mask).cpu() for name, mask in self.masks.items()},
             "chosen": list(self._weights),
             "reached": self.reached,
-            "importance": {name: score.cpu() for name, score in self._importance.items()},
+            "importance": {name: whole(score).cpu() for name, score in self._importance.items()},
             "rewound": self._rewound,
             "targets": self.targets.shares,
             "last_step": self._last_step,
@@ -281,6 +298,9 @@ class WeightPruning(CompressionCallback):
 
     def sparsity_of(self, module: torch.nn.Module) -> dict[str, float]:
         """Share of zeros of each pruned weight in ``module``, of these together (``"all"``), and of all parameters (``"total"``)."""
+        if self._last_shares is not None and module is self._module:
+            return self._last_shares
+        reshard(module)
         named = dict(module.named_parameters())
         chosen = self._chosen or list(self._weights)
         if not chosen or not named.keys() >= set(chosen):  # before a run, or another module than the run's
@@ -348,6 +368,7 @@ class WeightPruning(CompressionCallback):
             pl_module: its module.
             started: whether the optimizers exist.
         """
+        reshard(pl_module)
         named = dict(pl_module.named_parameters())
         if lazy := [name for name, parameter in named.items() if is_lazy(parameter)]:
             raise InvalidArgumentError(
@@ -486,11 +507,7 @@ class WeightPruning(CompressionCallback):
                 "there is no gradient yet."
             )
         criterion = self.criterion if not gradients else self._averaged
-        if self._module is not None and (found := nan_weight(self._module)):
-            raise RunError(
-                f"Weights must be numbers to be compared, but at step {step} {found}: training has diverged. Lower the learning rate, or "
-                "clip gradients."
-            )
+        self._check_numbers(step)
         generator = torch.Generator().manual_seed(crc32(f"{self.name} {step}".encode()))  # the same on every rank
         for target, names in self.targets.groups(self._weights):
             self.masks |= prune_masks(
@@ -517,9 +534,22 @@ class WeightPruning(CompressionCallback):
             named = dict(average.named_parameters())
             apply_masks_({name: named[name] for name in self.masks}, self.masks)
 
+    def _check_numbers(self, step: int) -> None:
+        """Raise if a weight isn't a number: on every rank, if one has found that."""
+        reshard(self._module) if self._module is not None else None
+        found = "" if self._module is None else nan_weight(self._module)
+        if any_rank(bool(found), group_of_all(self._weights.values())):
+            raise RunError(
+                f"Weights must be numbers to be compared, but at step {step} {found or 'another rank found NaN'}: training has diverged. "
+                "Lower the learning rate, or clip gradients."
+            )
+
     def _averaged(self, name: str, weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
         """Averaged score of a weight; 0 if the loss doesn't depend on it."""
-        return self._importance[name] if name in self._importance else torch.zeros_like(weight, dtype=torch.float32)
+        found = self._importance.get(name)
+        return torch.zeros_like(weight, dtype=torch.float32) if found is None else local(found)
+
+    _averaged.single = True  # type: ignore[attr-defined]  # what it averages is
 
     def _warn_of_empty_tensors(self) -> None:
         """Warn once of each tensor that is nearly all zeros although its target is lower."""
@@ -538,6 +568,15 @@ class WeightPruning(CompressionCallback):
 
     def _apply(self) -> None:
         apply_masks_(self._weights, self.masks)
+
+    def _check_shardable(self) -> None:
+        """Raise unless the arguments can be followed where each rank holds rows of the tensors."""
+        check_sharded(self.criterion, self.granularity)
+        if self.rewind is not None:
+            raise InvalidArgumentError(
+                f"Argument `rewind` must be None where each rank holds rows of the tensors (FSDP2), but got {self.rewind}: it keeps a copy "
+                "of all weights. Train with DDP."
+            )
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero what an optimizer has updated; with several optimizers its own weights only."""

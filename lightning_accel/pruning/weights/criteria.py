@@ -44,17 +44,19 @@ def taylor(name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None)
 class Random(Criterion):
     """Random importance from the global generator; :func:`scores_of` accepts another generator."""
 
+    single = True
+
     def scores(self, name: str, parameter: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
         """Values in (0, 1], drawn again in each call."""
-        return _drawn(parameter, None)
+        return drawn_scores(parameter, None)
 
 
 RANDOM = "random"
 CRITERIA: dict[str, Criterion] = {
-    "l1": FunctionCriterion(l1),
-    "l2": FunctionCriterion(l2),
-    "taylor": FunctionCriterion(taylor, needs_gradients=True),
-    "magnitude": FunctionCriterion(l1),
+    "l1": FunctionCriterion(l1, single=True),
+    "l2": FunctionCriterion(l2, single=True),
+    "taylor": FunctionCriterion(taylor, needs_gradients=True, single=True),
+    "magnitude": FunctionCriterion(l1, single=True),
     RANDOM: Random(),
 }
 
@@ -91,11 +93,12 @@ def scores_of(
         InvalidArgumentError: the criterion returned another shape.
     """
     if criterion == RANDOM:
-        return _drawn(parameter, generator)
+        return drawn_scores(parameter, generator)
     return checked_scores(weight_criterion(criterion), name, parameter, grad)
 
 
-def _drawn(parameter: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def drawn_scores(parameter: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Random scores of a parameter's shape; of a sharded one the whole, so that each rank can take its rows of the same numbers."""
     device = "cpu" if generator is not None else parameter.device
     drawn = torch.rand(parameter.shape, generator=generator, device=device)
     # The same order as torch.nn.utils.prune, which prunes the largest of these numbers; the difference is exact.
