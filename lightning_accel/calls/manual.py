@@ -29,7 +29,7 @@ def own_optimizers(module: Any, trainer: L.Trainer | None, patches: Patches) -> 
     optimizers, schedulers = _configured(module, trainer)
 
     def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no annotation for it
+        loss.backward(*args, **kwargs)
 
     patches.swap(module, "optimizers", lambda use_pl_optimizer=True: _one_or_all(optimizers))
     patches.swap(module, "lr_schedulers", lambda: _one_or_all(schedulers) if schedulers else None)

@@ -6,6 +6,7 @@ optimizers the user's ``training_step`` steps: ``Trainer.global_step`` counts ea
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -23,7 +24,8 @@ def step_of(trainer: L.Trainer) -> int:
     """Number of steps that the run has taken: optimizer steps, or training batches with manual optimization."""
     if not is_manual(trainer):
         return trainer.global_step
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
 
 
 def first_step_of_epoch(trainer: L.Trainer, within: bool = False) -> int:
@@ -35,10 +37,10 @@ def first_step_of_epoch(trainer: L.Trainer, within: bool = False) -> int:
     """
     if trainer.is_last_batch and not within:
         return step_of(trainer)
-    loop = trainer.fit_loop.epoch_loop
+    loop: Any = trainer.fit_loop.epoch_loop
     if is_manual(trainer):
         return step_of(trainer) - int(loop.batch_progress.current.processed)
-    return trainer.global_step - loop.automatic_optimization.optim_progress.optimizer.step.current.completed
+    return trainer.global_step - int(loop.automatic_optimization.optim_progress.optimizer.step.current.completed)
 
 
 def timeline_of(trainer: L.Trainer, epoch: tuple[int, int] | None = None) -> Timeline:

@@ -29,7 +29,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The rows that this rank holds, in the same memory; an ordinary tensor itself."""
-    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    spread: Any = tensor
+    part: torch.Tensor = spread.to_local() if is_sharded(tensor) else tensor
     return part.detach()
 
 
@@ -57,7 +58,8 @@ def rows_of(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, on every rank. Collective."""
-    result: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    spread: Any = tensor
+    result: torch.Tensor = spread.full_tensor() if is_sharded(tensor) else tensor
     return result
 
 

@@ -214,6 +214,12 @@ def read_plain(path: str | Path, argument: str) -> Any:
         InvalidArgumentError: the file is damaged.
     """
     path = Path(path)
+    if (path / ".metadata").is_file():
+        raise InvalidArgumentError(
+            f"Argument `{argument}` must be a checkpoint file, but got {str(path)!r}, a folder of shards. Train with "
+            "ModelParallelStrategy(save_distributed_checkpoint=False), also from this one: `fit(..., ckpt_path=...)` reads the folder, and "
+            "writes files from then on."
+        )
     if not path.is_file():
         raise MissingFileError(
             f"Argument `{argument}` must be a checkpoint file, but got {str(path)!r}, which does not exist."

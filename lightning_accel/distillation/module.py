@@ -47,6 +47,7 @@ from lightning_accel.distillation.state import average_gradients_, load_state, s
 from lightning_accel.distillation.supervised import adopt_, supervised_class
 from lightning_accel.distillation.teachers.base import freeze_, load_weights_, network_of
 from lightning_accel.distillation.teachers.ema import EMATeacher
+from lightning_accel.distillation.teachers.memory import check_teacher_fits
 from lightning_accel.distillation.terms import LossTerm, make_terms
 from lightning_accel.errors import InvalidArgumentError, InvalidArgumentTypeError, RunError
 
@@ -210,7 +211,8 @@ class DistillationModule(_SharesStudent):
         if task_loss is None or distillation.by_hand:
             return result  # skipped batch; Lightning raises for a dict without "loss"
         batch = args[0] if args else next(iter(kwargs.values()), None)
-        loss = self._combined(*signals, batch, task_loss)
+        student, teacher = signals
+        loss = self._combined(student, teacher, batch, task_loss)
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _step_by_hand(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -372,6 +374,8 @@ class DistillationModule(_SharesStudent):
                     "Argument `teacher` must be a trained network where each rank holds rows of the student's tensors (FSDP2), but got an "
                     "average of the student, which would have to be sharded alike. Train with DDP."
                 )
+            if not shards(self.trainer):  # there `configure_model` may shard it yet
+                check_teacher_fits(distillation.teacher, self.trainer.strategy.root_device, self.trainer.world_size)
             distillation.in_charge, distillation.by_hand, distillation.verified = True, False, False
             distillation.restored = None
             distillation.checked.clear()
@@ -413,6 +417,7 @@ class DistillationModule(_SharesStudent):
 
     def on_fit_start(self) -> None:
         """The student's ``on_fit_start``, after checks of ``outputs``, layers and shapes."""
+        check_teacher_fits(self._distillation.teacher, self.device, self.trainer.world_size)
         settle(self)  # before a call of an inner module
         settle(self._distillation.teacher)
         begin(self, self._distillation, self._inputs)

@@ -229,14 +229,15 @@ class Distillation:
         """Add the adapters to the optimizers: each to the one that updates its layer of the student."""
         if self.adapters and shards(trainer):
             raise InvalidArgumentError(
-                f"Argument `student_layer` must name layers as wide as the teacher's where each rank holds rows of the student's tensors (FSDP2), "
-                f"but got {sorted(self.adapters)}, which need an adapter: an optimizer can't step it together with sharded tensors. Choose "
-                "others, or train with DDP."
+                f"Argument `student_layer` must name layers as wide as the teacher's where ranks hold rows of tensors (FSDP2), but got "
+                f"{sorted(self.adapters)}, which need an adapter: an optimizer can't step it with sharded tensors. Choose others, or train "
+                "with DDP."
             )
         ownership = ownership_of(trainer)
         layers = {pair.key: pair.student or "" for pairs in self.pairs.values() for pair in pairs}
         for key, adapter in self.adapters.items():
-            path, owners = split_path(layers[key], "student_layer")[0], []
+            path = split_path(layers[key], "student_layer")[0]
+            owners: list[torch.optim.Optimizer] = []
             while path and not owners:  # a layer without parameters: what is around it
                 owners = ownership.owners(network.get_submodule(path).parameters())
                 path = path.rpartition(".")[0]

@@ -92,9 +92,7 @@ class FunctionCriterion(Criterion):
         single: the same for the attribute ``single``.
     """
 
-    def __init__(
-        self, function: WeightScores, needs_gradients: bool | None = None, single: bool | None = None
-    ) -> None:
+    def __init__(self, function: WeightScores, needs_gradients: bool | None = None, single: bool | None = None) -> None:
         self.function = function
         self.single = bool(getattr(function, "single", False) if single is None else single)
         declared = getattr(function, "needs_gradients", False)

@@ -15,7 +15,7 @@ from lightning_accel.calls.discovery import chosen_path, owner_and_call
 from lightning_accel.core import structure
 from lightning_accel.core.callback import CompressionCallback
 from lightning_accel.core.packages import counterpart
-from lightning_accel.core.strategies import prepares_early
+from lightning_accel.core.strategies import prepares_early, shards
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import CaptureError, InvalidArgumentError
 from lightning_accel.quantization.arithmetic.targets import Target, target_names
@@ -139,6 +139,11 @@ class QuantizingCallback(CompressionCallback):
                     error.add_note(
                         f"`{type(pl_module).__name__}` has no `forward`, so `{path}` was called with the batch itself. If `training_step` "
                         "calls it with something else, write a `forward` that does so, too."
+                    )
+                if shards(trainer):
+                    error.add_note(
+                        "It is captured before its tensors are sharded: build all layers in `__init__`, and only call `fully_shard` in "
+                        "`configure_model`."
                     )
                 raise
             self._prepared[path] = forward

@@ -266,7 +266,9 @@ class PostTrainingQuantization(QuantizingCallback):
     """
 
     trains = False
-    sharded_instead = "Quantize its checkpoint in one process: `lightning-accel quantize --ckpt-path`, or `la.quantize`."
+    sharded_instead = (
+        "Quantize its checkpoint in one process: `lightning-accel quantize --ckpt-path`, or `la.quantize`."
+    )
 
     @checked(name=NOT_EMPTY, include=NOT_EMPTY, module=NOT_EMPTY)
     def __init__(

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Done:
-    """How a script ended: exit code (``None``: it was killed), standard output and error together, and seconds."""
+    """How a script ended: exit code (``None``: it was killed), standard output and error together, and when, in seconds since 1970."""
 
     code: int | None
     text: str
-    seconds: float
+    ended: float
 
 
 def torchrun(script: str, folder: Path, *arguments: str, ranks: int = 2, seconds: float = 90) -> Done:
@@ -30,7 +30,6 @@ def torchrun(script: str, folder: Path, *arguments: str, ranks: int = 2, seconds
 
 def run_killed(command: list[str], folder: Path, seconds: float) -> Done:
     """Run a command in a session of its own, which is killed after `seconds`."""
-    started = time.monotonic()
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen(
             command,
@@ -45,10 +44,11 @@ def run_killed(command: list[str], folder: Path, seconds: float) -> Done:
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            ended = time.time()
             _kill_session(process.pid)
             process.wait()
         output.seek(0)
-        return Done(code, output.read(), time.monotonic() - started)
+        return Done(code, output.read(), ended)
 
 
 def _kill_session(leader: int) -> None:

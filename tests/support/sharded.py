@@ -17,9 +17,7 @@ class Net(L.LightningModule):
     def __init__(self, width: int = 7, shard_teacher: bool = False, grid: int = 0):
         super().__init__()
         self.save_hyperparameters()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 13, 3, 2, 1), nn.ReLU(), nn.Flatten()
-        )
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 13, 3, 2, 1), nn.ReLU())
         self.head = nn.Linear(13 * 16, 5)
         if grid:
             with torch.no_grad():
@@ -27,7 +25,7 @@ class Net(L.LightningModule):
                     parameter.copy_((parameter * grid).round() / grid)
 
     def forward(self, x):
-        return self.head(self.body(x))
+        return self.head(self.body(x).flatten(1))
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -87,7 +85,10 @@ def fit(module, *callbacks, ranks: int = 1, epochs: int = 3, ckpt_path=None, str
     """Train; returns the Trainer, losses and whole weights."""
     if strategy is None and ranks > 1:
         strategy = ModelParallelStrategy(
-            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+            data_parallel_size=ranks,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="gloo",
         )
     losses = Losses()
     trainer = L.Trainer(

@@ -42,12 +42,19 @@ def all_of():
 
 def ended(module, result, pruning=None):
     """Losses, weights, masks and ranges."""
-    trainer, losses, weights = result
+    _, losses, weights = result
     masks = {} if pruning is None else {name: whole(mask) for name, mask in pruning.masks.items()}
     banks = {path: (f.bank.low, f.bank.high, f.bank.scales) for path, f in quantized_forwards(module).items()}
     spread = any(is_sharded(p) for p in module.teacher.parameters()) if hasattr(module, "teacher") else False
     unfinished = "" if pruning is None else pruning.unfinished()
-    return {"losses": losses, "weights": weights, "masks": masks, "ranges": banks, "unfinished": unfinished, "teacher_sharded": spread}
+    return {
+        "losses": losses,
+        "weights": weights,
+        "masks": masks,
+        "ranges": banks,
+        "unfinished": unfinished,
+        "teacher_sharded": spread,
+    }
 
 
 def run(name: str, folder: Path, ranks: int):
@@ -60,9 +67,13 @@ def run(name: str, folder: Path, ranks: int):
         return ended(module, fit(module, pruning, ranks=ranks), pruning)
     if name == "quantized":
         module = made()
-        return ended(module, fit(module, la.QuantizationAwareTraining("portable", start=0, calibration_batches=2), ranks=ranks))
+        return ended(
+            module, fit(module, la.QuantizationAwareTraining("portable", start=0, calibration_batches=2), ranks=ranks)
+        )
     if name in ("distilled", "sharded teacher"):
-        module = la.DistillationModule(made(shard_teacher=name == "sharded teacher" and ranks > 1), teacher(), ["kd", "mse"])
+        module = la.DistillationModule(
+            made(shard_teacher=name == "sharded teacher" and ranks > 1), teacher(), ["kd", "mse"]
+        )
         return ended(module, fit(module, ranks=ranks))
     if name == "shipped":
         module, pruning, callbacks = all_of()

@@ -33,8 +33,8 @@ from lightning_accel.pruning.weights.layers import ADAPTER, WeightKind, weight_k
 from lightning_accel.pruning.weights.masks import (
     apply_masks_,
     check_reachable,
-    check_sharded,
     check_scope,
+    check_sharded,
     measured_sparsity,
     prune_masks,
     sparsity_by_name,

@@ -147,8 +147,8 @@ def check_sharded(criterion: Any, granularity: str, inputs_first: Sequence[str] 
     if units.name != "weight" and (not units.keep or inputs_first):
         where = f" for `{inputs_first[0]}`, whose rows are input channels" if units.keep else ""
         raise InvalidArgumentError(
-            f'Argument `granularity` must be "weight" or N:M where each rank holds rows of a tensor (FSDP2), but got {granularity!r}{where}: '
-            "a unit would lie on several ranks. Train with DDP, or exclude such tensors."
+            f'Argument `granularity` must be "weight" or N:M where ranks hold rows of a tensor (FSDP2), but got {granularity!r}{where}: a '
+            "unit would lie on several ranks. Train with DDP, or exclude such tensors."
         )
     if not weight_criterion(criterion).single:
         raise InvalidArgumentError(

@@ -16,8 +16,8 @@ _BINS = 1 << DIGIT
 def keep_highest_of_all(scores: Sequence[Callable[[], torch.Tensor]], drop: int, group: Any) -> list[torch.Tensor]:
     """Mark all but the ``drop`` lowest of all ranks' scores together, as one process would of all of them.
 
-    Among equal scores the first are dropped: by tensor, then by rank, then by place, which is their order in the whole tensors if ranks hold
-    consecutive rows. The threshold is found digit by digit, as in a radix sort, from four histograms of 256 counts.
+    Among equal scores the first are dropped: by tensor, then by rank, then by place, which is their order in the whole tensors if ranks
+    hold consecutive rows. The threshold is found digit by digit, as in a radix sort, from four histograms of 256 counts.
 
     Args:
         scores: each returns this rank's flat float32 scores of a tensor; called a few times, must return the same each time.
