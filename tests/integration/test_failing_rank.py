@@ -40,6 +40,7 @@ def test_the_others_end_within_30_seconds(launch, which, kind, how, tmp_path):
         path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{SCRIPT}")
         done = run_killed([sys.executable, str(path), str(which), kind, how], tmp_path, 90)
     assert done.code not in (None, 0), done.text[-2000:]
+    assert "FAILS" in done.text, done.text[-2000:]
     (failed,) = re.findall(r"FAILS ([\d.]+)", done.text)
     assert done.ended - float(failed) < 30
     if how == "raised":

@@ -71,7 +71,9 @@ class ChannelPruning(CompressionCallback):
     """
 
     wants_low_rate = False
-    sharded_instead = "Remove channels before: `prune_channels_(self, ...)` in front of `fully_shard` in `configure_model`. Or train with DDP."
+    sharded_instead = (
+        "Remove channels before: `prune_channels_(self, ...)` in front of `fully_shard`. Or train with DDP."
+    )
 
     @checked(name=NOT_EMPTY, include=NOT_EMPTY, macs_reduction=_FACTOR)
     def __init__(
