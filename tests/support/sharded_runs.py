@@ -59,6 +59,9 @@ def ended(module, result, pruning=None):
 
 def run(name: str, folder: Path, ranks: int):
     """One of the runs."""
+    if name == "plain":
+        module = made()
+        return ended(module, fit(module, ranks=ranks))
     if name == "pruned":
         module, pruning = made(grid=16), la.WeightPruning(0.7, start=0, end=2, every=1)
         return ended(module, fit(module, pruning, ranks=ranks), pruning)
