@@ -206,7 +206,10 @@ class AccelParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the config after the first training step, so that a run that fails before that leaves no file behind."""
+    """Save the config after the first training step, so that a run that fails before that leaves no file behind.
+
+    A file that the run was configured with is never written over: without a logger the folder is the present one.
+    """
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -214,7 +217,9 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        super().setup(trainer, pl_module, "fit")
+        given = {Path(str(path)).resolve() for path in self.config.get("config") or ()}
+        if trainer.log_dir is None or Path(trainer.log_dir, self.config_filename).resolve() not in given:
+            super().setup(trainer, pl_module, "fit")
 
 
 class AccelCLI(LightningCLI):

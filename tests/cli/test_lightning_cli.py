@@ -411,6 +411,18 @@ def told(capfd) -> str:
     return lines[0]
 
 
+def test_the_config_of_a_run_is_not_written_over(tmp_path):
+    """Without a logger Lightning keeps its record in the present folder, under the name that tutorials give the user's own file."""
+    config = run_config(tmp_path)
+    config["trainer"] |= {"max_epochs": 1, "callbacks": [], "logger": False}
+    text = "# mine\n" + yaml.safe_dump(config)
+    for name in ("config.yaml", "run.yaml"):
+        (tmp_path / name).write_text(text)
+        assert main(["fit", "-c", name]) == 0
+        assert (tmp_path / name).read_text() == text
+    assert "# mine" not in (tmp_path / "config.yaml").read_text()  # the record of the second run
+
+
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(tmp_path, capfd, case):
