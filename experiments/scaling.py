@@ -125,6 +125,7 @@ def update_bytes(quick: bool) -> list[tuple[int, int, int]]:
 def overhead(folder: str, ranks: int, prunes: bool, steps: int) -> list[float]:
     """Median of (time of steps with callbacks) / (time without), and its 95 % interval."""
     L.seed_everything(0, verbose=False)
+    folder = tempfile.mkdtemp(dir=folder)  # the end finds callbacks taken out, and the bundle's folder locked
     size, idle = 32, idle_callbacks(folder, 1)
     if prunes:
         idle = [la.WeightPruning(0.5, start=0, end=1)]

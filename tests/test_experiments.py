@@ -41,6 +41,13 @@ def quick(script, *options):
     return process
 
 
+def test_the_bytes_of_a_mask_update_do_not_grow_with_the_parameters():
+    lines = [
+        line for line in quick("scaling", "--only", "bytes").stdout.splitlines() if re.match(r"\| [\d,]+ \|", line)
+    ]
+    assert [line.split(" | ")[1:3] for line in lines] == [["5", "8,288"]] * 2
+
+
 def test_int8_in_engines_and_in_training():
     lines = quick("int8_zoo").stdout.splitlines()
     assert sum(line.startswith(("| CNN w32 |", "| ResNet-8 w16 |")) for line in lines) == 2
