@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_accel.benchmarking.decision import Budgets as Budgets
     from lightning_accel.benchmarking.measure import benchmark as benchmark
     from lightning_accel.core.exact_resume import ExactResume as ExactResume
+    from lightning_accel.core.initial_weights import InitialWeights as InitialWeights
     from lightning_accel.core.structure import load_from_checkpoint as load_from_checkpoint
     from lightning_accel.distillation.cache.teacher_cache import TeacherCache as TeacherCache
     from lightning_accel.distillation.module import DistillationModule as DistillationModule
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
     from lightning_accel.language_models.lora import LoRA as LoRA
     from lightning_accel.language_models.token_kl import TokenKL as TokenKL
+    from lightning_accel.planning.compression.compress import compress as compress
+    from lightning_accel.planning.compression.outcome import Compression as Compression
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
@@ -68,9 +71,12 @@ _PUBLIC = {
     "LoRA": "language_models.lora",
     "TokenKL": "language_models.token_kl",
     "ExactResume": "core.exact_resume",
+    "InitialWeights": "core.initial_weights",
     "quantize": "quantization.ptq",
     "export_bundle": "export.export_bundle",
     "plan": "planning.plan",
+    "compress": "planning.compression.compress",
+    "Compression": "planning.compression.outcome",
     "check": "export.check",
     "export_onnx": "verification.exported",
     "verify": "verification.compare",

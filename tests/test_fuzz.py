@@ -47,6 +47,7 @@ MADE: dict[str, tuple[Any, dict[str, Any]]] = {
     "PostTrainingQuantization": (la.PostTrainingQuantization, {"target": "portable"}),
     "ModelExport": (la.ModelExport, {}),
     "ExactResume": (la.ExactResume, {}),
+    "InitialWeights": (la.InitialWeights, {"ckpt_path": "x.ckpt"}),
     "Budgets": (la.Budgets, {}),
     "BenchmarkSettings": (la.BenchmarkSettings, {}),
     "Target": (
@@ -63,6 +64,10 @@ CALLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "quantize": (la.quantize, {"model": nn.Linear(1, 1), "data": [torch.zeros(1, 1)]}),
     "export_onnx": (la.export_onnx, {"module": nn.Linear(1, 1), "inputs": torch.zeros(1, 1), "path": "x.onnx"}),
     "export_bundle": (la.export_bundle, {"model": Classifier(), "data": []}),
+    "compress": (
+        la.compress,
+        {"module": Classifier(), "data": ([], []), "budgets": la.Budgets(max_bytes=1), "trainer": {"max_epochs": 1}},
+    ),
     "check": (la.check, {"module": nn.Linear(1, 1), "inputs": torch.zeros(1, 1)}),
     "load_runner": (la.load_runner, {"path": "nothing"}),
     "verify_bundle": (la.verify_bundle, {"folder": "nothing"}),

@@ -228,6 +228,29 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
     Raises:
         InvalidArgumentError: the bundle changed after it was written.
     """
+    with _rewritten(folder) as (new, content):
+        write_comparison(new, comparison)
+        write_manifest(new, {**content, **decided(comparison, default)})
+
+
+def record_decision(folder: str | Path, decision: Mapping[str, Any], default: Mapping[str, str]) -> None:
+    """Store in a bundle's manifest which engine and file ``load_runner`` uses from then on, and why.
+
+    Args:
+        folder: the bundle.
+        decision: JSON values, e.g. ``ship`` and ``why``.
+        default: ``engine`` and ``file``.
+
+    Raises:
+        InvalidArgumentError: the bundle changed after it was written.
+    """
+    with _rewritten(folder) as (new, content):
+        write_manifest(new, {**content, "decision": dict(decision), "default": dict(default)})
+
+
+@contextmanager
+def _rewritten(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A copy of a bundle without its manifest, which replaces it in one step, and the manifest's content."""
     folder = Path(folder).resolve()
     manifest = read_manifest(folder)
     check_files(folder, manifest)
@@ -237,8 +260,7 @@ def record_comparison(folder: str | Path, comparison: Mapping[str, Any], default
             place = new / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(file, place)
-        write_comparison(new, comparison)
-        write_manifest(new, {**content, **decided(comparison, default)})
+        yield new, content
 
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:

@@ -14,11 +14,14 @@ from textwrap import shorten
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]  # no stubs
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
 from typing_extensions import override
 
+from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.bundle.writer import check_destination
 from lightning_accel.cli.errors import one_line, run_guarded
 from lightning_accel.cli.options import did_you_mean, join_lists, unknown_arguments, with_dashes, with_underscores
@@ -29,6 +32,8 @@ from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.errors import InvalidArgumentError, LightningAccelError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
+from lightning_accel.planning.compression.compress import compress
+from lightning_accel.planning.compression.outcome import Compression
 from lightning_accel.planning.plan import plan
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
@@ -36,13 +41,21 @@ from lightning_accel.quantization.ptq import PostTrainingQuantization
 # Taken from the ModelExport of a config by `quantize`; the others belong to the training run.
 _OF_THE_RUN = {"dirpath", "engines", "precision", "ckpt", "ckpt_path", "name"}
 _SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - _OF_THE_RUN)
-_OWN = ("export", "plan", "quantize")  # commands that Lightning doesn't have
+_OWN = ("compress", "export", "plan", "quantize")  # commands that Lightning doesn't have
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.]*")
 _FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # PyTorch's message for weights of another module
 
 
 class AccelTrainer(L.Trainer):
-    """A Trainer that can also plan a run, and export or quantize a checkpoint that it once wrote."""
+    """A Trainer that can also plan a run, and compress, export or quantize a checkpoint that it once wrote.
+
+    Attributes:
+        sections: ``model``, ``data`` and ``trainer`` of the config; ``None`` outside of the command line.
+        compressed: outcome of ``compress``.
+    """
+
+    sections: dict[str, Any] | None = None
+    compressed: Compression | None = None
 
     def export(
         self,
@@ -154,9 +167,77 @@ class AccelTrainer(L.Trainer):
                 f"Argument `ckpt_path` must be of a float network, but {ckpt_path} is already quantized ({quantized}). Export it instead."
             )
         export.check_plan(self)
+        reset_seed()  # the batches that ranges are learned from don't depend on what constructors have drawn
         callback.quantize(self, model)
         export.repeat = shlex.join(["lightning-accel", *sys.argv[1:]])
         print(summary(export.export(self, model, "last"), dirpath))
+
+    def compress(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        max_drop: float = 1.0,
+        max_latency_ms: float | None = None,
+        max_bytes: int | None = None,
+        batch: int = 1,
+        dirpath: str = "artifacts/compressed",
+        max_time: str | None = None,
+        engine: list[str] | None = None,
+        stage: list[str] | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        threads: int | None = None,
+        seed: int = 1,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Find the cheapest recipe that brings a trained float network within budgets, and write its bundle and config.
+
+        ``trainer.max_epochs`` is the length of a training. The same command goes on where it was interrupted. Exit code 1 if nothing fits.
+
+        Args:
+            model: the LightningModule.
+            datamodule: provides training data, and validation data to verify and measure with.
+            ckpt_path: path of the checkpoint of the trained network.
+            max_drop: largest loss in percentage points of accuracy, or of the user's metric.
+            max_latency_ms: largest median latency of a call with ``batch`` samples in ms.
+            max_bytes: largest size of the file in bytes.
+            batch: samples in a call.
+            dirpath: folder of the search.
+            max_time: time limit, DD:HH:MM:SS.
+            engine: engines to consider; by default ``onnxruntime`` and ``openvino``.
+            stage: stages to run, of ``float``, ``ptq``, ``qat``, ``channels`` and ``all``; by default all.
+            monitor: metric logged by ``validation_step`` that counts; by default accuracy, if batches hold class labels.
+            mode: ``min`` or ``max``, for ``monitor``.
+            threads: of each engine; by default all cores.
+            seed: of each training.
+            weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
+        """
+        if ckpt_path is None:
+            raise InvalidArgumentError(
+                "Argument `ckpt_path` must be the path of a checkpoint of the trained network, but got None. Pass --ckpt-path FILE."
+            )
+        if datamodule is None:
+            raise InvalidArgumentError(
+                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
+            )
+        budgets = Budgets(max_drop, max_latency_ms, max_bytes, batch)
+        structure.load_into(model, structure.read_checkpoint(ckpt_path))
+        self.compressed = compress(
+            model,
+            datamodule,
+            budgets,
+            trainer=self,
+            dirpath=dirpath,
+            max_time=max_time,
+            engines=engine,
+            monitor=monitor,
+            mode=mode,
+            threads=threads,
+            seed=seed,
+            config=self.sections,
+            stages=stage,
+        )
 
     def plan(
         self,
@@ -253,7 +334,7 @@ class AccelCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         command = str(self.config.get("subcommand"))
-        if command in ("export", "quantize"):
+        if command in ("compress", "export", "quantize"):
             return  # the config says what the model is; a checkpoint of another one is an error
         model = self.config.get(command, {}).get("model") or {}
         path = str(model.get("class_path"))
@@ -265,10 +346,18 @@ class AccelCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            self._keep_sections()
         except (ValueError, TypeError) as error:
             if (own := _raised_by_constructor(error)) is not None:
                 raise own from error
             raise
+
+    def _keep_sections(self) -> None:
+        """Hand the sections of the config to `compress`, which writes the config of what it finds."""
+        if self.subcommand == "compress" and isinstance(self.trainer, AccelTrainer):
+            parser = self._parser(self.subcommand)
+            own: Any = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=True, skip_check=True))
+            self.trainer.sections = {name: own[name] for name in ("model", "data", "trainer") if name in own}
 
     @override
     def _add_instantiators(self) -> None:
@@ -307,6 +396,9 @@ def _run(given: Sequence[str]) -> int:
     excused = is_fast_dev_run(cli.trainer) or may_be_incomplete(cli.trainer) or not cli.trainer.is_global_zero
     if cli.subcommand == "fit" and not excused and (missing := unfinished_targets(cli.trainer)):
         raise RunError(unfinished_line(missing))
+    compressed = getattr(cli.trainer, "compressed", None)
+    if compressed is not None and not compressed.fits:
+        return 1
     exports = callbacks_of(cli.trainer, ModelExport)
     return 1 if any(export.report and export.report["failed"] for export in exports) else 0
 
