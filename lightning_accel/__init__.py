@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_accel.language_models.token_kl import TokenKL as TokenKL
     from lightning_accel.planning.compression.compress import compress as compress
     from lightning_accel.planning.compression.outcome import Compression as Compression
+    from lightning_accel.planning.latency_recording import record_latency_table as record_latency_table
     from lightning_accel.planning.plan import plan as plan
     from lightning_accel.pruning.channels.callback import ChannelPruning as ChannelPruning
     from lightning_accel.pruning.weights.callback import WeightPruning as WeightPruning
@@ -77,6 +78,7 @@ _PUBLIC = {
     "plan": "planning.plan",
     "compress": "planning.compression.compress",
     "Compression": "planning.compression.outcome",
+    "record_latency_table": "planning.latency_recording",
     "check": "export.check",
     "export_onnx": "verification.exported",
     "verify": "verification.compare",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,8 @@ VALUES = st.one_of(
     st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=3)
 )
 
+QUIET, NO_DATA = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), L.LightningDataModule()
+
 # Constructors, and functions that are given values of a wrong type only: what is right would train or read files.
 MADE: dict[str, tuple[Any, dict[str, Any]]] = {
     "WeightPruning": (la.WeightPruning, {"sparsity": 0.5}),
@@ -67,6 +70,10 @@ CALLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "compress": (
         la.compress,
         {"module": Classifier(), "data": ([], []), "budgets": la.Budgets(max_bytes=1), "trainer": {"max_epochs": 1}},
+    ),
+    "record_latency_table": (
+        la.record_latency_table,
+        {"trainer": QUIET, "model": Classifier(), "data": NO_DATA, "path": "x.json"},
     ),
     "check": (la.check, {"module": nn.Linear(1, 1), "inputs": torch.zeros(1, 1)}),
     "load_runner": (la.load_runner, {"path": "nothing"}),

@@ -34,6 +34,7 @@ from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.planning.compression.compress import compress
 from lightning_accel.planning.compression.outcome import Compression
+from lightning_accel.planning.latency_recording import record_latency_table
 from lightning_accel.planning.plan import plan
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
@@ -41,7 +42,7 @@ from lightning_accel.quantization.ptq import PostTrainingQuantization
 # Taken from the ModelExport of a config by `quantize`; the others belong to the training run.
 _OF_THE_RUN = {"dirpath", "engines", "precision", "ckpt", "ckpt_path", "name"}
 _SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - _OF_THE_RUN)
-_OWN = ("compress", "export", "plan", "quantize")  # commands that Lightning doesn't have
+_OWN = ("compress", "export", "latency_table", "plan", "quantize")  # commands that Lightning doesn't have
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.]*")
 _FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # PyTorch's message for weights of another module
 
@@ -237,6 +238,45 @@ class AccelTrainer(L.Trainer):
             seed=seed,
             config=self.sections,
             stages=stage,
+        )
+
+    def latency_table(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        path: str = "latency.json",
+        engine: str = "onnxruntime",
+        batch: int = 1,
+        threads: int | None = None,
+        target: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure the latency of a network with fewer channels in each group on this machine, and write it as a file.
+
+        ``ChannelPruning(latency_reduction=2.0, latency_table="latency.json")`` then prunes for this machine anywhere. A ChannelPruning
+        in the config says which layers may lose channels.
+
+        Args:
+            model: the LightningModule.
+            datamodule: provides a batch.
+            ckpt_path: ignored; weights don't matter.
+            path: file to write.
+            engine: that runs the network.
+            batch: samples in a call.
+            threads: of the engine.
+            target: arithmetic of a network that ships as int8, e.g. ``openvino``; by default float32.
+            weights_only: ignored.
+        """
+        if datamodule is None:
+            raise InvalidArgumentError(
+                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
+            )
+        table = record_latency_table(
+            self, model, datamodule, path, engine=engine, batch=batch, threads=threads, target=target
+        )
+        print(
+            f"{path}: {len(table.ratios)} groups of channels in {engine}, {table.precision}, {table.base_ms:.3f} ms with all of them"
         )
 
     def plan(

@@ -24,6 +24,8 @@ def main(args: Sequence[str] | None = None) -> int:
         command documents. An expected error is printed in one line, ``LIGHTNING_ACCEL_DEBUG=1`` adds its traceback.
     """
     given = sys.argv[1:] if args is None else list(args)
+    if given and (name := given[0].replace("-", "_")) in TRAINER_COMMANDS:
+        given[0] = name
     if "_ARGCOMPLETE" in os.environ:
         import_module("lightning_accel.cli.completion").complete()
     if not given or given[0] in ("-h", "--help"):

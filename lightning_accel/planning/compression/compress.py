@@ -118,7 +118,7 @@ def compress(
     samples = trial.spec.data.samples(trial.spec.whole, trial.export.example, 8)
     kept = SearchFile(folder, identity_of(module, samples, batch=trial.batch, threads=trial.threads, monitor=monitor))
     epochs = int(template.max_epochs or 0)
-    ladder = Ladder(budgets, considered, considered, epochs, trial.distillable, batch=trial.batch, seed=seed)
+    ladder = Ladder(budgets, considered, considered, epochs, trial.distillable, trial.batch, trial.threads, seed)
     search = _Search(trial, kept, ladder, None if limit is None else begun + limit, stages)
     rank_zero_info(f"compress: {_score(trial)}")
     ended = search.run()

@@ -59,8 +59,8 @@ class Ladder:
         targets: arithmetics of the int8 engines that run here.
         epochs: length of a training.
         distillable: whether the trained network can be a teacher.
-        measure: what channel pruning reduces where latency is limited.
         batch: samples in a call of a latency measurement.
+        threads: of the engines.
         seed: of the recipes.
         smallest: the smallest networks that channel pruning can leave; empty until they are measured.
     """
@@ -70,8 +70,8 @@ class Ladder:
     targets: Sequence[str]
     epochs: int
     distillable: bool
-    measure: str = "macs_reduction"
     batch: int = 1
+    threads: int | None = None
     seed: int = 1
     smallest: Sequence[Smallest] = ()
 
@@ -134,8 +134,11 @@ class Ladder:
         latency = whole.p50_ms / self.budgets.max_latency_ms if self.budgets.max_latency_ms is not None else 0.0
         size = whole.file_bytes / self.budgets.max_bytes if self.budgets.max_bytes is not None else 0.0
         factor = max(latency, size)
-        measure = self.measure if latency >= size else "macs_reduction"
-        settings = {"target": target, "epochs": epochs, "measure": measure, "batch": self.batch}
+        # Latency is measured in float32: for int8 a table would take minutes, and MACs with a second try take one training.
+        by_latency = target is None and latency >= size
+        settings: dict[str, Any] = {"target": target, "epochs": epochs}
+        if by_latency:
+            settings |= {"measure": "latency_reduction", "batch": self.batch, "threads": self.threads}
         if factor <= 1:
             recipe = self._recipe(stage, (whole.engine,), **settings, reduction=_MARGIN)
             yield recipe, "with all channels it is fast and small enough already; fewer can only cost accuracy"

@@ -42,6 +42,7 @@ class Recipe:
         reduction: factor by which channel pruning reduces ``measure``.
         measure: argument of :class:`~lightning_accel.pruning.channels.callback.ChannelPruning` that ``reduction`` is given to.
         batch: samples in a call that latency is reduced for.
+        threads: of the engine that latency is reduced for.
         epochs: length of the training; 0 is none.
         distilled: whether the trained network is the teacher.
         seed: of the training, and of the choice of the batches that ranges are learned from.
@@ -54,6 +55,7 @@ class Recipe:
     reduction: float | None = None
     measure: str = "macs_reduction"
     batch: int = 1
+    threads: int | None = None
     epochs: int = 0
     distilled: bool = False
     seed: int = 1
@@ -98,7 +100,7 @@ class Recipe:
         if self.stage in (CHANNELS, ALL):
             arguments: dict[str, Any] = {self.measure: self.reduction, "start": 0, "end": self._channels_end}
             if self.measure == "latency_reduction":
-                arguments |= {"engine": self.engines[0], "batch": self.batch}
+                arguments |= {"engine": self.engines[0], "batch": self.batch, "threads": self.threads}
             found.append(_section("ChannelPruning", arguments))
         if self.stage in (QAT, ALL):
             start = 0 if self.stage == QAT else max(self._channels_end, self.epochs - max(1, self.epochs // 4))

@@ -1,5 +1,6 @@
 """Callback that removes channels during training."""
 
+import os
 from collections.abc import Callable, Sequence
 from math import ceil, inf, isinf
 from typing import Any
@@ -11,11 +12,11 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from typing_extensions import override
 
-from lightning_accel.calls.batches import InputsFunction
+from lightning_accel.calls.batches import Call, InputsFunction
 from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.copies import parameter_count
 from lightning_accel.calls.discovery import chosen_path, owner_and_call
-from lightning_accel.core.arguments import NOT_EMPTY, Rule, checked
+from lightning_accel.core.arguments import NOT_EMPTY, Rule, at_least, checked
 from lightning_accel.core.callback import CompressionCallback, change_structure
 from lightning_accel.core.clock import step_of
 from lightning_accel.core.finite import check_weights, nan_weight
@@ -24,9 +25,13 @@ from lightning_accel.core.optimizers import only_gradients_of
 from lightning_accel.core.schedules import Timeline, check_schedule, fraction
 from lightning_accel.core.structure import Change
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
+from lightning_accel.engines.registry import engine_named, runs_onnx
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.criteria import label
 from lightning_accel.pruning.channels.equivalence import NOT_RUN
+from lightning_accel.pruning.channels.latency import FloatFiles, measure_table, measured_reduction
+from lightning_accel.pruning.channels.latency_table import FP32, LatencyTable
+from lightning_accel.pruning.channels.latency_target import LatencyTarget
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.channels.step_trials import StepTrials
 from lightning_accel.pruning.criterion import Criterion
@@ -44,7 +49,10 @@ class ChannelPruning(CompressionCallback):
 
     Args:
         pruning_ratio: share of the channels of all prunable groups to remove, in (0, 1); or
-        macs_reduction: factor by which MACs are reduced, above 1. Exactly one of the two.
+        macs_reduction: factor by which MACs are reduced, above 1; or
+        latency_reduction: factor by which the latency in ``engine`` is reduced, above 1. Exactly one of the three. Before training the
+            network is measured with fewer channels in each group, and channels leave where they buy most latency for the least
+            importance (https://arxiv.org/abs/2110.10811); what the table foresees is corrected by measuring its choices.
         criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
             :class:`~lightning_accel.pruning.criterion.Criterion`, a function ``(name, parameter, grad) -> scores``, whose scores are
             added up for each channel, or the import path of either.
@@ -60,6 +68,11 @@ class ChannelPruning(CompressionCallback):
         module: dotted path of the submodule that ``training_step`` calls if it doesn't call ``forward``.
         inputs: maps a batch to the arguments of ``forward``; needed only if they can't be derived from its signature.
         name: the state's name in the checkpoint; needed if two are used.
+        engine: engine whose latency counts, with ``latency_reduction``.
+        batch: samples in a call that it counts for.
+        threads: of that engine; ``None``: its default.
+        latency_table: file that ``lightning-accel latency-table`` wrote, on another machine or for an int8 network; ``None``: this
+            machine is measured, in float32.
 
     Raises:
         InvalidArgumentError: an argument is out of its range; before training, a glob that matches nothing, a target that can't be
@@ -75,7 +88,15 @@ class ChannelPruning(CompressionCallback):
         "Remove channels before: `prune_channels_(self, ...)` in front of `fully_shard`. Or train with DDP."
     )
 
-    @checked(name=NOT_EMPTY, include=NOT_EMPTY, macs_reduction=_FACTOR)
+    @checked(
+        name=NOT_EMPTY,
+        include=NOT_EMPTY,
+        macs_reduction=_FACTOR,
+        latency_reduction=_FACTOR,
+        batch=at_least(1),
+        threads=at_least(1),
+        latency_table=NOT_EMPTY,
+    )
     def __init__(
         self,
         pruning_ratio: float | None = None,
@@ -92,12 +113,25 @@ class ChannelPruning(CompressionCallback):
         module: str | None = None,
         inputs: InputsFunction | None = None,
         name: str = "channels",
+        latency_reduction: float | None = None,
+        engine: str = "onnxruntime",
+        batch: int = 1,
+        threads: int | None = None,
+        latency_table: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(name=name, start=start, end=end)
+        if not runs_onnx(engine_named(engine).name):
+            raise InvalidArgumentError(f"Argument `engine` must be one that runs ONNX files, but got {engine!r}.")
+        if latency_table is not None and latency_reduction is None:
+            raise InvalidArgumentError(
+                f"Argument `latency_table` must come with `latency_reduction`, but got {os.fspath(latency_table)!r} without it."
+            )
         chosen = as_patterns("include", include), as_patterns("exclude", exclude)
         self.target = ChannelTarget(
-            pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen
+            pruning_ratio, macs_reduction, criterion, scope, round_to, dict(limits or {}), *chosen, latency_reduction
         )
+        self.engine, self.batch, self.threads, self.latency_table = engine, batch, threads, latency_table
+        self._latency: LatencyTarget | None = None
         self.resizes = round_to
         self.schedule, self.module, self.inputs = check_schedule(schedule), module or "", inputs
         self.reached = 0.0  # progress towards the target, in [0, 1]
@@ -122,7 +156,7 @@ class ChannelPruning(CompressionCallback):
             )
         self._retargeted = False
         if self._seen is not pl_module:  # reused for another module, e.g. in a cross-validation
-            self.reached, self._collected = 0.0, {}
+            self.reached, self._collected, self._latency = 0.0, {}, None
         self._seen, self._plan, self._foreseen = pl_module, None, None
         if trainer.ckpt_path is None:  # otherwise other weights come
             check_weights(pl_module, "model")
@@ -154,10 +188,66 @@ class ChannelPruning(CompressionCallback):
             _, call = owner_and_call(pl_module, self.module, trainer, self.inputs)
             steps = StepTrials(trainer, pl_module)
             self._plan, self._macs = ChannelPlan(pl_module, self.module, call, self.target, steps), None
+            if self.target.latency_reduction is not None:
+                self._aim(trainer, pl_module, self._plan, call)
             for group in self._plan.groups:
                 if group.kept:
                     rank_zero_info(f"ChannelPruning: the channels of {_and(group.layers)} are kept: {group.kept}.")
         return self._plan
+
+    def _aim(self, trainer: L.Trainer, pl_module: L.LightningModule, plan: ChannelPlan, call: Call) -> None:
+        """Set the latency to reach: from the checkpoint, a file, or measurements."""
+        assert self.target.latency_reduction is not None
+        quantizes = any(c.captures for c in callbacks_of(trainer, CompressionCallback))
+        if self._latency is None:
+            if trainer.ckpt_path is not None:
+                return  # the checkpoint holds it
+            table = self._table(trainer, pl_module, plan, call, quantizes)
+            self._latency = LatencyTarget(self.target.latency_reduction, table)
+            plan.aim(self._latency)
+            if self.latency_table is None:
+                self._calibrate(pl_module, plan, call)
+        else:
+            plan.aim(self._latency)
+
+    def _table(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, plan: ChannelPlan, call: Call, quantizes: bool
+    ) -> LatencyTable:
+        units = {g.name: g.units for g in plan.groups if not g.kept}
+        if self.latency_table is not None:
+            table = LatencyTable.read(os.fspath(self.latency_table))
+            table.check(units, "int8" if quantizes else FP32)
+            if (table.engine, table.batch) != (self.engine, self.batch):
+                raise InvalidArgumentError(
+                    f"Argument `latency_table` must be of engine {self.engine!r} and batch {self.batch}, but got one of {table.engine!r} "
+                    f"and batch {table.batch}."
+                )
+            return table
+        if quantizes:
+            raise InvalidArgumentError(
+                "Argument `latency_table` must be given where the network is quantized afterwards, but got None: latency in float32 isn't "
+                "that of int8. Record one with `lightning-accel latency-table --target ...`."
+            )
+        if trainer.world_size > 1:
+            raise InvalidArgumentError(
+                f"Argument `latency_table` must be given in a run of {trainer.world_size} processes, which would disturb each other's "
+                "measurements, but got None. Record one with `lightning-accel latency-table`."
+            )
+        engine_named(self.engine).require()
+        rank_zero_info(f"ChannelPruning: measuring the latency of {len(units)} groups of channels in {self.engine}")
+        files = FloatFiles(pl_module, self.module, call, plan.groups, self.batch)
+        return measure_table(units, plan.latency_counts(), files, self.engine, self.batch, self.threads)
+
+    def _calibrate(self, pl_module: L.LightningModule, plan: ChannelPlan, call: Call) -> None:
+        files = FloatFiles(pl_module, self.module, call, plan.groups, self.batch)
+        units = {g.name: g.units for g in plan.groups if not g.kept}
+        found = plan.calibrate(
+            pl_module, lambda left: measured_reduction(units, {**units, **left}, files, self.engine, self.threads)
+        )
+        rank_zero_info(
+            f"ChannelPruning: with the channels that would leave now, the network is {found:.2f} times as fast in {self.engine}, measured; "
+            f"{self.target.latency_reduction:g} was asked for."
+        )
 
     @property
     @override
@@ -356,13 +446,22 @@ class ChannelPruning(CompressionCallback):
         wanted = (
             f"pruning ratio {target.pruning_ratio}" if target.pruning_ratio else f"{target.macs_reduction}x fewer MACs"
         )
+        if target.latency_reduction is not None:
+            wanted = f"{target.latency_reduction}x less latency"
         return f"ChannelPruning({self.name!r}) has gone {self.reached:.0%} of the way to {wanted}"
+
+    @property
+    def _targets(self) -> list[float | None]:
+        """The targets, for the checkpoint."""
+        latency = [] if self.target.latency_reduction is None else [self.target.latency_reduction]
+        return [self.target.pruning_ratio, self.target.macs_reduction, *latency]
 
     @override
     def state_dict(self) -> dict[str, Any]:
         collected = {name: scores.cpu() for name, scores in self._collected.items()}
-        target = [self.target.pruning_ratio, self.target.macs_reduction]
-        state = {"reached": self.reached, "collected": collected, "target": target, "epochs": list(self._epochs)}
+        state = {"reached": self.reached, "collected": collected, "target": self._targets, "epochs": list(self._epochs)}
+        if self._latency is not None:
+            state["latency"] = {"table": self._latency.table.to_dict(), "correction": self._latency.correction}
         return {**state, **self.phase_state()}
 
     @override
@@ -371,7 +470,12 @@ class ChannelPruning(CompressionCallback):
         self.reached, self._collected = state_dict["reached"], dict(state_dict["collected"])
         if self._begun:  # with the same positions
             self._epochs = tuple(state_dict["epochs"])
-        if state_dict["target"] != [self.target.pruning_ratio, self.target.macs_reduction]:
+        if (latency := state_dict.get("latency")) and self.target.latency_reduction is not None:
+            table = LatencyTable.from_dict(latency["table"])
+            self._latency = LatencyTarget(self.target.latency_reduction, table, latency["correction"])
+            if self._plan is not None:
+                self._plan.aim(self._latency)
+        if state_dict["target"] != self._targets:
             self.reached, self._retargeted = (
                 0.0,
                 True,

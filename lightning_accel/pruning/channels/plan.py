@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, floor, gcd
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from lightning_accel.core.structure import Change
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.pruning.channels.criteria import channel_criterion, unit_scores
 from lightning_accel.pruning.channels.equivalence import find_groups
-from lightning_accel.pruning.channels.groups import channel_count
+from lightning_accel.pruning.channels.groups import Group, channel_count
+from lightning_accel.pruning.channels.latency import counts_of
+from lightning_accel.pruning.channels.latency_target import LatencyTarget
 from lightning_accel.pruning.channels.selection import Block, fewest, removal_order, shares_of, units_of
 from lightning_accel.pruning.channels.slices import Removal, follow, removal_of, removed
 from lightning_accel.pruning.channels.step_trials import StepTrials
@@ -31,7 +33,8 @@ class ChannelTarget:
 
     Args:
         pruning_ratio: share of the channels of all prunable groups to remove, in (0, 1); or
-        macs_reduction: factor by which MACs are reduced, above 1.
+        macs_reduction: factor by which MACs are reduced, above 1; or
+        latency_reduction: factor by which latency is reduced, above 1.
         criterion: ``"group_norm"``, ``"magnitude"``, ``"bn_scale"``, ``"taylor"``, a
             :class:`~lightning_accel.pruning.criterion.Criterion`, or a function ``(name, parameter, grad) -> scores``.
         scope: ``"global"`` or ``"layer"``.
@@ -52,24 +55,29 @@ class ChannelTarget:
     limits: Mapping[str, float] = field(default_factory=dict)
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    latency_reduction: float | None = None
 
     def __post_init__(self) -> None:
-        ratio, reduction = self.pruning_ratio, self.macs_reduction
-        if (ratio is None) == (reduction is None):
-            got = "neither" if ratio is None else f"both ({ratio} and {reduction})"
+        ratio = self.pruning_ratio
+        names = ("pruning_ratio", "macs_reduction", "latency_reduction")
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
             raise InvalidArgumentError(
-                f"Exactly one of `pruning_ratio` and `macs_reduction` must be given, but got {got}."
+                "Exactly one of `pruning_ratio`, `macs_reduction` and `latency_reduction` must be given, but got "
+                f"{' and '.join(given) or 'none'}."
             )
         if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1):
             raise InvalidArgumentError(
                 f"Argument `pruning_ratio` must be a share of channels in (0, 1), but got {ratio!r}. Write 0.5 for half of them."
             )
-        if reduction is not None and (
-            isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 1 < reduction < float("inf")
-        ):
-            raise InvalidArgumentError(
-                f"Argument `macs_reduction` must be a factor above 1, but got {reduction!r}. Write 2.0 for half of the MACs."
-            )
+        for name, what in (("macs_reduction", "MACs"), ("latency_reduction", "latency")):
+            factor = getattr(self, name)
+            if factor is not None and (
+                isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 < factor < float("inf")
+            ):
+                raise InvalidArgumentError(
+                    f"Argument `{name}` must be a factor above 1, but got {factor!r}. Write 2.0 for half of the {what}."
+                )
         channel_criterion(self.criterion)
         check_scope(self.scope)
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
@@ -106,6 +114,7 @@ class ChannelPlan:
         self, module: nn.Module, path: str, call: Call, target: ChannelTarget, steps: StepTrials | None = None
     ) -> None:
         self.target, self._path = target, path
+        self.latency: LatencyTarget | None = None
         self._call = few_samples(call, module.get_submodule(path))
         self.groups = find_groups(module, call, path, target.include, target.exclude)
         if steps is not None:
@@ -127,6 +136,8 @@ class ChannelPlan:
         if not self.target.method.needs_gradients:  # raises if the criterion doesn't apply to one of the groups
             for group in open_:
                 unit_scores(group, dict(module.named_parameters()), self.target.criterion)
+        if self.target.latency_reduction is not None:
+            return  # known once the latency is, see `aim`
         scores = [torch.zeros(g.units) for g in self.groups]
         most = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
         if self._reached(module, 1.0)(most):
@@ -142,6 +153,43 @@ class ChannelPlan:
             f"Argument `macs_reduction` must be reachable {rules}: at most {self.original['macs'] / max(least, 1):.2f}, but got "
             f"{self.target.macs_reduction}."
         )
+
+    def aim(self, latency: LatencyTarget) -> None:
+        """Take a latency as the target.
+
+        Raises:
+            InvalidArgumentError: it can't be reached.
+        """
+        latency.check(self.groups, self._least)
+        self.latency = latency
+
+    def calibrate(self, module: nn.Module, measure: Callable[[Mapping[str, int]], float]) -> float:
+        """Correct the table of the latency target by measurements, see :meth:`LatencyTarget.calibrate`."""
+        assert self.latency is not None
+        return self.latency.calibrate(self.groups, self._known_scores(module), self._least, measure)
+
+    def latency_counts(self) -> dict[str, list[int]]:
+        """Numbers of units of each group that may lose some, for a table."""
+        pairs = zip(self.groups, self._least, strict=True)
+        return {g.name: counts_of(g, self._step(g), least) for g, least in pairs if not g.kept}
+
+    @property
+    def _least(self) -> list[int]:
+        """Smallest number of units of each group."""
+        return [
+            max(min(self._step(g), g.units), g.original - floor(share * g.original + 1e-9))
+            for g, share in zip(self.groups, self._shares, strict=True)
+        ]
+
+    def _step(self, group: Group) -> int:
+        """Units of a group that are a multiple of `round_to` channels."""
+        return self.target.round_to // gcd(self.target.round_to, group.width)
+
+    def _known_scores(self, module: nn.Module) -> list[torch.Tensor]:
+        """Scores that need no gradients: those of the criterion, or of `group_norm`."""
+        criterion = "group_norm" if self.target.method.needs_gradients else self.target.criterion
+        parameters = dict(module.named_parameters())
+        return [torch.zeros(g.units) if g.kept else unit_scores(g, parameters, criterion) for g in self.groups]
 
     def check_not_exceeded(self, module: nn.Module) -> None:
         """Raise if more channels were removed than the target allows.
@@ -188,6 +236,10 @@ class ChannelPlan:
             torch.zeros(g.units) if g.kept else unit_scores(g, parameters, self.target.criterion, known.get(g.name))
             for g in self.groups
         ]
+        if self.target.latency_reduction is not None:
+            if self.latency is None:
+                raise RunError("A latency must be known before channels leave by it, but none was measured.")
+            return self.latency.choose(self.groups, scores, self._least, fraction)
         blocks = removal_order(self.groups, scores, self.target.scope, self.target.round_to, self._shares)
         chosen = fewest(blocks, self._reached(module, fraction))
         if chosen is None:

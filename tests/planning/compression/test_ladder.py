@@ -57,6 +57,7 @@ def test_channels_are_asked_for_what_is_missing_and_again_for_more():
     factors = [recipe.reduction for recipe, reason in out if recipe.stage == "channels" and not reason]
     assert factors[0] == pytest.approx(2.0 * 1.05)
     assert len(factors) == 2
+    assert {recipe.measure for recipe, _ in out if recipe.stage == "channels"} == {"latency_reduction"}
     assert 4.0 / factors[1] ** 0.8 <= 2.0 < 4.0 / factors[0] ** 0.8
 
 

@@ -393,8 +393,8 @@ def test_an_unreached_target_is_told(trainer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Exactly one of `pruning_ratio` and `macs_reduction` must be given, but got neither"),
-        ({"pruning_ratio": 0.5, "macs_reduction": 2.0}, "but got both"),
+        ({}, "Exactly one of `pruning_ratio`, `macs_reduction` and `latency_reduction` must be given, but got none"),
+        ({"pruning_ratio": 0.5, "macs_reduction": 2.0}, "but got pruning_ratio=0.5 and macs_reduction=2.0"),
         ({"pruning_ratio": 1.0}, r"Argument `pruning_ratio` must be a share of channels in \(0, 1\), but got 1.0"),
         ({"pruning_ratio": 50}, "Write 0.5 for half of them"),
         ({"macs_reduction": 1.0}, "Argument `macs_reduction` must be a factor above 1, but got 1.0"),
