@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class Parts(L.LightningDataModule):
 def parts_of(x: Tensor, y: Tensor, sizes: tuple[int, int, int]) -> Parts:
     """The first samples for training, the next two for validation and test."""
     ends = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
-    return Parts(*(TensorDataset(x[i:j], y[i:j]) for i, j in zip(ends, ends[1:], strict=False)))
+    return Parts(*(TensorDataset(x[i:j], y[i:j]) for i, j in itertools.pairwise(ends)))
 
 
 def images(quick: bool) -> Parts:
@@ -137,10 +138,12 @@ def keyword_network() -> nn.Module:
 
     def block(width: int) -> list[nn.Module]:
         depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        return [depthwise, nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]  # fmt: skip
+        pointwise = nn.Conv2d(width, width, 1, bias=False)
+        return [depthwise, nn.BatchNorm2d(width), nn.ReLU(), pointwise, nn.BatchNorm2d(width), nn.ReLU()]
 
     stem = [nn.Conv2d(1, 64, (4, 10), 2, (1, 4), bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*stem, *(layer for _ in range(4) for layer in block(64)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 12))  # fmt: skip
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 12)]
+    return nn.Sequential(*stem, *(layer for _ in range(4) for layer in block(64)), *head)
 
 
 class Sentence(nn.Module):

@@ -56,16 +56,21 @@ class Smallest:
             found.append(f"{self.file_bytes:,} bytes, {self.file_bytes / budgets.max_bytes:.2f} times the limit")
         return found
 
+    def excess(self, budgets: Budgets) -> float:
+        """Largest factor by which it exceeds a limit; at most 1 if it exceeds none."""
+        factors = [0.0] if budgets.max_latency_ms is None else [self.p50_ms / budgets.max_latency_ms]
+        return max(*factors, 0.0 if budgets.max_bytes is None else self.file_bytes / budgets.max_bytes)
+
 
 def smallest_networks(trial: "Trial", engines: Sequence[str], targets: Sequence[str]) -> list[Smallest]:
     """Measure the network with all channels gone that may leave, untrained, in float32 and in int8.
 
     A network without channels that may leave is measured as it is; one that can't be quantized in float32 only.
     """
-    found = [_measured(trial, engine, None) for engine in engines]
+    found = [_measured(trial, engine, None, None) for engine in engines]
     for target in targets:
         try:
-            found.append(_measured(trial, target, target))
+            found.append(_measured(trial, target, target, None))
         except LightningAccelError:  # the stage that quantizes the whole network says why
             continue
     return found
@@ -95,7 +100,12 @@ def check_budgets(budgets: Budgets, smallest: Sequence[Smallest]) -> None:
         )
 
 
-def _measured(trial: "Trial", engine: str, target: str | None) -> Smallest:
+def foreseen(trial: "Trial", engine: str, target: str | None, macs_reduction: float) -> Smallest:
+    """Measure the network with fewer channels, untrained: its speed and size are those of the trained one."""
+    return _measured(trial, engine, target, macs_reduction)
+
+
+def _measured(trial: "Trial", engine: str, target: str | None, macs_reduction: float | None) -> Smallest:
     own = ModelExport(str(trial.folder / "unused"), **trial.export_options)
     quantizing: Any = None
     if target is not None:
@@ -104,7 +114,7 @@ def _measured(trial: "Trial", engine: str, target: str | None) -> Smallest:
         )
     work, model = trial.attached(*([] if quantizing is None else [quantizing]), own)
     with mode(model, False):
-        _remove_all(trial, work, model)
+        _remove(trial, work, model, macs_reduction)
         if quantizing is not None:
             quantizing.quantize(work, model)
         spec = own._spec(work, model)
@@ -116,10 +126,14 @@ def _measured(trial: "Trial", engine: str, target: str | None) -> Smallest:
     return Smallest(engine, target, p10, p50, size)
 
 
-def _remove_all(trial: "Trial", work: Any, model: Any) -> None:
-    """Remove all channels that may leave, if there are any."""
+def _remove(trial: "Trial", work: Any, model: Any, macs_reduction: float | None) -> None:
+    """Remove channels for a factor, or all that may leave, if there are any."""
     path = trial.export_options.get("module") or ""
     _, call = owner_and_call(model, path, work, trial.export_options.get("inputs"))
+    if macs_reduction is not None:
+        plan = ChannelPlan(model, path, call, ChannelTarget(macs_reduction=macs_reduction))
+        structure.apply(model, plan.change(model, plan.choose(model), "lightning_accel.foreseen"))
+        return
     try:
         plan = ChannelPlan(model, path, call, ChannelTarget(pruning_ratio=1e-6))
     except InvalidArgumentError:  # none may leave

@@ -1,7 +1,7 @@
 """Order of the recipes from the cheapest to the dearest, and which of them what was measured rules out."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,7 @@ class Ladder:
         threads: of the engines.
         seed: of the recipes.
         smallest: the smallest networks that channel pruning can leave; empty until they are measured.
+        aim: changes the factor of a recipe with fewer channels to what it takes, before it is trained.
     """
 
     budgets: Budgets
@@ -74,6 +75,7 @@ class Ladder:
     threads: int | None = None
     seed: int = 1
     smallest: Sequence[Smallest] = ()
+    aim: Callable[[Recipe], Recipe] = lambda recipe: recipe
 
     def steps(self, results: Sequence[Result]) -> Iterator[tuple[Recipe, str]]:
         """Recipes in their order, each with the reason that rules it out; empty if none does.
@@ -88,10 +90,21 @@ class Ladder:
         for target in self._by_speed(results):
             recipe = self._recipe(QAT, (target,), target=target, epochs=max(2, -(-self.epochs // 3)))
             yield recipe, self._no_integers(results, target)
-        yield from self._channels(results, CHANNELS, None, self.epochs)
-        for epochs in (self.epochs, 2 * self.epochs):
-            for target in self._by_speed(results)[:1]:
-                yield from self._channels(results, ALL, target, epochs)
+        best = self._by_speed(results)[:1]
+        wholes = [(self._factor(self._plain(results, target)), target) for target in (None, *best)]
+        # Both trainings cost the same: what has to lose fewer channels comes first.
+        for _, arithmetic in sorted(wholes, key=lambda pair: pair[0]):
+            stage = CHANNELS if arithmetic is None else ALL
+            yield from self._channels(results, stage, arithmetic, self.epochs)
+        for fastest in best:
+            yield from self._channels(results, ALL, fastest, 2 * self.epochs)
+
+    def _factor(self, whole: Candidate | None) -> float:
+        """Factor by which a network has to become faster or smaller, whichever is larger."""
+        if whole is None:
+            return math.inf
+        latency = 0.0 if self.budgets.max_latency_ms is None else whole.p50_ms / self.budgets.max_latency_ms
+        return max(latency, 0.0 if self.budgets.max_bytes is None else whole.file_bytes / self.budgets.max_bytes)
 
     def _recipe(self, stage: str, engines: Sequence[str], **settings: Any) -> Recipe:
         recipe = Recipe(stage, tuple(engines), seed=self.seed, **settings)
@@ -144,7 +157,8 @@ class Ladder:
             yield recipe, "with all channels it is fast and small enough already; fewer can only cost accuracy"
             return
         for _ in range(1 + _RETRIES):
-            recipe = self._recipe(stage, (whole.engine,), **settings, reduction=round(factor * _MARGIN, 3))
+            recipe = self.aim(self._recipe(stage, (whole.engine,), **settings, reduction=round(factor * _MARGIN, 3)))
+            factor = max(factor, (recipe.reduction or 0.0) / _MARGIN)
             yield recipe, self._too_small(whole.engine, target)
             last = next((r for r in reversed(results) if r.recipe == recipe and r.status == MEASURED), None)
             if last is None:

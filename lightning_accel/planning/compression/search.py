@@ -37,6 +37,7 @@ class SearchFile:
         self.folder, self.identity = folder, dict(identity)
         self.results: list[Result] = []
         self.smallest: list[Smallest] = []
+        self.aims: dict[str, float] = {}
         if (folder / FILE).is_file():
             self._read()
 
@@ -56,7 +57,7 @@ class SearchFile:
                 f"Argument `dirpath` must be a new folder or hold a search for the same network, data and machine, but got {self.folder}, "
                 f"which differs in: {', '.join(others) or 'schema'}. Choose another folder."
             )
-        self.results, self.smallest = results, smallest
+        self.results, self.smallest, self.aims = results, smallest, dict(known.get("aims", {}))
 
     def measured(self, key: str) -> Result | None:
         """The result of a recipe, if it was measured."""
@@ -80,8 +81,14 @@ class SearchFile:
         self.smallest = list(smallest)
         self._write()
 
+    def keep_aim(self, key: str, reduction: float) -> None:
+        """Store the factor that a recipe takes."""
+        self.aims[key] = reduction
+        self._write()
+
     def _write(self) -> None:
-        content = {"schema": _SCHEMA, "identity": self.identity, "smallest": [asdict(s) for s in self.smallest]}
+        content: dict[str, Any] = {"schema": _SCHEMA, "identity": self.identity, "aims": self.aims}
+        content["smallest"] = [asdict(s) for s in self.smallest]
         write_json(self.folder / FILE, {**content, "results": [r.to_dict() for r in self.results]})
 
 

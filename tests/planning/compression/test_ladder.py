@@ -1,5 +1,7 @@
 """The order of recipes, and what measurements rule out."""
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_accel import Budgets
@@ -109,3 +111,22 @@ def test_a_budget_below_the_smallest_network_is_refused():
     recipe, reason = next(steps)
     assert recipe.stage == "channels"
     assert "even the smallest network that channel pruning can leave takes 0.550 ms, 1.22 times" in reason
+
+
+def test_what_has_to_lose_less_comes_first():
+    def answers(recipe):
+        time = 1.0 if recipe.reduction else 2.0 if recipe.target else 8.0
+        return Result(recipe, candidates=[candidate(9.0, time)])
+
+    out = walk(Budgets(0.5, 1.5), answers)
+    stages = [recipe.stage for recipe, reason in out if not reason and recipe.reduction]
+    assert stages == ["all", "channels", "all"]
+
+
+def test_a_factor_that_was_aimed_better_is_the_one_that_is_trained():
+    aimed = Ladder(Budgets(0.5, None, 100), ["onnxruntime"], [], 6, True)
+    aimed.aim = lambda recipe: replace(recipe, reduction=7.0)
+    results = [Result(next(aimed.steps([]))[0], candidates=[candidate(0.0, 1.0, 200)])]
+    steps = aimed.steps(results)
+    next(steps)
+    assert next(steps)[0].reduction == 7.0
