@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_accel.language_models.export import LanguageModelExport as LanguageModelExport
     from lightning_accel.language_models.lora import LoRA as LoRA
     from lightning_accel.language_models.token_kl import TokenKL as TokenKL
+    from lightning_accel.planning.compression.advice import advise as advise
     from lightning_accel.planning.compression.compress import compress as compress
     from lightning_accel.planning.compression.outcome import Compression as Compression
     from lightning_accel.planning.latency_recording import record_latency_table as record_latency_table
@@ -76,6 +77,7 @@ _PUBLIC = {
     "quantize": "quantization.ptq",
     "export_bundle": "export.export_bundle",
     "plan": "planning.plan",
+    "advise": "planning.compression.advice",
     "compress": "planning.compression.compress",
     "Compression": "planning.compression.outcome",
     "record_latency_table": "planning.latency_recording",

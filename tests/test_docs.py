@@ -225,7 +225,8 @@ def code_of(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_and_their_options_exist(page):
-    for command, rest in re.findall(r"^(?:.*&& )?lightning-accel ([a-z]+)([^\n#]*)", code_of(page), re.MULTILINE):
+    for command, rest in re.findall(r"^(?:.*&& )?lightning-accel ([a-z][a-z-]*)([^\n#]*)", code_of(page), re.MULTILINE):
+        command = command.replace("-", "_")
         assert command in COMMANDS or command in TRAINER_COMMANDS, f"{command}{rest}"
         for option in re.findall(r"(?<!\S)--?([a-z][\w.-]*)", rest):
             known = option in options_of(command) or option.startswith(("trainer.", "model.", "data."))

@@ -71,6 +71,7 @@ CALLED: dict[str, tuple[Any, dict[str, Any]]] = {
         la.compress,
         {"module": Classifier(), "data": ([], []), "budgets": la.Budgets(max_bytes=1), "trainer": {"max_epochs": 1}},
     ),
+    "advise": (la.advise, {"module": Classifier(), "data": ([], []), "trainer": {"max_epochs": 1}}),
     "record_latency_table": (
         la.record_latency_table,
         {"trainer": QUIET, "model": Classifier(), "data": NO_DATA, "path": "x.json"},

@@ -32,6 +32,7 @@ from lightning_accel.distillation.hparams import nested_instantiator
 from lightning_accel.errors import InvalidArgumentError, LightningAccelError, RunError
 from lightning_accel.export.bundle_reports import summary
 from lightning_accel.export.callback import ModelExport
+from lightning_accel.planning.compression.advice import advise
 from lightning_accel.planning.compression.compress import compress
 from lightning_accel.planning.compression.outcome import Compression
 from lightning_accel.planning.latency_recording import record_latency_table
@@ -42,7 +43,7 @@ from lightning_accel.quantization.ptq import PostTrainingQuantization
 # Taken from the ModelExport of a config by `quantize`; the others belong to the training run.
 _OF_THE_RUN = {"dirpath", "engines", "precision", "ckpt", "ckpt_path", "name"}
 _SHIPPED = tuple(inspect.signature(ModelExport).parameters.keys() - _OF_THE_RUN)
-_OWN = ("compress", "export", "latency_table", "plan", "quantize")  # commands that Lightning doesn't have
+_OWN = ("advise", "compress", "export", "latency_table", "plan", "quantize")  # commands that Lightning doesn't have
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.]*")
 _FOREIGN = re.compile(r"Error\(s\) in loading state_dict for (\w+):")  # PyTorch's message for weights of another module
 
@@ -240,6 +241,45 @@ class AccelTrainer(L.Trainer):
             stages=stage,
         )
 
+    def advise(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        max_drop: float = 0.5,
+        batch: int = 1,
+        dirpath: str = "artifacts/advice",
+        engine: list[str] | None = None,
+        monitor: str | None = None,
+        threads: int | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Measure a trained network in float32 and in int8 without training, and say in five lines what to do next.
+
+        Args:
+            model: the LightningModule.
+            datamodule: provides training data to calibrate with, and validation data to verify and measure with.
+            ckpt_path: path of the checkpoint of the trained network.
+            max_drop: acceptable loss in percentage points of accuracy, or of the user's metric.
+            batch: samples in a call.
+            dirpath: folder for bundles and results.
+            engine: engines to consider; by default ``onnxruntime`` and ``openvino``.
+            monitor: metric logged by ``validation_step`` that counts; by default accuracy, if batches hold class labels.
+            threads: of each engine; by default all cores.
+            weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
+        """
+        if ckpt_path is None:
+            raise InvalidArgumentError(
+                "Argument `ckpt_path` must be the path of a checkpoint of the trained network, but got None. Pass --ckpt-path FILE."
+            )
+        if datamodule is None:
+            raise InvalidArgumentError(
+                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
+            )
+        structure.load_into(model, structure.read_checkpoint(ckpt_path))
+        settings: dict[str, Any] = {"max_drop": max_drop, "batch": batch, "monitor": monitor, "threads": threads}
+        advise(model, datamodule, trainer=self, dirpath=dirpath, engines=engine, **settings)
+
     def latency_table(
         self,
         model: L.LightningModule,
@@ -374,7 +414,7 @@ class AccelCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         command = str(self.config.get("subcommand"))
-        if command in ("compress", "export", "quantize"):
+        if command in ("advise", "compress", "export", "quantize"):
             return  # the config says what the model is; a checkpoint of another one is an error
         model = self.config.get(command, {}).get("model") or {}
         path = str(model.get("class_path"))

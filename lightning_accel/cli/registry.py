@@ -12,6 +12,7 @@ TRAINER_COMMANDS = {
     "predict": "run the predict loop: predict -c CONFIG.yaml",
     "plan": "print what fit would do to each layer and when, and what prevents it; train nothing",
     "export": "write the bundle again from a checkpoint: --ckpt-path FILE",
+    "advise": "measure float32 and int8 without training, and say what to do next: --ckpt-path FILE",
     "compress": "find the cheapest recipe within budgets: --ckpt-path FILE --max-drop 0.5 --max-latency-ms 2",
     "latency_table": "measure the latency of a network with fewer channels, for ChannelPruning on another machine or for int8",
     "quantize": "write a verified int8 bundle from a float checkpoint without training: --ckpt-path FILE --target openvino",

@@ -106,12 +106,12 @@ def compress(
     begun = time.monotonic()
     limit = _seconds(max_time)
     arguments = trainer if isinstance(trainer, dict) else None
-    template = _template(trainer, module)
-    found_data = _datamodule(data, module)
+    template = template_of(trainer, module)
+    found_data = datamodule_of(data, module)
     check_one_package(template, module=module, data=found_data)
     _check(module, budgets, template, stages)
     budgets = replace(budgets, batch=budgets.batch or 1)
-    considered = _engines(engines)
+    considered = considered_engines(engines)
     folder = Path(os.path.expanduser(os.fspath(dirpath)))
     folder.mkdir(parents=True, exist_ok=True)
     lower = None if mode is None else mode == "min"
@@ -276,7 +276,8 @@ def _seconds(max_time: Any) -> float | None:
         ) from error
 
 
-def _template(trainer: Any, module: L.LightningModule) -> L.Trainer:
+def template_of(trainer: Any, module: L.LightningModule) -> L.Trainer:
+    """The Trainer, made of its arguments if it was given as these."""
     if not isinstance(trainer, dict):
         return trainer  # type: ignore[no-any-return]
     try:
@@ -286,7 +287,8 @@ def _template(trainer: Any, module: L.LightningModule) -> L.Trainer:
     return made
 
 
-def _datamodule(data: Any, module: L.LightningModule) -> L.LightningDataModule:
+def datamodule_of(data: Any, module: L.LightningModule) -> L.LightningDataModule:
+    """The datamodule, made of a pair of loaders if it was given as these."""
     if hasattr(data, "train_dataloader") and hasattr(data, "val_dataloader"):
         return data  # type: ignore[no-any-return]
     if not isinstance(data, tuple) or len(data) != 2 or not all(isinstance(part, Iterable) for part in data):
@@ -299,17 +301,26 @@ def _datamodule(data: Any, module: L.LightningModule) -> L.LightningDataModule:
     return made
 
 
-def _check(module: L.LightningModule, budgets: Budgets, trainer: L.Trainer, stages: list[str] | None) -> None:
-    if budgets.max_latency_ms is None and budgets.max_bytes is None:
-        raise InvalidArgumentError(
-            "Argument `budgets` must limit `max_latency_ms` or `max_bytes`, but got neither: the network fits as it is."
-        )
+def check_module(module: L.LightningModule) -> None:
+    """Check that a module is a trained network in float32.
+
+    Raises:
+        InvalidArgumentError: it is quantized, or has a teacher.
+    """
     if quantized := sorted(quantized_forwards(module)):
         raise InvalidArgumentError(f"Argument `module` must be a float network, but {quantized} is quantized already.")
     if hasattr(module, "teacher") and hasattr(module, "student"):
         raise InvalidArgumentError(
             "Argument `module` must be the trained network itself, but got a DistillationModule. Pass its student."
         )
+
+
+def _check(module: L.LightningModule, budgets: Budgets, trainer: L.Trainer, stages: list[str] | None) -> None:
+    if budgets.max_latency_ms is None and budgets.max_bytes is None:
+        raise InvalidArgumentError(
+            "Argument `budgets` must limit `max_latency_ms` or `max_bytes`, but got neither: the network fits as it is."
+        )
+    check_module(module)
     if trainer.global_step or trainer.current_epoch or getattr(trainer.strategy, "_lightning_module", None) is not None:
         raise InvalidArgumentError(
             "Argument `trainer` must not have run yet, but got one that has. Pass a new Trainer, or its arguments as a dict."
@@ -328,7 +339,8 @@ def _check(module: L.LightningModule, budgets: Budgets, trainer: L.Trainer, stag
         )
 
 
-def _engines(engines: list[str] | None) -> list[str]:
+def considered_engines(engines: list[str] | None) -> list[str]:
+    """The engines that were named, or those that are installed."""
     if engines is None:
         return [name for name in ENGINES if engine_named(name).installed()]
     for name in engines:
