@@ -11,7 +11,7 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], needed: float) ->
     """One option of each group, so that the sum of gains reaches what is needed and the sum of costs is smallest.
 
     The multiple-choice knapsack problem of https://arxiv.org/abs/2110.10811, solved by dynamic programming over the gain in
-    thousandths of what is needed; gains are rounded down, so that the sum is reached.
+    thousandths of what is needed, to which gains are rounded.
 
     Args:
         options: of each group, pairs of gain and cost.
@@ -36,7 +36,7 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], needed: float) ->
         which = np.full(_BINS + 1, -1)
         came = np.zeros(_BINS + 1, dtype=int)
         for index, (gain, cost) in enumerate(of):
-            step = int(gain / needed * _BINS + 1e-9) if gain > 0 else -int(np.ceil(-gain / needed * _BINS))
+            step = round(gain / needed * _BINS)
             to = np.clip(places + step, 0, _BINS)
             value = costs + cost
             for place in np.flatnonzero(np.isfinite(value)).tolist():
