@@ -204,3 +204,12 @@ def test_language_models(tmp_path):
         r"loss of perplexity, distilled / rounded, 1 seeds: .* \(target: at most 0.5, (reached|missed)\)", lines[-2]
     )
     assert re.fullmatch(r"step of LoRA .*: \d+\.\d{3} \(target: at most 1.15, (reached|missed)\)", lines[-1])
+
+
+def test_channels_for_latency():
+    lines = quick("latency_pruning").stdout.splitlines()
+    assert any(line.startswith("as fast by MACs, measured: ") for line in lines)
+    assert sum(line.startswith(("| latency_reduction | 1 |", "| macs_reduction | 1 |")) for line in lines) == 2
+    assert re.fullmatch(
+        r"farthest latency from 1.8 times: \d+\.\d% \(target: at most 10%, (reached|missed)\)", lines[-1]
+    )
