@@ -131,10 +131,7 @@ class AccelTrainer(L.Trainer):
             module: dotted paths of the submodules to quantize; by default the whole ``forward``.
             weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
         """
-        if ckpt_path is None:
-            raise InvalidArgumentError(
-                "Argument `ckpt_path` must be the path of a checkpoint, but got None. Pass --ckpt-path FILE."
-            )
+        ckpt_path = _checkpoint(ckpt_path)
         configured = [c for c in self.callbacks if isinstance(c, ModelExport)]
         if len(configured) > 1:
             raise InvalidArgumentError(
@@ -152,6 +149,8 @@ class AccelTrainer(L.Trainer):
             export.dynamic or None,
             activations,
             effort,
+            batch=export.batch or "dynamic",
+            batch_axis=export.batch_axis,
         )
         check_destination(dirpath)
         # The checkpoint contains the result of the config's other callbacks.
@@ -215,14 +214,7 @@ class AccelTrainer(L.Trainer):
             seed: of each training.
             weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
         """
-        if ckpt_path is None:
-            raise InvalidArgumentError(
-                "Argument `ckpt_path` must be the path of a checkpoint of the trained network, but got None. Pass --ckpt-path FILE."
-            )
-        if datamodule is None:
-            raise InvalidArgumentError(
-                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
-            )
+        datamodule, ckpt_path = _data(datamodule), _checkpoint(ckpt_path)
         budgets = Budgets(max_drop, max_latency_ms, max_bytes, batch)
         structure.load_into(model, structure.read_checkpoint(ckpt_path))
         self.compressed = compress(
@@ -268,14 +260,7 @@ class AccelTrainer(L.Trainer):
             threads: of each engine; by default all cores.
             weights_only: accepted because ``fit`` saves it in its config; checkpoints are always loaded with ``weights_only=True``.
         """
-        if ckpt_path is None:
-            raise InvalidArgumentError(
-                "Argument `ckpt_path` must be the path of a checkpoint of the trained network, but got None. Pass --ckpt-path FILE."
-            )
-        if datamodule is None:
-            raise InvalidArgumentError(
-                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
-            )
+        datamodule, ckpt_path = _data(datamodule), _checkpoint(ckpt_path)
         structure.load_into(model, structure.read_checkpoint(ckpt_path))
         settings: dict[str, Any] = {"max_drop": max_drop, "batch": batch, "monitor": monitor, "threads": threads}
         advise(model, datamodule, trainer=self, dirpath=dirpath, engines=engine, **settings)
@@ -308,12 +293,8 @@ class AccelTrainer(L.Trainer):
             target: arithmetic of a network that ships as int8, e.g. ``openvino``; by default float32.
             weights_only: ignored.
         """
-        if datamodule is None:
-            raise InvalidArgumentError(
-                "Argument `data` must be a LightningDataModule, but got none. Add it to the config."
-            )
         table = record_latency_table(
-            self, model, datamodule, path, engine=engine, batch=batch, threads=threads, target=target
+            self, model, _data(datamodule), path, engine=engine, batch=batch, threads=threads, target=target
         )
         print(
             f"{path}: {len(table.ratios)} groups of channels in {engine}, {table.precision}, {table.base_ms:.3f} ms with all of them"
@@ -381,6 +362,30 @@ class SaveConfig(SaveConfigCallback):
         given = {Path(str(path)).resolve() for path in self.config.get("config") or ()}
         if trainer.log_dir is None or Path(trainer.log_dir, self.config_filename).resolve() not in given:
             super().setup(trainer, pl_module, "fit")
+
+
+def _checkpoint(path: str | None) -> str:
+    """The path, unless there is none.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    if path is None:
+        raise InvalidArgumentError(
+            "Argument `ckpt_path` must be the path of a checkpoint, but got None. Pass --ckpt-path FILE."
+        )
+    return path
+
+
+def _data(datamodule: L.LightningDataModule | None) -> L.LightningDataModule:
+    """The data, unless there is none.
+
+    Raises:
+        InvalidArgumentError: there is none.
+    """
+    if datamodule is None:
+        raise InvalidArgumentError("Argument `data` must be a LightningDataModule, but got none. Add it to the config.")
+    return datamodule
 
 
 class AccelCLI(LightningCLI):

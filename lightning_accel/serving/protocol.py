@@ -187,10 +187,21 @@ def _tensor(entry: Mapping[str, Any], spec: TensorSpec, rest: bytes) -> tuple[np
             )
         array = np.frombuffer(rest[:expected], spec.dtype.newbyteorder("<")).astype(spec.dtype, copy=False)
         return array.reshape(shape), rest[expected:]
-    return _from_json(entry.get("data"), spec, shape, count), rest
+    return from_json(entry.get("data"), spec, shape), rest
 
 
-def _from_json(data: Any, spec: TensorSpec, shape: list[int], count: int) -> np.ndarray:
+def from_json(data: Any, spec: TensorSpec, shape: list[int]) -> np.ndarray:
+    """Numbers of a JSON list as an array of an input.
+
+    Args:
+        data: nested lists, or a flat one.
+        spec: of the input.
+        shape: of the array.
+
+    Raises:
+        InvalidArgumentError: no list, or one of other lengths, of other values, or of numbers that the input's type doesn't hold.
+    """
+    count = math.prod(shape)
     if not isinstance(data, list):
         raise InvalidArgumentError(f"Input `{spec.name}` must have `data` as a list, but got {type(data).__name__}.")
     try:

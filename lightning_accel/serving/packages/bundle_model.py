@@ -9,6 +9,7 @@ import numpy as np
 from lightning_accel.engines.base import TensorSpec, load_runner
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.serving.canary import Canary
+from lightning_accel.serving.protocol import from_json
 from lightning_accel.verification.bundle import SAMPLES
 
 
@@ -60,18 +61,10 @@ def as_array(value: Any, spec: TensorSpec) -> np.ndarray:
         spec.check(value)
         return value
     try:
-        array = np.asarray(value)
-    except (ValueError, OverflowError):
+        shape = list(np.shape(value))
+    except ValueError:
         raise InvalidArgumentError(f"Input `{spec.name}` must be equally long lists of numbers.") from None
-    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[spec.dtype.kind]
-    if array.size and array.dtype.kind not in allowed:
-        raise InvalidArgumentError(
-            f"Input `{spec.name}` must be numbers of {spec.dtype}, but got {array.dtype} values."
-        )
-    with np.errstate(over="ignore"):
-        cast = array.astype(spec.dtype)
-    if spec.dtype.kind in "iu" and not np.array_equal(cast, array):
-        raise InvalidArgumentError(f"Input `{spec.name}` must be numbers of {spec.dtype}, but got larger ones.")
+    cast = from_json(value if shape else [value], spec, shape)
     if spec.dtype.kind == "f" and not np.isfinite(cast).all():
         raise InvalidArgumentError(f"Input `{spec.name}` must be finite numbers, but got NaN or infinity.")
     spec.check(cast)

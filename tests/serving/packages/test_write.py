@@ -152,7 +152,7 @@ def test_azureml_scores(bundles, tmp_path):
     [
         ({"y": [[1.0] * 4]}, r"must hold the inputs \['x'\], but got \['y'\]"),
         ({"x": [[1.0] * 4, [1.0]]}, "equally long lists"),
-        ({"x": [["a"] * 4]}, "numbers of float32"),
+        ({"x": [["a"] * 4]}, "FP32 numbers"),
         ({"x": [[1e39] * 4]}, "finite numbers"),
         ({"x": [[1.0] * 5]}, "shape|dimension|size"),
     ],
