@@ -30,7 +30,7 @@ from lightning_accel.planning.compression.ladder import FAILED, MEASURED, OUT_OF
 from lightning_accel.planning.compression.outcome import Compression
 from lightning_accel.planning.compression.recipe import STAGES, Recipe
 from lightning_accel.planning.compression.search import SearchFile, identity_of, write_json, write_text
-from lightning_accel.planning.compression.trainers import OutOfTimeError
+from lightning_accel.planning.compression.trainers import OutOfTimeError, export_options
 from lightning_accel.planning.compression.trial import Trial
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 
@@ -321,6 +321,7 @@ def _check(module: L.LightningModule, budgets: Budgets, trainer: L.Trainer, stag
             "Argument `budgets` must limit `max_latency_ms` or `max_bytes`, but got neither: the network fits as it is."
         )
     check_module(module)
+    export_options(trainer)  # raises if networks can't be measured at several batch sizes
     if trainer.global_step or trainer.current_epoch or getattr(trainer.strategy, "_lightning_module", None) is not None:
         raise InvalidArgumentError(
             "Argument `trainer` must not have run yet, but got one that has. Pass a new Trainer, or its arguments as a dict."

@@ -21,6 +21,7 @@ from lightning_accel.core.exact_resume import ExactResume
 from lightning_accel.core.initial_weights import InitialWeights
 from lightning_accel.core.packages import TrainerCallback, both, counterpart
 from lightning_accel.core.patching import removed
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.export.callback import ModelExport
 
 _OF_THE_NETWORK = (  # arguments of ModelExport that describe the network, not the run
@@ -47,10 +48,19 @@ class OutOfTimeError(Exception):
 
 
 def export_options(trainer: L.Trainer) -> dict[str, Any]:
-    """Arguments of the Trainer's own ModelExport that describe the network, not the run; only those that differ from their defaults."""
+    """Arguments of the Trainer's own ModelExport that describe the network, not the run; only those that differ from their defaults.
+
+    Raises:
+        InvalidArgumentError: the batch is fixed, or isn't the first dimension of every input.
+    """
     own = [c for c in trainer.callbacks if isinstance(c, ModelExport)]  # type: ignore[attr-defined]
     if not own:
         return {}
+    if own[0].names_batch:
+        raise InvalidArgumentError(
+            "Argument `trainer` must hold a ModelExport whose batch is the first dimension of every input, since networks are measured at "
+            f"several batch sizes, but got batch={own[0].batch!r} and batch_axis={own[0].batch_axis!r}. Quantize with `la.quantize` instead."
+        )
     plain = ModelExport()
     return {name: getattr(own[0], name) for name in _OF_THE_NETWORK if getattr(own[0], name) != getattr(plain, name)}
 

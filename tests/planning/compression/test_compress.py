@@ -243,6 +243,10 @@ def test_a_training_that_takes_too_long_is_not_begun_or_stopped(trained, tmp_pat
     [
         ({"budgets": la.Budgets(1)}, "`budgets` must limit `max_latency_ms` or `max_bytes`"),
         ({"trainer": {"max_steps": 5}}, "`trainer` must have `max_epochs`"),
+        (
+            {"trainer": {"max_epochs": 1, "callbacks": [la.ModelExport("b", batch="fixed")]}},
+            "whose batch is the first dimension",
+        ),
         ({"trainer": {"epochs": 5}}, "`trainer` must hold arguments of the Trainer"),
         ({"data": [1]}, "`data` must be a LightningDataModule or a pair"),
         ({"engines": ["tensorrt"]}, "`engines` must hold some of"),
