@@ -59,7 +59,7 @@ def export_options(trainer: L.Trainer) -> dict[str, Any]:
     if own[0].names_batch:
         raise InvalidArgumentError(
             "Argument `trainer` must hold a ModelExport whose batch is the first dimension of every input, since networks are measured at "
-            f"several batch sizes, but got batch={own[0].batch!r} and batch_axis={own[0].batch_axis!r}. Quantize with `la.quantize` instead."
+            f"several batch sizes, but got batch={own[0].batch!r} and batch_axis={own[0].batch_axis!r}. Use `la.quantize`."
         )
     plain = ModelExport()
     return {name: getattr(own[0], name) for name in _OF_THE_NETWORK if getattr(own[0], name) != getattr(plain, name)}
