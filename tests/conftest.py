@@ -17,7 +17,11 @@ _LONGEST = (
     "tests/integration/test_ordinary_networks.py",
     "tests/integration/test_engines_and_precisions.py",
     "tests/integration/test_export.py",
+    "tests/planning/compression/test_compress.py",
     "tests/onnx/test_operators.py",
+    "tests/integration/test_batch_axes.py",
+    "tests/integration/test_several_optimizers.py",
+    "tests/integration/test_fsdp.py",
 )
 
 
