@@ -132,12 +132,13 @@ def compare_bundles(
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     for name, folder in folders.items():
         check_files(folder, manifests[name])
-        check_batch_first(manifests[name], "the comparison, whose calls have several sizes")
     inputs = [manifest["inputs"] for manifest in manifests.values()]
     if inputs[0] != inputs[1]:
         raise InvalidArgumentError(
             f"Argument `b` must be a bundle with the inputs of `a`, {inputs[0]}, but got {inputs[1]}."
         )
+    for manifest in manifests.values():
+        check_batch_first(manifest, "the comparison, whose calls have several sizes")
     source = "given"
     if samples is None:
         samples, source = _kept(folders, inputs[0])

@@ -8,7 +8,7 @@ from importlib import import_module
 from lightning_accel import __version__
 from lightning_accel.cli.errors import DEBUG, UsageError, run_guarded
 from lightning_accel.cli.options import did_you_mean
-from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS, command_parser
+from lightning_accel.cli.registry import COMMANDS, TRAINER_COMMANDS, command_parser, is_light
 from lightning_accel.core.lazy import training_packages
 from lightning_accel.errors import InvalidArgumentError
 
@@ -34,13 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if given[0] in ("-V", "--version"):
         print(f"lightning-accel {__version__}")
         return 0
-    of_bundle = given[0] in COMMANDS and (given[0] not in TRAINER_COMMANDS or _names_bundle(given))
-    return run_guarded(lambda: _run(given)) if of_bundle else _run_trainer(given)
-
-
-def _names_bundle(given: Sequence[str]) -> bool:
-    """Whether a command of both, `predict`, is of a bundle: the Trainer's takes options alone."""
-    return len(given) > 1 and not given[1].startswith("-")
+    return run_guarded(lambda: _run(given)) if is_light(given) else _run_trainer(given)
 
 
 def help_text() -> str:

@@ -1,6 +1,7 @@
 """The commands of ``lightning-accel``, and the parsers of those that load neither torch nor lightning."""
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 
 from lightning_accel.cli.options import CommandParser
@@ -31,6 +32,17 @@ COMMANDS = {
     "package": "write a bundle as a package for a platform: package artifacts --oci --out image",
     "doctor": "print what is installed, which engines run or only build here, and how fast and exact int8 is on this CPU",
 }
+
+
+def is_light(words: Sequence[str]) -> bool:
+    """Whether a command line is of one of :data:`COMMANDS`. `predict` is of both: the Trainer's takes options alone.
+
+    Args:
+        words: the command and what follows.
+    """
+    if words[0] in TRAINER_COMMANDS:
+        return words[0] in COMMANDS and len(words) > 1 and not words[1].startswith("-")
+    return words[0] in COMMANDS
 
 
 def command_parser(name: str) -> CommandParser:

@@ -46,3 +46,8 @@ def test_options_of_a_light_command():
 def test_options_of_a_command_of_the_trainer():
     assert completions("lightning-accel quantize --calib") == {"--calibration-batches"}
     assert completions("lightning-accel fit --trainer.max-e") == {"--trainer.max-epochs"}
+
+
+def test_predict_is_of_a_bundle_or_of_the_trainer():
+    assert completions("lightning-accel predict bundle --rows") == {"--rows-per-part"}
+    assert completions("lightning-accel predict --trainer.max-e") == {"--trainer.max-epochs"}
