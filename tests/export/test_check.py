@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -78,6 +79,13 @@ class Unsaved(Classifier):
 
     def __init__(self, width):
         super().__init__(width)
+
+
+class Headless(L.LightningModule):
+    """It has no `forward` to export."""
+
+    def training_step(self, batch, batch_idx):
+        return None
 
 
 class Unbuildable(nn.Module):
@@ -268,7 +276,8 @@ def test_the_command_with_a_checkpoint(trainer, tmp_path, capsys, monkeypatch):
     assert out[2] == f"forward             ok: {sum(p.numel() for p in Classifier(width=12).parameters()):,} parameters"
     found = json.loads((tmp_path / "found.json").read_text())
     assert [finding["status"] for finding in found] == ["ok"] * 6
-    assert main(["check", "tests.export.test_check.Manual", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 1
+    assert main(["check", "tests.export.test_check.Headless", "--shape", "x=2x3x8x8"]) == 1
+    assert main(["check", "tests.export.test_check.Manual", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 3
     assert main(["check", "tests.support.models.Classifier"]) == 1
     assert "Argument `--shape` must give the inputs" in capsys.readouterr().err
 
