@@ -7,6 +7,7 @@ default configuration for x86. All take turns in one process, in an order shuffl
 hit all alike. A ratio is the median over rounds; its 95 % interval comes from resampling them.
 
     python -m experiments.qat_step [--quick]
+    python -m experiments.qat_step --ordinary    # ResNet-50 at 96 and ViT-B/16 at 224 pixels, without the others
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -26,13 +28,18 @@ from lightning_accel.benchmarking.measure import Ratio, benchmark
 from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.quantization.arithmetic.targets import target_of
 from lightning_accel.quantization.graph.prepare import QuantizedForward
+from tests.support import networks
 
-TARGET, AIM = 1.25, 1.1
+TARGET, AIM, ORDINARY_TARGET = 1.25, 1.1, 1.2
+ORDINARY = {
+    "ResNet-50, 96 px": (partial(networks.ResNet, networks.Bottleneck, (3, 4, 6, 3)), 96),
+    "ViT-B/16, 224 px": (partial(networks.VisionTransformer, 224, 16, 12, 768, 12), 224),
+}
 
 
-def step_of(net: torch.nn.Module, forward: QuantizedForward | None) -> Callable[[], None]:
+def step_of(net: torch.nn.Module, forward: QuantizedForward | None, images: torch.Tensor) -> Callable[[], None]:
     """One training step of ``net``, quantization-aware if its forward was taken over."""
-    images, labels = torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,))
+    labels = torch.randint(0, 10, (len(images),))
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
 
     def step() -> None:
@@ -49,9 +56,9 @@ def step_of(net: torch.nn.Module, forward: QuantizedForward | None) -> Callable[
     return step
 
 
-def quantized(net: torch.nn.Module) -> QuantizedForward:
+def quantized(net: torch.nn.Module, images: torch.Tensor) -> QuantizedForward:
     """Put fake-quant of the `portable` arithmetic into ``net``."""
-    forward = QuantizedForward(net, describe_inputs((torch.randn(64, 1, 28, 28),), {}), target_of("portable"))
+    forward = QuantizedForward(net, describe_inputs((images,), {}), target_of("portable"))
     net.__dict__["forward"] = forward
     return forward
 
@@ -82,22 +89,23 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
+def ratio(
+    net: str, plain: torch.nn.Module, images: torch.Tensor, rounds: int, seconds: float, *, others: bool
+) -> Ratio:
     """Time of a quantization-aware step divided by that of a float step; the others are printed."""
-    plain = ResNet(depth, width=16).train()
-    variants = {"float": step_of(plain, None)}
+    variants = {"float": step_of(plain.train(), None, images)}
     for name in ("quantization-aware", "ranges and statistics frozen"):
         aware = copy.deepcopy(plain)
-        forward = quantized(aware)
-        step = step_of(aware, forward)
+        forward = quantized(aware, images)
+        step = step_of(aware, forward, images)
         for _ in range(8):  # ranges are learned in float first, as the callback does
             step()
         forward.bank.activate()
         forward.bank.frozen = forward.bank.norms_frozen = "frozen" in name
         variants[name] = step
-    peers = {"torch.ao FX": fx, **({"torchao PT2E": pt2e} if find_spec("torchao") else {})}
+    peers = {"torch.ao FX": fx, **({"torchao PT2E": pt2e} if find_spec("torchao") else {})} if others else {}
     for name, prepare in peers.items():
-        variants[name] = step_of(prepare(copy.deepcopy(plain)), None)
+        variants[name] = step_of(prepare(copy.deepcopy(plain)), None, images)
     result = benchmark(
         variants,
         baseline="float",
@@ -106,7 +114,6 @@ def ratio(depth: int, rounds: int, seconds: float) -> Ratio:
         max_seconds=seconds,
         warmup_s=seconds / 20,
     )
-    net = f"ResNet-{depth} w16"
     for variant in result.measurements:
         slower = Ratio(1 / variant.speedup.value, 1 / variant.speedup.high, 1 / variant.speedup.low)
         print(
@@ -129,15 +136,28 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds: shows that it runs, not what it costs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--ordinary", action="store_true", help="ResNet-50 at 96 and ViT-B/16 at 224 pixels")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     warnings.simplefilter("ignore")  # the peers are deprecated, or tell their own developers something
     torch.set_num_threads(2)
     torch.manual_seed(0)
     print_environment()
+    if arguments.ordinary:
+        made = [
+            ratio(name, make(), torch.randn(8, 3, pixels, pixels), 30, 150.0, others=False)
+            for name, (make, pixels) in ORDINARY.items()
+        ]
+        print(verdict(f"quantization-aware step / float step ({', '.join(ORDINARY)}, batch 8)", made, ORDINARY_TARGET))
+        return
     if find_spec("torchao") is None:
         print("torchao PT2E: not measured, pip install torchao")
     depths = (8,) if quick else (8, 20)
-    ratios = [ratio(depth, *((3, 1.0) if quick else (400, 90.0))) for depth in depths]
+    rounds = (3, 1.0) if quick else (400, 90.0)
+    ratios = [
+        ratio(f"ResNet-{depth} w16", ResNet(depth, width=16), torch.randn(64, 1, 28, 28), *rounds, others=True)
+        for depth in depths
+    ]
     nets = ", ".join(f"ResNet-{depth} w16" for depth in depths)
     print(f"aim: {AIM}")
     print(verdict(f"quantization-aware step / float step ({nets}, batch 64)", ratios, TARGET))
