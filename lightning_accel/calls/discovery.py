@@ -175,22 +175,16 @@ def _check_python(module: nn.Module) -> None:
 
 
 def owner_and_call(
-    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None, *, whole: bool = False
+    pl_module: L.LightningModule, path: str, trainer: L.Trainer, inputs: InputsFunction | None
 ) -> tuple[nn.Module, Call]:
     """The LightningModule or its submodule at ``path``, with an example of its call.
 
-    Args:
-        pl_module: the LightningModule.
-        path: of the submodule; ``""`` for the whole module.
-        trainer: in ``fit``, its module and data attached.
-        inputs: maps a batch to the arguments of ``forward``.
-        whole: whether the first batch is taken as it is, because its axes are named, here or by another callback (its attribute
-            ``names_batch``); otherwise it may be made smaller.
+    The first batch may be made smaller, unless a callback of the run names the axes of its batch (its attribute ``names_batch``).
 
     Raises:
         InvalidArgumentError: the module has no ``forward``, or there is no submodule at the path.
     """
-    whole = whole or any(getattr(callback, "names_batch", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    whole = any(getattr(callback, "names_batch", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     forward_exists = has_forward(pl_module)
     _check_python(find_submodule(pl_module, path) if path else pl_module)
     if not path:

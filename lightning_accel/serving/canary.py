@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lightning_accel.core.arrays import read_named
-from lightning_accel.engines.base import Runner
+from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.manifest import read_manifest
 from lightning_accel.errors import InvalidArgumentError, VerificationError
 from lightning_accel.verification.bundle import SAMPLES, split_samples, verify_bundle
@@ -62,6 +62,21 @@ class Canary:
                     raise VerificationError(
                         f"Output `{name}` of the kept samples must stay the same, but it has changed."
                     )
+
+
+def proven_runner(bundle: Path, engine: str | None, threads: int | None) -> tuple[Runner, bool]:
+    """Load an engine of a bundle, and reproduce the kept samples, if there are any.
+
+    Returns:
+        The runner, and whether there were samples.
+
+    Raises:
+        VerificationError: the engine doesn't compute what was proven.
+    """
+    runner, kept = load_runner(bundle, engine, threads=threads), (bundle / SAMPLES).is_file()
+    if kept:
+        Canary(bundle, engine).prove(runner)
+    return runner, kept
 
 
 def variant_rows(runner: Runner, feeds: Mapping[str, np.ndarray], sizes: tuple[int, ...]) -> dict[int, int]:

@@ -21,5 +21,6 @@ def rows_outside(feeds: Mapping[str, np.ndarray], ranges: Mapping[str, Sequence[
     found = {}
     for name, (low, high) in ranges.items():
         rows = feeds[name].reshape(len(feeds[name]), -1)
-        found[name] = int((~((rows >= low) & (rows <= high))).any(axis=1).sum())
+        within = (rows.min(axis=1, initial=high) >= low) & (rows.max(axis=1, initial=low) <= high)  # False for NaN
+        found[name] = int((~within).sum())
     return found

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # the server's own
 
-from lightning_accel.engines.base import load_runner
-from lightning_accel.serving.canary import Canary
-from lightning_accel.verification.bundle import SAMPLES
+from lightning_accel.serving.canary import proven_runner
 
 
 class TritonPythonModel:
@@ -23,9 +21,7 @@ class TritonPythonModel:
         """Load the engine, and reproduce the kept samples; an error keeps the server from becoming ready."""
         bundle = Path(args["model_repository"]) / args["model_version"] / "bundle"
         engine = json.loads(args["model_config"])["parameters"]["engine"]["string_value"]
-        self.runner = load_runner(bundle, engine, threads=1)
-        if (bundle / SAMPLES).is_file():
-            Canary(bundle, engine).prove(self.runner)
+        self.runner, _ = proven_runner(bundle, engine, 1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer requests, each for itself."""

@@ -13,7 +13,7 @@ from lightning_accel.engines.base import Runner, TensorSpec, load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import LightningAccelError
 from lightning_accel.serving.canary import Canary, variant_rows
-from lightning_accel.verification.layout import Layout
+from lightning_accel.verification.layout import is_batch_first
 
 CANARY = "canary"  # asks for :meth:`Canary.repeat` instead of a batch
 
@@ -96,9 +96,9 @@ def _loaded(settings: WorkerSettings) -> tuple[Runner, Canary | None, Served]:
         check_files(settings.bundle, manifest)
     source = settings.bundle / settings.file if settings.file else settings.bundle
     runner = load_runner(source, "onnxruntime" if settings.file else settings.engine, threads=settings.threads)
-    first = Layout(manifest.get("batch_axes", dict.fromkeys(runner.input_names, 0)))
-    batched = set(first.axes) == set(runner.input_names) and first.plain
-    batched &= all(spec.shape and spec.shape[0] is None for spec in (*runner.inputs, *runner.outputs))
+    batched = is_batch_first(manifest) and all(
+        spec.shape and spec.shape[0] is None for spec in (*runner.inputs, *runner.outputs)
+    )
     variant: dict[int, int] = {}
     if canary is not None:
         canary.prove(runner)

@@ -95,6 +95,12 @@ class Layout:
         return self.feeds({name: np.resize(array, (count, *array.shape[1:])) for name, array in samples.items()})
 
 
+def is_batch_first(manifest: Mapping[str, Any]) -> bool:
+    """Whether the first dimension of every input of a bundle is the batch, of any size."""
+    axes = manifest.get("batch_axes")
+    return axes is None or (bool(axes) and set(axes) == set(manifest["inputs"]) and not any(axes.values()))
+
+
 def check_batch_first(manifest: Mapping[str, Any], what: str) -> None:
     """Raise unless the first dimension of every input of a bundle is the batch, of any size.
 
@@ -105,9 +111,9 @@ def check_batch_first(manifest: Mapping[str, Any], what: str) -> None:
     Raises:
         InvalidArgumentError: the batch is fixed, another axis, or missing in an input.
     """
-    axes = manifest.get("batch_axes")
-    if axes is None or (axes and set(axes) == set(manifest["inputs"]) and not any(axes.values())):
+    if is_batch_first(manifest):
         return
+    axes = manifest["batch_axes"]
     how = f"the axes {axes} of the inputs {manifest['inputs']}" if axes else "a fixed batch"
     raise InvalidArgumentError(
         f"Argument `bundle` must have its batch as the first dimension of every input for {what}, but got {how}. Its engines run with "

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def measure_table(
     for x, y in pairs:  # ascending in both, or noise would fold the line
         if x > (together[-1][0] if together else 0) and y > (together[-1][1] if together else 0):
             together.append((x, y))
-    return LatencyTable(**{**{f: getattr(table, f) for f in table.__dataclass_fields__}, "together": together})
+    return replace(table, together=together)
 
 
 def measured_reduction(whole: Units, few: Units, write: Write, engine: str, threads: int | None) -> float:

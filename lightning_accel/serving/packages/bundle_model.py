@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lightning_accel.engines.base import TensorSpec, load_runner
+from lightning_accel.engines.base import TensorSpec
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.serving.canary import Canary
+from lightning_accel.serving.canary import proven_runner
 from lightning_accel.serving.protocol import from_json
-from lightning_accel.verification.bundle import SAMPLES
 
 
 class BundleModel:
@@ -26,10 +25,7 @@ class BundleModel:
     """
 
     def __init__(self, bundle: str | Path, threads: int | None = None) -> None:
-        self.runner = load_runner(bundle, threads=threads)
-        self.proven = (Path(bundle) / SAMPLES).is_file()
-        if self.proven:
-            Canary(Path(bundle), None).prove(self.runner)
+        self.runner, self.proven = proven_runner(Path(bundle), None, threads)
 
     def run(self, inputs: Mapping[str, Any] | list[Any]) -> dict[str, np.ndarray]:
         """Outputs by name.
