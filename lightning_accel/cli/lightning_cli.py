@@ -38,7 +38,6 @@ from lightning_accel.planning.compression.outcome import Compression
 from lightning_accel.planning.latency_recording import record_latency_table
 from lightning_accel.planning.plan import plan
 from lightning_accel.quantization.graph.prepare import quantized_forwards
-from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 # Taken from the ModelExport of a config by `quantize`; the others belong to the training run.
 _OF_THE_RUN = {"dirpath", "engines", "precision", "ckpt", "ckpt_path", "name"}
@@ -138,19 +137,15 @@ class AccelTrainer(L.Trainer):
                 f"Argument `trainer.callbacks` must hold one ModelExport at most, but got {len(configured)}."
             )
         export = ModelExport(dirpath, engine, **{name: getattr(c, name) for c in configured for name in _SHIPPED})
-        callback = PostTrainingQuantization(
+        callback = export.quantizing(
             target,
             calibration_batches,
             ranges,
-            module,
-            include,
-            exclude,
-            export.inputs,
-            export.dynamic or None,
-            activations,
-            effort,
-            batch=export.batch or "dynamic",
-            batch_axis=export.batch_axis,
+            module=module,
+            include=include,
+            exclude=exclude,
+            activations=activations,
+            effort=effort,
         )
         check_destination(dirpath)
         # The checkpoint contains the result of the config's other callbacks.

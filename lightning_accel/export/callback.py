@@ -405,6 +405,18 @@ class ModelExport(TrainerCallback):
         """Whether the arguments say which axes are the batch."""
         return self.batch == "fixed" or self.batch_axis is not None
 
+    def quantizing(self, target: Any, *args: Any, **options: Any) -> PostTrainingQuantization:
+        """A PostTrainingQuantization that captures the network as this export does.
+
+        Args:
+            target: as :class:`~lightning_accel.quantization.ptq.PostTrainingQuantization` takes it.
+            args: its further positional arguments.
+            options: its keyword arguments.
+        """
+        shapes: dict[str, Any] = {"dynamic": self.dynamic or None, "batch": self.batch or "dynamic"}
+        shapes |= {"inputs": self.inputs, "batch_axis": self.batch_axis, "module": self.module}
+        return PostTrainingQuantization(target, *args, **{**shapes, **options})
+
     def _batch(self, trainer: L.Trainer) -> dict[str, Any]:
         """Which axes are the batch: as the arguments say, or those of the callback that quantizes what is exported."""
         own: dict[str, Any] = {"batch": self.batch or "dynamic", "batch_axis": self.batch_axis}

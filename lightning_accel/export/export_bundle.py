@@ -96,15 +96,7 @@ def export_bundle(
     if target is not None:
         with removed(module, "_trainer"):  # a run isn't part of the network
             module = copy.deepcopy(module)
-        quantizing = PostTrainingQuantization(
-            target,
-            module=export.module,
-            inputs=export.inputs,
-            dynamic=export.dynamic or None,
-            effort=effort,
-            batch=export.batch or "dynamic",
-            batch_axis=export.batch_axis,
-        )
+        quantizing = export.quantizing(target, effort=effort)
         callbacks = [quantizing, export]
     report = _run(module, callbacks, export, data, calibration)
     print(summary(report, export.dirpath))

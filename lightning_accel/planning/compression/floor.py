@@ -16,7 +16,6 @@ from lightning_accel.export.callback import ModelExport
 from lightning_accel.onnx.export import export_onnx
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.channels.selection import removal_order, units_of
-from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 if TYPE_CHECKING:
     from lightning_accel.planning.compression.trial import Trial
@@ -109,9 +108,7 @@ def _measured(trial: "Trial", engine: str, target: str | None, macs_reduction: f
     own = ModelExport(str(trial.folder / "unused"), **trial.export_options)
     quantizing: Any = None
     if target is not None:
-        quantizing = PostTrainingQuantization(
-            target, _BATCHES, module=own.module, inputs=own.inputs, dynamic=own.dynamic or None, effort="low"
-        )
+        quantizing = own.quantizing(target, _BATCHES, effort="low")
     work, model = trial.attached(*([] if quantizing is None else [quantizing]), own)
     with mode(model, False):
         _remove(trial, work, model, macs_reduction)

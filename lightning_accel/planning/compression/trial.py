@@ -33,7 +33,6 @@ from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.planning.compression.candidates import Candidate, points
 from lightning_accel.planning.compression.recipe import DISTILLATION, Recipe, made
 from lightning_accel.planning.compression.trainers import Clock, copied, export_options, save_network, trainer_like
-from lightning_accel.quantization.ptq import PostTrainingQuantization
 
 LAST = "last.ckpt"
 _BASE = "float32"
@@ -146,13 +145,7 @@ class Trial:
             export.export(work, model, str(self.network))
             return
         assert recipe.effort is not None
-        quantizing = PostTrainingQuantization(
-            recipe.target,
-            inputs=export.inputs,
-            dynamic=export.dynamic or None,
-            module=export.module,
-            effort=recipe.effort,
-        )
+        quantizing = export.quantizing(recipe.target, effort=recipe.effort)
         work, model = self.attached(quantizing, export)
         export.check_plan(work)
         L.seed_everything(recipe.seed, verbose=False)
