@@ -1,5 +1,6 @@
 """Try in half a minute whether a module can be captured, exported, quantized and built."""
 
+import os
 import signal
 import tempfile
 import threading
@@ -44,7 +45,13 @@ from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.signal import poorest, signal_to_noise
 
 _SAMPLES = 8
-_LOST_IN = ("__del__", "remove", "_remove")  # finalizers and callbacks of weak references: Python drops what they raise
+# Functions that aren't interrupted. Python drops what finalizers and callbacks of weak references raise; a context manager or an import
+# that stops half-way leaves the process in a state that nothing undoes.
+_WHOLE = frozenset({"__del__", "remove", "_remove", "__enter__", "__exit__", "_find_and_load"})
+_STACKS = (
+    os.path.join("torch", "_ops.py"),
+    os.path.join("utils", "_python_dispatch.py"),
+)  # torch's stacks of dispatch modes
 _AGAIN_S = 1.0  # after which the alarm rings again, should it have been dropped all the same
 
 
@@ -164,15 +171,25 @@ def _tried(
         with _alarm(clock):
             detail, lines = step()
         found = Finding(name, "ok", detail, lines=lines)
-    except _OutOfTimeError:
-        found = Finding(name, "not tried", f"the {seconds:g} s are over: give it more with `seconds`")
-    except ModuleNotFoundError as error:
-        found = Finding(name, "not here", str(error))
-    except Exception as error:  # torch.export, the exporter and the engines raise a dozen unrelated types
-        text = " ".join(str(error).split()) or type(error).__name__
-        found = Finding(name, "stands in the way", text[:1500], user_line(error, module))
+    except (
+        Exception,
+        _OutOfTimeError,
+    ) as error:  # torch.export, the exporter and the engines raise a dozen unrelated types
+        found = _failed(name, error, module, seconds)
     found.seconds = round(time.monotonic() - started, 2)
     return found
+
+
+def _failed(name: str, error: BaseException, module: nn.Module, seconds: float) -> Finding:
+    context: BaseException | None = error  # what is interrupted may fail once more while it cleans up
+    while context is not None and not isinstance(context, _OutOfTimeError):
+        context = context.__context__
+    if context is not None:
+        return Finding(name, "not tried", f"the {seconds:g} s are over: give it more with `seconds`")
+    if isinstance(error, ModuleNotFoundError):
+        return Finding(name, "not here", str(error))
+    text = " ".join(str(error).split()) or type(error).__name__
+    return Finding(name, "stands in the way", text[:1500], user_line(error, module))
 
 
 def _train(module: nn.Module, trainer: L.Trainer | None) -> tuple[str, list[str]]:
@@ -347,8 +364,9 @@ def _alarm(clock: _Clock) -> Iterator[None]:
         if (left := clock.left()) > 0:  # other processes had the CPU
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.01), _AGAIN_S)
             return
+        whole = frame is not None and frame.f_code.co_filename.endswith(_STACKS)
         while frame is not None and frame.f_globals is not globals():
-            if frame.f_code.co_name in _LOST_IN:
+            if whole or frame.f_code.co_name in _WHOLE:
                 signal.setitimer(signal.ITIMER_REAL, 0.01, _AGAIN_S)
                 return
             frame = frame.f_back

@@ -1,5 +1,6 @@
 """Whether a module can be shipped, told before it is trained: what stands in the way, with file and line."""
 
+import importlib
 import inspect
 import json
 import re
@@ -277,7 +278,8 @@ def test_the_command_with_a_checkpoint(trainer, tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [finding["status"] for finding in found] == ["ok"] * 6
     assert main(["check", "tests.export.test_check.Headless", "--shape", "x=2x3x8x8"]) == 1
-    assert main(["check", "tests.export.test_check.Manual", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 3
+    assert main(["check", "tests.export.test_check.Manual", "--shape", "x=2x3x8x8", "--engine", "onnxruntime"]) == 0
+    assert main(["check", "tests.export.test_check.Slow", "--shape", "x=2x3x8x8", "--seconds", "0.01"]) == 3
     assert main(["check", "tests.support.models.Classifier"]) == 1
     assert "Argument `--shape` must give the inputs" in capsys.readouterr().err
 
@@ -397,6 +399,65 @@ class Finalized(nn.Module):
             Late()
             time.sleep(0.05)
         return self.head(x)
+
+
+class Closing:
+    """A context manager that an interrupt half-way would leave open."""
+
+    open = 0
+
+    def __enter__(self):
+        Closing.open += 1
+        time.sleep(0.02)
+
+    def __exit__(self, *_):
+        time.sleep(0.02)
+        Closing.open -= 1
+
+
+class Contexts(Classifier):
+    def forward(self, x):
+        for _ in range(500):
+            with Closing():
+                pass
+        return super().forward(x)
+
+
+def test_an_alarm_does_not_leave_a_context_manager_half_open():
+    found = of(check(Contexts(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
+    assert found["forward"].status == "not tried"
+    assert Closing.open == 0
+
+
+class Importing(Classifier):
+    def forward(self, x):
+        slow_to_import = importlib.import_module("slow_to_import")
+        assert slow_to_import.DONE
+        for _ in range(400):
+            time.sleep(0.05)
+        return super().forward(x)
+
+
+def test_an_alarm_does_not_stop_an_import_half_way(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(80):\n    time.sleep(0.05)\nDONE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = of(check(Importing(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
+    assert found["forward"].status == "not tried"
+    assert sys.modules.pop("slow_to_import").DONE
+
+
+class Cleaning(Classifier):
+    def forward(self, x):
+        try:
+            for _ in range(400):
+                time.sleep(0.05)
+        finally:
+            raise AssertionError("Trying to pop empty mode stack")
+
+
+def test_what_fails_while_it_cleans_up_after_the_alarm_is_out_of_time():
+    found = of(check(Cleaning(), ((torch.randn(2, 3, 8, 8),), {}), engines=[], seconds=0.5))
+    assert found["forward"].status == "not tried"
 
 
 def test_an_alarm_in_a_finalizer_is_not_lost():
