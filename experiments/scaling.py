@@ -159,7 +159,7 @@ def overhead(folder: str, ranks: int, prunes: bool, steps: int) -> list[float]:
 
 def overheads(folder: Path, ranks: int, quick: bool) -> dict[str, list[list[float]]]:
     """Overheads of idle callbacks and of pruning, several times each."""
-    steps, rounds = (16, 1) if quick else (120, 4)
+    steps, rounds = (16, 1) if quick else (240, 12)
     return {
         what: [overhead(str(folder), ranks, prunes, steps) for _ in range(rounds)]
         for what, prunes in (("idle", False), ("pruning", True))

@@ -27,6 +27,7 @@ from lightning_accel.core.arguments import NOT_EMPTY, checked
 from lightning_accel.core.clock import is_manual
 from lightning_accel.core.packages import TrainerCallback, both, counterpart
 from lightning_accel.core.patching import Patches, patches_of_run
+from lightning_accel.core.shards import local, sharded_as
 from lightning_accel.core.trainers import callbacks_of
 from lightning_accel.errors import InvalidArgumentError
 
@@ -143,7 +144,7 @@ class ExactResume(TrainerCallback):
         if accumulates or is_manual(
             trainer
         ):  # a step of the user's own may go on with them, also over the end of an epoch
-            state["gradients"] = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+            state["gradients"] = {n: local(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}
         states: list[Any] = [state]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             states = [None] * trainer.world_size
@@ -255,7 +256,7 @@ class ExactResume(TrainerCallback):
 def _set_gradients(trainer: L.Trainer, state: State) -> None:
     parameters = dict(trainer.lightning_module.named_parameters())
     for name, gradient in state["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name].device)
+        parameters[name].grad = sharded_as(gradient.to(parameters[name].device), parameters[name])
 
 
 def _wrap(patches: Patches, owner: Any, method: str, wrapper: Callable[..., None]) -> None:

@@ -42,7 +42,7 @@ from lightning_accel.verification.exported import varied
 from lightning_accel.verification.file import prove_nodes
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.network import ModuleNetwork
-from lightning_accel.verification.signal import poorest, signal_to_noise
+from lightning_accel.verification.signal import against_float, poorest
 
 _SAMPLES = 8
 # Functions that aren't interrupted. Python drops what finalizers and callbacks of weak references raise; a context manager or an import
@@ -268,7 +268,7 @@ def _noise(module: nn.Module, quantized: ModuleNetwork, export: OnnxExport, call
     """Signal-to-noise ratio against the float network on the example; a line of advice where it is poor."""
     samples = varied(export.example.named(call), _SAMPLES, 0)
     with mode(module, False):
-        found = poorest(signal_to_noise(quantized, ModuleNetwork(module, export), samples))
+        found = poorest(against_float(quantized, ModuleNetwork(module, export), samples).decibels)
     if found is None:
         return "", []
     name, ratio = found

@@ -32,7 +32,7 @@ from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.null_divergence import NullDivergence
 from lightning_accel.verification.result import Verification
-from lightning_accel.verification.signal import same_predictions, signal_to_noise
+from lightning_accel.verification.signal import against_float
 from lightning_accel.verification.tolerances import FILES, FLOAT
 
 MODEL, REFERENCE, PROGRAM, SAMPLES = "model.onnx", "reference.onnx", "model.pt2", "samples.npz"
@@ -159,12 +159,13 @@ def _against_float(spec: ExportSpec, files: Files, folder: Path) -> dict[str, An
             files.layout.adapt(stack.enter_context(load_runner(folder / name, "onnxruntime", emulate=True)).run)
             for name in (MODEL, REFERENCE)
         )
-        ratios = signal_to_noise(int8, floating, files.samples)
-        same = same_predictions(int8, floating, files.samples) if spec.predicts else None
-    found: dict[str, Any] = {
-        "signal_to_noise_db": {name: round(ratio, 2) for name, ratio in ratios.items() if math.isfinite(ratio)}
-    }
-    return found if same is None else {**found, "same_as_float": {"predictions": same[0], "of": same[1]}}
+        compared = against_float(int8, floating, files.samples)
+    ratios = {name: round(ratio, 2) for name, ratio in compared.decibels.items() if math.isfinite(ratio)}
+    found: dict[str, Any] = {"signal_to_noise_db": ratios}
+    if spec.predicts and compared.same is not None:
+        same, of = compared.same
+        found["same_as_float"] = {"predictions": same, "of": of}
+    return found
 
 
 def _lower(spec: ExportSpec, files: Files, source: Path, out: Path, half: str, precision: str) -> None:

@@ -1,59 +1,63 @@
 """Signal-to-noise ratio of a quantized network against the float one. No torch needed."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_accel.core.decibels import decibels
 from lightning_accel.verification.compare import Feeds, Network
 
-_SAMPLES, _BATCH = 64, 16
+_BATCH = 16
 
 
-def signal_to_noise(network: Network, reference: Network, samples: Feeds) -> dict[str, float]:
-    """Power of each floating-point output of the reference, divided by that of the difference, in dB.
+@dataclass(frozen=True)
+class AgainstFloat:
+    """A quantized network held against the float one.
+
+    Args:
+        decibels: power of each floating-point output of the float network, divided by that of the difference, in dB; infinite where nothing
+            differs, and not a number where the output is 0 throughout.
+        same: how many predictions of the first output, the largest along axis 1, are equal, and of how many; ``None`` if there are no
+            classes.
+    """
+
+    decibels: dict[str, float]
+    same: tuple[int, int] | None
+
+
+def against_float(network: Network, reference: Network, samples: Feeds) -> AgainstFloat:
+    """What rounding costs, in one pass over the samples.
 
     Args:
         network: the quantized network, a function of samples.
         reference: the same weights in float32.
-        samples: inputs, each ``(S, ...)``; at most 64 samples are used.
-
-    Returns:
-        ``{output: dB}``; infinite where nothing differs, and not a number where the reference is 0 throughout.
+        samples: inputs, each ``(S, ...)``.
 
     Example:
         >>> tenth = lambda feeds: {"y": feeds["x"] * 1.1}
-        >>> round(signal_to_noise(tenth, lambda feeds: {"y": feeds["x"]}, {"x": np.ones((4, 3), np.float32)})["y"], 2)
-        20.0
+        >>> found = against_float(tenth, lambda feeds: {"y": feeds["x"]}, {"x": np.ones((4, 3), np.float32)})
+        >>> round(found.decibels["y"], 2), found.same
+        (20.0, (4, 4))
     """
     power: dict[str, float] = {}
     noise: dict[str, float] = {}
-    for found, wanted in _runs(network, reference, samples, _SAMPLES):
+    equal: list[np.ndarray | None] = []
+    for start in range(0, len(next(iter(samples.values()))), _BATCH):
+        feeds = {name: array[start : start + _BATCH] for name, array in samples.items()}
+        found, wanted = network(feeds), reference(feeds)
+        first = next(iter(wanted))
+        equal.append(equal_predictions(found[first], wanted[first]))
         for name, want in wanted.items():
             if np.asarray(want).dtype.kind != "f":
                 continue
             exact = np.asarray(want, np.float64)
             power[name] = power.get(name, 0.0) + float(np.square(exact).sum())
             noise[name] = noise.get(name, 0.0) + float(np.square(np.asarray(found[name], np.float64) - exact).sum())
-    return {name: decibels(power[name], noise[name]) for name in power}
-
-
-def same_predictions(network: Network, reference: Network, samples: Feeds) -> tuple[int, int] | None:
-    """How many predictions of the first output, the largest along axis 1, are equal, and of how many; ``None`` if it has no such axis.
-
-    Args:
-        network: the quantized network, a function of samples.
-        reference: the same weights in float32.
-        samples: inputs, each ``(S, ...)``.
-    """
-    same = total = 0
-    for found, wanted in _runs(network, reference, samples, len(next(iter(samples.values())))):
-        equal = equal_predictions(next(iter(found.values())), next(iter(wanted.values())))
-        if equal is None:
-            return None
-        same, total = same + int(equal.sum()), total + equal.size
-    return same, total
+    known = [part for part in equal if part is not None]
+    same = (sum(int(part.sum()) for part in known), sum(part.size for part in known)) if known else None
+    return AgainstFloat({name: decibels(power[name], noise[name]) for name in power}, same)
 
 
 def equal_predictions(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
@@ -62,15 +66,6 @@ def equal_predictions(one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
         return None
     result: np.ndarray = one.argmax(1) == other.argmax(1)
     return result
-
-
-def _runs(
-    network: Network, reference: Network, samples: Feeds, limit: int
-) -> Iterator[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
-    count = min(len(next(iter(samples.values()))), limit)
-    for start in range(0, count, _BATCH):
-        feeds = {name: array[start : min(start + _BATCH, count)] for name, array in samples.items()}
-        yield network(feeds), reference(feeds)
 
 
 def poorest(ratios: Mapping[str, float]) -> tuple[str, float] | None:

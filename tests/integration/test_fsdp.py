@@ -14,11 +14,13 @@ RUNS = ("pruned", "taylor", "quantized", "distilled", "sharded teacher", "all", 
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from tests.support.sharded_runs import resumed, run
+from tests.support.sharded_runs import exact, resumed, run
 torch.set_num_threads(1)
 folder, step = Path(sys.argv[1]), sys.argv[2]
 if step == "runs":
     found = {name: run(name, folder, 2) for name in sys.argv[3:]}
+elif step == "exact":
+    found = exact(folder, 2)
 else:
     found = {epoch: resumed(2, folder / f"1_{epoch}.ckpt") for epoch in (0, 1)}
 if torch.distributed.get_rank() == 0:
@@ -88,3 +90,16 @@ def test_checkpoints_resume_on_another_number_of_ranks(folder):
             assert all(torch.equal(mask, found["masks"][key]) for key, mask in two["masks"].items())
             for key, weight in one["weights"].items():
                 torch.testing.assert_close(found["weights"][key], weight, rtol=0, atol=1e-5, msg=key)
+
+
+@pytest.mark.timeout(240)
+def test_exact_resume_goes_on_bit_for_bit_within_an_epoch(tmp_path):
+    done = torchrun(SCRIPT, tmp_path, str(tmp_path), "exact", seconds=150)
+    assert done.code == 0, done.text[-3000:]
+    found = torch.load(tmp_path / "exact.pt", weights_only=False)
+    whole = found.pop(0)
+    assert len(whole["losses"]) == 12
+    for after, rest in found.items():
+        assert rest["losses"] == whole["losses"][after:], after
+        assert all(torch.equal(weight, rest["weights"][key]) for key, weight in whole["weights"].items()), after
+        assert all(torch.equal(mask, rest["masks"][key]) for key, mask in whole["masks"].items()), after

@@ -81,7 +81,7 @@ class Losses(L.Callback):
         self.seen.append(float(loss) / trainer.world_size)
 
 
-def fit(module, *callbacks, ranks: int = 1, epochs: int = 3, ckpt_path=None, strategy=None):
+def fit(module, *callbacks, ranks: int = 1, epochs: int = 3, ckpt_path=None, strategy=None, accumulate: int = 1):
     """Train; returns the Trainer, losses and whole weights."""
     if strategy is None and ranks > 1:
         strategy = ModelParallelStrategy(
@@ -96,6 +96,7 @@ def fit(module, *callbacks, ranks: int = 1, epochs: int = 3, ckpt_path=None, str
         devices=ranks,
         strategy=strategy or "auto",
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

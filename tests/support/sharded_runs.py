@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import nn
+from torch.nn.functional import dropout
 
 import lightning_accel as la
 from lightning_accel.core.shards import is_sharded, whole
@@ -87,6 +88,46 @@ def run(name: str, folder: Path, ranks: int):
         saved = [SaveAfter(folder / f"{ranks}_{epoch}.ckpt", epoch) for epoch in (0, 1)]
         return ended(module, fit(module, *callbacks, *saved, ranks=ranks), pruning)
     raise KeyError(name)
+
+
+class Noisy(Net):
+    """Draws random numbers in each step."""
+
+    def forward(self, x):
+        return self.head(dropout(self.body(x).flatten(1), 0.3, self.training))
+
+
+class SaveAt(L.Callback):
+    """Saves a checkpoint after a batch, with the gradients that are being accumulated."""
+
+    def __init__(self, folder, *batches):
+        self.folder, self.batches, self.seen = folder, batches, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen += 1
+        if self.seen in self.batches:
+            trainer.save_checkpoint(self.folder / f"exact_{self.seen}.ckpt")
+
+
+def exact(folder: Path, ranks: int):
+    """An uninterrupted run, and one that goes on from each of its checkpoints."""
+    found = {}
+    for after in (0, 3, 4, 6):
+        torch.manual_seed(7)
+        pruning = la.WeightPruning(0.6, end=1, every=1)
+        path = folder / f"exact_{after}.ckpt" if after else None
+        callbacks = [
+            pruning,
+            la.QuantizationAwareTraining("portable", start=1, calibration_batches=2),
+            la.ExactResume(),
+        ]
+        saving = [] if after else [SaveAt(folder, 3, 4, 6)]
+        module = Noisy()
+        torch.manual_seed(after)
+        found[after] = ended(
+            module, fit(module, *callbacks, *saving, ranks=ranks, ckpt_path=path, accumulate=2), pruning
+        )
+    return found
 
 
 def resumed(ranks: int, path: Path):
