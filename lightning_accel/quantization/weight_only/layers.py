@@ -68,10 +68,15 @@ def select_layers(
 
 def inputs_of(layer: nn.Module) -> int:
     """Number of inputs of a linear layer."""
+    return rows_of(layer).shape[1]
+
+
+def rows_of(layer: nn.Module) -> torch.Tensor:
+    """Weight of a linear layer as ``(out, in)``, in the same memory."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     transposed = is_conv1d(type(layer)) or (isinstance(layer, EffectiveWeight) and layer.transposed)
-    return weight.shape[0 if transposed else 1]
+    return weight.t() if transposed else weight
 
 
 def rounded_layers(module: nn.Module) -> dict[str, EffectiveWeight]:

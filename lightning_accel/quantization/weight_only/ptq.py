@@ -1,4 +1,4 @@
-"""Weight-only quantization without training: round to nearest, or GPTQ."""
+"""Weight-only quantization without training: round to nearest, GPTQ, or AWQ."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_accel.calls.contexts import mode
 from lightning_accel.core import structure
 from lightning_accel.core.effective_weight import EffectiveWeight
 from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError
+from lightning_accel.quantization.weight_only.awq import scale_and_clip_
 from lightning_accel.quantization.weight_only.gptq import gptq_weight
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
-from lightning_accel.quantization.weight_only.layers import inputs_of, quantize_change, select_layers
+from lightning_accel.quantization.weight_only.layers import inputs_of, quantize_change, rows_of, select_layers
 from lightning_accel.quantization.weight_only.targets import WeightOnlyTarget, weight_only_target
 
 _BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")  # name of the transformer block that a layer belongs to
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "awq")
 
 
 def quantize_weights_(
@@ -40,8 +42,9 @@ def quantize_weights_(
         group: inputs that share a scale.
         include: globs of layers; ``None`` means all.
         exclude: globs of layers that stay float; ``"lm_head"`` also matches ``"model.lm_head"``.
-        method: ``"rtn"`` (round to nearest) or ``"gptq"`` (https://arxiv.org/abs/2210.17323), which needs ``batches``.
-        batches: calibration data for ``"gptq"``, kept in memory; a few dozen sequences.
+        method: ``"rtn"`` (round to nearest), ``"gptq"`` (https://arxiv.org/abs/2210.17323) or ``"awq"`` (https://arxiv.org/abs/2306.00978,
+            which also changes the weights of norms in front of the layers). The latter two need ``batches``.
+        batches: calibration data, kept in memory; a few dozen sequences.
         call: runs the network on a batch; by default ``module(**batch)`` or ``module(batch)``.
 
     Returns:
@@ -58,10 +61,10 @@ def quantize_weights_(
     if method not in METHODS:
         raise InvalidArgumentError(f"Argument `method` must be one of {METHODS}, but got {method!r}.")
     kept = list(batches or ())
-    if (method == "gptq") != bool(kept):
+    if (method != "rtn") != bool(kept):
         raise InvalidArgumentError(
-            f'Argument `batches` must hold calibration data with `method="gptq"`, and be left out with "rtn", but got {len(kept)} batches '
-            f"with {method!r}."
+            f'Argument `batches` must hold calibration data with `method="gptq"` or "awq", and be left out with "rtn", but got '
+            f"{len(kept)} batches with {method!r}."
         )
     grid = GroupGrid(weight_only_target(target).bits, group)
     names, _ = select_layers(module, group, as_patterns("include", include), as_patterns("exclude", exclude))
@@ -71,8 +74,9 @@ def quantize_weights_(
             raise InvalidArgumentError(
                 f"Argument `module` must have float layers without adapters, but got `{name}`, which is quantized or adapted already."
             )
-    if method == "gptq":
-        _gptq_(module, names, grid, kept, call or _default_call(module))
+    if method != "rtn":
+        with mode(module, False):
+            (_gptq_ if method == "gptq" else _awq_)(module, names, grid, kept, call or _default_call(module))
     structure.apply(module, quantize_change(names, grid, f"quantize_weights_.{method}"))
     return names
 
@@ -91,20 +95,18 @@ def _gptq_(
     module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
 ) -> None:
     """Round block by block: each block's Hessians are of inputs that come through the blocks rounded before."""
-    training = module.training
-    module.eval()
-    try:
-        for _, block in groupby(names, _block_of):
-            layers = {name: module.get_submodule(name) for name in block}
-            for name, hessian in _hessians(layers, batches, call).items():
-                weight = layers[name].weight
-                assert isinstance(weight, torch.Tensor)
-                transposed = inputs_of(layers[name]) != weight.shape[1] or type(layers[name]).__name__ == "Conv1D"
-                rows = weight.t() if transposed else weight
-                rounded = gptq_weight(rows.float(), hessian, grid).to(weight.dtype)
-                weight.copy_(rounded.t() if transposed else rounded)
-    finally:
-        module.train(training)
+    for _, block in groupby(names, _block_of):
+        layers = {name: module.get_submodule(name) for name in block}
+        for name, hessian in _hessians(layers, batches, call).items():
+            rows = rows_of(layers[name])
+            rows.copy_(gptq_weight(rows.float(), hessian, grid).to(rows.dtype))
+
+
+def _awq_(
+    module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
+) -> None:
+    """Scale and clip block by block; rounding comes afterwards."""
+    scale_and_clip_(module, [list(block) for _, block in groupby(names, _block_of)], grid, batches, call)
 
 
 def _hessians(layers: dict[str, nn.Module], batches: list[Any], call: Callable[[Any], Any]) -> dict[str, torch.Tensor]:

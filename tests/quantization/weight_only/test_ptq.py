@@ -67,7 +67,7 @@ def test_inputs_that_are_always_zero_cost_nothing():
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(InvalidArgumentError, match="`method` must be one of"):
-        quantize_weights_(network(), method="awq")
+        quantize_weights_(network(), method="hqq")
     with pytest.raises(InvalidArgumentError, match="`batches` must hold calibration data"):
         quantize_weights_(network(), method="gptq")
     with pytest.raises(InvalidArgumentError, match="`batches` must hold calibration data"):
