@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def perplexity(model: Any, held: torch.Tensor) -> float:
     return float(metric.compute())
 
 
+ROWS = ("float32", "rounded", "gptq", "awq", "distilled")
+
+
 class Work:
     """Data, trained networks in a folder, and one method for each row."""
 
@@ -99,11 +103,11 @@ class Work:
         la.quantization.quantize_weights_(model, "int4", exclude="lm_head")
         return {"perplexity": perplexity(model, self.held)}
 
-    def gptq(self, seed: int) -> Mapping[str, float]:
-        """GPTQ, calibrated on 64 training sequences."""
+    def calibrated(self, method: str, seed: int) -> Mapping[str, float]:
+        """GPTQ or AWQ, calibrated on 64 training sequences."""
         model = self.load(seed)
         batches = [{"input_ids": rows} for rows in self.train[:64].split(16)]
-        la.quantization.quantize_weights_(model, "int4", exclude="lm_head", method="gptq", batches=batches)
+        la.quantization.quantize_weights_(model, "int4", exclude="lm_head", method=method, batches=batches)
         return {"perplexity": perplexity(model, self.held)}
 
     def distilled(self, seed: int) -> Mapping[str, float]:
@@ -257,11 +261,9 @@ def smollm2(quick: bool, minutes: float) -> None:
     )
     data.setup("fit")
     held = data.held.columns["input_ids"][: 2 if quick else 16]
-    rounded = la.CausalLM(str(source)).model
-    scores = {"float32": perplexity(rounded, held)}
-    la.quantization.quantize_weights_(rounded, "int4")
-    scores["int4, rounded"] = perplexity(rounded, held)
-    del rounded
+    scores = without_training(source, data.train.columns["input_ids"][: 4 if quick else 32], held)
+    if not minutes:
+        return
     L.seed_everything(0, verbose=False)
     module = la.CausalLM(str(source), lora=la.LoRA(8), lr=5e-4, warmup=0.0)
     fitting = trainer(2 if quick else 100_000, la.QuantizationAwareTraining(target="int4", start=0))
@@ -289,13 +291,28 @@ def smollm2(quick: bool, minutes: float) -> None:
     print(json.dumps(scores))
 
 
+def without_training(source: Path, train: torch.Tensor, held: torch.Tensor) -> dict[str, float]:
+    """Perplexities of SmolLM2 in float32, and in int4 by each method, calibrated on training sequences."""
+    scores = {"float32": perplexity(la.CausalLM(str(source)).model, held)}
+    batches = [{"input_ids": rows} for rows in train.split(4)]
+    for name, method in (("rounded", "rtn"), ("GPTQ", "gptq"), ("AWQ", "awq")):
+        model, began = la.CausalLM(str(source)).model, time.monotonic()
+        la.quantization.quantize_weights_(model, "int4", method=method, batches=None if method == "rtn" else batches)
+        took = time.monotonic() - began
+        scores[f"int4, {name}"] = perplexity(model, held)
+        print(f"SmolLM2, int4, {name}: perplexity {scores[f'int4, {name}']:.3f}, {took:.0f} s", flush=True)
+    return scores
+
+
 def main() -> None:
     """Run what is missing, and print the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that it runs")
     parser.add_argument("--minutes", type=float, default=38.0, help="begin no row that would end later")
     parser.add_argument("--smollm2", action="store_true", help="the network of 135 million parameters instead")
-    parser.add_argument("--smollm2-minutes", type=float, default=15.0, help="training time of that network")
+    parser.add_argument(
+        "--smollm2-minutes", type=float, default=15.0, help="training time of that network; 0: only without"
+    )
     parser.add_argument("--folder", type=Path, default=Path("artifacts/language_models"), help="for trained networks")
     options = parser.parse_args()
     print_environment()
@@ -308,7 +325,8 @@ def main() -> None:
     seeds = SEEDS[:1] if options.quick else SEEDS
     file = Path(tempfile.mkdtemp()) / "quick.jsonl" if options.quick else RESULTS
     settings = {"steps": work.steps, "distilled": work.more, "length": LENGTH, "model": "Llama 2.9 M"}
-    every = {"float32": work.float32, "rounded": work.rounded, "gptq": work.gptq, "distilled": work.distilled}
+    every = {"float32": work.float32, "rounded": work.rounded, "distilled": work.distilled}
+    every |= {method: partial(work.calibrated, method) for method in ("gptq", "awq")}
     once = {"grids": work.grids, "adapters": work.adapters, "step": work.step, "engines": work.engines}
     lines = run_trials(file, {**every, **once}, seeds[:1], settings, options.minutes)
     lines += run_trials(file, every, seeds[1:], settings, options.minutes) if seeds[1:] else []
@@ -317,9 +335,9 @@ def main() -> None:
 
 def print_verdicts(found: Mapping[tuple[str, int], Mapping[str, Any]], seeds: tuple[int, ...]) -> None:
     """Tables, and each target with what was reached."""
-    if any((row, seed) not in found for row in ("float32", "rounded", "gptq", "distilled") for seed in seeds):
+    if any((row, seed) not in found for row in ROWS for seed in seeds):
         return
-    for row in ("float32", "rounded", "gptq", "distilled"):
+    for row in ROWS:
         values = [found[row, seed]["perplexity"] for seed in seeds]
         print(f"perplexity, {row}: {', '.join(f'{v:.3f}' for v in values)}; mean {statistics.mean(values):.3f}")
     losses = [

@@ -6,7 +6,6 @@ powers of two as factors nothing is rounded, so the network must compute what it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,30 +19,32 @@ from lightning_accel.quantization.weight_only.layers import inputs_of, rows_of
 
 _STRENGTHS = tuple(i / 20 for i in range(20))  # powers of the mean magnitude; 0 changes nothing
 _CLIPS = tuple(1 - i / 20 for i in range(11))  # of the value of largest magnitude in a group
-_ROWS = 1024  # input vectors of a layer that are kept
-_EQUAL = 1e-5  # of the largest value: sums of float32 in another order; a wrong producer is wrong by a multiple of the value
+_ROWS = 512  # input vectors of a layer that are kept
+_EQUAL = (
+    1e-5  # of the largest value: sums of float32 in another order; a wrong producer is wrong by a multiple of the value
+)
 
 Run = Callable[[Any], Any]
 
 
 @dataclass
 class _Seen:
-    """What layers read in the calibration."""
+    """What layers read in the calibration, by their names."""
 
-    vectors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    magnitude: dict[str, torch.Tensor] = field(default_factory=dict)  # sums
-    together: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)  # layers that read the same tensor
+    vectors: dict[str, torch.Tensor] = field(default_factory=dict)  # some of them, (rows, channels)
+    magnitude: dict[str, torch.Tensor] = field(default_factory=dict)  # sum over all of them, (channels,)
+    together: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)  # layers that read one tensor
 
 
 @torch.no_grad()
 def scale_and_clip_(
-    module: nn.Module, blocks: Sequence[Sequence[str]], grid: GroupGrid, batches: Sequence[Any], call: Run
+    module: nn.Module, names: Sequence[str], grid: GroupGrid, batches: Sequence[Any], call: Run
 ) -> dict[str, str]:
     """Scale and clip weights so that rounding them changes the layers' results less. In float the scaling changes nothing.
 
     Args:
         module: the network, in eval mode.
-        blocks: names of linear layers that are rounded, block by block.
+        names: linear layers that are rounded.
         grid: they are rounded to.
         batches: calibration data.
         call: runs the network on a batch.
@@ -51,49 +52,45 @@ def scale_and_clip_(
     Returns:
         For each layer that was scaled, the module that makes its input.
     """
+    layers = {name: module.get_submodule(name) for name in names}
+    seen = _watch(layers, batches, call)
     scaled: dict[str, str] = {}
-    for names in blocks:
-        layers = {name: module.get_submodule(name) for name in names}
-        seen = _watch(layers, batches, call)
-        for group in seen.together.values():
-            if len({inputs_of(layers[name]) for name in group}) == 1 and set(group) <= seen.vectors.keys():
-                maker = _scale(module, group, layers, seen, grid, batches[0], call)
-                scaled |= dict.fromkeys(group, maker) if maker else {}
-        for name, layer in layers.items():
-            if name in seen.vectors:
-                _clip(layer, torch.cat(seen.vectors[name]), grid)
+    for group in seen.together.values():
+        if len({inputs_of(layers[name]) for name in group}) == 1:
+            maker = _scale(module, group, layers, seen, grid, batches[0], call)
+            scaled |= dict.fromkeys(group, maker) if maker else {}
+    for name, vectors in seen.vectors.items():
+        _clip(layers[name], vectors, grid)
     return scaled
 
 
 def _watch(layers: dict[str, nn.Module], batches: Sequence[Any], call: Run) -> _Seen:
-    seen = _Seen()
-    keep = max(1, _ROWS // len(batches))
+    seen, kept = _Seen(), {name: list[torch.Tensor]() for name in layers}
+    rows = max(1, _ROWS // len(batches))
+    alive: list[torch.Tensor] = []  # of the first batch, so that no two share an address
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            flat = x.float().reshape(-1, x.shape[-1])
-            if name not in seen.vectors:
+            if not kept[name]:
+                alive.append(x)
                 seen.together.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
-            seen.vectors.setdefault(name, []).append(flat[:: max(1, len(flat) // keep) | 1][:keep].clone())
+            flat = x.float().reshape(-1, x.shape[-1])
+            kept[name].append(flat[:: max(1, len(flat) // rows)][:rows].clone())
             seen.magnitude[name] = seen.magnitude.get(name, 0.0) + flat.abs().sum(0)
 
         return add
 
-    with _hooks({name: (layer, watch(name)) for name, layer in layers.items()}):
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
         for batch in batches:
             call(batch)
-    return seen
-
-
-@contextmanager
-def _hooks(watched: dict[str, tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    hooks = [layer.register_forward_pre_hook(hook) for layer, hook in watched.values()]
-    try:
-        yield
+            alive.clear()
     finally:
         for hook in hooks:
             hook.remove()
+    seen.vectors = {name: torch.cat(parts) for name, parts in kept.items() if parts}
+    return seen
 
 
 def _scale(
@@ -106,7 +103,7 @@ def _scale(
     call: Run,
 ) -> str:
     """Scale the inputs of layers that read one tensor; returns the name of what makes it, empty if nothing was scaled."""
-    x = torch.cat(seen.vectors[group[0]])
+    x = seen.vectors[group[0]]
     weights = [rows_of(layers[name]).float() for name in group]
     wanted = [x @ weight.T for weight in weights]
     power = [want.square().mean().clamp(min=1e-30) for want in wanted]
@@ -128,6 +125,7 @@ def _scale(
     name, maker = _maker(module, group, consumers, batch, call)
     if maker is not None:
         _apply(maker, consumers, factor)
+        seen.vectors |= {name: seen.vectors[name] / factor for name in group}
     return name
 
 

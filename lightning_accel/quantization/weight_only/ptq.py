@@ -76,7 +76,7 @@ def quantize_weights_(
             )
     if method != "rtn":
         with mode(module, False):
-            (_gptq_ if method == "gptq" else _awq_)(module, names, grid, kept, call or _default_call(module))
+            (_gptq_ if method == "gptq" else scale_and_clip_)(module, names, grid, kept, call or _default_call(module))
     structure.apply(module, quantize_change(names, grid, f"quantize_weights_.{method}"))
     return names
 
@@ -100,13 +100,6 @@ def _gptq_(
         for name, hessian in _hessians(layers, batches, call).items():
             rows = rows_of(layers[name])
             rows.copy_(gptq_weight(rows.float(), hessian, grid).to(rows.dtype))
-
-
-def _awq_(
-    module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
-) -> None:
-    """Scale and clip block by block; rounding comes afterwards."""
-    scale_and_clip_(module, [list(block) for _, block in groupby(names, _block_of)], grid, batches, call)
 
 
 def _hessians(layers: dict[str, nn.Module], batches: list[Any], call: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
