@@ -13,8 +13,11 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.quantization.ptq import quantize
 from lightning_accel.quantization.sensitivity import sensitivity
+from lightning_accel.quantization.weight_only.ptq import quantize_weights
+from lightning_accel.quantization.weight_only.targets import is_weight_only
 
 _EFFORTS = ("standard", "high")
+_METHODS = ("rtn", "gptq", "awq")  # of weights alone
 
 
 @checked()
@@ -30,8 +33,9 @@ def quantize_within(
 ) -> nn.Module:
     """Return a quantized copy of a model whose metric is at most ``max_drop`` worse than the float model's.
 
-    The effort is raised first. If that isn't enough, the operators that :func:`~lightning_accel.quantization.sensitivity.sensitivity` ranks
-    first stay in float, as few of them as possible.
+    The effort is raised first; with ``target="int4"`` or ``"int8-weights"`` the methods of
+    :func:`~lightning_accel.quantization.weight_only.ptq.quantize_weights_` are tried in turn. If that isn't enough, the operators that
+    :func:`~lightning_accel.quantization.sensitivity.sensitivity` ranks first stay in float, as few of them as possible.
 
     Args:
         model: a trained model; not changed.
@@ -40,7 +44,8 @@ def quantize_within(
         max_drop: largest loss of the metric, in its own unit.
         higher_is_better: whether a higher metric is better; ``False`` for a loss or an error.
         calibration_batches: largest number of batches that are read.
-        options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`, except ``effort``.
+        options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`, except ``effort``, or of ``quantize_weights_``,
+            except ``method``.
 
     Returns:
         The first copy within the budget.
@@ -58,45 +63,49 @@ def quantize_within(
     """
     if not max_drop >= 0:
         raise InvalidArgumentError(f"Argument `max_drop` must be at least 0, but got {max_drop}.")
-    if "effort" in options:
+    weights = is_weight_only(options.get("target"))
+    raised, ways = ("method", _METHODS) if weights else ("effort", _EFFORTS)
+    if raised in options:
         raise InvalidArgumentError(
-            f"Argument `effort` must be left out, since it is raised as needed, but got {options['effort']!r}."
+            f"Argument `{raised}` must be left out, since it is raised as needed, but got {options[raised]!r}."
         )
     batches = list(islice(data, calibration_batches))
-    settings = {"calibration_batches": calibration_batches, **options}
+    settings = options if weights else {"calibration_batches": calibration_batches, **options}
+    made: Callable[..., nn.Module] = quantize_weights if weights else quantize
     excluded = as_patterns("exclude", settings.pop("exclude", None))
     sign = 1.0 if higher_is_better else -1.0
     base = _measured(metric, model)
 
-    def tried(effort: str, kept: list[str]) -> tuple[nn.Module, float]:
-        candidate = quantize(model, batches, effort=effort, exclude=[*excluded, *kept] or None, **settings)
+    def tried(way: str, kept: list[str]) -> tuple[nn.Module, float]:
+        candidate = made(model, batches, exclude=[*excluded, *kept] or None, **{raised: way}, **settings)
         return candidate, sign * (base - _measured(metric, candidate))
 
-    drops: list[str] = []
-    for effort in _EFFORTS:
-        candidate, drop = tried(effort, [])
-        if drop <= max_drop:
+    drops: dict[str, float] = {}
+    for way in ways:
+        candidate, drops[way] = tried(way, [])
+        if drops[way] <= max_drop:
             return candidate
-        drops.append(f"{drop:.4g} with effort {effort!r}")
+    best_way = min(drops, key=lambda way: drops[way])
     ranked = list(sensitivity(model, batches, exclude=list(excluded) or None, **settings).costs)
     enough, best = len(ranked), None  # operators that are kept in float, and the network
     few, count = 0, 1
     while count < len(ranked) and best is None:
-        candidate, drop = tried(_EFFORTS[-1], ranked[:count])
+        candidate, drop = tried(best_way, ranked[:count])
         if drop <= max_drop:
             enough, best = count, candidate
         else:
             few, count = count, 2 * count
     while best is not None and enough - few > 1:
         middle = (few + enough) // 2
-        candidate, drop = tried(_EFFORTS[-1], ranked[:middle])
+        candidate, drop = tried(best_way, ranked[:middle])
         if drop <= max_drop:
             enough, best = middle, candidate
         else:
             few = middle
     if best is None:
+        tries = " and ".join(f"{drop:.4g} with {raised} {way!r}" for way, drop in drops.items())
         raise RunError(
-            f"A network with quantized operators must be within `max_drop` ({max_drop}), but the metric drops by {' and '.join(drops)}, "
+            f"A network with quantized operators must be within `max_drop` ({max_drop}), but the metric drops by {tries}, "
             f"and by more than that with up to {few} of {len(ranked)} operators in float. Allow more, or train with fake-quantization."
         )
     rank_zero_info(

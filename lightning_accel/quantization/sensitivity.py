@@ -1,6 +1,6 @@
 """Measure the cost of quantizing each operator alone, and select operators to keep in float."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,16 @@ from torch.utils import _pytree as pytree
 from lightning_accel.calls.batches import InputsFunction, call_from_batch
 from lightning_accel.calls.contexts import isolated_random
 from lightning_accel.core.arguments import checked
+from lightning_accel.core.effective_weight import set_rounding_
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.ptq import calibration_call, on_device_of, quantize
+from lightning_accel.quantization.weight_only.layers import rounded_layers
+from lightning_accel.quantization.weight_only.ptq import quantize_weights
+from lightning_accel.quantization.weight_only.targets import is_weight_only
 
 OutputLoss = Callable[[Any, Any], torch.Tensor]
+Results = Callable[[Set[str]], list[Any]]  # of the network with only these operators quantized
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,11 @@ def sensitivity(
             their mean squared difference from the float network's results divided by the variance of those.
         calibration_batches: largest number of batches to read.
         inputs: maps a batch to the arguments of ``forward``.
-        options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`.
+        options: further arguments of :func:`~lightning_accel.quantization.ptq.quantize_`; of
+            :func:`~lightning_accel.quantization.weight_only.ptq.quantize_weights_` with ``target="int4"`` or ``"int8-weights"``.
 
     Raises:
-        InvalidArgumentError: as :func:`~lightning_accel.quantization.ptq.quantize_`.
+        InvalidArgumentError: as those functions.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -87,17 +93,44 @@ def sensitivity(
     """
     with isolated_random():
         kept = [batch for batch, _ in zip(data, range(calibration_batches), strict=False)]
+    if is_weight_only(options.get("target")):
+        names, results = _weights_alone(model, kept, inputs, options)
+    else:
+        names, results = _operators(model, kept, inputs, {"calibration_batches": calibration_batches, **options})
+
+    if loss is None:
+        reference = _values(results(frozenset()))
+
+        def cost(on: Set[str]) -> float:
+            return float((_values(results(on)) - reference).square().mean() / reference.var())
+    else:
+
+        def mean_loss(on: Set[str]) -> float:
+            return sum(float(loss(r, batch)) for r, batch in zip(results(on), kept, strict=True)) / len(kept)
+
+        base = mean_loss(frozenset())
+
+        def cost(on: Set[str]) -> float:
+            return mean_loss(on) - base
+
+    costs = {name: cost({name}) for name in names}
+    ranked = dict(sorted(costs.items(), key=lambda item: -item[1]))
+    what = "noise-to-signal ratio of the results" if loss is None else "growth of the loss"
+    return Sensitivity(ranked, cost(set(names)), what)
+
+
+def _operators(
+    model: nn.Module, batches: list[Any], inputs: InputsFunction | None, options: dict[str, Any]
+) -> tuple[list[str], Results]:
     options = {"effort": "low", **options}  # what further steps find belongs to the whole network
-    copy = quantize(model, kept, calibration_batches=calibration_batches, inputs=inputs, **options)
+    copy = quantize(model, batches, inputs=inputs, **options)
     forwards = quantized_forwards(copy)
     before = {path: f"{path}." if path else "" for path in forwards}
     names = {f"{before[path]}{name}": (path, name) for path, f in forwards.items() for name in f.quantized}
+    caller, _, inputs = calibration_call(copy, list(forwards), batches, inputs)
+    calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in batches]
 
-    caller, _, inputs = calibration_call(copy, list(forwards), kept, inputs)
-    calls = [call_from_batch(caller, on_device_of(batch, copy), inputs) for batch in kept]
-
-    def results(on: set[str]) -> list[Any]:
-        """Results of the network with only these operators quantized."""
+    def results(on: Set[str]) -> list[Any]:
         for path, forward in forwards.items():
             forward.bank.off = frozenset(
                 name for whole, (where, name) in names.items() if where == path and whole not in on
@@ -105,25 +138,24 @@ def sensitivity(
         with torch.no_grad():
             return [caller(*args, **kwargs) for args, kwargs in calls]
 
-    if loss is None:
-        reference = _values(results(set()))
+    return list(names), results
 
-        def cost(on: set[str]) -> float:
-            return float((_values(results(on)) - reference).square().mean() / reference.var())
-    else:
 
-        def mean_loss(on: set[str]) -> float:
-            return sum(float(loss(r, batch)) for r, batch in zip(results(on), kept, strict=True)) / len(kept)
+def _weights_alone(
+    model: nn.Module, batches: list[Any], inputs: InputsFunction | None, options: dict[str, Any]
+) -> tuple[list[str], Results]:
+    copy = quantize_weights(model, [], **options).eval()
+    layers = rounded_layers(copy)
+    grids = {name: layer.rounding for name, layer in layers.items()}
+    calls = [call_from_batch(copy, on_device_of(batch, copy), inputs) for batch in batches]
 
-        base = mean_loss(set())
+    def results(on: Set[str]) -> list[Any]:
+        for name, layer in layers.items():
+            set_rounding_(layer, grids[name] if name in on else None)
+        with torch.no_grad():
+            return [copy(*args, **kwargs) for args, kwargs in calls]
 
-        def cost(on: set[str]) -> float:
-            return mean_loss(on) - base
-
-    costs = {name: cost({name}) for name in names}
-    ranked = dict(sorted(costs.items(), key=lambda item: -item[1]))
-    what = "noise-to-signal ratio of the results" if loss is None else "growth of the loss"
-    return Sensitivity(ranked, cost(set(names)), what)
+    return list(layers), results
 
 
 def _values(results: list[Any]) -> torch.Tensor:

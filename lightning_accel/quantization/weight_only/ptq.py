@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_accel.calls.batches import InputsFunction, call_from_batch
 from lightning_accel.calls.contexts import mode
 from lightning_accel.core import structure
 from lightning_accel.core.effective_weight import EffectiveWeight
 from lightning_accel.core.globs import as_patterns
+from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.weight_only.awq import scale_and_clip_
 from lightning_accel.quantization.weight_only.gptq import gptq_weight
@@ -79,6 +82,30 @@ def quantize_weights_(
             (_gptq_ if method == "gptq" else scale_and_clip_)(module, names, grid, kept, call or _default_call(module))
     structure.apply(module, quantize_change(names, grid, f"quantize_weights_.{method}"))
     return names
+
+
+def quantize_weights(
+    module: nn.Module, batches: Sequence[Any], *, inputs: InputsFunction | None = None, **options: Any
+) -> nn.Module:
+    """A copy of a network with the weights of linear layers quantized.
+
+    Args:
+        module: the network; not changed.
+        batches: calibration data as a loader yields it; may be empty for ``method="rtn"``, which doesn't use it.
+        inputs: maps a batch to the arguments of ``forward``.
+        options: further arguments of :func:`quantize_weights_`.
+    """
+    with removed(module, "_trainer"):  # a run isn't part of the network
+        copy = deepcopy(module)
+
+    def call(batch: Any) -> Any:
+        args, kwargs = call_from_batch(copy, batch, inputs)
+        return copy(*args, **kwargs)
+
+    if options.get("method", METHODS[0]) != METHODS[0]:
+        options |= {"batches": batches, "call": call}
+    quantize_weights_(copy, **options)
+    return copy
 
 
 def _default_call(module: nn.Module) -> Callable[[Any], Any]:
