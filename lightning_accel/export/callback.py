@@ -361,7 +361,7 @@ class ModelExport(TrainerCallback):
             )
         refused = self._refused(trainer, quantized_forwards(pl_module))  # on this machine, where there was no preflight
         pl_module.to("cpu")
-        spec = self._spec(
+        spec = self.spec(
             trainer,
             pl_module,
             teacher=_teacher_of(pl_module),
@@ -377,7 +377,7 @@ class ModelExport(TrainerCallback):
         self.report = report.to_dict()
         return report
 
-    def _spec(self, trainer: L.Trainer, pl_module: L.LightningModule, **run_facts: Any) -> ExportSpec:
+    def spec(self, trainer: L.Trainer, pl_module: L.LightningModule, **run_facts: Any) -> ExportSpec:
         """The export as the arguments describe it, with further facts of the run for the report."""
         return ExportSpec(
             module=pl_module,
@@ -538,7 +538,7 @@ class ModelExport(TrainerCallback):
             chosen_path(pl_module, trainer, type(self).__name__)  # says which one
         for error in self._refused(trainer, forwards).values():  # a contradiction of arguments, which costs nothing yet
             raise error
-        try_out(self._spec(trainer, pl_module), forwards)
+        try_out(self.spec(trainer, pl_module), forwards)
 
     def _refused(self, trainer: L.Trainer, forwards: Mapping[str, QuantizedForward]) -> dict[str, InvalidArgumentError]:
         """The engines that don't reproduce the network's arithmetic on this machine, and why."""

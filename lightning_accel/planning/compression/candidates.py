@@ -15,6 +15,12 @@ UNSCORED = (
 )
 
 
+def latency_and_size(budgets: Budgets, p50_ms: float, file_bytes: int) -> tuple[float, float]:
+    """Factors by which a network exceeds the limits of latency and of size; 0 where there is no limit."""
+    latency = 0.0 if budgets.max_latency_ms is None else p50_ms / budgets.max_latency_ms
+    return latency, 0.0 if budgets.max_bytes is None else file_bytes / budgets.max_bytes
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A network in an engine.
@@ -66,13 +72,10 @@ class Candidate:
 
     def excess(self, budgets: Budgets) -> float:
         """Largest factor by which it exceeds a limit; at most 1 if it fits."""
-        factors = [0.0]
         if self.drop is None:
             return math.inf
-        factors.append(self.drop / max(budgets.max_drop, 0.1))
-        factors += [self.p50_ms / budgets.max_latency_ms] if budgets.max_latency_ms is not None else []
-        factors += [self.file_bytes / budgets.max_bytes] if budgets.max_bytes is not None else []
-        return max(factors)
+        lost = self.drop / max(budgets.max_drop, 0.1)
+        return max(0.0, lost, *latency_and_size(budgets, self.p50_ms, self.file_bytes))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

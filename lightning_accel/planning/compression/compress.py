@@ -183,7 +183,7 @@ class _Search:
                 result = Result(recipe, RULED_OUT, reason)
             else:
                 self._check_floor(recipe)
-                reason = self.ladder._too_small(recipe.engines[0], recipe.target) if recipe.reduction else ""
+                reason = self.ladder.too_small(recipe.engines[0], recipe.target) if recipe.reduction else ""
                 result = Result(recipe, RULED_OUT, reason) if reason else self._result(recipe)
             self.results.append(result)
             self._tell(result)

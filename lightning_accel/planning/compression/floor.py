@@ -14,6 +14,7 @@ from lightning_accel.core import structure
 from lightning_accel.errors import InvalidArgumentError, LightningAccelError
 from lightning_accel.export.callback import ModelExport
 from lightning_accel.onnx.export import export_onnx
+from lightning_accel.planning.compression.candidates import latency_and_size
 from lightning_accel.pruning.channels.plan import ChannelPlan, ChannelTarget
 from lightning_accel.pruning.channels.selection import removal_order, units_of
 
@@ -57,8 +58,7 @@ class Smallest:
 
     def excess(self, budgets: Budgets) -> float:
         """Largest factor by which it exceeds a limit; at most 1 if it exceeds none."""
-        factors = [0.0] if budgets.max_latency_ms is None else [self.p50_ms / budgets.max_latency_ms]
-        return max(*factors, 0.0 if budgets.max_bytes is None else self.file_bytes / budgets.max_bytes)
+        return max(latency_and_size(budgets, self.p50_ms, self.file_bytes))
 
 
 def smallest_networks(trial: "Trial", engines: Sequence[str], targets: Sequence[str]) -> list[Smallest]:
@@ -114,7 +114,7 @@ def _measured(trial: "Trial", engine: str, target: str | None, macs_reduction: f
         _remove(trial, work, model, macs_reduction)
         if quantizing is not None:
             quantizing.quantize(work, model)
-        spec = own._spec(work, model)
+        spec = own.spec(work, model)
         file = Path(trial.folder / f"smallest-{engine}-{target}.onnx")
         export_onnx(spec.whole, spec.example(spec.whole), file, outputs=spec.outputs)
     p10, p50 = trial.time_file(file, engine)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_accel.benchmarking.decision import Budgets
-from lightning_accel.planning.compression.candidates import Candidate
+from lightning_accel.planning.compression.candidates import Candidate, latency_and_size
 from lightning_accel.planning.compression.floor import Smallest
 from lightning_accel.planning.compression.recipe import ALL, CHANNELS, FLOAT, PTQ, QAT, Recipe
 
@@ -101,10 +101,7 @@ class Ladder:
 
     def _factor(self, whole: Candidate | None) -> float:
         """Factor by which a network has to become faster or smaller, whichever is larger."""
-        if whole is None:
-            return math.inf
-        latency = 0.0 if self.budgets.max_latency_ms is None else whole.p50_ms / self.budgets.max_latency_ms
-        return max(latency, 0.0 if self.budgets.max_bytes is None else whole.file_bytes / self.budgets.max_bytes)
+        return math.inf if whole is None else max(latency_and_size(self.budgets, whole.p50_ms, whole.file_bytes))
 
     def _recipe(self, stage: str, engines: Sequence[str], **settings: Any) -> Recipe:
         recipe = Recipe(stage, tuple(engines), seed=self.seed, **settings)
@@ -144,8 +141,7 @@ class Ladder:
             )
             yield recipe, (self._no_integers(results, target) if target else "") or unknown
             return
-        latency = whole.p50_ms / self.budgets.max_latency_ms if self.budgets.max_latency_ms is not None else 0.0
-        size = whole.file_bytes / self.budgets.max_bytes if self.budgets.max_bytes is not None else 0.0
+        latency, size = latency_and_size(self.budgets, whole.p50_ms, whole.file_bytes)
         factor = max(latency, size)
         # Latency is measured in float32: for int8 a table would take minutes, and MACs with a second try take one training.
         by_latency = target is None and latency >= size
@@ -159,19 +155,18 @@ class Ladder:
         for _ in range(1 + _RETRIES):
             recipe = self.aim(self._recipe(stage, (whole.engine,), **settings, reduction=round(factor * _MARGIN, 3)))
             factor = max(factor, (recipe.reduction or 0.0) / _MARGIN)
-            yield recipe, self._too_small(whole.engine, target)
+            yield recipe, self.too_small(whole.engine, target)
             last = next((r for r in reversed(results) if r.recipe == recipe and r.status == MEASURED), None)
             if last is None:
                 return
-            missed = last.candidates[0].misses(self.budgets)
+            found = last.candidates[0]
+            missed = found.misses(self.budgets)
             if "max_drop" in missed or not missed:
                 return
             # Only too slow or too large: MACs aren't latency, and a training's latency isn't that of its plan.
-            factor *= _MARGIN * last.candidates[0].excess(
-                Budgets(100, self.budgets.max_latency_ms, self.budgets.max_bytes)
-            )
+            factor *= _MARGIN * max(latency_and_size(self.budgets, found.p50_ms, found.file_bytes))
 
-    def _too_small(self, engine: str, target: str | None) -> str:
+    def too_small(self, engine: str, target: str | None) -> str:
         """Why no number of channels is enough."""
         for smallest in (s for s in self.smallest if (s.engine, s.target) == (engine, target)):
             if over := smallest.over(self.budgets):

@@ -100,7 +100,7 @@ class Trial:
         work, model = self.attached(ModelExport(str(self.folder / "unused"), **self.export_options))
         (own,) = (c for c in work.callbacks if isinstance(c, ModelExport))  # type: ignore[attr-defined]
         with mode(model, False):
-            self.spec = own._spec(work, model)
+            self.spec = own.spec(work, model)
             whole = self.spec.whole
             self.export = export_onnx(
                 whole, self.spec.example(whole), self.folder / "float32.onnx", outputs=self.spec.outputs
