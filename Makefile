@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make docs | make empty-environments | make experiments-compare | make install | make zoo
+# make demo | make test | make lint | make docs | make empty-environments | make experiments-compare | make install | make zoo | make gpu-check
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ZOO := .venv-zoo/.installed
 
-.PHONY: install demo test coverage lint docs wheel empty-environments experiments-compare zoo clean
+.PHONY: install demo test coverage lint docs wheel empty-environments experiments-compare gpu-check zoo clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,10 @@ empty-environments: wheel
 # New results of the experiments beside the recorded ones: make experiments-compare ARGS="--against HEAD~5"
 experiments-compare: $(INSTALLED)
 	$(BIN)/python -m experiments.compare $(ARGS)
+
+# One page about a machine with an NVIDIA GPU, offline, under ten minutes; it needs an environment with this package's dependencies.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m experiments.gpu_check $(ARGS)
 
 # Built from this tree, and imported from the wheel alone.
 wheel: $(INSTALLED)
