@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_accel.calls.containers import register
+from lightning_accel.calls.containers import is_record, items_of, register
 from lightning_accel.calls.contexts import own_signature
 from lightning_accel.errors import InvalidArgumentError
 
@@ -130,17 +130,26 @@ def target_from_batch(batch: Any, inputs: int | None = None) -> torch.Tensor | N
     """The target in a batch, unchanged: class labels, values or anything else.
 
     Args:
-        batch: a dict with a usual name, or a sequence.
+        batch: a dict, dataclass or namedtuple with a usual name among its keys or fields, or a sequence.
         inputs: number of leading batch elements passed to ``forward``; the target is the next element, or the last if ``None``.
 
     Returns:
         The target; ``None`` if there is none.
+
+    Example:
+        >>> target_from_batch({"image": torch.zeros(2, 3), "class_label": torch.tensor([0, 1])})
+        tensor([0, 1])
     """
-    if isinstance(batch, Mapping):
-        found = next((batch[k] for k in ("labels", "label", "target", "targets", "y") if k in batch), None)
-    else:
-        sequence = isinstance(batch, list | tuple) and len(batch) > 1
-        found = batch[min(inputs, len(batch) - 1) if inputs is not None else -1] if sequence else None
+    named = items_of(batch) if is_record(batch) else batch._asdict() if hasattr(batch, "_fields") else batch
+    found: Any = None
+    if isinstance(named, Mapping):
+        usual = [key for key in ("labels", "label", "target", "targets", "y") if key in named]
+        others = [key for key in named if isinstance(key, str) and is_target(key)]
+        if usual or len(others) == 1:
+            found = named[(usual or others)[0]]
+            return found if isinstance(found, torch.Tensor) else None
+    if isinstance(batch, list | tuple) and len(batch) > 1:
+        found = batch[min(inputs, len(batch) - 1) if inputs is not None else -1]
     return found if isinstance(found, torch.Tensor) else None
 
 
