@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_accel.language_models.lora import set_adapters_ as set_adapters_
     from lightning_accel.language_models.opening import open_bundle as open_bundle
     from lightning_accel.language_models.perplexity import Perplexity as Perplexity
+    from lightning_accel.language_models.pruning import prune_ as prune_
     from lightning_accel.language_models.token_data import TokenDataModule as TokenDataModule
     from lightning_accel.language_models.token_data import TokenSequences as TokenSequences
     from lightning_accel.language_models.token_data import chat_tokens as chat_tokens
@@ -34,6 +35,7 @@ _PUBLIC = {
     "save_adapter": "language_models.lora",
     "set_adapters_": "language_models.lora",
     "Perplexity": "language_models.perplexity",
+    "prune_": "language_models.pruning",
     "TokenDataModule": "language_models.token_data",
     "TokenSequences": "language_models.token_data",
     "chat_tokens": "language_models.token_data",
