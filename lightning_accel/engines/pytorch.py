@@ -1,6 +1,7 @@
 """PyTorch engine for ``torch.export`` programs; the only engine that imports torch."""
 
 import json
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class PyTorchRunner(Runner):
             import_module(name)  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:
-            program = torch.export.load(str(path), extra_files=extra)
+            with warnings.catch_warnings():  # older versions tell that they read constants from memory that isn't theirs
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                program = torch.export.load(str(path), extra_files=extra)
         except Exception as error:  # torch raises unrelated types
             raise EngineError(f"PyTorch could not load `{Path(path).name}`: {error}") from error
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
