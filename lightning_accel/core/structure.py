@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 
 from lightning_accel.core.arguments import checked
@@ -339,9 +339,10 @@ def restore_states(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:
     """The averaged copies (EMA, SWA) of the module that the trainer's callbacks keep."""
-    for averaging in callbacks_of(trainer, WeightAveraging):
+    averaged = getattr(lightning_callbacks, "WeightAveraging", None)  # since Lightning 2.6
+    for averaging in () if averaged is None else callbacks_of(trainer, averaged):
         if averaging._average_model is not None:
             yield averaging._average_model.module
-    for stochastic in callbacks_of(trainer, StochasticWeightAveraging):
+    for stochastic in callbacks_of(trainer, lightning_callbacks.StochasticWeightAveraging):
         if stochastic._average_model is not None:
             yield stochastic._average_model
