@@ -1,4 +1,3 @@
-import functools
 import signal
 from collections.abc import Callable
 
@@ -29,25 +28,6 @@ def pytest_collection_modifyitems(items):
     """Begin with the files that take longest; `--no-loadscope-reorder` keeps this order."""
     order = {name: index for index, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _translations_parsed_once():
-    """Keep the registry that `torch.onnx.export` makes of onnxscript's sources each time: two thirds of a small export."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    made = functools.cache(ONNXRegistry.from_torchlib.__func__)
-
-    def from_torchlib(cls, *args, **kwargs):
-        known = made(cls, *args, **kwargs)
-        registry = cls()
-        registry.__dict__.update(vars(known))
-        registry.functions = {target: list(found) for target, found in known.functions.items()}  # exports add their own
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(from_torchlib))
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,7 @@ from lightning_accel.onnx.refusals import check_deterministic, unwritable
 from lightning_accel.onnx.translations.dynamic_linear import TRANSLATIONS
 from lightning_accel.onnx.translations.rewrite import rewritten
 from lightning_accel.onnx.used_inputs import keep_used_inputs
+from lightning_accel.onnx.writing import written_quickly
 from lightning_accel.quantization.graph.capture import fixed_batch, no_logs, taken_name
 from lightning_accel.quantization.graph.convert import TrainedIntegers, convert
 from lightning_accel.quantization.graph.fixed_sizes import exported_program
@@ -225,15 +226,16 @@ def _captured(source: nn.Module, call: Call, shapes: Any, example: ExampleCall) 
 
 def _written(program: ExportedProgram, module: nn.Module, opset: int, names_in: list[str], names_out: list[str]) -> Any:
     try:
-        written = torch.onnx.export(
-            rewritten(program),
-            dynamo=True,
-            opset_version=opset,
-            input_names=names_in,
-            output_names=names_out,
-            custom_translation_table=TRANSLATIONS,
-            verbose=False,
-        )
+        with written_quickly():
+            written = torch.onnx.export(
+                rewritten(program),
+                dynamo=True,
+                opset_version=opset,
+                input_names=names_in,
+                output_names=names_out,
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         raise CaptureError(taken_name(_first_cause(error), module) or unwritable(error, program, module)) from error
     assert written is not None
