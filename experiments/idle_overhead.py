@@ -149,7 +149,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if quick else 2)  # where other processes take the cores, threads wait for each other
     print_environment()
     batches, block = (16, 4) if quick else (3000, 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -140,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     warnings.simplefilter("ignore")  # the peers are deprecated, or tell their own developers something
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if quick else 2)  # where other processes take the cores, threads wait for each other
     torch.manual_seed(0)
     print_environment()
     if arguments.ordinary:

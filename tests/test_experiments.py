@@ -2,16 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import scipy.stats
 
 from experiments.trials import interval, paired, run_trials
+from tests.support.forked import run_module
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(900)  # several scripts in a row, on a machine that may be slow or busy
 RATIO = r"\d+\.\d{4} \[\d+\.\d{4}, \d+\.\d{4}\]"
 
@@ -35,8 +32,7 @@ def test_benchmark(script, target, says):
 
 
 def quick(script, *options):
-    command = [sys.executable, "-m", f"experiments.{script}", "--quick", *options]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    process = run_module(f"experiments.{script}", "--quick", *options)
     assert process.returncode == 0, process.stderr
     return process
 
@@ -151,10 +147,7 @@ def test_distill_fashion():
 )
 def test_exports(script, last):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is an optional engine; it builds without a GPU")
-    command = [sys.executable, "-m", f"experiments.{script}", "--quick"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
+    lines = quick(script).stdout.splitlines()
     assert any(line.startswith("cpu: ") for line in lines)
     assert re.fullmatch(last, lines[-1])
 

@@ -1,15 +1,11 @@
 """The zoo of ordinary networks: a cell's outcome is recorded whatever happens to it; the networks themselves run in `make zoo`."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from experiments.real_zoo import COLUMNS, RESULTS, cells, measured, recorded, table
-
-ROOT = Path(__file__).parents[1]
+from tests.support.forked import run_module
 
 
 def line(network, column, seed, outcome="ships", reason=""):
@@ -21,8 +17,7 @@ def line(network, column, seed, outcome="ships", reason=""):
 def test_a_network_ships_and_a_run_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("transformers", reason="transformers is an optional package")
     results = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "experiments.real_zoo", "--quick", "--results", str(results)]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    first = run_module("experiments.real_zoo", "--quick", "--results", str(results))
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[-1] == "cells run: 1, shipped: 1", first.stdout
     found = recorded(results)
@@ -33,7 +28,8 @@ def test_a_network_ships_and_a_run_goes_on_where_it_stopped(tmp_path):
     assert cell["engines"].keys() == cell["sqnr_db"].keys() == {"onnxruntime", "openvino"}
     assert all(db > 10 for db in cell["sqnr_db"].values())
     assert {"torch", "onnxruntime", "transformers"} <= cell["versions"].keys()
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    again = run_module("experiments.real_zoo", "--quick", "--results", str(results))
+    assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines() == ["cells run: 0, shipped: 0"]
 
 
@@ -41,13 +37,13 @@ def test_a_limit_and_an_error_are_results():
     slow = measured("BERT-tiny", "fp32", 0, samples=8, seconds=1.0, megabytes=8000)
     assert slow["outcome"] == "failed"
     assert slow["reason"].endswith("more than 1 s")
-    large = measured("BERT-tiny", "fp32", 0, samples=8, seconds=100.0, megabytes=50)
+    large = measured("BERT-tiny", "fp32", 0, samples=8, seconds=600.0, megabytes=50)
     assert large["reason"].endswith("more than 50 MB")
     assert large["peak_mb"] > 50
-    refused = measured("BERT-tiny", "QAT abacus", 0, samples=8, seconds=100.0, megabytes=8000)
+    refused = measured("BERT-tiny", "QAT abacus", 0, samples=8, seconds=600.0, megabytes=8000)
     assert refused["outcome"] == "refused"
     assert refused["reason"].startswith("InvalidArgumentError: Argument `target` must be one of")
-    unknown = measured("BERT-huge", "fp32", 0, samples=8, seconds=100.0, megabytes=8000)
+    unknown = measured("BERT-huge", "fp32", 0, samples=8, seconds=600.0, megabytes=8000)
     assert (unknown["outcome"], unknown["reason"]) == ("failed", "KeyError: 'BERT-huge'")
 
 

@@ -221,7 +221,7 @@ def test_rows_on_disk(tmp_path):
 
 KILLED = """
 import sys; sys.path.insert(0, sys.argv[1])
-import time, torch, lightning as L
+import signal, torch, lightning as L
 from lightning_accel import DistillationModule, TeacherCache
 from tests.support.models import Classifier, images
 from tests.distillation.cache.test_teacher_cache import Counting
@@ -231,11 +231,12 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 teacher = Counting().eval()
 forward = teacher.forward
-def slow(x):
-    time.sleep(0.05)
+def stopping(x):  # in the middle, until it is killed
+    if teacher.samples > 128:
+        signal.pause()
     return forward(x)
 if len(sys.argv) > 3:
-    teacher.forward = slow
+    teacher.forward = stopping
 module = DistillationModule(Classifier(), teacher, cache=TeacherCache(sys.argv[2]))
 trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
                     enable_checkpointing=False, default_root_dir=sys.argv[2])
@@ -244,14 +245,14 @@ print("SAMPLES", teacher.samples)
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_filling_goes_on_after_a_kill(tmp_path):
     (tmp_path / "run.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "run.py"), str(Path(__file__).parents[3]), str(tmp_path / "cache")]
-    process = subprocess.Popen([*command, "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "stopping"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = tmp_path / "cache" / "0.rows"
     file = None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while file is None or file.valid().sum() < 20:
         assert process.poll() is None
         assert time.monotonic() < deadline
