@@ -20,11 +20,11 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from lightning_accel.core.optional import require
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.onnx.file import reads
 from lightning_accel.verification.layout import Layout
+from lightning_accel.verification.segments import run_as_written
 
 DRIFT = 0.25  # steps: average by which values that are rounded may be moved; rounding moves them both ways, cutting off by a half
 _ROUNDED = 1e-3  # steps: a value nearer to an integer isn't rounded, nor is one beyond the largest integer
@@ -209,11 +209,7 @@ class _Cut:
         whole = onnx.ModelProto()
         whole.CopyFrom(self.model)
         whole.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in names if n not in self.shown)
-        ort = require("onnxruntime", "runtime", "Verification")
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(whole.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return {**feeds, **dict(zip(names, session.run(names, feeds), strict=True))}
+        return {**feeds, **dict(zip(names, run_as_written(whole, names, feeds), strict=True))}
 
     @property
     def shows(self) -> list[str]:
