@@ -3,7 +3,6 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.core.trainers import callbacks_of
@@ -39,4 +38,9 @@ def stopped_epochs(trainer: L.Trainer) -> list[int]:
     if not trainer.should_stop:
         return []
     watching = callbacks_of(trainer, EarlyStopping)
-    return [c.stopped_epoch for c in watching if c.stopping_reason.name != EarlyStoppingReason.NOT_STOPPED.name]
+    return [c.stopped_epoch for c in watching if _stopped(c)]
+
+
+def _stopped(watching: EarlyStopping) -> bool:
+    reason = getattr(watching, "stopping_reason", None)  # since Lightning 2.6; before, epoch 0 looks like no stop
+    return watching.stopped_epoch > 0 if reason is None else reason.name != "NOT_STOPPED"
