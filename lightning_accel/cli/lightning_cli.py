@@ -124,7 +124,7 @@ class AccelTrainer(L.Trainer):
             calibration_batches: number of training batches from which ranges are estimated.
             ranges: estimator of the ranges: ``mse``, ``percentile``, ``min_max`` or ``moving_average``.
             activations: ``static``; ``dynamic`` (linear layers, each batch by its own range); or ``float`` (only weights are int8).
-            effort: steps after the ranges: ``low``, ``standard`` or ``high``.
+            effort: steps after the ranges: ``low``, ``standard``, ``high`` or ``trained``.
             include: globs of operators to quantize.
             exclude: globs of operators that stay float.
             module: dotted paths of the submodules to quantize; by default the whole ``forward``.

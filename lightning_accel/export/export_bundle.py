@@ -51,7 +51,7 @@ def export_bundle(
         calibration: loader of training data that ranges are learned from; needed with ``target``.
         engines: engines to ship to; ``None`` means the target's natural engine, ``"onnxruntime"`` for a float network.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"`` for a float network; ``None`` means as it is.
-        effort: of the quantization, ``"low"``, ``"standard"`` or ``"high"``.
+        effort: of the quantization, ``"low"``, ``"standard"``, ``"high"`` or ``"trained"``.
         options: further arguments of :class:`~lightning_accel.export.callback.ModelExport`.
 
     Returns:

@@ -118,7 +118,7 @@ def second_order_integers(steps: torch.Tensor, moments: torch.Tensor, limit: int
     """Integers near weights, chosen for small errors of their products with inputs.
 
     Args:
-        steps: weights divided by their scales, ``(G, channels, inputs)``.
+        steps: weights divided by their scales, ``(G, channels, inputs)``; zeros stay zero: they may be pruned.
         moments: second moments of the inputs ``(G, inputs, inputs)``.
         limit: largest integer.
 
@@ -135,6 +135,7 @@ def second_order_integers(steps: torch.Tensor, moments: torch.Tensor, limit: int
     back = order.argsort(-1)
     moments = moments.gather(1, order[..., None].expand_as(moments)).gather(2, order[:, None].expand_as(moments))
     left = steps.gather(2, order[:, None].expand_as(steps)).clone()
+    kept = left != 0
     damping = _DAMPING * diagonal.mean(-1).clamp(min=1e-12)
     eye = torch.eye(moments.shape[-1], device=moments.device, dtype=moments.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments + damping[:, None, None] * eye))
@@ -145,7 +146,7 @@ def second_order_integers(steps: torch.Tensor, moments: torch.Tensor, limit: int
         end = min(begin + _BLOCK, count)
         errors = torch.empty_like(left[..., begin:end])
         for i in range(begin, end):
-            chosen[..., i] = left[..., i].round().clamp(-limit, limit)
+            chosen[..., i] = left[..., i].round().clamp(-limit, limit) * kept[..., i]
             errors[..., i - begin] = (left[..., i] - chosen[..., i]) / factor[:, i, i, None]
             left[..., i:end] -= errors[..., i - begin, None] * factor[:, None, i, i:end]
         left[..., end:] -= errors @ factor[:, begin:end, end:]

@@ -117,3 +117,15 @@ def test_what_is_trained_further_is_what_ships(effort):
     with torch.no_grad():
         assert torch.allclose(quantized.eval()(x), trained, atol=1e-4 * float(trained.abs().max()))
         assert torch.equal(convert(forward)[0](x), quantized(x))
+
+
+def test_pruned_weights_stay_zero():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        network[0].weight[:, ::2] = 0.0
+    x = torch.randn(256, 4) @ torch.randn(4, 16)  # inputs go together: neighbours could make up for each other
+    quantized = la.quantize(network, [x], target="portable", effort="high")
+    integers = quantized_forwards(quantized)[""].bank.refined["0"].integers
+    assert not integers[:, ::2].any()
+    assert integers[:, 1::2].any()
