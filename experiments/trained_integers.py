@@ -5,10 +5,13 @@ ResNet-8 w16, the network of the demo and the quickstart, and a MobileNetV2-like
 with two efforts, with the same 1,024 training images, and compared on 1,000 held-out ones: signal-to-noise ratio (SQNR) of the logits
 against float, and accuracy. Seeds fixed before the run.
 
+`--demo`: the demo's run (channels and weights pruned, target `onnxruntime`), with its quantization-aware training, and with the same
+epochs in float, quantized at the end with each effort; accuracy on the 1,000 held-out images.
+
 `--mobilenet`: MobileNetV2 with ImageNet weights instead, calibrated with random crops of 12 photographs and compared on crops of 12 others;
 it needs the packages of `experiments.int8_quality`. The seed draws the crops.
 
-    OMP_NUM_THREADS=1 python -m experiments.trained_integers [--quick] [--mobilenet] [--minutes 38]
+    OMP_NUM_THREADS=1 python -m experiments.trained_integers [--quick] [--demo] [--mobilenet] [--minutes 38]
 """
 
 import argparse
@@ -21,11 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+import yaml
 from torch import nn
 
 import lightning_accel as la
 from examples.data import Images
+from examples.models import ImageClassifier
 from experiments import print_environment
 from experiments.qat_fashion import KIND, NETWORKS, fit
 from experiments.trials import interval, run_trials
@@ -72,6 +78,51 @@ def trial(seed: int, network: str, settings: Mapping[str, int]) -> dict[str, Any
     return {"float": round(plain, 3), **efforts(trained, calibration, x, y)}
 
 
+def demo(seed: int, settings: Mapping[str, int]) -> dict[str, Any]:
+    """Accuracy in percent of the demo's run, trained quantization-aware and quantized after training."""
+    config = yaml.safe_load((Path(la.__file__).parent / "demo" / "config.yaml").read_text())
+    data = Images("mnist", **config["data"]["init_args"])
+
+    def run(*names: str) -> tuple[L.Trainer, L.LightningModule]:
+        L.seed_everything(seed, verbose=False)
+        sections = [(s["class_path"].rpartition(".")[2], s["init_args"]) for s in config["trainer"]["callbacks"]]
+        callbacks = [getattr(la, name)(**arguments) for name, arguments in sections if name in names]
+        trainer = L.Trainer(
+            max_epochs=settings["epochs"] or config["trainer"]["max_epochs"],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=callbacks,
+        )
+        trainer.fit(module := ImageClassifier(**config["model"]["init_args"]), data)
+        return trainer, module
+
+    def accuracy(network: nn.Module) -> float:
+        with torch.no_grad():
+            found = [(network.eval()(x).argmax(1) == y) for x, y in data.val_dataloader()]
+        return round(100 * float(torch.cat(found).float().mean()), 3)
+
+    pruning = ("ChannelPruning", "WeightPruning")
+    _, module = run(*pruning)
+    found = {"float": accuracy(module)}
+    for effort in EFFORTS:
+        torch.manual_seed(seed)
+        found[effort] = accuracy(la.quantize(module, data.train_dataloader(), target="onnxruntime", effort=effort))
+    _, aware = run(*pruning, "QuantizationAwareTraining")
+    return {**found, "QAT": accuracy(aware)}
+
+
+def report_demo(lines: list[dict[str, Any]]) -> None:
+    """Print the means, and the differences to quantization without training."""
+    print("| | accuracy, % | over `standard` [95 %] |\n|---|--:|--:|")
+    for what in ("float", *EFFORTS, "QAT"):
+        mean, half = interval([line[what] - line["standard"] for line in lines])
+        print(f"| {what} | {statistics.fmean(line[what] for line in lines):.2f} | {mean:+.2f} ± {half:.2f} |")
+
+
 def pretrained(seed: int, settings: Mapping[str, int]) -> dict[str, Any]:
     """MobileNetV2 with ImageNet weights on photographs."""
     from experiments.int8_quality import crops, mobilenet_v2, photographs
@@ -113,6 +164,7 @@ def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images: shows that it runs")
+    parser.add_argument("--demo", action="store_true", help="the demo's run")
     parser.add_argument("--mobilenet", action="store_true", help="MobileNetV2 with ImageNet weights")
     parser.add_argument("--minutes", type=float, default=38.0, help="stop before this; a re-run goes on")
     arguments = parser.parse_args()
@@ -121,14 +173,19 @@ def main() -> None:
     settings = {"epochs": 4, "images": 4000, "test": 1000, "calibration": 1024}
     if arguments.quick:
         settings = {"epochs": 1, "images": 256, "test": 200, "calibration": 128}
-    rows = {network: partial(trial, network=network, settings=settings) for network in NETWORKS}
+    networks = NETWORKS[:1] if arguments.quick else NETWORKS
+    rows = {network: partial(trial, network=network, settings=settings) for network in networks}
     if arguments.mobilenet:
         settings = {"pixels": 96, "test": 400, "calibration": 512}
         rows = {"MobileNetV2": partial(pretrained, settings=settings)}
+    if arguments.demo:
+        settings = {"epochs": 0}  # as its config says
+        rows = {"demo": partial(demo, settings=settings)}
     print_environment()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "quick.jsonl" if arguments.quick else RESULTS
-        report(run_trials(file, rows, SEEDS[:1] if arguments.quick else SEEDS, settings, arguments.minutes))
+        lines = run_trials(file, rows, SEEDS[:1] if arguments.quick else SEEDS, settings, arguments.minutes)
+        (report_demo if arguments.demo else report)(lines)
 
 
 if __name__ == "__main__":

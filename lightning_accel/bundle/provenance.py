@@ -1,5 +1,6 @@
 """The command and configuration that started a run."""
 
+import inspect
 import math
 import shlex
 import sys
@@ -35,8 +36,31 @@ def run_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
     if datamodule is not None:
         settings[type(datamodule).__name__] = _plain(datamodule.hparams)
     settings["Trainer"] = {name: getattr(trainer, name) for name in _TRAINER}
-    settings["callbacks"] = {str(i): type(c).__name__ for i, c in enumerate(callbacks_of(trainer, L.Callback))}
+    settings["callbacks"] = {
+        f"{i} {type(c).__name__}": _arguments(c) for i, c in enumerate(callbacks_of(trainer, L.Callback))
+    }
     return {"command": command, "config": None, "settings": {name: value for name, value in settings.items() if value}}
+
+
+def _arguments(callback: L.Callback) -> str:
+    """The constructor's arguments that aren't its defaults, as far as the callback keeps them under their names."""
+    owners = (callback, getattr(callback, "settings", None))
+    found = []
+    for name, parameter in inspect.signature(type(callback).__init__).parameters.items():
+        value = next(
+            (vars(owner)[name] for owner in owners if name in getattr(owner, "__dict__", {})), parameter.default
+        )
+        if name != "self" and value is not parameter.default and value != parameter.default:
+            found.append(f"{name}={_plain_argument(value)}")
+    return ", ".join(found)
+
+
+def _plain_argument(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain_argument, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_plain_argument(v)}' for key, v in value.items())}}}"
+    return str(value) if isinstance(value, _PLAIN) else str(getattr(value, "name", type(value).__name__))
 
 
 def _plain(parameters: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
-from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, at_least, checked, one_of
+from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, above, at_least, checked, one_of
 from lightning_accel.core.callback import compression_callbacks
 from lightning_accel.core.clock import step_of
 from lightning_accel.core.packages import TrainerCallback
@@ -35,6 +35,7 @@ from lightning_accel.core.patching import patches_of_run
 from lightning_accel.core.shards import gathered, whole_copy
 from lightning_accel.core.strategies import Capability, prepares_early, require, shards
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
+from lightning_accel.engines.manifest import MANIFEST
 from lightning_accel.engines.registry import all_engines, engine_named, engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
@@ -102,6 +103,10 @@ class ModelExport(TrainerCallback):
         benchmark: how those variants are measured: batch sizes, callers, times; ``None`` takes at most 3 minutes for a small CNN.
         output_kind: what the first output holds: ``"classes"``: logits, scored by the largest; ``"values"``, scored by R² and your own
             metrics. ``None``: by the type of the held-out targets, integers or floating point.
+        flipped: how many of the samples whose prediction isn't the float32 network's the report shows, images as pictures. They are part of
+            your data; without it the report counts them.
+        previous: bundle that the report compares this one with, both run in turns on the held-out data; ``None``: the one that is replaced.
+        price_per_hour: price of an hour of a machine like this one, in any currency: the report then states what a million samples cost.
         strict: whether one failing engine fails the run. By default the other engines ship, manifest and report mark the failed
             one with its reason, a warning says so, before training if it fails then already, and only if none passes it is an error.
         name: the callback's name.
@@ -123,8 +128,10 @@ class ModelExport(TrainerCallback):
         samples=at_least(1),
         batch=one_of("dynamic", "fixed"),
         keep_samples=at_least(0),
+        flipped=at_least(0),
         outputs=NOT_EMPTY,
         name=NOT_EMPTY,
+        price_per_hour=above(0),
     )
     def __init__(
         self,
@@ -150,6 +157,9 @@ class ModelExport(TrainerCallback):
         name: str = "export",
         batch: str | None = None,
         batch_axis: dict[str, int | None] | None = None,
+        flipped: int = 0,
+        previous: str | os.PathLike[str] | None = None,
+        price_per_hour: float | None = None,
     ) -> None:
         chosen = [engines] if isinstance(engines, str) else engines
         for engine in chosen or ():
@@ -186,6 +196,12 @@ class ModelExport(TrainerCallback):
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.module, self.outputs, self.batch, self.batch_axis = module, outputs, batch, batch_axis
         self.budgets, self.benchmark, self.output_kind, self.strict = budgets, benchmark, output_kind, strict
+        if previous is not None and not (Path(expanded(previous)) / MANIFEST).is_file():
+            raise InvalidArgumentError(
+                f"Argument `previous` must be the folder of a bundle, with a {MANIFEST}, but got {os.fspath(previous)!r}."
+            )
+        self.flipped, self.price_per_hour = flipped, price_per_hour
+        self.previous = None if previous is None else expanded(previous)
         self.report: dict[str, Any] | None = None
         self._exported = ""  # checkpoint that the report is of
         self.repeat = ""  # command that repeats the export, if it isn't `export`
@@ -397,6 +413,9 @@ class ModelExport(TrainerCallback):
             benchmark=self.benchmark,
             output_kind=self.output_kind,
             strict=self.strict,
+            flipped=self.flipped,
+            previous=self.previous,
+            price_per_hour=self.price_per_hour,
             **run_facts,
         )
 

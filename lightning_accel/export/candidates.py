@@ -16,7 +16,7 @@ from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.engines.registry import engine_named
 from lightning_accel.errors import VerificationError
 from lightning_accel.export.default_rule import Choice, choose_default, speed_ratios
-from lightning_accel.export.evaluate import correct_samples, through_engine, user_metrics
+from lightning_accel.export.evaluate import Predicted, predicted, through_engine, user_metrics
 from lightning_accel.export.failures import ARITHMETIC, BUILD, LOAD, VERIFY, EngineFailures
 from lightning_accel.export.files import MODEL, REFERENCE, Files, build_line, engine_file
 from lightning_accel.export.fp16_alternative import build_alternative, choose_precision, verify_alternative
@@ -52,6 +52,7 @@ class Candidates:
         scores: quality of each network that ran, by label.
         earned: whether quantization-aware training was worth it, in sentences.
         gained: change of accuracy by quantization-aware training; ``None`` where it isn't known.
+        predicted: predictions of all held-out data by each network that ran, by label; ``None`` without classes.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Candidates:
     scores: dict[str, Scores] = field(default_factory=dict)
     earned: list[str] = field(default_factory=list)
     gained: Change | None = None
+    predicted: Predicted | None = None
 
     @property
     def labelled(self) -> bool:
@@ -182,7 +184,8 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
             check.raise_if_failed(spec.command)
             files.checks.append(check)
         networks = {label: runner.run for label, runner in runners.items()}
-        right = {} if not spec.predicts else correct_samples(networks, files.shipped, whole, spec.data)
+        candidates.predicted = predicted(networks, files.shipped, whole, spec.data) if spec.predicts else None
+        right = {} if candidates.predicted is None else candidates.predicted.right
         candidates.scores = {label: Scores(right.get(label)) for label in runners}
         candidates.rows |= {
             label: replace(candidates.rows[label], correct=int(hits.sum()), total=len(hits))
@@ -194,7 +197,7 @@ def run_all(candidates: Candidates, spec: ExportSpec, files: Files, whole: nn.Mo
             candidates.rows, f"{candidates.name} {spec.precision}", spec, whole
         )
         candidates.gained = None if gained is None else Change(ACCURACY, *gained)
-        measured = _measure_latency(candidates.rows, runners, files, spec.batch_size)
+        measured = measure_latency(candidates.rows, runners, files, spec.batch_size)
     finally:
         for runner in runners.values():
             runner.close()
@@ -398,14 +401,14 @@ def _beside_first(candidates: Candidates, row: Row, file: Path, files: Files, sp
         _load(path, candidates.rows[first].engine, candidates.threads) as before,
         _load(file, row.engine, candidates.threads) as runner,
     ):
-        right = (
-            correct_samples({row.name: runner.run}, files.shipped, spec.whole, spec.data) if candidates.labelled else {}
-        )
-        hits = right.get(row.name)
+        found = predicted({row.name: runner.run}, files.shipped, spec.whole, spec.data) if candidates.labelled else None
+        hits = None if found is None else found.right[row.name]
+        if found is not None and candidates.predicted is not None:
+            candidates.predicted.of |= found.of
         candidates.scores[row.name] = Scores(hits)
         correct, total = (None, None) if hits is None else (int(hits.sum()), len(hits))
         pair = {first: replace(candidates.rows[first]), row.name: replace(row, correct=correct, total=total)}
-        _measure_latency(pair, {first: before, row.name: runner}, files, spec.batch_size)
+        measure_latency(pair, {first: before, row.name: runner}, files, spec.batch_size)
         if not candidates.labelled and spec.bare:
             pair[row.name].metrics = metrics_through(spec, files.shipped, runner)
             candidates.scores[row.name] = Scores(metrics=pair[row.name].metrics)
@@ -417,7 +420,15 @@ def _load(file: Path, engine: str | None, threads: int) -> Runner:
     return load_runner(file, engine, threads=chosen)
 
 
-def _measure_latency(rows: dict[str, Row], runners: Mapping[str, Runner], files: Files, batch: int) -> BenchmarkResult:
+def measure_latency(rows: dict[str, Row], runners: Mapping[str, Runner], files: Files, batch: int) -> BenchmarkResult:
+    """Measure calls of runners in turns, and write the latencies into their rows.
+
+    Args:
+        rows: by label.
+        runners: by label; the first is the one that speed-ups refer to.
+        files: give the samples.
+        batch: samples in a call.
+    """
     feeds = files.layout.sized(files.samples, batch)
     measured = benchmark({label: partial(runner.run, feeds) for label, runner in runners.items()})
     for m in measured.measurements:

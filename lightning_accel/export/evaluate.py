@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -116,27 +117,61 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """A hook that does nothing."""
 
 
-def correct_samples(
-    networks: Mapping[str, Network], export: OnnxExport, module: nn.Module, data: HeldOut
-) -> dict[str, np.ndarray]:
-    """Samples that each network predicts correctly (top-1), over all held-out data in its order.
+@dataclass
+class Predicted:
+    """Predictions (top-1) of networks over all held-out data in its order.
 
-    Returns:
-        ``{name: (S,) booleans}``; empty where batches hold no class labels or outputs are no logits ``(N, C)``.
+    Args:
+        labels: ``(S,)``.
+        classes: number of classes.
+        of: ``{name: (S,)}`` of each network.
     """
-    right: dict[str, list[np.ndarray]] = {}
+
+    labels: np.ndarray
+    classes: int
+    of: dict[str, np.ndarray]
+
+    @property
+    def right(self) -> dict[str, np.ndarray]:
+        """``{name: (S,) booleans}``: samples that each network predicts correctly."""
+        return {name: predictions == self.labels for name, predictions in self.of.items()}
+
+
+def predicted(
+    networks: Mapping[str, Network], export: OnnxExport, module: nn.Module, data: HeldOut
+) -> Predicted | None:
+    """Predict all held-out data with each network; ``None`` where batches hold no class labels or outputs are no logits ``(N, C)``."""
+    found: dict[str, list[np.ndarray]] = {}
+    told: list[np.ndarray] = []
+    classes = 0
     example = export.example
     fixed = {} if example.batch_axes else {name: array.shape for name, array in example.feeds().items()}
     for call, target in data.calls(module):
         labels = class_labels(target)
         if labels is None:
-            return {}
+            return None
         feeds = export.example.named(call)
         if fixed and {name: array.shape for name, array in feeds.items()} != fixed:
             continue  # the last batch, which is smaller than the one that the file takes
         for name, network in networks.items():
             logits = next(iter(network(feeds).values()))
             if logits.ndim != 2 or len(logits) != len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:
-                return {}
-            right.setdefault(name, []).append(logits.argmax(1) == labels.numpy())
-    return {name: np.concatenate(parts) for name, parts in right.items()}
+                return None
+            found.setdefault(name, []).append(logits.argmax(1))
+            classes = max(classes, logits.shape[1])
+        told.append(labels.numpy())
+    if not told or not found:
+        return None
+    return Predicted(np.concatenate(told), classes, {name: np.concatenate(parts) for name, parts in found.items()})
+
+
+def correct_samples(
+    networks: Mapping[str, Network], export: OnnxExport, module: nn.Module, data: HeldOut
+) -> dict[str, np.ndarray]:
+    """Samples that each network predicts correctly (top-1), over all held-out data in its order.
+
+    Returns:
+        ``{name: (S,) booleans}``; empty where :func:`predicted` returns ``None``.
+    """
+    found = predicted(networks, export, module, data)
+    return {} if found is None else found.right

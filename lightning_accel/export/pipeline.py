@@ -11,11 +11,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_accel.benchmarking.environment import environment
+from lightning_accel.benchmarking.layer_times import layer_times
 from lightning_accel.benchmarking.measure import BenchmarkResult
+from lightning_accel.bundle.model_card import MODEL_CARD, model_card
 from lightning_accel.bundle.revision import git_revision
 from lightning_accel.bundle.writer import staged, write_manifest
 from lightning_accel.calls.contexts import mode
 from lightning_accel.core.progress import progress_of
+from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import sha256_of
 from lightning_accel.export.bundle_reports import kept_float, notes, verification_line, write_reports
 from lightning_accel.export.candidates import (
@@ -26,9 +29,11 @@ from lightning_accel.export.candidates import (
     row_that_ships,
     run_all,
 )
+from lightning_accel.export.class_report import classes_of, flipped_of
 from lightning_accel.export.default_engine import decide_default, output_kind_of
 from lightning_accel.export.file_size import why_not_smaller
 from lightning_accel.export.files import MODEL, REFERENCE, Files, write_files
+from lightning_accel.export.previous import since
 from lightning_accel.export.spec import ExportSpec
 from lightning_accel.export.verdict import verdict_of, with_budgets
 from lightning_accel.quantization.graph.prepare import quantization_map
@@ -88,23 +93,53 @@ def write_bundle(spec: ExportSpec, dirpath: str | Path) -> Report:
         report.ships = row_that_ships(candidates, content["default"], spec, files, folder)
         report.rows = list(candidates.rows.values())
         report.verdict = verdict_of(candidates, choice, report, spec)
+        _add_details(report, spec, files, candidates, folder, content["default"], dirpath)
         write_reports(folder, report)
         written = report.to_dict()
-        write_manifest(
-            folder,
-            {
-                **content,
-                "axes": {n: {str(a): s for a, s in of_input.items()} for n, of_input in files.shipped.axes.items()},
-                "metadata": dict(spec.metadata),
-                "complete": not spec.unfinished,
-                "unfinished": list(spec.unfinished),
-                "git": git_revision(),
-                "run": {"id": spec.run.get("id"), "checkpoint": _checkpoint(spec.checkpoint)},
-                **{key: written[key] for key in ("phases", "layers", "verification", "proofs", "environment")},
-                "benchmark": {**report.benchmark, "rows": written["rows"], "threads": candidates.threads},
-            },
-        )
+        content |= {
+            "ships": report.ships,
+            "axes": {n: {str(a): s for a, s in of_input.items()} for n, of_input in files.shipped.axes.items()},
+            "metadata": dict(spec.metadata),
+            "complete": not spec.unfinished,
+            "unfinished": list(spec.unfinished),
+            "git": git_revision(),
+            "run": {"id": spec.run.get("id"), "checkpoint": _checkpoint(spec.checkpoint)},
+            **{key: written[key] for key in ("phases", "layers", "verification", "proofs", "environment")},
+            "benchmark": {**report.benchmark, "rows": written["rows"], "threads": candidates.threads},
+        }
+        name = report.title.partition(",")[0]
+        with load_runner(folder / MODEL, "onnxruntime", emulate=True) as runner:
+            card = model_card(name, content, runner.inputs, runner.outputs)
+        (folder / MODEL_CARD).write_text(card, encoding="utf-8")
+        write_manifest(folder, content)
     return report
+
+
+def _add_details(
+    report: Report,
+    spec: ExportSpec,
+    files: Files,
+    candidates: Candidates,
+    folder: Path,
+    default: dict[str, Any],
+    dirpath: str | Path,
+) -> None:
+    """Add what a reader asks next: class by class, what changed, time per layer, costs, and the bundle before."""
+    report.price_per_hour = spec.price_per_hour
+    verdict, seen = report.verdict, candidates.predicted
+    if seen is not None:
+        baseline = "" if verdict is None else verdict.baseline
+        report.classes = classes_of(seen, report.ships, baseline, spec.metadata.get("class_names"))
+        report.flipped = flipped_of(seen, report.ships, candidates.float32, spec, spec.flipped)
+    shipped = candidates.rows[report.ships]
+    file = folder / default["file"]
+    if shipped.p50_ms is None:  # it doesn't run on this machine
+        return
+    if default["engine"] == "onnxruntime":
+        feeds = files.layout.sized(files.samples, spec.batch_size)
+        report.layer_times = {**layer_times(file, feeds, candidates.threads), "batch": spec.batch_size}
+    earlier = Path(spec.previous or dirpath)
+    report.previous = since(earlier, shipped, file, files, spec, candidates.threads, classify=seen is not None)
 
 
 def _ranges(files: Files) -> dict[str, list[float]]:

@@ -52,6 +52,9 @@ class ExportSpec:
         checkpoint: file that holds the weights; its SHA-256 goes into the manifest.
         strict: whether one failing engine fails the export.
         refused: engines whose kernels compute another arithmetic on this machine, and why.
+        flipped: how many samples whose prediction changed are part of the report.
+        previous: bundle to compare with; ``None``: the one that is replaced, if there is one.
+        price_per_hour: of a machine like this one; ``None``: no costs.
         untrained: predictions of the int8 network before training, see :mod:`~lightning_accel.export.ptq_baseline`.
     """
 
@@ -85,6 +88,9 @@ class ExportSpec:
     strict: bool = False
     refused: Mapping[str, InvalidArgumentError] = field(default_factory=dict)
     untrained: Mapping[str, Any] | None = None
+    flipped: int = 0
+    previous: str | None = None
+    price_per_hour: float | None = None
 
     @property
     def whole(self) -> nn.Module:

@@ -51,6 +51,10 @@ def facts(report: Report) -> list[Fact]:
         found.append(Fact("Latency", f"{shipped.p50_ms:.3g} ms", _latency(shipped, first, report), not slower))
     else:
         found.append(Fact("Latency", "not measured", shipped.note, good=False))
+    if (cost := report.cost_of_a_million(shipped)) is not None:
+        before = report.cost_of_a_million(first)
+        told = "" if before is None or first is shipped else f"instead of {price(before)} with {first.name}"
+        found.append(Fact("Cost of a million", price(cost), told))
     checks = report.verification
     if checks:
         passed = sum(bool(check.get("passed")) for check in checks)
@@ -88,6 +92,26 @@ def size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}" if name != "kB" or count >= 1e5 else f"{count / unit:.1f} {name}"
     return f"{count:g} B"
+
+
+def price(value: float) -> str:
+    """An amount of money with two digits after the point, or two significant ones.
+
+    Example:
+        >>> [price(v) for v in (1234.5, 0.5, 0.00123)]
+        ['1,234.50', '0.50', '0.0012']
+    """
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def cost_line(report: Report) -> str:
+    """How the cost of a million samples is computed; empty without a price."""
+    if report.price_per_hour is None:
+        return ""
+    return (
+        f"Cost of a million samples: calls with a batch of {report.batch_size}, one after the other, at the median latency measured "
+        f"here, on a machine for {price(report.price_per_hour)} an hour; without what the machine does besides."
+    )
 
 
 def _accuracy(shipped: Row, first: Row, change: str | None) -> str:

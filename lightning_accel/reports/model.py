@@ -200,6 +200,15 @@ class Report:
         comparison: the variants, where they were compared; as in ``comparison.json``.
         benchmark: ``null_ratio`` (interval of a network over itself), ``rounds``, ``noisy``.
         environment: the machine.
+        classes: predictions class by class: ``names``; ``network``, the row that ships, and ``baseline``; ``confusion`` (a row for each
+            class, a column for each prediction of what ships); ``accuracy`` and ``baseline_accuracy`` of each class.
+        flipped: predictions of what ships that aren't those of ``baseline``, the float32 network: ``count`` of ``samples``, ``better``,
+            ``worse``, ``neither``; ``shown``: ``index``, ``label``, ``before``, ``after`` and, of images, ``picture`` (a data URI).
+        layer_times: ONNX Runtime's profile of ``file``: ``batch``, ``threads``, ``total_ms`` and ``layers`` (``name``, ``kind``, ``ms``,
+            ``share``).
+        previous: the bundle that this one is compared with: ``path``, ``written``, ``ships``; its ``row`` and this one's ``now``, measured
+            in turns; ``change`` of accuracy with ``low`` and ``high``, ``same`` (share of equal predictions); or ``reason`` if it can't be.
+        price_per_hour: of a machine like this one, from the user.
         notes: further sentences.
         schema: of this format.
     """
@@ -224,8 +233,19 @@ class Report:
     comparison: dict[str, Any] | None = None
     benchmark: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, Any] = field(default_factory=dict)
+    flipped: dict[str, Any] = field(default_factory=dict)
+    layer_times: dict[str, Any] = field(default_factory=dict)
+    previous: dict[str, Any] = field(default_factory=dict)
+    price_per_hour: float | None = None
     notes: list[Note] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def cost_of_a_million(self, row: Row) -> float | None:
+        """Price of a million samples in calls of ``batch_size``, one after the other; ``None`` without price or latency."""
+        if self.price_per_hour is None or row.p50_ms is None or not self.batch_size:
+            return None
+        return 1e6 / self.batch_size * row.p50_ms / 3_600_000 * self.price_per_hour
 
     def notes_of(self, kind: str) -> list[str]:
         """The sentences of one kind."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_accel.reports import sections
+from lightning_accel.reports import details, sections
 from lightning_accel.reports.facts import Fact, decision_of, facts
 from lightning_accel.reports.markup import Markup, join, tag
 from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Report, as_report
@@ -12,8 +12,12 @@ from lightning_accel.reports.model import INCOMPLETE, QAT_BENEFIT, Report, as_re
 _SECTIONS = {
     "comparison": ("Before and after", sections.before_after),
     "variants": ("Runtime variants", sections.variants),
+    "previous": ("Since the last bundle", details.previous),
+    "classes": ("Class by class", details.classes),
+    "flipped": ("Predictions that changed", details.flipped),
     "verification": ("Is it what was trained?", sections.verification),
     "layers": ("Layer by layer", sections.layers),
+    "times": ("Time per layer", details.layer_times),
     "training": ("Training", sections.training),
     "engines": ("Engines", sections.engines),
     "making": ("How it was made", sections.making),

@@ -1,6 +1,5 @@
 """The comparison as a table, and the report of a run as Markdown."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -163,4 +162,4 @@ def plain(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
-    return json.dumps(value) if isinstance(value, Mapping) else str(value)
+    return ", ".join(f"{name} {plain(v)}" for name, v in value.items()) if isinstance(value, Mapping) else str(value)

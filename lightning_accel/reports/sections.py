@@ -6,7 +6,7 @@ from typing import Any
 from lightning_accel.benchmarking.comparison import null_line
 from lightning_accel.benchmarking.pareto import ParetoPoint, pareto_front
 from lightning_accel.benchmarking.scores import score_titles
-from lightning_accel.reports.facts import size
+from lightning_accel.reports.facts import cost_line, price, size
 from lightning_accel.reports.layers import layers_of, totals_of
 from lightning_accel.reports.markup import Markup, join, tag
 from lightning_accel.reports.model import Report, Row
@@ -23,20 +23,30 @@ def before_after(report: Report) -> Markup | None:
     if not rows:
         return None
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    titles = ["network", "accuracy", *metrics, "parameters", "size", "p50, ms", "p90, ms", "speed-up"]
+    million = [report.cost_of_a_million(row) for row in rows]
+    priced = any(cost is not None for cost in million)
+    # On a phone the first columns are in sight: what a network is worth, and how much faster it is.
+    scored = ["accuracy", *metrics] if any(row.accuracy is not None for row in rows) or not metrics else metrics
+    titles = ["network", scored[0], "speed-up", *scored[1:], "p50, ms", "p90, ms", "size", "parameters"]
+    titles += ["cost of a million"] if priced else []
     lines = []
-    for row in rows:
+    for row, cost in zip(rows, million, strict=True):
         interval, speed = row.accuracy_interval, (row.speedup_low, row.speedup_high)
+        cells: dict[str, Any] = {name: _number(row.metrics.get(name), ".4f") for name in metrics}
+        cells["accuracy"] = under(
+            share(row.accuracy), None if interval is None else _interval(*(100 * end for end in interval))
+        )
         lines.append(
             [
                 under(row.name, row.engine, row.note),
-                under(share(row.accuracy), None if interval is None else _interval(*(100 * end for end in interval))),
-                *(_number(row.metrics.get(name), ".4f") for name in metrics),
-                _number(row.parameters, ","),
-                None if row.file_bytes is None else size(row.file_bytes),
+                cells[scored[0]],
+                under(_times(row.speedup), None if None in speed or row is rows[0] else _interval(*speed)),
+                *(cells[name] for name in scored[1:]),
                 _number(row.p50_ms, ".3f"),
                 _number(row.p90_ms, ".3f"),
-                under(_times(row.speedup), None if None in speed or row is rows[0] else _interval(*speed)),
+                None if row.file_bytes is None else size(row.file_bytes),
+                _number(row.parameters, ","),
+                *([None if cost is None else price(cost)] if priced else []),
             ]
         )
     ships = [index for index, row in enumerate(rows) if row.name == report.ships]
@@ -48,7 +58,8 @@ def before_after(report: Report) -> Markup | None:
         if refused
         else None
     )
-    return join([shown, others, _plots(_points_of_rows(rows, report.ships), "networks")])
+    told = tag("p", cost_line(report), class_="lead") if priced else None
+    return join([shown, told, others, _plots(_points_of_rows(rows, report.ships), "networks")])
 
 
 def variants(report: Report) -> Markup | None:
@@ -93,7 +104,7 @@ def variants(report: Report) -> Markup | None:
         caption = f"Speed-ups are over {comparison['baseline']}."
         parts += [
             table(caption, titles, lines, marked=marked),
-            _plots(_points_of_variants(ran, comparison), "variants", scores[0]),
+            _plots(_points_of_variants(ran, comparison), "variants", scores[0], _limits(comparison)),
         ]
     if left := [variant for variant in found if variant["status"] != "ran"]:
         rows = [[variant["name"], variant["status"], variant.get("reason")] for variant in left]
@@ -237,7 +248,21 @@ def machine(report: Report) -> Markup | None:
     return join(parts) if parts else None
 
 
-def _plots(points: Mapping[str, Sequence[ParetoPoint]], what: str, score: str = "accuracy") -> Markup | None:
+def _limits(comparison: Mapping[str, Any]) -> dict[str, float | None]:
+    """Budgets of the decision, where they lie in the plots: latency in ms, size in bytes, and the lowest score as a share."""
+    budgets = (comparison.get("decision") or {}).get("budgets") or {}
+    base: Mapping[str, Any] = next((v for v in comparison["variants"] if v["name"] == comparison["baseline"]), {})
+    drop, score = budgets.get("max_drop"), base.get("accuracy")
+    lowest = None if drop is None or score is None else score - drop / 100
+    return {"latency": budgets.get("max_latency_ms"), "size": budgets.get("max_bytes"), "score": lowest}
+
+
+def _plots(
+    points: Mapping[str, Sequence[ParetoPoint]],
+    what: str,
+    score: str = "accuracy",
+    limits: Mapping[str, float | None] | None = None,
+) -> Markup | None:
     """The two Pareto plots with their keys; a plot needs two points."""
     figures = []
     for cost, of in points.items():
@@ -253,9 +278,20 @@ def _plots(points: Mapping[str, Sequence[ParetoPoint]], what: str, score: str = 
             tag(
                 "figure",
                 tag("h3", title),
-                pareto_plot(of, f"{title} of the {what}", cost, score),
+                pareto_plot(
+                    of,
+                    f"{title} of the {what}",
+                    cost,
+                    score,
+                    (limits or {}).get(cost.partition(",")[0]),
+                    (limits or {}).get("score"),
+                ),
                 tag("ul", *keys, class_="keys"),
-                tag("figcaption", "Filled and along the dashed line: no other is both better and cheaper. Bars: 95 %."),
+                tag(
+                    "figcaption",
+                    "Filled and along the dashed line: no other is both better and cheaper. Bars: 95 %."
+                    + (" Red: the budgets." if any((limits or {}).values()) else ""),
+                ),
             )
         )
     return tag("div", *figures, class_="plots") if figures else None

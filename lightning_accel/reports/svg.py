@@ -13,7 +13,14 @@ _NEAR = 11.0  # markers closer than this share a number
 _FEW = 30.0  # a factor between costs beyond which the axis is logarithmic
 
 
-def pareto_plot(points: Sequence[ParetoPoint], title: str, cost: str, score: str = "accuracy") -> Markup:
+def pareto_plot(
+    points: Sequence[ParetoPoint],
+    title: str,
+    cost: str,
+    score: str = "accuracy",
+    most: float | None = None,
+    least: float | None = None,
+) -> Markup:
     """Accuracy against a cost, with the front marked; filled points are on it.
 
     Args:
@@ -21,13 +28,16 @@ def pareto_plot(points: Sequence[ParetoPoint], title: str, cost: str, score: str
         title: title of the plot.
         cost: title of the horizontal axis.
         score: name of the score.
+        most: largest cost within the budget, drawn as a line.
+        least: lowest score within the budget, as a share, drawn as a line.
     """
     height, top, bottom = 264.0, 14.0, 42.0
-    costs = [point.cost for point in points]
+    costs = [*(point.cost for point in points), *([] if most is None else [most])]
     x = axis_of(costs, _LEFT, _WIDTH - _RIGHT, zero=True)
     if max(costs) > _FEW * min(costs):
         x = axis_of(costs, _LEFT, _WIDTH - _RIGHT, log=True)
-    y = axis_of([100 * v for p in points for v in (p.low, p.high)], height - bottom, top)
+    scores = [*(v for p in points for v in (p.low, p.high)), *([] if least is None else [least])]
+    y = axis_of([100 * v for v in scores], height - bottom, top)
     front = pareto_front(points)
     marks = []
     for point in sorted(points, key=lambda p: p in front):
@@ -53,7 +63,14 @@ def pareto_plot(points: Sequence[ParetoPoint], title: str, cost: str, score: str
     line = tag("path", d=path, class_="front")
     names = ", ".join(point.name for point in front)
     says = f"{title}. On the front: {names}."
-    return _figure(height, says, _frame(x, y, height - bottom, cost, f"{score}, %"), line, join(marks))
+    lines = []
+    if most is not None:
+        lines.append(tag("line", x1=x(most), x2=x(most), y1=top, y2=height - bottom, class_="budget"))
+        says += f" Budget: at most {short(most)}."
+    if least is not None:
+        lines.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(100 * least), y2=y(100 * least), class_="budget"))
+        says += f" Budget: at least {100 * least:.2f} %."
+    return _figure(height, says, _frame(x, y, height - bottom, cost, f"{score}, %"), join(lines), line, join(marks))
 
 
 def curve(values: Sequence[tuple[float, float]], title: str, phases: Sequence[tuple[str, float, float]]) -> Markup:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from lightning_accel import __version__
+from lightning_accel.bundle.model_card import model_card
 from lightning_accel.bundle.writer import staged
 from lightning_accel.core.arguments import checked, one_of
 from lightning_accel.core.optional import require
 from lightning_accel.engines.base import load_runner
 from lightning_accel.engines.manifest import check_files, read_manifest
 from lightning_accel.errors import InvalidArgumentError
-from lightning_accel.serving.packages.model_card import model_card
 
 KINDS = ("oci", "sagemaker", "hf-endpoint", "azureml", "mlflow")
 _HERE = Path(__file__).parent
@@ -142,7 +142,9 @@ def _hf_endpoint(bundle: Path, folder: Path, name: str, manifest: Mapping[str, A
     shutil.copytree(bundle, folder / "bundle")
     shutil.copy2(_HERE / "hf_handler.py", folder / "handler.py")
     _write_requirements(folder, manifest, serve=False)
-    (folder / "README.md").write_text(model_card(bundle, name, manifest), encoding="utf-8")
+    with load_runner(bundle) as runner:
+        card = model_card(name, manifest, runner.inputs, runner.outputs)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _azureml(bundle: Path, folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
