@@ -176,7 +176,7 @@ def main() -> None:
     networks = NETWORKS[:1] if arguments.quick else NETWORKS
     rows = {network: partial(trial, network=network, settings=settings) for network in networks}
     if arguments.mobilenet:
-        settings = {"pixels": 96, "test": 400, "calibration": 512}
+        settings = {"pixels": 96, "test": 200, "calibration": 256}
         rows = {"MobileNetV2": partial(pretrained, settings=settings)}
     if arguments.demo:
         settings = {"epochs": 0}  # as its config says

@@ -7,6 +7,7 @@ from lightning_accel.benchmarking.comparison import Comparison
 from lightning_accel.benchmarking.markdown import MISSING, markdown_table
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.reports.comparison_text import render_comparison
+from lightning_accel.reports.details_text import details_text
 from lightning_accel.reports.model import LayerTable, Report, Row, as_report
 
 
@@ -62,6 +63,7 @@ def render_markdown(report: Report | Mapping[str, Any], summary: Sequence[str] =
         parts += ["## Comparison", comparison_table(report.rows)]
     if report.verdict is not None and report.verdict.refused:
         parts += ["\n".join(f"- {name} doesn't ship: {why}." for name, why in report.verdict.refused.items())]
+    parts += details_text(report)
     if report.verification:
         parts += ["## Verification", _records(map(_readable, report.verification))]
     if report.engines:

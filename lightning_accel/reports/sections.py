@@ -290,7 +290,7 @@ def _plots(
                 tag(
                     "figcaption",
                     "Filled and along the dashed line: no other is both better and cheaper. Bars: 95 %."
-                    + (" Red: the budgets." if any((limits or {}).values()) else ""),
+                    + (" Dotted: the budgets." if any((limits or {}).values()) else ""),
                 ),
             )
         )

@@ -71,6 +71,16 @@ def test_the_page_has_all_sections_and_nothing_becomes_markup():
     assert all(given["src"].startswith("data:image/png;base64,") for given in page.all("img"))
 
 
+def test_markdown_says_the_same():
+    text = render_markdown(detailed())
+    assert "| accuracy    | 95.00 % | 96.00 % | +1.00 points [-1.00, +3.00] |" in text
+    assert "3 of 20 held-out samples" in text
+    assert "| dog " in text
+    assert "## Time per layer" in text
+    assert text.count("conv") == 30
+    assert not any(title in render_markdown(whole_report()) for title in ("## Class by class", "## Since the last"))
+
+
 def test_without_the_data_nothing_is_said():
     page = Page(render_html(whole_report()))
     assert not set(DETAILS) & set(page.ids)
