@@ -36,13 +36,18 @@ _SAMPLES, _TRAINED_SAMPLES = 64, 1024  # that steps look at, and that training s
 
 
 def check_effort(effort: str) -> str:
-    """Return ``effort`` if it is known.
+    """Return ``effort`` if it is known and can be made here.
 
     Raises:
-        InvalidArgumentError: it isn't.
+        InvalidArgumentError: it isn't, or can't.
     """
     if effort not in EFFORTS:
         raise InvalidArgumentError(f"Argument `effort` must be one of {sorted(EFFORTS)}, but got {effort!r}.")
+    if effort == "trained" and torch.is_inference_mode_enabled():
+        raise InvalidArgumentError(
+            'Argument `effort` must not be "trained" inside of `torch.inference_mode()`, which has no gradients, but got it there. '
+            "Call it outside."
+        )
     return effort
 
 

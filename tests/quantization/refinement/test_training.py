@@ -10,6 +10,7 @@ from torch import nn
 
 import lightning_accel as la
 from lightning_accel.calls.copies import split_samples
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.quantization.refinement import training
 from tests.support.models import Classifier, images, loader
@@ -141,6 +142,14 @@ def test_results_without_a_gradient_are_left_alone(quick, caplog):
     with caplog.at_level("INFO"):
         la.quantize(Detached(), [torch.randn(32, 4)], target="portable", effort="trained")
     assert "it is left out" in caplog.text
+
+
+def test_inference_mode_is_refused_before_anything_runs(depthwise):
+    with (
+        torch.inference_mode(),
+        pytest.raises(InvalidArgumentError, match='must not be "trained" inside of'),
+    ):
+        la.quantize(depthwise, calibration(32), target="portable", effort="trained")
 
 
 def test_a_tied_weight_keeps_one_set_of_integers(quick):
