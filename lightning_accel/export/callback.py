@@ -27,7 +27,7 @@ from lightning_accel.calls.contexts import builds_layers_late, has_forward
 from lightning_accel.calls.discovery import chosen_path, find_submodule
 from lightning_accel.calls.learned import called_path
 from lightning_accel.core import structure
-from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, above, at_least, checked, one_of
+from lightning_accel.core.arguments import FOLDER, JSON, NOT_EMPTY, Rule, above, at_least, checked, one_of, shown
 from lightning_accel.core.callback import compression_callbacks
 from lightning_accel.core.clock import step_of
 from lightning_accel.core.packages import TrainerCallback
@@ -132,6 +132,7 @@ class ModelExport(TrainerCallback):
         outputs=NOT_EMPTY,
         name=NOT_EMPTY,
         price_per_hour=above(0),
+        previous=FOLDER,
     )
     def __init__(
         self,
@@ -196,9 +197,9 @@ class ModelExport(TrainerCallback):
         self.metadata, self.dynamic, self.keep_samples = metadata or {}, dynamic or {}, keep_samples
         self.module, self.outputs, self.batch, self.batch_axis = module, outputs, batch, batch_axis
         self.budgets, self.benchmark, self.output_kind, self.strict = budgets, benchmark, output_kind, strict
-        if previous is not None and not (Path(expanded(previous)) / MANIFEST).is_file():
+        if previous is not None and not os.path.isfile(os.path.join(expanded(previous), MANIFEST)):
             raise InvalidArgumentError(
-                f"Argument `previous` must be the folder of a bundle, with a {MANIFEST}, but got {os.fspath(previous)!r}."
+                f"Argument `previous` must be the folder of a bundle, with a {MANIFEST}, but got {shown(os.fspath(previous))}."
             )
         self.flipped, self.price_per_hour = flipped, price_per_hour
         self.previous = None if previous is None else expanded(previous)
