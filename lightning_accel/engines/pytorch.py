@@ -55,7 +55,9 @@ class PyTorchRunner(Runner):
             import_module(name)  # registers the operators of quantized programs
         extra = {NAMES_FILE: ""}
         try:
-            with warnings.catch_warnings():  # older versions tell that they read constants from memory that isn't theirs
+            with (
+                warnings.catch_warnings()
+            ):  # older versions tell that they read constants from memory that isn't theirs
                 warnings.filterwarnings("ignore", "The given buffer is not writable")
                 program = torch.export.load(str(path), extra_files=extra)
         except Exception as error:  # torch raises unrelated types

@@ -63,7 +63,9 @@ def convert(
         _drop_what_only_others_need(graph_module, choose)
     trained, own = TrainedIntegers({}, {}), set(graph_module._buffers)
     for node in list(graph_module.graph.nodes):
-        if node.target is torch.ops.aten.view.default:  # as captured; integers and their sums may lie in memory in another order
+        if (
+            node.target is torch.ops.aten.view.default
+        ):  # as captured; integers and their sums may lie in memory in another order
             node.target = torch.ops.aten.reshape.default
         if node.op != "call_module":
             continue
