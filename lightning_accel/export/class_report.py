@@ -1,8 +1,7 @@
 """Predictions class by class, and those that changed, for the report."""
 
 import base64
-import struct
-import zlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,16 +106,8 @@ def picture(sample: np.ndarray) -> str:
         return ""
     low, high = sample.min(), sample.max()
     pixels = ((sample - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
-    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+    from PIL import Image  # comes with matplotlib; imported by the few reports that show samples
 
-
-def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of ``(H, W, C)`` bytes with 1 or 3 channels (https://www.w3.org/TR/png/)."""
-    height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # 0: no filter
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
-    made = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(made)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
