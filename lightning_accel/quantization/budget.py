@@ -16,7 +16,7 @@ from lightning_accel.quantization.sensitivity import sensitivity
 from lightning_accel.quantization.weight_only.ptq import quantize_weights
 from lightning_accel.quantization.weight_only.targets import is_weight_only
 
-_EFFORTS = ("standard", "high")
+_EFFORTS = ("standard", "high", "trained")
 _METHODS = ("rtn", "gptq", "awq")  # of weights alone
 
 

@@ -130,3 +130,12 @@ def test_a_budget_for_weights_alone(fragile_weights):
         la.quantization.quantize_within(
             module, [x], lambda candidate: len(rounded_layers(candidate)), 0, higher_is_better=False, target="int4"
         )
+
+
+def test_training_is_the_last_effort(fragile):
+    module, x = fragile
+    message = "1 with effort 'standard' and 1 with effort 'high' and 1 with effort 'trained', and by more than that"
+    with pytest.raises(RunError, match=message):
+        la.quantization.quantize_within(
+            module, [x], lambda candidate: float(candidate is module), 0.1, target="portable"
+        )
