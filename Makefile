@@ -1,10 +1,10 @@
-# make demo | make test | make lint | make docs | make empty-environments | make experiments-compare | make install | make zoo | make gpu-check
+# make demo | make test | make lint | make docs | make empty-environments | make experiments-compare | make install | make zoo | make gpu-check | make test-versions
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ZOO := .venv-zoo/.installed
 
-.PHONY: install demo test coverage lint docs wheel empty-environments experiments-compare gpu-check zoo clean
+.PHONY: install demo test coverage lint docs wheel empty-environments experiments-compare gpu-check test-versions zoo clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ docs: $(INSTALLED)
 empty-environments: wheel
 	CONSTRAINTS=$(CURDIR)/constraints.txt .ci/first-minutes $(BIN)/python
 	.ci/runtime-versions $(BIN)/python
+
+# The suite with the oldest and the newest versions: make test-versions ARGS="oldest tests/onnx"
+test-versions:
+	.ci/test-versions $(PYTHON) $(ARGS)
 
 # New results of the experiments beside the recorded ones: make experiments-compare ARGS="--against HEAD~5"
 experiments-compare: $(INSTALLED)

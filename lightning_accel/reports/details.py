@@ -1,4 +1,4 @@
-"""Sections for who decides: class by class, what changed in predictions, since the last bundle, and time per layer."""
+"""Sections for decision makers: class by class, what changed in predictions, since the last bundle, and time per layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a bundle tells who decides: class by class, flips, time per layer, the bundle before, costs, and the model card."""
+"""What a bundle tells decision makers: class by class, flips, time per layer, the bundle before, costs, and the model card."""
 
 import json
 

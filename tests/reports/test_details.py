@@ -1,4 +1,4 @@
-"""Sections for who decides: class by class, predictions that changed, since the last bundle, time per layer, costs, budgets."""
+"""Sections for decision makers: class by class, predictions that changed, since the last bundle, time per layer, costs, budgets."""
 
 import base64
 import json
