@@ -82,15 +82,28 @@ class LivePlan:
         Raises:
             InvalidArgumentError: one ran another number of times, though its submodule ran.
         """
-        wanted = self.calls[training]
-        for (path, function), count in calls.items():
-            if count != (expected := wanted.get((path, function), count)):
-                where = ".".join(filter(None, (self.name, path)))
-                raise InvalidArgumentError(
-                    f"Module `{where}` must call `{function}` {expected} times, as when quantization was planned, but got {count}. "
-                    "Python in `forward` has chosen another way. Put each way into a submodule of its own, or leave it out of "
-                    "quantization with `exclude`."
-                )
+        check_calls(self.calls[training], calls, self.name)
+
+
+def check_calls(wanted: Calls, calls: Calls, name: str) -> None:
+    """Check that each function that was called was called as often as wanted, wherever a number is.
+
+    Args:
+        wanted: numbers of calls.
+        calls: of one run.
+        name: of the module, for the message.
+
+    Raises:
+        InvalidArgumentError: one was called more often, or less often.
+    """
+    for (path, function), count in calls.items():
+        if count != (expected := wanted.get((path, function), count)):
+            where = ".".join(filter(None, (name, path)))
+            raise InvalidArgumentError(
+                f"Module `{where}` must call `{function}` {expected} times, as when quantization was planned, but got {count}. "
+                "Python in `forward` has chosen another way. Put each way into a submodule of its own, or leave it out of "
+                "quantization with `exclude`."
+            )
 
 
 class FakeQuantMode(SiteMode):

@@ -38,13 +38,13 @@ from lightning_accel.quantization.graph.attention import take_apart_attention
 from lightning_accel.quantization.graph.capture import CALLS, capture, one_rank
 from lightning_accel.quantization.graph.forms import SCALED_LINEAR, forms_of
 from lightning_accel.quantization.graph.insert import DYNAMIC, place_fake_quants
-from lightning_accel.quantization.graph.live import FakeQuantMode, LivePlan
+from lightning_accel.quantization.graph.live import FakeQuantMode, LivePlan, check_calls
 from lightning_accel.quantization.graph.plan import QuantizationPlan, plan_points
 from lightning_accel.quantization.graph.sites import Calls, counted_calls, quantizable, site_of
 from lightning_accel.quantization.graph.smoothable import smoothable_rows
 
 ACTIVATIONS = ("static", "dynamic", "float")
-_THROWS = 8  # trial runs in training at most
+_LEAST_THROWS, _THROWS = 4, 8  # trial runs in training: a coin in them should fall on both sides
 _NOT_LINEAR = "the range of the moment is for linear layers"
 
 
@@ -200,13 +200,17 @@ class QuantizedForward:
         """The same in training; submodules that a coin leaves out (https://arxiv.org/abs/1603.09382) get several throws."""
         wanted = {site[:2] for node in plan.operators.values() if (site := site_of(node)) is not None}
         found: Calls = Counter()
+        throws: list[Calls] = []
         for seed in range(_THROWS):
             calls = self._calls_of(training=True, seed=seed)
             if calls is None:
                 return None
+            throws.append(calls)
             found |= calls
-            if wanted <= found.keys():
+            if seed + 1 >= _LEAST_THROWS and wanted <= found.keys():
                 break
+        for calls in throws:  # better told now than in the step in which the coin falls
+            check_calls(found, calls, self.path or type(self.module).__name__)
         return found
 
     def follow(self) -> bool:

@@ -454,3 +454,25 @@ def test_a_submodule_under_two_names(target):
     module.eval()
     with torch.no_grad():
         assert torch.equal(module(x), convert(forward)[0](x))
+
+
+class Drops(nn.Module):
+    """Leaves out residual blocks by a coin, with the additions in one `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]), nn.Linear(8, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            if not self.training or torch.rand(()) > 0.3:
+                x = x + block(x)
+        return self.head(x)
+
+
+def test_a_coin_that_changes_how_often_something_is_called_is_told_before_the_first_step():
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"Module `Drops` must call `TensorBase\.add` \d times.*Put each way into a submodule",
+    ):
+        quantized(Drops(), torch.randn(4, 8))
