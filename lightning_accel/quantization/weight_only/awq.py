@@ -5,6 +5,8 @@ makes the channels: the weight of a norm, or the rows of a linear layer. Which o
 powers of two as factors nothing is rounded, so the network must compute what it did before.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core.effective_weight import linear_layers
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
-from lightning_accel.quantization.weight_only.layers import inputs_of, rows_of
+from lightning_accel.quantization.weight_only.layers import block_of, inputs_of, rows_of
 
 _STRENGTHS = tuple(i / 20 for i in range(20))  # powers of the mean magnitude; 0 changes nothing
 _CLIPS = tuple(1 - i / 20 for i in range(11))  # of the value of largest magnitude in a group
 _ROWS = 512  # input vectors of a layer that are kept
-_EQUAL = (
-    1e-5  # of the largest value: sums of float32 in another order; a wrong producer is wrong by a multiple of the value
-)
+_TRIES = 4  # linear layers that may make an input
+_EQUAL = 1e-5  # of the largest value: float32's sums in another order; a wrong maker changes values by multiples
 
 Run = Callable[[Any], Any]
 
@@ -33,7 +34,22 @@ class _Seen:
 
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)  # some of them, (rows, channels)
     magnitude: dict[str, torch.Tensor] = field(default_factory=dict)  # sum over all of them, (channels,)
-    together: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)  # layers that read one tensor
+    together: list["_Shared"] = field(default_factory=list)
+
+
+@dataclass
+class _Shared:
+    """A tensor that layers read.
+
+    Args:
+        tensor: only as long as the network holds it, too.
+        maker: the norm that returned it, if any.
+        readers: names of the layers.
+    """
+
+    tensor: "weakref.ref[torch.Tensor]"
+    maker: str = ""
+    readers: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -53,49 +69,66 @@ def scale_and_clip_(
         For each layer that was scaled, the module that makes its input.
     """
     layers = {name: module.get_submodule(name) for name in names}
-    seen = _watch(layers, batches, call)
+    seen = _watch(module, layers, batches, call)
     scaled: dict[str, str] = {}
-    for group in seen.together.values():
-        if len({inputs_of(layers[name]) for name in group}) == 1:
-            maker = _scale(module, group, layers, seen, grid, batches[0], call)
-            scaled |= dict.fromkeys(group, maker) if maker else {}
+    for shared in seen.together:
+        if shared.readers:
+            maker = _scale(module, shared, layers, seen, grid, batches[0], call)
+            scaled |= dict.fromkeys(shared.readers, maker) if maker else {}
     for name, vectors in seen.vectors.items():
         _clip(layers[name], vectors, grid)
     return scaled
 
 
-def _watch(layers: dict[str, nn.Module], batches: Sequence[Any], call: Run) -> _Seen:
+def _watch(module: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any], call: Run) -> _Seen:
     seen, kept = _Seen(), {name: list[torch.Tensor]() for name in layers}
     rows = max(1, _ROWS // len(batches))
-    alive: list[torch.Tensor] = []  # of the first batch, so that no two share an address
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def reads(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+            x = args[0]
             if not kept[name]:
-                alive.append(x)
-                seen.together.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
-            flat = x.float().reshape(-1, x.shape[-1])
+                shared = next((one for one in reversed(seen.together) if one.tensor() is x), None)
+                if shared is None:
+                    seen.together.append(shared := _Shared(weakref.ref(x)))
+                shared.readers.append(name)
+            flat = x.detach().float().reshape(-1, x.shape[-1])
             kept[name].append(flat[:: max(1, len(flat) // rows)][:rows].clone())
             seen.magnitude[name] = seen.magnitude.get(name, 0.0) + flat.abs().sum(0)
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    def makes(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if isinstance(result, torch.Tensor):
+                seen.together.append(_Shared(weakref.ref(result), name))
+
+        return add
+
+    hooks = [layer.register_forward_pre_hook(reads(name)) for name, layer in layers.items()]
+    norms = {name: part for name, part in module.named_modules() if _weight_of(part).ndim == 1}
+    first = [part.register_forward_hook(makes(name)) for name, part in norms.items()]
     try:
         for batch in batches:
             call(batch)
-            alive.clear()
+            while first:  # what reads what is the same in each batch
+                first.pop().remove()
     finally:
-        for hook in hooks:
+        for hook in hooks + first:
             hook.remove()
     seen.vectors = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return seen
 
 
+def _weight_of(part: nn.Module) -> torch.Tensor:
+    """A module's own parameter `weight`; a number if it has none."""
+    weight = part._parameters.get("weight")
+    return torch.zeros(()) if weight is None else weight
+
+
 def _scale(
     module: nn.Module,
-    group: Sequence[str],
+    shared: _Shared,
     layers: dict[str, nn.Module],
     seen: _Seen,
     grid: GroupGrid,
@@ -103,6 +136,7 @@ def _scale(
     call: Run,
 ) -> str:
     """Scale the inputs of layers that read one tensor; returns the name of what makes it, empty if nothing was scaled."""
+    group = shared.readers
     x = seen.vectors[group[0]]
     weights = [rows_of(layers[name]).float() for name in group]
     wanted = [x @ weight.T for weight in weights]
@@ -122,7 +156,7 @@ def _scale(
     if factor is None:
         return ""
     consumers = [layers[name] for name in group]
-    name, maker = _maker(module, group, consumers, batch, call)
+    name, maker = _maker(module, shared, consumers, batch, call)
     if maker is not None:
         _apply(maker, consumers, factor)
         seen.vectors |= {name: seen.vectors[name] / factor for name in group}
@@ -130,7 +164,7 @@ def _scale(
 
 
 def _maker(
-    module: nn.Module, group: Sequence[str], consumers: Sequence[nn.Module], batch: Any, call: Run
+    module: nn.Module, shared: _Shared, consumers: Sequence[nn.Module], batch: Any, call: Run
 ) -> tuple[str, nn.Module | None]:
     """The module whose channels are the inputs of some layers, and that nothing else reads: found by trying."""
     channels = inputs_of(consumers[0])
@@ -138,7 +172,7 @@ def _maker(
     factor = torch.exp2(torch.randint(-2, 3, (channels,), generator=generator).float())
     factor = factor.to(next(module.parameters()).device)
     before: list[torch.Tensor] | None = None
-    for name, maker in _candidates(module, group, channels):
+    for name, maker in _candidates(module, shared, channels):
         before = _results(call(batch)) if before is None else before
         _apply(maker, consumers, factor)
         try:
@@ -150,28 +184,22 @@ def _maker(
     return "", None
 
 
-def _candidates(module: nn.Module, group: Sequence[str], channels: int) -> Iterator[tuple[str, nn.Module]]:
-    """Norms and linear layers with as many channels, the nearest in the network's order first."""
-    modules = [(name, part) for name, part in module.named_modules() if name not in group]
-    order = {name: place for place, (name, _) in enumerate(module.named_modules())}
-    linear = linear_layers(module)
-    users: dict[int, int] = {}
-    for _, part in module.named_modules():
-        for parameter in part.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-
-    def fits(name: str, part: nn.Module) -> bool:
-        weight = getattr(part, "weight", None)
-        if not isinstance(weight, nn.Parameter) or users[id(weight)] > 1:
-            return False
-        if name in linear:
-            return rows_of(part).shape[0] == channels
-        return weight.shape == (channels,)
-
-    first = order[group[0]]
-    for name, part in sorted(modules, key=lambda item: abs(order[item[0]] - first))[:40]:
-        if fits(name, part):
-            yield name, part
+def _candidates(module: nn.Module, shared: _Shared, channels: int) -> Iterator[tuple[str, nn.Module]]:
+    """The norm that returned the tensor, or linear layers of the same block with as many outputs, the nearest in its order first."""
+    users = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    parts = dict(module.named_modules())
+    if shared.maker:
+        found = [shared.maker]
+    else:
+        order = {name: place for place, name in enumerate(parts)}
+        block, place = block_of(shared.readers[0]), order[shared.readers[0]]
+        near = [n for n in linear_layers(module) if block_of(n) == block or shared.readers[0] == block]
+        found = [n for n in near if n not in shared.readers and rows_of(parts[n]).shape[0] == channels]
+        found = sorted(found, key=lambda name: abs(order[name] - place))[:_TRIES]
+    for name in found:
+        weight = _weight_of(parts[name])
+        if weight.ndim and users[id(weight)] == 1 and (weight.ndim == 2 or weight.shape == (channels,)):
+            yield name, parts[name]
 
 
 def _apply(maker: nn.Module, consumers: Sequence[nn.Module], factor: torch.Tensor) -> None:

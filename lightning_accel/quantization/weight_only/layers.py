@@ -1,5 +1,6 @@
 """Select linear layers, and round their weights in place."""
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -13,6 +14,18 @@ from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid, check_group
 
 KIND = "quantize_weights"
+_BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")
+
+
+def block_of(name: str) -> str:
+    """Name of the transformer block that a layer belongs to; its own name if it belongs to none.
+
+    Example:
+        >>> block_of("model.layers.3.mlp.up_proj"), block_of("lm_head")
+        ('model.layers.3', 'lm_head')
+    """
+    found = _BLOCK.match(name)
+    return found[1] if found else name
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Weight-only quantization without training: round to nearest, GPTQ, or AWQ."""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from itertools import groupby
@@ -19,10 +18,9 @@ from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.weight_only.awq import scale_and_clip_
 from lightning_accel.quantization.weight_only.gptq import gptq_weight
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
-from lightning_accel.quantization.weight_only.layers import inputs_of, quantize_change, rows_of, select_layers
+from lightning_accel.quantization.weight_only.layers import block_of, inputs_of, quantize_change, rows_of, select_layers
 from lightning_accel.quantization.weight_only.targets import WeightOnlyTarget, weight_only_target
 
-_BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")  # name of the transformer block that a layer belongs to
 METHODS = ("rtn", "gptq", "awq")
 
 
@@ -112,17 +110,12 @@ def _default_call(module: nn.Module) -> Callable[[Any], Any]:
     return lambda batch: module(**batch) if isinstance(batch, dict) else module(batch)
 
 
-def _block_of(name: str) -> str:
-    found = _BLOCK.match(name)
-    return found[1] if found else name
-
-
 @torch.no_grad()
 def _gptq_(
     module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
 ) -> None:
     """Round block by block: each block's Hessians are of inputs that come through the blocks rounded before."""
-    for _, block in groupby(names, _block_of):
+    for _, block in groupby(names, block_of):
         layers = {name: module.get_submodule(name) for name in block}
         for name, hessian in _hessians(layers, batches, call).items():
             rows = rows_of(layers[name])
