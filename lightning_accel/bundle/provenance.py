@@ -50,8 +50,10 @@ def _arguments(callback: L.Callback) -> str:
         value = next(
             (vars(owner)[name] for owner in owners if name in getattr(owner, "__dict__", {})), parameter.default
         )
-        if name != "self" and value is not parameter.default and value != parameter.default:
-            found.append(f"{name}={_plain_argument(value)}")
+        told = _plain_argument(value)
+        # Texts are compared: whether two tensors or tables are equal isn't one answer.
+        if name != "self" and value is not parameter.default and told != _plain_argument(parameter.default):
+            found.append(f"{name}={told}")
     return ", ".join(found)
 
 
@@ -60,7 +62,10 @@ def _plain_argument(value: Any) -> str:
         return f"[{', '.join(map(_plain_argument, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {_plain_argument(v)}' for key, v in value.items())}}}"
-    return str(value) if isinstance(value, _PLAIN) else str(getattr(value, "name", type(value).__name__))
+    if isinstance(value, _PLAIN):
+        return str(value)
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) else type(value).__name__
 
 
 def _plain(parameters: Any) -> dict[str, Any]:

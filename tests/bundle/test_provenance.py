@@ -2,6 +2,7 @@
 
 import csv
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -67,4 +68,18 @@ def test_without_a_config_the_run_is_told_by_its_settings(trainer, monkeypatch):
     assert record.run["config"] is None
     assert record.run["settings"]["Classifier"] == {"width": 8, "lr": 0.05, "dropout": 0.1}
     assert record.run["settings"]["Trainer"]["max_epochs"] == 1
-    assert "Record" in record.run["settings"]["callbacks"].values()
+    assert record.run["settings"]["callbacks"]["0 Record"] == ""  # no arguments
+
+
+class Keeps(lightning.Callback):
+    """Has arguments that have no single answer to whether they are equal."""
+
+    def __init__(self, prototypes=None, weights=(1, 2), rate=0.1):
+        self.prototypes, self.weights, self.rate = prototypes, weights, rate
+
+
+def test_arguments_of_callbacks_may_be_tensors(trainer):
+    record = Record()
+    keeps = Keeps(torch.ones(3), weights=(torch.zeros(2), torch.ones(2)), rate=0.5)
+    trainer(record, keeps, max_epochs=1).fit(Classifier(), loader())
+    assert record.run["settings"]["callbacks"]["1 Keeps"] == "prototypes=Tensor, weights=[Tensor, Tensor], rate=0.5"
