@@ -53,8 +53,9 @@ def since(
             **found,
             **_measured(Path(folder) / default["file"], default["engine"], ships, file, files, spec, threads, classify),
         }
-    except LightningAccelError as error:
-        return {**found, "reason": str(error).partition("\n")[0]}
+    except Exception as error:  # whatever an earlier bundle does, it may not cost this one
+        text = str(error).partition("\n")[0]
+        return {**found, "reason": text if isinstance(error, LightningAccelError) else f"{type(error).__name__}: {text}"}
 
 
 def _measured(

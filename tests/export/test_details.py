@@ -1,6 +1,7 @@
 """What a bundle tells decision makers: class by class, flips, time per layer, the bundle before, costs, and the model card."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import lightning_accel as la
 from lightning_accel.bundle.provenance import run_of
-from lightning_accel.engines.manifest import read_manifest
+from lightning_accel.engines.manifest import MANIFEST, read_manifest
 from lightning_accel.errors import InvalidArgumentError
 from tests.support.models import Classifier, images, loader
 
@@ -90,6 +91,17 @@ def test_other_inputs_can_t_be_compared(bundles, tmp_path):
 
     report = la.export_bundle(Other().eval(), held_out(), tmp_path / "o", previous=str(folder), **ONE)
     assert report["previous"]["reason"] == "its inputs are ['x'], and those of this one ['pixels']"
+
+
+def test_an_earlier_bundle_that_is_odd_costs_no_bundle(bundles, tmp_path):
+    folder, *_ = bundles
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    manifest = json.loads((odd / MANIFEST).read_text())
+    del manifest["default"]
+    (odd / MANIFEST).write_text(json.dumps(manifest))
+    report = la.export_bundle(Classifier().eval(), held_out(), tmp_path / "o", previous=str(odd), **ONE)
+    assert report["previous"]["reason"]
+    assert (tmp_path / "o" / MANIFEST).is_file()
 
 
 def test_bad_arguments_fail_at_once(tmp_path):
