@@ -32,11 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel as la
 from examples.models import ImageClassifier, ResNet
 from experiments import print_environment
+from experiments.qat_step import quantized, step_of
 from lightning_accel.benchmarking.measure import benchmark
-from lightning_accel.calls.shapes import describe_inputs
 from lightning_accel.engines.tensorrt.cuda import gpu_name, has_gpu
-from lightning_accel.quantization.arithmetic.targets import target_of
-from lightning_accel.quantization.graph.prepare import QuantizedForward
 
 LIMIT_S = 100
 Section = Callable[[str, bool], list[str]]
@@ -185,50 +183,43 @@ def ratios(device: str, quick: bool) -> list[str]:
     x, y = (tensor.to(device) for tensor in images(64))
     teacher, soft = ResNet(20, 16).to(device).eval(), la.losses.SoftTargetLoss()
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def waited(run: Callable[[], Any]) -> Callable[[], None]:
+        def step() -> None:
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
 
-    def step(quantized: bool = False, distilled: bool = False) -> Callable[[], None]:
+        return step
+
+    def student() -> ResNet:
         torch.manual_seed(0)
-        net = ResNet(8, 16).to(device)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-        forward = QuantizedForward(net, describe_inputs((x,), {}), target_of("portable")) if quantized else None
-        if forward is not None:
-            net.__dict__["forward"] = forward
+        return ResNet(8, 16).to(device)
 
-        def run() -> None:
-            if forward is not None:
-                forward.bank.learning = True
+    @torch.no_grad()
+    def wanted() -> torch.Tensor:
+        return teacher(x)
+
+    def distilled(net: ResNet) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+
+        def step() -> None:
             logits = net(x)
-            loss = cross_entropy(logits, y)
-            if distilled:
-                with torch.no_grad():
-                    wanted = teacher(x)
-                loss = loss + soft(logits, wanted)
+            loss = cross_entropy(logits, y) + soft(logits, wanted())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if forward is not None:
-                forward.bank.learning = False
-                forward.bank.update()
-            wait()
 
-        return run
+        return step
 
-    def forward_alone() -> None:
-        with torch.no_grad():
-            teacher(x)
-        wait()
-
-    steps = {
-        "plain": step(),
-        "null": step(),
-        "quantization-aware": step(quantized=True),
-        "distilled": step(distilled=True),
-        "teacher": forward_alone,
+    aware = student()
+    runs = {
+        "plain": step_of(student(), None, x),
+        "null": step_of(student(), None, x),
+        "quantization-aware": step_of(aware, quantized(aware, x), x),
+        "distilled": distilled(student()),
+        "teacher": wanted,
     }
-    measured = benchmark(steps, max_seconds=2.0 if quick else 20.0)
+    measured = benchmark({name: waited(run) for name, run in runs.items()}, max_seconds=2.0 if quick else 20.0)
     plain = measured["plain"].p50_ms
     lines = [
         f"{name}: {measured[name].p50_ms / plain:.3f} of a plain step of {plain:.2f} ms ({len(measured[name].samples)} rounds)"

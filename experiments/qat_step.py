@@ -39,7 +39,7 @@ ORDINARY = {
 
 def step_of(net: torch.nn.Module, forward: QuantizedForward | None, images: torch.Tensor) -> Callable[[], None]:
     """One training step of ``net``, quantization-aware if its forward was taken over."""
-    labels = torch.randint(0, 10, (len(images),))
+    labels = torch.randint(0, 10, (len(images),), device=images.device)
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
 
     def step() -> None:

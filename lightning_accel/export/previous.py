@@ -55,7 +55,10 @@ def since(
         }
     except Exception as error:  # whatever an earlier bundle does, it may not cost this one
         text = str(error).partition("\n")[0]
-        return {**found, "reason": text if isinstance(error, LightningAccelError) else f"{type(error).__name__}: {text}"}
+        return {
+            **found,
+            "reason": text if isinstance(error, LightningAccelError) else f"{type(error).__name__}: {text}",
+        }
 
 
 def _measured(
