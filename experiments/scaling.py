@@ -159,7 +159,7 @@ def overhead(folder: str, ranks: int, prunes: bool, steps: int) -> list[float]:
 
 def overheads(folder: Path, ranks: int, quick: bool) -> dict[str, list[list[float]]]:
     """Overheads of idle callbacks and of pruning, several times each."""
-    steps, rounds = (16, 1) if quick else (240, 12)
+    steps, rounds = (16, 1) if quick else (240, 24)
     return {
         what: [overhead(str(folder), ranks, prunes, steps) for _ in range(rounds)]
         for what, prunes in (("idle", False), ("pruning", True))
@@ -236,7 +236,7 @@ def compared(folder: Path, quick: bool) -> list[str]:
     """Overhead under DDP beside that of one process."""
     one, two = overheads(folder, 1, quick), on_ranks("overhead", folder, quick, 900)
     lines = []
-    for what in ("idle", "pruning"):
+    for what in one:
         values = {ranks: np.log([value for value, _, _ in found[what]]) for ranks, found in ((1, one), (2, two))}
         text = ", ".join(
             f"{ranks} rank{'s' if ranks > 1 else ''} {np.exp(v.mean()):.3f} ({', '.join(f'{np.exp(x):.3f}' for x in v)})"
