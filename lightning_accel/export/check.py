@@ -48,10 +48,8 @@ _SAMPLES = 8
 # Functions that aren't interrupted. Python drops what finalizers and callbacks of weak references raise; a context manager or an import
 # that stops half-way leaves the process in a state that nothing undoes.
 _WHOLE = frozenset({"__del__", "remove", "_remove", "__enter__", "__exit__", "_find_and_load"})
-_STACKS = (
-    os.path.join("torch", "_ops.py"),
-    os.path.join("utils", "_python_dispatch.py"),
-)  # torch's stacks of dispatch modes
+# Files of torch's stacks of dispatch modes.
+_STACKS = (os.path.join("torch", "_ops.py"), os.path.join("utils", "_python_dispatch.py"))
 _AGAIN_S = 1.0  # after which the alarm rings again, should it have been dropped all the same
 
 
@@ -171,10 +169,7 @@ def _tried(
         with _alarm(clock):
             detail, lines = step()
         found = Finding(name, "ok", detail, lines=lines)
-    except (
-        Exception,
-        _OutOfTimeError,
-    ) as error:  # torch.export, the exporter and the engines raise a dozen unrelated types
+    except (Exception, _OutOfTimeError) as error:  # torch.export and the engines raise a dozen unrelated types
         found = _failed(name, error, module, seconds)
     found.seconds = round(time.monotonic() - started, 2)
     return found

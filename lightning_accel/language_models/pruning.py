@@ -5,8 +5,7 @@ add to the residual stream on calibration data (https://arxiv.org/abs/2407.14679
 key-value head and the query heads that read it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -139,15 +138,6 @@ def _check(model: nn.Module, wanted: dict[str, int | None]) -> None:
         raise InvalidArgumentError(f"Arguments must leave something to remove, but got those of the model: {wanted}.")
 
 
-@contextmanager
-def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _importance(
     model: nn.Module, layers: list[Any], heads: int, batches: list[Any]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -186,10 +176,13 @@ def _importance(
         hooks.append(layer.register_forward_hook(change(place), with_kwargs=True))
         hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(attended(place)))
         hooks.append(layer.mlp.down_proj.register_forward_pre_hook(gated(place)))
-    with _hooked(hooks):
+    try:
         for batch in batches:
             args, kwargs = call_from_batch(model, batch)
             model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return changes, groups, channels
 
 

@@ -13,11 +13,10 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.quantization.ptq import quantize
 from lightning_accel.quantization.sensitivity import sensitivity
-from lightning_accel.quantization.weight_only.ptq import quantize_weights
+from lightning_accel.quantization.weight_only.ptq import METHODS, quantize_weights
 from lightning_accel.quantization.weight_only.targets import is_weight_only
 
 _EFFORTS = ("standard", "high", "trained")
-_METHODS = ("rtn", "gptq", "awq")  # of weights alone
 
 
 @checked()
@@ -64,7 +63,7 @@ def quantize_within(
     if not max_drop >= 0:
         raise InvalidArgumentError(f"Argument `max_drop` must be at least 0, but got {max_drop}.")
     weights = is_weight_only(options.get("target"))
-    raised, ways = ("method", _METHODS) if weights else ("effort", _EFFORTS)
+    raised, ways = ("method", METHODS) if weights else ("effort", _EFFORTS)
     if raised in options:
         raise InvalidArgumentError(
             f"Argument `{raised}` must be left out, since it is raised as needed, but got {options[raised]!r}."
