@@ -25,7 +25,7 @@ from lightning_accel.onnx.export import OnnxExport, export_onnx
 from lightning_accel.onnx.half_precision import BF16_OPSET, HALVES, check_lowered, lower_precision
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.reports.model import KEPT_FLOAT, LayerTable
-from lightning_accel.verification.compare import Network, verify
+from lightning_accel.verification.compare import Network, Remembered, verify
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
 from lightning_accel.verification.layout import Layout
@@ -54,6 +54,7 @@ class Files:
         checks: comparisons end to end.
         proofs: counts of what is equal bit for bit or node by node.
         kept: for the report: nodes that stay in float32, and why.
+        metrics: the user's metrics by PyTorch, once they were measured.
     """
 
     shipped: OnnxExport
@@ -66,6 +67,7 @@ class Files:
     checks: list[Verification] = field(default_factory=list)
     proofs: dict[str, Any] = field(default_factory=dict)
     kept: list[LayerTable] = field(default_factory=list)
+    metrics: dict[str, float] | None = None
 
 
 def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder: Path) -> Files:
@@ -91,7 +93,7 @@ def write_files(spec: ExportSpec, whole: nn.Module, example: ExampleCall, folder
     options |= {"outputs": spec.outputs}
     exported = export_onnx(whole, example, folder / (REFERENCE if half else MODEL), **options)
     samples = spec.data.samples(whole, exported.example, spec.samples, named=spec.names_batch)
-    network, layout = ModuleNetwork(whole, exported), Layout.of(exported.example)
+    network, layout = Remembered(ModuleNetwork(whole, exported)), Layout.of(exported.example)
     check_samples(layout.adapt(network), samples, spec.data.source)
     sizes = (1, 7, spec.batch_size)
     integers = check_integers(exported.path, exported.trained) if exported.trained else None

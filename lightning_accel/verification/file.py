@@ -4,14 +4,16 @@ Each node, fed PyTorch's values, must compute what PyTorch computes. End to end 
 much as PyTorch differs from itself, which in a deep network is far more than one node's rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
-from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.compare import Feeds, Network, Remembered, verify
 from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
@@ -117,7 +119,7 @@ def prove_file(
 
     Args:
         export: the file and the program it was written from.
-        network: the module, see :class:`~lightning_accel.verification.network.ModuleNetwork`.
+        network: the module, see :class:`~lightning_accel.verification.network.ModuleNetwork`; ``Remembered`` if it is compared again.
         samples: inputs, each ``(S, ...)``.
         tolerance: limits for the outputs of a network that hardly differs from itself.
         what: name of the file in the result and in messages.
@@ -133,11 +135,13 @@ def prove_file(
         VerificationError: they differ; the message names the first diverging node.
     """
     form = layout or Layout.of_samples(samples)
-    check = _end_to_end(export, form, network, samples, tolerance, what, batch_sizes, check_agreement)
+    known = network if isinstance(network, Remembered) else Remembered(network)
+    others = known.network.orders() if isinstance(known.network, ModuleNetwork) else {}
+    written: dict[bytes, Mapping[str, np.ndarray]] = {}
+    check = _end_to_end(export, form, known, written, samples, tolerance, what, batch_sizes, check_agreement)
     nodes = _nodes(export, samples, layout)
-    others = network.orders() if isinstance(network, ModuleNetwork) else {}
-    null = NullDivergence(export.path, samples, nodes.noise, network, others, layout)
-    random = "" if check.passed else check_repeatable(form.adapt(network), samples)
+    null = NullDivergence(export.path, samples, nodes.noise, known, others, layout, written)
+    random = "" if check.passed else check_repeatable(form.adapt(known.network), samples)
     if random:  # such a network is as far from itself as from anything
         check.failures.append(random)
     elif not nodes.diverging and not check.broken and (export.trained or not check.passed):
@@ -153,6 +157,7 @@ def _end_to_end(
     export: OnnxExport,
     form: Layout,
     network: Network,
+    written: dict[bytes, Mapping[str, np.ndarray]],
     samples: Feeds,
     tolerance: Tolerance,
     what: str,
@@ -163,7 +168,7 @@ def _end_to_end(
         with load_runner(export.path, "onnxruntime", emulate=True) as runner:
             return verify(
                 form.adapt(network),
-                form.adapt(runner.run),
+                form.adapt(Remembered(runner.run, written)),
                 samples,
                 engine=what,
                 tolerance=tolerance,

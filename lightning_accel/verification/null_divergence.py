@@ -19,7 +19,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.onnx.file import reads
-from lightning_accel.verification.compare import Feeds, Network, verify
+from lightning_accel.verification.compare import Feeds, Network, Remembered, verify
 from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
@@ -146,7 +146,7 @@ class _Draw:
 
 @contextmanager
 def noisy_runners(path: str | Path, **noise: Any) -> Iterator[dict[str, Runner]]:
-    """The file as written, and ``REPLICATES`` copies of it with noise, by name.
+    """``REPLICATES`` copies of a file with noise, by name.
 
     Args:
         path: the file.
@@ -154,7 +154,7 @@ def noisy_runners(path: str | Path, **noise: Any) -> Iterator[dict[str, Runner]]
     """
     model = onnx.load(path)
     with TemporaryDirectory() as folder:
-        runners = {"as written": load_runner(path, "onnxruntime", emulate=True)}
+        runners: dict[str, Runner] = {}
         try:
             for seed in range(REPLICATES):
                 file = Path(folder) / f"noise{seed}.onnx"
@@ -179,6 +179,7 @@ class NullDivergence:
         network: the network in PyTorch; ``None`` if it isn't available.
         others: the same in other orders of summation, by name.
         layout: how samples become the inputs of a call; ``None``: they are.
+        written: outputs of the file that are known, see :class:`~lightning_accel.verification.compare.Remembered`.
     """
 
     path: Path
@@ -187,6 +188,7 @@ class NullDivergence:
     network: Network | None = None
     others: Mapping[str, Network] = field(default_factory=dict)
     layout: Layout | None = None
+    written: dict[bytes, Mapping[str, np.ndarray]] = field(default_factory=dict)
     _known: dict[Any, dict[str, Verification]] = field(default_factory=dict)
 
     def orders(self, tolerance: Tolerance) -> dict[str, Verification]:
@@ -215,17 +217,20 @@ class NullDivergence:
         """
         key = (rounding, tuple(sorted((steps or {}).items())))
         if key not in self._known:
-            with self.runners(steps=steps, rounding=rounding) as runners:
-                clean = runners.pop("as written")
+            with (
+                load_runner(self.path, "onnxruntime", emulate=True) as written,
+                self.runners(steps=steps, rounding=rounding) as runners,
+            ):
+                clean = Remembered(written.run, self.written)
                 self._known[key] = {
-                    name: self._compared(clean.run, runner.run, name, tolerance) for name, runner in runners.items()
+                    name: self._compared(clean, runner.run, name, tolerance) for name, runner in runners.items()
                 }
         return self._known[key]
 
     def runners(
         self, *, steps: Mapping[str, float] | None = None, rounding: str | None = None
     ) -> AbstractContextManager[dict[str, Runner]]:
-        """The file as written, and copies of it with noise; arguments as for :meth:`noise`."""
+        """Copies of the file with noise; arguments as for :meth:`noise`."""
         rounding = rounding or (None if self.rms else "fp32")
         return noisy_runners(self.path, steps=steps, rms=None if rounding else self.rms, rounding=rounding)
 

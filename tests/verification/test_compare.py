@@ -7,6 +7,7 @@ import torch
 from onnx import numpy_helper
 
 from lightning_accel import VerificationError, export_onnx, load_runner, verify
+from lightning_accel.verification.compare import Remembered
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import check_nodes
 from lightning_accel.verification.tolerances import EMULATED_INT8, FLOAT, FP16, KERNEL_INT8
@@ -254,3 +255,29 @@ def test_thresholds_and_predictions_are_held_against_noise():
 
     failures = verify(network(0), flipped, samples, batch_sizes=(400,)).against(nulls).failures
     assert any(line.startswith("predictions agree on") and line.count("of the samples") for line in failures)
+
+
+def test_a_remembered_network_runs_once_on_the_same_inputs():
+    calls = []
+
+    def network(feeds):
+        calls.append(len(feeds["x"]))
+        return {"y": feeds["x"] * 2.0}
+
+    once, x = Remembered(network), np.arange(12, dtype=np.float32).reshape(6, 2)
+    for _ in range(2):
+        assert verify(once, network, {"x": x}, batch_sizes=(2, 6)).max_error == 0.0
+    assert sum(calls) == 12 + 2 * 12  # once by the remembered one
+    # What is equal in size, kind or bytes alone is another input.
+    for other in (x + 1, x.astype(np.float64), x.reshape(3, 4), x.view(np.int32), x.T):
+        np.testing.assert_array_equal(once({"x": other})["y"], other * 2.0)
+    np.testing.assert_array_equal(once({"x": x[::-1]})["y"], x[::-1] * 2.0)
+
+
+def test_a_remembered_network_keeps_no_more_than_its_limit(monkeypatch):
+    monkeypatch.setattr("lightning_accel.verification.compare._REMEMBERED", 100)
+    once = Remembered(lambda feeds: {"y": feeds["x"]})
+    for value in range(5):
+        x = np.full(10, value, np.float32)
+        np.testing.assert_array_equal(once({"x": x})["y"], x)
+    assert len(once.memory) == 2
