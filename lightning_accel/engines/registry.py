@@ -18,10 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_accel.core.entry_points import entry_point_names, load_entry_point
+from lightning_accel.core.registry import Registry
 from lightning_accel.errors import InvalidArgumentError, MissingPackageError
 
-ENTRY_POINTS = "lightning_accel.engines"
 UNLOADABLE = "installed, but can't be loaded"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -171,7 +170,15 @@ class EngineSpec:
         return cls(**arguments)
 
 
-_registered: dict[str, EngineSpec] = {}
+def resolve(path: str) -> Any:
+    """Import what an import path ``"package.module:name"`` names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+_ENGINES: Registry[EngineSpec] = Registry(
+    "engine", "lightning_accel.engines", _BUILTIN, lambda name: resolve(_BUILTIN[name]), EngineSpec
+)
 
 
 def register_engine(engine: EngineSpec) -> None:
@@ -183,12 +190,7 @@ def register_engine(engine: EngineSpec) -> None:
     Raises:
         InvalidArgumentError: another engine has this name.
     """
-    known = _find(engine.name)
-    if known is not None and known != engine:
-        raise InvalidArgumentError(
-            f"Argument `engine` must have a name that no other engine has, but got {engine.name!r}, which is {known.runner}."
-        )
-    _registered[engine.name] = engine
+    _ENGINES.register(engine.name, engine, "engine")
 
 
 def unregister_engine(name: str) -> None:
@@ -197,24 +199,22 @@ def unregister_engine(name: str) -> None:
     Raises:
         InvalidArgumentError: there is none of that name.
     """
-    if name not in _registered:
-        raise InvalidArgumentError(f"Argument `name` must be one of {sorted(_registered)}, but got {name!r}.")
-    del _registered[name]
+    _ENGINES.unregister(name)
 
 
 def registered_record(name: str) -> dict[str, Any] | None:
     """The record of an engine that another process doesn't know without being given it; ``None`` for all others."""
-    return _registered[name].to_dict() if name in _registered else None
+    return _ENGINES.registered[name].to_dict() if name in _ENGINES.registered else None
 
 
 def engine_names() -> list[str]:
     """Names of all engines: those of this package, those of entry points, and those registered in this process."""
-    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+    return list(_ENGINES)
 
 
 def all_engines() -> list[EngineSpec]:
     """Records of all engines, in the order of :func:`engine_names`."""
-    return [found for name in engine_names() if (found := _find(name)) is not None]
+    return [found for name in engine_names() if (found := _ENGINES.find(name)) is not None]
 
 
 def engine_named(name: str, argument: str = "engine") -> EngineSpec:
@@ -227,10 +227,7 @@ def engine_named(name: str, argument: str = "engine") -> EngineSpec:
     Raises:
         InvalidArgumentError: no engine has this name.
     """
-    found = _find(name)
-    if found is None:
-        raise InvalidArgumentError(f"Argument `{argument}` must be one of {sorted(engine_names())}, but got {name!r}.")
-    return found
+    return _ENGINES.get(name, argument)
 
 
 def probed_engines() -> list[str]:
@@ -240,7 +237,7 @@ def probed_engines() -> list[str]:
 
 def runs_onnx(name: str) -> bool:
     """Whether an engine runs ONNX files themselves, and so any part of one; ``False`` for an unknown engine."""
-    found = _find(name)
+    found = _ENGINES.find(name)
     return found is not None and found.source == "onnx"
 
 
@@ -267,19 +264,3 @@ def import_error(module: str) -> str:
     except (ImportError, OSError, RuntimeError) as error:
         return f"{UNLOADABLE}: {error}"
     return ""
-
-
-def resolve(path: str) -> Any:
-    """Import what an import path ``"package.module:name"`` names."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
-
-
-def _find(name: str) -> EngineSpec | None:
-    if name in _BUILTIN:
-        found: EngineSpec = resolve(_BUILTIN[name])
-        return found
-    if name in _registered:
-        return _registered[name]
-    loaded: EngineSpec | None = load_entry_point(ENTRY_POINTS, name, EngineSpec)
-    return loaded

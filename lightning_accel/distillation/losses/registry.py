@@ -1,18 +1,15 @@
 """Registry of named distillation losses, open to other distributions."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor
 
-from lightning_accel.core.entry_points import entry_point_names, load_entry_point
+from lightning_accel.core.registry import Registry
 from lightning_accel.distillation.scheduled import Number
 from lightning_accel.errors import InvalidArgumentError
-
-ENTRY_POINTS = "lightning_accel.losses"
 
 _BUILTIN = {  # name -> module and class below this package
     "kd": "logits.SoftTargetLoss",
@@ -32,7 +29,14 @@ _BUILTIN = {  # name -> module and class below this package
     "attention": "tokens.AttentionLoss",
     "minilm": "tokens.MiniLMLoss",
 }
-_registered: dict[str, Callable[..., Any]] = {}
+
+
+def _class_of(name: str) -> Callable[..., Any]:
+    module, _, cls = _BUILTIN[name].partition(".")
+    return cast("Callable[..., Any]", getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls))
+
+
+_LOSSES: Registry[Callable[..., Any]] = Registry("loss", "lightning_accel.losses", _BUILTIN, _class_of)
 
 
 def register_loss(name: str, factory: Callable[..., Callable[..., Tensor]]) -> None:
@@ -51,9 +55,7 @@ def register_loss(name: str, factory: Callable[..., Callable[..., Tensor]]) -> N
     """
     if not callable(factory):
         raise InvalidArgumentError(f"Argument `factory` must be a class or a function, but got {factory!r}.")
-    if name in loss_names() and _registered.get(name) is not factory:
-        raise InvalidArgumentError(f"Argument `name` must be one that no other loss has, but got {name!r}.")
-    _registered[name] = factory
+    _LOSSES.register(name, factory)
 
 
 def unregister_loss(name: str) -> None:
@@ -62,14 +64,12 @@ def unregister_loss(name: str) -> None:
     Raises:
         InvalidArgumentError: there is none of that name.
     """
-    if name not in _registered:
-        raise InvalidArgumentError(f"Argument `name` must be one of {sorted(_registered)}, but got {name!r}.")
-    del _registered[name]
+    _LOSSES.unregister(name)
 
 
 def loss_names() -> list[str]:
     """Names of all losses: those of this package, those of entry points, and those registered in this process."""
-    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+    return list(_LOSSES)
 
 
 def loss_factory(name: str) -> Callable[..., Any]:
@@ -78,16 +78,10 @@ def loss_factory(name: str) -> Callable[..., Any]:
     Raises:
         InvalidArgumentError: there is no such name.
     """
-    if name in _BUILTIN:
-        module, _, cls = _BUILTIN[name].partition(".")
-        return cast("Callable[..., Any]", getattr(import_module(f"lightning_accel.distillation.losses.{module}"), cls))
-    found = _registered.get(name) or load_entry_point(ENTRY_POINTS, name)
+    found = _LOSSES.find(name)
     if found is None:
-        names = loss_names()
-        near = get_close_matches(name, names, n=3, cutoff=0.4)
         raise InvalidArgumentError(
-            f"Argument `losses` must name one of {', '.join(names)}, or be a callable, but got {name!r}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            f"Argument `losses` must name one of {', '.join(_LOSSES)}, or be a callable, but got {name!r}.{_LOSSES.suggestion(name)}"
         )
     return found
 
@@ -121,6 +115,6 @@ def layers_of(name: str) -> str:
 def name_of(loss: Any) -> str:
     """The name of a loss object: the registered one, or that of its class or function."""
     known = {path.partition(".")[2]: name for name, path in _BUILTIN.items()}
-    known |= {getattr(factory, "__name__", ""): name for name, factory in _registered.items()}
+    known |= {getattr(factory, "__name__", ""): name for name, factory in _LOSSES.registered.items()}
     name = getattr(loss, "__name__", type(loss).__name__)
     return known.get(name, "loss" if name == "<lambda>" else name)

@@ -1,12 +1,16 @@
-"""The text engines, by name: the format that each reads, and the package and extra that it needs."""
+"""The text engines, by name: the format that each reads, and the package and extra that it needs.
+
+An engine of another distribution is an entry point of the group ``lightning_accel.text_engines`` that names an :class:`EngineEntry`.
+"""
 
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_accel.errors import InvalidArgumentError, MissingPackageError
+from lightning_accel.core.registry import Registry
+from lightning_accel.engines.registry import resolve
+from lightning_accel.errors import MissingPackageError
 from lightning_accel.language_models.engines.base import TextEngine
 from lightning_accel.language_models.engines.vllm import vllm_python
 
@@ -20,8 +24,8 @@ class EngineEntry:
         format: format that it reads.
         file: what it opens in the folder of the format; empty for the folder.
         package: import name that must be there; empty for vLLM, which has an interpreter of its own.
-        extra: extra that installs it.
-        where: module and class below this package.
+        install: what ``pip install`` is given to install it.
+        where: import path of its class, ``"package.module:name"``.
         quantized_only: whether it can't read float32 files.
     """
 
@@ -29,36 +33,54 @@ class EngineEntry:
     format: str
     file: str
     package: str
-    extra: str
+    install: str
     where: str
     quantized_only: bool = False
 
 
-TEXT_ENGINES = {
+_HERE = "lightning_accel.language_models.engines"
+_BUILTIN = {
     entry.name: entry
     for entry in (
-        EngineEntry("transformers", "compressed-tensors", "", "transformers", "lm", "transformers.TransformersEngine"),
+        EngineEntry(
+            "transformers",
+            "compressed-tensors",
+            "",
+            "transformers",
+            "lightning-accel[lm]",
+            f"{_HERE}.transformers:TransformersEngine",
+        ),
         EngineEntry(
             "onnxruntime-genai",
             "onnx-genai",
             "",
             "onnxruntime_genai",
-            "lm",
-            "onnxruntime_genai.OnnxRuntimeGenaiEngine",
+            "lightning-accel[lm]",
+            f"{_HERE}.onnxruntime_genai:OnnxRuntimeGenaiEngine",
         ),
-        EngineEntry("llama.cpp", "gguf", "model.gguf", "xllamacpp", "lm-engines", "llama_cpp.LlamaCppEngine"),
+        EngineEntry(
+            "llama.cpp",
+            "gguf",
+            "model.gguf",
+            "xllamacpp",
+            "lightning-accel[lm-engines]",
+            f"{_HERE}.llama_cpp:LlamaCppEngine",
+        ),
         EngineEntry(
             "openvino-genai",
             "gguf",
             "model.gguf",
             "openvino_genai",
-            "lm-engines",
-            "openvino_genai.OpenVinoGenaiEngine",
+            "lightning-accel[lm-engines]",
+            f"{_HERE}.openvino_genai:OpenVinoGenaiEngine",
             quantized_only=True,
         ),
-        EngineEntry("vllm", "compressed-tensors", "", "", "", "vllm.VllmEngine"),
+        EngineEntry("vllm", "compressed-tensors", "", "", "", f"{_HERE}.vllm:VllmEngine"),
     )
 }
+TEXT_ENGINES: Registry[EngineEntry] = Registry(
+    "text engine", "lightning_accel.text_engines", _BUILTIN, _BUILTIN.__getitem__, EngineEntry
+)
 
 
 def engine_entry(name: str) -> EngineEntry:
@@ -67,9 +89,7 @@ def engine_entry(name: str) -> EngineEntry:
     Raises:
         InvalidArgumentError: none has this name.
     """
-    if name not in TEXT_ENGINES:
-        raise InvalidArgumentError(f"Argument `engines` must hold some of {sorted(TEXT_ENGINES)}, but got {name!r}.")
-    return TEXT_ENGINES[name]
+    return TEXT_ENGINES.get(name, "engines")
 
 
 def check_installed(name: str) -> None:
@@ -83,8 +103,7 @@ def check_installed(name: str) -> None:
         vllm_python()
     elif find_spec(entry.package) is None:
         raise MissingPackageError(
-            f"Engine `{name}` needs the package `{entry.package}`, which is not installed: pip install "
-            f'"lightning-accel[{entry.extra}]"',
+            f'Engine `{name}` needs the package `{entry.package}`, which is not installed: pip install "{entry.install}"',
             name=entry.package,
         )
 
@@ -99,9 +118,6 @@ def open_engine(name: str, bundle: str | Path, **options: Any) -> TextEngine:
     """
     entry = engine_entry(name)
     check_installed(name)
-    module, kind = entry.where.split(".")
     path = Path(bundle) / entry.format / entry.file if entry.file else Path(bundle) / entry.format
-    engine: TextEngine = getattr(import_module(f"lightning_accel.language_models.engines.{module}"), kind)(
-        path, **options
-    )
+    engine: TextEngine = resolve(entry.where)(path, **options)
     return engine

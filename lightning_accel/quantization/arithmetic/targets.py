@@ -12,13 +12,12 @@ from pathlib import Path
 
 from lightning_accel.core.arguments import NOT_EMPTY, at_least, check_fields
 from lightning_accel.core.cpu import cpu_name
-from lightning_accel.core.entry_points import entry_point_names, load_entry_point
+from lightning_accel.core.registry import Registry
 from lightning_accel.engines.arithmetic import Arithmetic
 from lightning_accel.engines.kernel_probe import KernelFinding, engine_version, probe_kernels
 from lightning_accel.engines.registry import engine_named, engine_names, probed_engines, resolve
 from lightning_accel.errors import InvalidArgumentError, MissingPackageError
 
-ENTRY_POINTS = "lightning_accel.targets"
 Probe = Callable[[str, str, Arithmetic], KernelFinding]
 
 # Kinds of operators that a target may compute in integers.
@@ -143,7 +142,9 @@ _BUILTIN: dict[str, Callable[[bool], Target]] = {
     "openvino": _openvino,
     "portable": _portable,
 }
-_registered: dict[str, Target] = {}
+_TARGETS: Registry[Target] = Registry(
+    "target", "lightning_accel.targets", _BUILTIN, lambda name: _BUILTIN[name](cpu_has_vnni()), Target
+)
 
 
 def register_target(target: Target) -> None:
@@ -157,11 +158,7 @@ def register_target(target: Target) -> None:
     Raises:
         InvalidArgumentError: another target has this name.
     """
-    if target.name in target_names() and _registered.get(target.name) != target:
-        raise InvalidArgumentError(
-            f"Argument `target` must have a name that no other target has, but got {target.name!r}."
-        )
-    _registered[target.name] = target
+    _TARGETS.register(target.name, target, "target")
 
 
 def unregister_target(name: str) -> None:
@@ -170,14 +167,12 @@ def unregister_target(name: str) -> None:
     Raises:
         InvalidArgumentError: there is none of that name.
     """
-    if name not in _registered:
-        raise InvalidArgumentError(f"Argument `name` must be one of {sorted(_registered)}, but got {name!r}.")
-    del _registered[name]
+    _TARGETS.unregister(name)
 
 
 def target_names() -> list[str]:
     """Names of all targets: those of this package, those of entry points, and those registered in this process."""
-    return list(dict.fromkeys([*_BUILTIN, *entry_point_names(ENTRY_POINTS), *_registered]))
+    return list(_TARGETS)
 
 
 def default_target() -> str:
@@ -212,19 +207,14 @@ def target_of(name: str | Target, vnni: bool | None = None) -> Target:
     """
     if isinstance(name, Target):
         return name
-    if name in _BUILTIN:
-        return _BUILTIN[name](cpu_has_vnni() if vnni is None else vnni)
-    found: Target | None = _registered.get(name) or load_entry_point(ENTRY_POINTS, name, Target)
-    if found is None:
-        hint = (
-            " Weights alone are quantized by QuantizationAwareTraining, or without training by `quantization.quantize_weights_`."
-            if name in ("int4", "int8-weights")
-            else ""
-        )
-        raise InvalidArgumentError(
-            f"Argument `target` must be one of {sorted(target_names())}, but got {name!r}.{hint}"
-        )
-    return found
+    if name in _BUILTIN and vnni is not None:
+        return _BUILTIN[name](vnni)
+    hint = (
+        " Weights alone are quantized by QuantizationAwareTraining, or without training by `quantization.quantize_weights_`."
+        if name in ("int4", "int8-weights")
+        else ""
+    )
+    return _TARGETS.get(name, "target", hint)
 
 
 def saturation(weight: int, engine: str, vnni: bool) -> str:

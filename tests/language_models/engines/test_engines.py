@@ -39,7 +39,7 @@ def margin(model, tokens_):
 
 @pytest.mark.parametrize("name", HERE)
 def test_it_generates_what_the_trained_network_does(name, bundle):
-    pytest.importorskip(TEXT_ENGINES[name].package, reason=f"the extra `{TEXT_ENGINES[name].extra}` is not installed")
+    pytest.importorskip(engine_entry(name).package, reason="not installed")
     folder, model = bundle
     seen = []
     with open_engine(name, folder, context=64) as engine:
@@ -75,7 +75,7 @@ def test_logits_of_all_positions(name, error, bundle):
 
 @pytest.mark.parametrize("name", HERE)
 def test_several_prompts_at_once_are_single_ones(name, bundle):
-    pytest.importorskip(TEXT_ENGINES[name].package, reason=f"the extra `{TEXT_ENGINES[name].extra}` is not installed")
+    pytest.importorskip(engine_entry(name).package, reason="not installed")
     folder, _ = bundle
     prompts = [row.tolist() for row in tokens(3, 10, seed=4)]
     with open_engine(name, folder, context=64) as engine:
