@@ -68,7 +68,9 @@ def test_an_entry_point_that_is_no_target_is_reported(tmp_path, monkeypatch):
     install(tmp_path, "none", "lightning_accel.targets", no_target=f"{__name__}:install")
     monkeypatch.syspath_prepend(tmp_path)
     with (
-        pytest.warns(UserWarning, match="Entry point `no_target` of group .* it must be of type Target, but it is <function"),
+        pytest.warns(
+            UserWarning, match="Entry point `no_target` of group .* it must be of type Target, but it is <function"
+        ),
         pytest.raises(ValueError, match=r"Argument `target` must be one of .*, but got 'no_target'"),
     ):
         target_of("no_target")
