@@ -9,8 +9,8 @@ from lightning_accel.benchmarking.decision import Budgets
 from lightning_accel.planning.compression.candidates import Candidate, latency_and_size
 from lightning_accel.planning.compression.floor import Smallest
 from lightning_accel.planning.compression.recipe import ALL, CHANNELS, FLOAT, PTQ, QAT, Recipe
+from lightning_accel.quantization.refinement.steps import EFFORTS
 
-EFFORTS = ("low", "standard", "high")
 MEASURED, RULED_OUT, FAILED, OUT_OF_TIME = "measured", "ruled out", "failed", "out of time"
 _MARGIN = 1.05  # channel pruning aims so far below a limit, as its result is measured anew
 _RETRIES = 2

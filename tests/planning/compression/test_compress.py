@@ -155,7 +155,7 @@ def test_channels_leave_where_integers_are_not_enough(trained, tmp_path):
     assert found.best[0].recipe.stage == "all"
     assert found.best[1].file_bytes == (tmp_path / "found/bundle/model.onnx").stat().st_size <= 11000
     ruled = [r.reason for r in found.results if r.status == "ruled out"]
-    assert len(ruled) == 2
+    assert len(ruled) == 3
     assert all("its speed and size are those of `int8 without training, effort low" in reason for reason in ruled)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert not list((tmp_path / "found").glob("*.tmp"))

@@ -23,15 +23,19 @@ def walk(budgets, answers, targets=("onnxruntime",), epochs=6, **settings):
     return out
 
 
-def test_effort_rises_until_accuracy_fits():
-    lost = {"float": 0.0, "low": 2.0, "standard": 1.0, "high": 0.3}
+@pytest.mark.parametrize(("high", "last"), [(0.3, "high"), (0.8, "trained")])
+def test_effort_rises_until_accuracy_fits(high, last):
+    lost = {"float": 0.0, "low": 2.0, "standard": 1.0, "high": high, "trained": 0.2}
 
     def answers(recipe):
         time = 3.0 if recipe.stage == "float" else 1.0
         return Result(recipe, candidates=[candidate(lost[recipe.effort or recipe.stage], time)])
 
     out = walk(Budgets(0.5, 1.5), answers)
-    assert [recipe.effort for recipe, reason in out if not reason] == [None, "low", "standard", "high"]
+    assert [recipe.effort for recipe, reason in out if not reason] == [
+        *(None, "low", "standard", "high"),
+        *(["trained"] if last == "trained" else []),
+    ]
 
 
 def test_training_does_not_make_integers_faster():
