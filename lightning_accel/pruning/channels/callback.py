@@ -425,8 +425,8 @@ class ChannelPruning(CompressionCallback):
         if self._macs is None:
             self._macs = self._prepare(trainer, pl_module).macs(pl_module)
         suffix = "" if self.name == "channels" else f"/{self.name}"
-        pl_module.log(f"macs{suffix}", float(self._macs), rank_zero_only=True)
-        pl_module.log(f"parameters{suffix}", float(parameter_count(pl_module)), rank_zero_only=True)
+        pl_module.log(f"macs{suffix}", float(self._macs), sync_dist=True)
+        pl_module.log(f"parameters{suffix}", float(parameter_count(pl_module)), sync_dist=True)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

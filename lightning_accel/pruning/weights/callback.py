@@ -242,7 +242,7 @@ class WeightPruning(CompressionCallback):
         super().on_train_epoch_end(trainer, pl_module)
         for name, share in self.sparsity_of(pl_module).items():
             key = self._log_name if name == "all" else f"{self._log_name}/{name}"
-            pl_module.log(key, share, rank_zero_only=True)
+            pl_module.log(key, share, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
