@@ -1,13 +1,14 @@
 """Copies of a module for trial runs, with their outputs and costs."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.calls.batches import Call
@@ -93,22 +94,41 @@ def converted(call: Call, convert: Callable[[torch.Tensor], torch.Tensor]) -> Ca
     return result
 
 
-def outputs_of(module: nn.Module, call: Call) -> list[torch.Tensor]:
-    """The floating-point tensors that a module returns, in eval mode and always with the same random numbers.
+def outputs_of(module: nn.Module, call: Call, training: bool = False) -> list[torch.Tensor]:
+    """The floating-point tensors that a module returns, always with the same random numbers.
 
     Gradients are enabled: without them some layers use a fused path that can't be traced.
+
+    Args:
+        module: its buffers keep their values.
+        call: arguments of its ``forward``.
+        training: whether it is in train mode, apart from its dropout layers; else in eval mode.
 
     Raises:
         InvalidArgumentError: the module returns none.
     """
-    with torch.enable_grad():
-        result = _run(module, call, training=False)
+    with torch.enable_grad(), _other_buffers(module):
+        result = _run(module, call, training)
     found = [t for t in _tensors(result) if t.is_floating_point()]
     if not found:
         raise InvalidArgumentError(
             f"Method `forward` must return tensors for channels to be removed, but got a {type(result).__name__}."
         )
     return found
+
+
+@contextmanager
+def _other_buffers(module: nn.Module) -> Iterator[None]:
+    """Copies take the place of all buffers inside the block; unlike what is restored in place, they stay right for gradients."""
+    before = {part: dict(part._buffers) for part in module.modules()}
+    copies = {id(b): b.clone() for kept in before.values() for b in kept.values() if b is not None}
+    try:
+        for part, kept in before.items():
+            part._buffers.update({name: None if b is None else copies[id(b)] for name, b in kept.items()})
+        yield
+    finally:
+        for part, kept in before.items():
+            part._buffers.update(kept)
 
 
 def layers_run(module: nn.Module, call: Call, training: bool) -> set[str]:
@@ -134,6 +154,9 @@ def _run(module: nn.Module, call: Call, training: bool) -> Any:
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     try:
         with isolated_random(), mode(module, training), torch.inference_mode(False):
+            for part in module.modules():
+                if isinstance(part, _DropoutNd):
+                    part.training = False
             torch.manual_seed(0)
             torch.set_default_dtype(dtype if parameter is None else parameter.dtype)
             return module(*call[0], **call[1])

@@ -392,15 +392,14 @@ def _beyond_null(
 ) -> dict[str, float]:
     """Those differences of the user's metrics that are larger than when nothing but roundings change."""
     left = dict(far)
-    with files.null.runners(steps=steps) as runners:
-        for runner in runners.values():
-            with through_engine(spec.part, files.shipped, runner.run):
-                found = user_metrics(spec.module, spec.data)
-            for name in left.keys() & found.keys():
-                if math.isfinite(left[name]) and left[name] <= FACTOR * abs(found[name] - before[name]):
-                    del left[name]
-            if not any(map(math.isfinite, left.values())):
-                break  # each of them differs as much by roundings alone
+    for _, runner in files.null.runners(steps=steps):
+        with through_engine(spec.part, files.shipped, runner.run):
+            found = user_metrics(spec.module, spec.data)
+        for name in left.keys() & found.keys():
+            if math.isfinite(left[name]) and left[name] <= FACTOR * abs(found[name] - before[name]):
+                del left[name]
+        if not any(map(math.isfinite, left.values())):
+            break  # each of them differs as much by roundings alone
     return left
 
 

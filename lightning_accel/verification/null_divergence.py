@@ -7,7 +7,6 @@ measured in each of its nodes or kernels. The outputs of an engine are then judg
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,9 +143,8 @@ class _Draw:
         made.append(helper.make_node("Mul", [source, noise], [target]))
 
 
-@contextmanager
-def noisy_runners(path: str | Path, **noise: Any) -> Iterator[dict[str, Runner]]:
-    """``REPLICATES`` copies of a file with noise, by name.
+def noisy_runners(path: str | Path, **noise: Any) -> Iterator[tuple[str, Runner]]:
+    """``REPLICATES`` copies of a file with noise and their names, each loaded when it is its turn: a session keeps much memory.
 
     Args:
         path: the file.
@@ -154,18 +152,12 @@ def noisy_runners(path: str | Path, **noise: Any) -> Iterator[dict[str, Runner]]
     """
     model = onnx.load(path)
     with TemporaryDirectory() as folder:
-        runners: dict[str, Runner] = {}
-        try:
-            for seed in range(REPLICATES):
-                file = Path(folder) / f"noise{seed}.onnx"
-                noisy = with_noise(model, **noise, seed=seed, coherent=seed % 2 == 1)
-                large = noisy.ByteSize() > 2**30
-                onnx.save(noisy, file, save_as_external_data=large)
-                runners[f"noise {seed + 1}"] = load_runner(file, "onnxruntime", emulate=True)
-            yield runners
-        finally:
-            for runner in runners.values():
-                runner.close()
+        for seed in range(REPLICATES):
+            file = Path(folder) / f"noise{seed}.onnx"
+            noisy = with_noise(model, **noise, seed=seed, coherent=seed % 2 == 1)
+            onnx.save(noisy, file, save_as_external_data=noisy.ByteSize() > 2**30)
+            with load_runner(file, "onnxruntime", emulate=True) as runner:
+                yield f"noise {seed + 1}", runner
 
 
 @dataclass
@@ -217,19 +209,17 @@ class NullDivergence:
         """
         key = (rounding, tuple(sorted((steps or {}).items())))
         if key not in self._known:
-            with (
-                load_runner(self.path, "onnxruntime", emulate=True) as written,
-                self.runners(steps=steps, rounding=rounding) as runners,
-            ):
+            with load_runner(self.path, "onnxruntime", emulate=True) as written:
                 clean = Remembered(written.run, self.written)
                 self._known[key] = {
-                    name: self._compared(clean, runner.run, name, tolerance) for name, runner in runners.items()
+                    name: self._compared(clean, runner.run, name, tolerance)
+                    for name, runner in self.runners(steps=steps, rounding=rounding)
                 }
         return self._known[key]
 
     def runners(
         self, *, steps: Mapping[str, float] | None = None, rounding: str | None = None
-    ) -> AbstractContextManager[dict[str, Runner]]:
+    ) -> Iterator[tuple[str, Runner]]:
         """Copies of the file with noise; arguments as for :meth:`noise`."""
         rounding = rounding or (None if self.rms else "fp32")
         return noisy_runners(self.path, steps=steps, rms=None if rounding else self.rms, rounding=rounding)

@@ -2,10 +2,10 @@
 
 On a copy with random weights in float64, channels are set to zero, then removed; the outputs must be equal. Groups that fail are
 kept with the reason, e.g. an operation that normalizes over channels, a forward with a fixed number of channels, or a misread
-dependency. Layers that run in train mode only, such as auxiliary heads, don't affect these outputs; their forward must still run.
+dependency. Where layers run in train mode only, such as auxiliary heads, the outputs of that mode must be equal, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import isfinite
 
@@ -61,7 +61,8 @@ class _Reference:
             self.module.float()
             self._call = converted(self._call, lambda t: t.float() if t.is_floating_point() else t)
             self.outputs()
-        self._trains_more = bool(self._layers_run(training=True) - self._layers_run(training=False))
+        trained, evaluated = self._layers_run(training=True), self._layers_run(training=False)
+        self._trains_more, self._trains_all = bool(trained - evaluated), trained > evaluated
 
     def _layers_run(self, training: bool) -> set[str]:
         """Layers that run in a mode; empty if the forward fails on random inputs."""
@@ -74,28 +75,36 @@ class _Reference:
         """Outputs of the forward."""
         return outputs_of(self._part, self._call)
 
+    def traced(self) -> list[torch.Tensor]:
+        """Outputs of the mode that runs all layers, to follow the operations that lead to them."""
+        return outputs_of(self._part, self._call, self._trains_all)
+
+    def _compared(self) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Outputs that must stay as they are, and the mode in words."""
+        yield "", [t.detach() for t in self.outputs()]
+        if self._trains_more:
+            yield " in train mode", [t.detach() for t in outputs_of(self._part, self._call, training=True)]
+
     def failure(self, groups: Sequence[Group], share: float) -> str:
         """Reason why a share of the units of all groups can't be removed at once; empty if it can."""
         chosen: Chosen = {i: spread_units(g.units, share, i) for i, g in enumerate(groups)}
         removal = removal_of(self.module, groups, chosen)
         with removed(self.module, removal, physically=False):
-            expected = [t.detach() for t in self.outputs()]
-        where = ""
+            expected = dict(self._compared())
+        found: dict[str, list[torch.Tensor]] = {}
         try:
             with removed(self.module, removal):
-                outputs = [t.detach() for t in self.outputs()]
-                if self._trains_more:
-                    where = " in train mode"
-                    layers_run(self._part, self._call, training=True)
+                found.update(self._compared())
         except Exception as error:  # any error of the forward is a reason to keep the channels
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"forward needs all of its channels{where}: {said}"
-        if [t.shape for t in outputs] != [t.shape for t in expected]:
-            return "it reaches the output"
-        for output, wanted in zip(outputs, expected, strict=True):
-            span = float(wanted.max() - wanted.min()) if wanted.numel() else 0.0
-            if not bool((output - wanted).abs().max() <= self._tolerance * span):
-                return _OTHERWISE
+            return f"forward needs all of its channels{' in train mode' if found else ''}: {said}"
+        for where, outputs in found.items():
+            if [t.shape for t in outputs] != [t.shape for t in expected[where]]:
+                return f"it reaches the output{where}"
+            for output, wanted in zip(outputs, expected[where], strict=True):
+                span = float(wanted.max() - wanted.min()) if wanted.numel() else 0.0
+                if not bool((output - wanted).abs().max() <= self._tolerance * span):
+                    return f"{_OTHERWISE}{where}"
         return ""
 
 
@@ -119,7 +128,7 @@ def find_groups(
     """
     check_copyable(module)
     reference = _Reference(module, path, call)
-    candidates = candidate_groups(reference.module, reference.outputs)
+    candidates = candidate_groups(reference.module, reference.traced)
     candidates += [Candidate(group, (), ()) for group in _unseen(reference, candidates, path)]
     layers = list(dict.fromkeys(layer for c in candidates for layer in c.group.layers))
     allowed = set(select(layers, include, exclude, "layer with channels"))
@@ -151,7 +160,7 @@ def _unseen(reference: _Reference, candidates: Sequence[Candidate], path: str) -
     }
     if not layers:
         return []
-    total = torch.stack([t.sum() for t in reference.outputs() if t.requires_grad]).sum()
+    total = torch.stack([t.sum() for t in reference.traced() if t.requires_grad]).sum()
     used = torch.autograd.grad(total, list(layers.values()), allow_unused=True)
     groups = []
     for (name, weight), gradient in zip(layers.items(), used, strict=True):
