@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_accel.core.effective_weight import linear_layers
+from lightning_accel.quantization.weight_only.block_runs import BlockRuns, LatestInput
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
 from lightning_accel.quantization.weight_only.layers import block_of, inputs_of, rows_of
 
@@ -23,7 +23,9 @@ _STRENGTHS = tuple(i / 20 for i in range(20))  # powers of the mean magnitude; 0
 _CLIPS = tuple(1 - i / 20 for i in range(11))  # of the value of largest magnitude in a group
 _ROWS = 512  # input vectors of a layer that are kept
 _TRIES = 4  # linear layers that may make an input
-_EQUAL = 1e-5  # of the largest value: float32's sums in another order; a wrong maker changes values by multiples
+_EQUAL = (
+    1e-5  # of the largest value of a vector: float32's sums in another order; a wrong maker changes values by multiples
+)
 
 Run = Callable[[Any], Any]
 
@@ -32,8 +34,10 @@ Run = Callable[[Any], Any]
 class _Seen:
     """What layers read in the calibration, by their names."""
 
+    watched: dict[str, nn.Module]
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)  # some of them, (rows, channels)
     magnitude: dict[str, torch.Tensor] = field(default_factory=dict)  # sum over all of them, (channels,)
+    batches: dict[str, set[int]] = field(default_factory=dict)  # those in which a layer reads something
     together: list["_Shared"] = field(default_factory=list)
 
 
@@ -70,19 +74,23 @@ def scale_and_clip_(
     """
     layers = {name: module.get_submodule(name) for name in names}
     seen = _watch(module, layers, batches, call)
+    runs = BlockRuns(module, names, batches, call, results=True)
     scaled: dict[str, str] = {}
     for shared in seen.together:
         if shared.readers:
-            maker = _scale(module, shared, layers, seen, grid, batches[0], call)
+            maker = _scale(module, shared, layers, seen, grid, runs)
             scaled |= dict.fromkeys(shared.readers, maker) if maker else {}
-    for name, vectors in seen.vectors.items():
-        _clip(layers[name], vectors, grid)
+    for name in layers:
+        if name in seen.vectors:
+            _clip(layers[name], seen.vectors.pop(name), grid)
     return scaled
 
 
 def _watch(module: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Any], call: Run) -> _Seen:
-    seen, kept = _Seen(), {name: list[torch.Tensor]() for name in layers}
+    seen, kept = _Seen(layers), {name: list[torch.Tensor]() for name in layers}
     rows = max(1, _ROWS // len(batches))
+    latest = LatestInput[tuple[torch.Tensor, torch.Tensor]]()
+    index = 0
 
     def reads(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -92,9 +100,15 @@ def _watch(module: nn.Module, layers: dict[str, nn.Module], batches: Sequence[An
                 if shared is None:
                     seen.together.append(shared := _Shared(weakref.ref(x)))
                 shared.readers.append(name)
-            flat = x.detach().float().reshape(-1, x.shape[-1])
-            kept[name].append(flat[:: max(1, len(flat) // rows)][:rows].clone())
-            seen.magnitude[name] = seen.magnitude.get(name, 0.0) + flat.abs().sum(0)
+            found = latest.get(x)
+            if found is None:
+                flat = x.detach().float().reshape(-1, x.shape[-1])
+                found = flat[:: max(1, len(flat) // rows)][:rows].clone(), flat.abs().sum(0)
+                latest.put(x, found)
+            kept[name].append(found[0])
+            seen.magnitude[name] = seen.magnitude.get(name, 0.0) + found[1]
+            if x.numel():
+                seen.batches.setdefault(name, set()).add(index)
 
         return add
 
@@ -109,14 +123,18 @@ def _watch(module: nn.Module, layers: dict[str, nn.Module], batches: Sequence[An
     norms = {name: part for name, part in module.named_modules() if _weight_of(part).ndim == 1}
     first = [part.register_forward_hook(makes(name)) for name, part in norms.items()]
     try:
-        for batch in batches:
+        for index, batch in enumerate(batches):  # noqa: B007 -- the hooks read it
             call(batch)
             while first:  # what reads what is the same in each batch
                 first.pop().remove()
     finally:
         for hook in hooks + first:
             hook.remove()
-    seen.vectors = {name: torch.cat(parts) for name, parts in kept.items() if parts}
+    joined: dict[tuple[int, ...], torch.Tensor] = {}  # once for the layers that read the same
+    for name, parts in kept.items():
+        if name in seen.batches:
+            key = tuple(map(id, parts))
+            joined[key] = seen.vectors[name] = joined[key] if key in joined else torch.cat(parts)
     return seen
 
 
@@ -132,11 +150,12 @@ def _scale(
     layers: dict[str, nn.Module],
     seen: _Seen,
     grid: GroupGrid,
-    batch: Any,
-    call: Run,
+    runs: BlockRuns,
 ) -> str:
     """Scale the inputs of layers that read one tensor; returns the name of what makes it, empty if nothing was scaled."""
-    group = shared.readers
+    group = [name for name in shared.readers if name in seen.vectors]
+    if not group:
+        return ""
     x = seen.vectors[group[0]]
     weights = [rows_of(layers[name]).float() for name in group]
     wanted = [x @ weight.T for weight in weights]
@@ -156,32 +175,49 @@ def _scale(
     if factor is None:
         return ""
     consumers = [layers[name] for name in group]
-    name, maker = _maker(module, shared, consumers, batch, call)
+    name, maker = _maker(module, shared, consumers, seen, runs)
     if maker is not None:
         _apply(maker, consumers, factor)
-        seen.vectors |= {name: seen.vectors[name] / factor for name in group}
+        seen.vectors |= dict.fromkeys(group, x / factor)
     return name
 
 
 def _maker(
-    module: nn.Module, shared: _Shared, consumers: Sequence[nn.Module], batch: Any, call: Run
+    module: nn.Module, shared: _Shared, consumers: Sequence[nn.Module], seen: _Seen, runs: BlockRuns
 ) -> tuple[str, nn.Module | None]:
     """The module whose channels are the inputs of some layers, and that nothing else reads: found by trying."""
     channels = inputs_of(consumers[0])
+    index = _batch_to_try(module, shared, channels, seen)
+    if index is None:
+        return "", None
     generator = torch.Generator().manual_seed(0)
     factor = torch.exp2(torch.randint(-2, 3, (channels,), generator=generator).float())
     factor = factor.to(next(module.parameters()).device)
-    before: list[torch.Tensor] | None = None
     for name, maker in _candidates(module, shared, channels):
-        before = _results(call(batch)) if before is None else before
+        before = runs.results([maker, *consumers], index)
         _apply(maker, consumers, factor)
         try:
-            after = _results(call(batch))
+            after = runs.results([maker, *consumers], index)
         finally:
             _apply(maker, consumers, 1 / factor)
         if before and all(_same(one, other) for one, other in zip(before, after, strict=True)):
             return name, maker
     return "", None
+
+
+def _batch_to_try(module: nn.Module, shared: _Shared, channels: int, seen: _Seen) -> int | None:
+    """A batch in which all layers of the block run that might read the same channels; an expert without tokens shows no change."""
+    near = [
+        name for name in _near(module, shared) if name in seen.watched and inputs_of(seen.watched[name]) == channels
+    ]
+    found = set.intersection(*(seen.batches.get(name, set()) for name in near))
+    return min(found, default=None)
+
+
+def _near(module: nn.Module, shared: _Shared) -> list[str]:
+    """The linear layers of the same block, or of the network if it has none."""
+    reader = shared.readers[0]
+    return [name for name in linear_layers(module) if block_of(reader) in (reader, block_of(name))]
 
 
 def _candidates(module: nn.Module, shared: _Shared, channels: int) -> Iterator[tuple[str, nn.Module]]:
@@ -192,9 +228,8 @@ def _candidates(module: nn.Module, shared: _Shared, channels: int) -> Iterator[t
         found = [shared.maker]
     else:
         order = {name: place for place, name in enumerate(parts)}
-        block, place = block_of(shared.readers[0]), order[shared.readers[0]]
-        near = [n for n in linear_layers(module) if block_of(n) == block or shared.readers[0] == block]
-        found = [n for n in near if n not in shared.readers and rows_of(parts[n]).shape[0] == channels]
+        place = order[shared.readers[0]]
+        found = [n for n in _near(module, shared) if n not in shared.readers and rows_of(parts[n]).shape[0] == channels]
         found = sorted(found, key=lambda name: abs(order[name] - place))[:_TRIES]
     for name in found:
         weight = _weight_of(parts[name])
@@ -215,12 +250,11 @@ def _apply(maker: nn.Module, consumers: Sequence[nn.Module], factor: torch.Tenso
         rows_of(consumer).mul_(factor.to(weight.dtype))
 
 
-def _results(result: Any) -> list[torch.Tensor]:
-    return [leaf.detach().float().clone() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-
-
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).abs().max() <= _EQUAL * one.abs().max())
+    """Whether each vector is the same: some tokens have values that are larger by orders than those of the others."""
+    if one.shape != other.shape or one.ndim == 0:
+        return torch.equal(one, other)
+    return bool(((one - other).abs().amax(-1) <= _EQUAL * one.abs().amax(-1)).all())
 
 
 def _clip(layer: nn.Module, x: torch.Tensor, grid: GroupGrid) -> None:

@@ -1,5 +1,6 @@
 """Weight-only quantization without training: round to nearest, GPTQ, or AWQ."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from itertools import groupby
@@ -16,7 +17,8 @@ from lightning_accel.core.globs import as_patterns
 from lightning_accel.core.patching import removed
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.weight_only.awq import scale_and_clip_
-from lightning_accel.quantization.weight_only.gptq import gptq_weight
+from lightning_accel.quantization.weight_only.block_runs import BlockRuns, LatestInput
+from lightning_accel.quantization.weight_only.gptq import gptq_weights
 from lightning_accel.quantization.weight_only.group_grid import GroupGrid
 from lightning_accel.quantization.weight_only.layers import block_of, inputs_of, quantize_change, rows_of, select_layers
 from lightning_accel.quantization.weight_only.targets import WeightOnlyTarget, weight_only_target
@@ -36,6 +38,9 @@ def quantize_weights_(
     call: Callable[[Any], Any] | None = None,
 ) -> list[str]:
     """Quantize the weights of linear layers in place, without training.
+
+    GPTQ and AWQ run block by block: a transformer block runs a few times for each batch, however many there are. A layer that reads
+    nothing in the calibration, such as an expert that no token is sent to, is rounded to the nearest.
 
     Args:
         module: the network; it computes with the rounded weights afterwards.
@@ -115,29 +120,55 @@ def _gptq_(
     module: nn.Module, names: list[str], grid: GroupGrid, batches: list[Any], call: Callable[[Any], Any]
 ) -> None:
     """Round block by block: each block's Hessians are of inputs that come through the blocks rounded before."""
-    for _, block in groupby(names, block_of):
-        layers = {name: module.get_submodule(name) for name in block}
-        for name, hessian in _hessians(layers, batches, call).items():
-            rows = rows_of(layers[name])
-            rows.copy_(gptq_weight(rows.float(), hessian, grid).to(rows.dtype))
+    runs = BlockRuns(module, names, batches, call)
+    for _, group in groupby(names, block_of):
+        block = list(group)
+        for readers, hessian in _hessians({name: module.get_submodule(name) for name in block}, runs):
+            rows = [rows_of(module.get_submodule(name)) for name in readers]
+            for weight, rounded in zip(rows, gptq_weights(rows, hessian, grid), strict=True):
+                weight.copy_(rounded.to(weight.dtype))
+        runs.finish(block)
 
 
-def _hessians(layers: dict[str, nn.Module], batches: list[Any], call: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
-    """Sum of ``x xᵀ`` over all inputs of each layer."""
-    sums = {name: torch.zeros(inputs_of(layer), inputs_of(layer)) for name, layer in layers.items()}
+def _hessians(
+    layers: dict[str, nn.Module], runs: BlockRuns, share: bool = True
+) -> list[tuple[list[str], torch.Tensor]]:
+    """Sum of ``x xᵀ`` over all inputs of each layer, with the names of the layers that read the same ones."""
+    sums: dict[str, torch.Tensor] = {}
+    calls = Counter[str]()
+    leaders = {
+        name: Counter[str]() for name in layers
+    }  # how often a layer read the tensor that another had read just before
+    latest = LatestInput[str]()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().float().reshape(-1, args[0].shape[-1])
-            sums[name] = sums[name].to(x.device).addmm_(x.t(), x)
+            leader = latest.get(args[0]) if share else None
+            leaders[name][leader or name] += 1
+            if leader is None:
+                x = args[0].detach().float().reshape(-1, args[0].shape[-1])
+                before = sums.get(name, x.new_zeros(x.shape[-1], x.shape[-1]))
+                sums[name] = before.to(x.device).addmm_(x.t(), x)
+                calls[name] += 1
+                latest.put(args[0], name)
 
         return add
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            call(batch)
+        runs.through(layers)
     finally:
         for hook in hooks:
             hook.remove()
-    return sums
+    if any(len(found) > 1 or any(calls[leader] != n for leader, n in found.items()) for found in leaders.values()):
+        return _hessians(layers, runs, share=False)  # they don't always read the same
+    readers: dict[str, list[str]] = {}
+    for name, found in leaders.items():
+        readers.setdefault(next(iter(found), name), []).append(name)
+    return [(group, _or_zero(sums.get(leader), layers[leader])) for leader, group in readers.items()]
+
+
+def _or_zero(hessian: torch.Tensor | None, layer: nn.Module) -> torch.Tensor:
+    """The Hessian of a layer that reads nothing, such as an expert that no token is sent to, is zero."""
+    inputs = inputs_of(layer)
+    return rows_of(layer).new_zeros(inputs, inputs, dtype=torch.float32) if hessian is None else hessian

@@ -65,6 +65,11 @@ def test_inputs_that_are_always_zero_cost_nothing():
     assert torch.equal(rounded[:, 3], torch.zeros(4))
 
 
+def test_without_inputs_a_weight_is_rounded_to_the_nearest():
+    weight, grid = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), GroupGrid(4, 32)
+    assert torch.equal(gptq_weight(weight, torch.zeros(64, 64), grid), grid(weight))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(InvalidArgumentError, match="`method` must be one of"):
         quantize_weights_(network(), method="hqq")
