@@ -344,6 +344,11 @@ CASES: dict[str, Case] = {
         SEQUENCE,
         lambda: {"a": nn.MultiheadAttention(6, 2, batch_first=True, add_zero_attn=True)},
     ),
+    "attention of hidden queries": _sequence(
+        lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.where(x[..., :1] > 0.3, -torch.inf, x.transpose(1, 2)[:, :1])
+        )
+    ),
     "causal attention": _sequence(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3)),
     # Functions
     "activations": _sequence(

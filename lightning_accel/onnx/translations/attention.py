@@ -1,4 +1,4 @@
-"""Scaled dot-product attention without a dimension of heads, which torch's exporter requires."""
+"""Scaled dot-product attention: without a dimension of heads, which torch's exporter requires, and of queries that may look nowhere."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from lightning_accel.onnx.translations.rule import Rule, Stand, argument
+from lightning_accel.quantization.graph.attention import depends_on_inputs
 
 aten = torch.ops.aten
 
@@ -27,8 +28,26 @@ def of_one_head(
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **settings).squeeze(1)
 
 
-def _flat(node: Node) -> Stand | None:
+def of_hidden_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **settings: Any,
+) -> torch.Tensor:
+    """Attention whose result is 0 for a query that a floating-point mask hides everything from, where a softmax alone has NaN."""
+    attend = of_one_head if query.ndim == 3 else F.scaled_dot_product_attention
+    result = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
+    return result.masked_fill((attn_mask == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+def _attention(node: Node) -> Stand | None:
+    mask = argument(node, "attn_mask")
+    if mask is not None and mask.meta["val"].is_floating_point() and depends_on_inputs(mask):
+        return of_hidden_queries
     return of_one_head if argument(node, "query").meta["val"].ndim == 3 else None
 
 
-RULES: Mapping[Any, Rule] = {aten.scaled_dot_product_attention.default: _flat}
+RULES: Mapping[Any, Rule] = {aten.scaled_dot_product_attention.default: _attention}

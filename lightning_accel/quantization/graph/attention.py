@@ -10,7 +10,23 @@ aten = torch.ops.aten
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 SCORES, VALUES = "attention_scores", "attention_values"
 PARTS = (SCORES, VALUES)  # names of the matrix products
+_STORED = ("p_", "b_", "c_", "obj_")  # how torch.export names what isn't an input
 Quantizer = Callable[[str, int, torch.Tensor], torch.Tensor]  # of an operand of a matrix product, by name and position
+
+
+def depends_on_inputs(node: Node) -> bool:
+    """Whether a tensor depends on what the network is called with, and not on its parameters, buffers and constants alone."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        one = waiting.pop()
+        if one.op == "placeholder" and not one.name.startswith(_STORED):
+            return True
+        # Sizes aren't tensors: a mask of a sequence's length is no input's value.
+        tensors = (n for n in one.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))
+        new = [before for before in tensors if before not in seen]
+        seen.update(new)
+        waiting += new
+    return False
 
 
 def take_apart_attention(graph_module: GraphModule) -> None:
@@ -61,6 +77,10 @@ def _attention(
     if boolean:  # the fused kernel returns zeros for a fully masked query
         nothing = call(aten.logical_not.default, call(aten.any.dim, mask, -1, True))
         shares = call(aten.masked_fill.Scalar, shares, nothing, 0.0)
+    elif mask is not None and depends_on_inputs(mask):
+        # Not the largest value: OpenVINO's maximum of infinities is a finite one.
+        nothing = call(aten.all.dim, call(aten.eq.Scalar, mask, -torch.inf), -1, True)
+        shares = call(aten.masked_fill.Scalar, shares, nothing, 0.0)
     if dropout:
         shares = call(aten.dropout.default, shares, dropout, True)
     return call(aten.matmul.default, shares, value, name=VALUES)
@@ -100,12 +120,16 @@ def attention(
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scores = torch.matmul(quantized(SCORES, 0, query), quantized(SCORES, 1, key.transpose(-2, -1)))
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    boolean = attn_mask is not None and attn_mask.dtype is torch.bool
-    if attn_mask is not None:
-        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf) if boolean else scores + attn_mask
+    nothing: torch.Tensor | None = None  # queries that see no key: the fused kernel returns zeros for them
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        nothing = attn_mask.any(-1, True).logical_not()
+        scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf)
+    elif attn_mask is not None:
+        nothing = (attn_mask == -torch.inf).all(-1, True)
+        scores = (scores + attn_mask).masked_fill(nothing, 0.0)  # or their gradients would be NaN
     shares = torch.softmax(scores, -1)
-    if attn_mask is not None and boolean:  # the fused kernel returns zeros for a fully masked query
-        shares = shares.masked_fill(attn_mask.any(-1, True).logical_not(), 0.0)
+    if nothing is not None:
+        shares = shares.masked_fill(nothing, 0.0)
     if dropout_p:
         shares = torch.dropout(shares, dropout_p, True)
     return torch.matmul(quantized(VALUES, 0, shares), quantized(VALUES, 1, value))

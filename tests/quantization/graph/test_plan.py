@@ -166,14 +166,17 @@ def test_attention_taken_apart_equals_the_fused_kernel(masked):
 
     module, x = Attends().eval(), torch.randn(3, 5, 8)
     mask = {"bool": torch.rand(3, 1, 5, 5) < 0.7, "float": torch.randn(3, 1, 5, 5)}.get(masked)
-    if masked == "bool":
-        mask[0, 0, 2] = False  # a query that may see nothing
+    if mask is not None:  # a query that may see nothing
+        mask[0, 0, 2] = False if masked == "bool" else -torch.inf
     args = (x,) if mask is None else (x, mask)
     want = module(*args)
     forward = take_over(module, *args)
     names = ["qkv", "attention_scores1", "attention_values1"]
     assert forward.quantized == names
-    assert torch.allclose(module(*args), want, atol=1e-6)
+    result = module(*args)
+    assert torch.allclose(result, want, atol=1e-6)
+    result.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
     learn(module, forward, *args)
     module.eval()
     assert (module(*args) - want).abs().max() < 0.05 * want.abs().max()
