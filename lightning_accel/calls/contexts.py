@@ -108,6 +108,20 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def as_in_training() -> Iterator[None]:
+    """Inside the block ``nn.TransformerEncoder`` computes without gradients what it does with them.
+
+    Its fused kernel for inference returns NaN for a sequence in which a query may look nowhere (causal, with padding in front).
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def isolated_random(seed: int | None = None) -> Iterator[None]:
     """Restore the state of the global random generators after the block; with a ``seed`` they start from it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

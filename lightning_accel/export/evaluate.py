@@ -17,7 +17,7 @@ from lightning_utilities.core import rank_zero
 from torch import nn
 
 from lightning_accel.calls.batches import class_labels
-from lightning_accel.calls.contexts import isolated_random
+from lightning_accel.calls.contexts import as_in_training, isolated_random
 from lightning_accel.core.packages import counterpart, is_overridden
 from lightning_accel.core.patching import Patches, swapped
 from lightning_accel.export.held_out import HeldOut
@@ -66,7 +66,7 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
         patches.swap(module, hook, replacement)
     patches.swap(module, "_trainer", module._trainer)  # `validate` attaches its own
     try:
-        with warnings.catch_warnings(), isolated_random():
+        with warnings.catch_warnings(), isolated_random(), as_in_training():
             warnings.simplefilter("ignore")  # advice on loaders, given once already during the run
             trainer = counterpart(L.Trainer, module)(
                 accelerator="cpu",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_accel.calls.contexts import as_in_training
 from lightning_accel.onnx.export import OnnxExport
 from lightning_accel.verification.compare import Network
 
@@ -50,7 +51,7 @@ class ModuleNetwork:
             tensor = torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device)
             tensors[name] = tensor.to(memory_format=memory_format) if tensor.ndim == 4 else tensor
         args, kwargs = self.export.example.filled(tensors)
-        with torch.no_grad():
+        with torch.no_grad(), as_in_training():
             result = self.module(*args, **kwargs)
         outputs = self.export.result.pick(result)
         return {name: tensor.cpu().numpy() for name, tensor in zip(self.export.output_names, outputs, strict=True)}

@@ -373,3 +373,34 @@ def test_a_failed_capture_is_a_line_and_prints_no_graph(tmp_path, capfd):
         export_onnx(DependsOnValues(), torch.randn(2, 4), tmp_path / "x.onnx")
     assert len(str(raised.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")
+
+
+class Causal(torch.nn.Module):
+    """An encoder of sequences with padding in front: its first queries may look nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x, padding):
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.encoder(x, mask=mask, src_key_padding_mask=padding, is_causal=True)
+
+
+@pytest.mark.parametrize("target", [None, "onnxruntime", "openvino"])
+def test_queries_that_may_look_nowhere(tmp_path, target):
+    torch.manual_seed(0)
+    module, x = Causal().eval(), torch.randn(6, 5, 16)
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[:3, :2] = True
+    assert module(x, padding).isfinite().all()
+    if target is not None:
+        module = quantize(module, [(x, padding)], target=target, inputs=lambda batch: batch)
+    export = export_onnx(module, (x, padding), tmp_path / "m.onnx")
+    feeds = {"x": x.numpy(), "padding": padding.numpy()}
+    tolerance = FLOAT if target is None else EMULATED_INT8
+    proof = prove_file(export, ModuleNetwork(module, export), feeds, tolerance=tolerance)
+    assert proof.check.passed
+    with load_runner(export.path, "openvino") as runner:
+        assert np.isfinite(next(iter(runner.run(feeds).values()))).all()

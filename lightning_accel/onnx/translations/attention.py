@@ -39,8 +39,9 @@ def of_hidden_queries(
 ) -> torch.Tensor:
     """Attention whose result is 0 for a query that a floating-point mask hides everything from, where a softmax alone has NaN."""
     attend = of_one_head if query.ndim == 3 else F.scaled_dot_product_attention
-    result = attend(query, key, value, attn_mask, dropout_p, is_causal, **settings)
-    return result.masked_fill((attn_mask == -torch.inf).all(-1, keepdim=True), 0.0)
+    nothing = (attn_mask == -torch.inf).all(-1, keepdim=True)
+    result = attend(query, key, value, attn_mask.masked_fill(nothing, 0.0), dropout_p, is_causal, **settings)
+    return result.masked_fill(nothing, 0.0)
 
 
 def _attention(node: Node) -> Stand | None:
