@@ -318,6 +318,37 @@ class Shuffled(nn.Module):
         return self.head(torch.relu(self.b(x)).mean((2, 3)))
 
 
+class Halves(nn.Module):
+    """Units that shuffle their channels, all but the first after a split into halves (ShuffleNetV2)."""
+
+    def __init__(self, units=3):
+        super().__init__()
+        self.first = nn.ModuleList([self.branch(6, 8, 2), self.branch(6, 8, 2)])
+        self.stem, self.others = nn.Conv2d(3, 6, 1), nn.ModuleList([self.branch(8, 8, 1) for _ in range(units)])
+        self.last, self.head = nn.Conv2d(16, 10, 1), nn.Linear(10, 3)
+
+    @staticmethod
+    def branch(channels, out, stride):
+        depthwise = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+        return nn.Sequential(
+            *(nn.Conv2d(channels, channels, 1), nn.ReLU(), depthwise, nn.BatchNorm2d(channels)),
+            *(nn.Conv2d(channels, out, 1), nn.ReLU()),
+        )
+
+    @staticmethod
+    def shuffled(x):
+        n, c, h, w = x.size()
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.shuffled(torch.cat([branch(x) for branch in self.first], 1))
+        for branch in self.others:
+            kept, changed = x.chunk(2, dim=1)
+            x = self.shuffled(torch.cat([kept, branch(changed)], 1))
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
 class Scaled(nn.Module):
     """A depthwise convolution, LayerNorm over the last dimension and a scale of its own (ConvNeXt)."""
 

@@ -5,7 +5,8 @@ followed for all channels at once, to find every set of dependent channels.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from lightning_accel.core.patching import swapped
 from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.pruning.channels.attention import Attention, find_attention
 from lightning_accel.pruning.channels.layers import as_linear, depthwise, makes_channels
@@ -121,10 +123,34 @@ def _layer(module: nn.Module, name: str) -> nn.Module | None:
     return None if "@" in name else module.get_submodule(name)
 
 
+@contextmanager
+def _misread_operations_are_left() -> Iterator[None]:
+    """Inside the block an operation whose channels torch-pruning can't map keeps them in place; the effect is verified later."""
+    from torch_pruning.dependency import index_mapping
+
+    def tolerant(update: Callable[..., None]) -> Callable[..., None]:
+        def updated(*args: Any) -> None:
+            with suppress(Exception):  # unrelated types, e.g. ZeroDivisionError at the channel shuffle of ShuffleNetV2
+                update(*args)
+
+        return updated
+
+    with ExitStack() as stack:
+        for name, update in vars(index_mapping).copy().items():
+            if name.startswith("update_") and name != "update_index_mapping":
+                stack.enter_context(swapped(index_mapping, name, tolerant(update)))
+        yield
+
+
 def _dependency_graph(module: nn.Module, forward: Callable[[], list[torch.Tensor]]) -> Any:
     import torch_pruning
 
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _misread_operations_are_left(),
+    ):
         warnings.simplefilter("ignore")  # about unknown operations, whose effect is verified later
         graph = torch_pruning.DependencyGraph()
 

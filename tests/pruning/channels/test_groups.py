@@ -138,6 +138,23 @@ CASES = [
         {"a": (4, 3), "b": (6, 1)},
         {"grouped": "without some of its channels the others compute something else", "head": "output"},
     ),
+    (
+        lambda: nets.Halves(2),
+        X,
+        {
+            "first.0.0": (6, 1),
+            "first.1.0": (6, 1),
+            "stem": (6, 1),
+            "others.0.0": (8, 1),
+            "others.1.0": (8, 1),
+            "last": (10, 1),
+        },
+        {
+            "first.0.4": "can't be followed through the operations around it",
+            "others.1.4": "its channels all depend on each other",
+            "head": "output",
+        },
+    ),
     (nets.Scaled, X, {"up": (32, 1)}, {"stem": "LayerNorm `norm` normalises over its channels", "head": "output"}),
     (
         nets.Parametrized,
@@ -185,6 +202,7 @@ NAMES = [
         "skip connection",
         "dense",
         "shuffle",
+        "halves",
         "layer scale",
         "weight norm",
         "glu",
