@@ -82,14 +82,37 @@ def register(value: Any) -> Any:
     return value
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values of ``transformers``, for instance a ``DynamicCache``."""
+    return any(
+        base.__name__.endswith("Cache") and base.__module__.startswith("transformers.") for base in type(value).__mro__
+    )
+
+
+def caches_in(result: Any) -> list[str]:
+    """Classes of the caches in a registered result."""
+    return [type(leaf).__name__ for leaf in pytree.tree_leaves(result) if is_cache(leaf)]
+
+
+def without_caches(result: Any) -> Any:
+    """A registered result with ``None`` for caches, which only a loop that generates text reads."""
+    leaves, spec = pytree.tree_flatten(result)
+    if not any(map(is_cache, leaves)):
+        return result
+    return pytree.tree_unflatten([None if is_cache(leaf) else leaf for leaf in leaves], spec)
+
+
 @contextmanager
-def registered_results(module: nn.Module) -> Iterator[None]:
-    """Register the dataclasses that a module's ``forward`` returns inside the block."""
+def registered_results(module: nn.Module) -> Iterator[list[str]]:
+    """Register the dataclasses that a module's ``forward`` returns inside the block; yields the classes of caches, which it leaves out."""
     forward = module.forward
+    caches: list[str] = []
 
     @functools.wraps(forward)
     def registering(*args: Any, **kwargs: Any) -> Any:
-        return register(forward(*args, **kwargs))
+        result = register(forward(*args, **kwargs))
+        caches[:] = caches_in(result)
+        return without_caches(result)
 
     with swapped(module, "forward", registering):
-        yield
+        yield caches

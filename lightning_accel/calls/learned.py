@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lightning_accel.calls.batches import Call, WholeCall, call_from_batch, canonical_call
 from lightning_accel.calls.containers import is_record, items_of, map_items
@@ -175,6 +176,8 @@ def learned_inputs(
             continue
         seen = observe(pl_module, trainer, step, batch, keep)
         call = seen.first(path)
+        if call is not None and _took_sample(seen, call, batch) and _fits(part, batch):
+            continue
         if call is not None:
             return _inputs(trainer, pl_module, part, path, step, _shipped(part, call), batch)
         if part is pl_module and not _fits(part, batch) and (found := _passed_on(pl_module, seen)):
@@ -187,6 +190,14 @@ def _inputs(
 ) -> "LearnedInputs | ReplayedInputs":
     template = _template(call, dict(_places(batch)))
     return ReplayedInputs(trainer, pl_module, part, path, step) if template is None else LearnedInputs(template)
+
+
+def _took_sample(seen: SeenStep, call: Call, batch: Any) -> bool:
+    """Whether a step, given inputs without targets, took the first sample for the inputs: ``batch[0]``."""
+    given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
+    if not isinstance(batch, torch.Tensor) or any(leaf is batch for leaf in given):
+        return False
+    return bool(seen.error) or all(leaf.shape[:1] != batch.shape[:1] for leaf in given)
 
 
 def _fits(part: nn.Module, batch: Any) -> bool:

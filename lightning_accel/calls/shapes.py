@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from lightning_accel.calls.containers import built, is_record, items_of, name_of, register
+from lightning_accel.calls.containers import built, is_record, items_of, name_of, register, without_caches
 from lightning_accel.errors import InvalidArgumentError
 
 _TENSOR = "tensor"
@@ -210,7 +210,7 @@ class ResultShape:
 
     @staticmethod
     def of(result: Any, *, others: bool = False) -> "tuple[ResultShape, list[torch.Tensor]]":
-        """Separate a result into its shape and its tensors.
+        """Separate a result into its shape and its tensors. Caches of ``transformers`` are no outputs; ``None`` stands for them.
 
         Args:
             result: what ``forward`` returned.
@@ -222,13 +222,12 @@ class ResultShape:
         Raises:
             InvalidArgumentError: it holds no tensor, or something that is neither a tensor nor a plain value.
         """
-        leaves, spec = pytree.tree_flatten(register(result))
+        leaves, spec = pytree.tree_flatten(without_caches(register(result)))
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) and type(leaf) not in _CONSTANTS and not others:
-                cache = "Pass `use_cache=False`, as an argument or in the model's `config`. " if is_cache(leaf) else ""
                 raise InvalidArgumentError(
                     f"Method `forward` must return tensors and plain values, but got a {type(leaf).__name__} in {_words(result)}. "
-                    f"{cache}Return it as a tensor or not at all, or choose others with `outputs`."
+                    "Return it as a tensor or not at all, or choose others with `outputs`."
                 )
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors:
@@ -240,7 +239,7 @@ class ResultShape:
 
     def pick(self, result: Any) -> list[torch.Tensor]:
         """Tensors of another result of the same form, at the places where this one has tensors."""
-        leaves = pytree.tree_leaves(result)
+        leaves = pytree.tree_leaves(without_caches(result))
         return [leaf for leaf, kept in zip(leaves, self.constants, strict=True) if kept is _HERE]
 
     def select(self, places: Collection[int]) -> "ResultShape":
@@ -258,11 +257,6 @@ class ResultShape:
         """Path of each tensor in the nested structure."""
         found, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(self.constants), self.spec))
         return [path for path, leaf in found if leaf is _HERE]
-
-
-def is_cache(value: Any) -> bool:
-    """Whether a value is a cache of keys and values of ``transformers``, for instance a ``DynamicCache``."""
-    return any(base.__name__.endswith("Cache") for base in type(value).__mro__)
 
 
 class InputGuard:

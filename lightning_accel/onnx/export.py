@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import Signature, signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_accel.calls import names as call_names
 from lightning_accel.calls.batches import Call, canonical_call
+from lightning_accel.calls.containers import caches_in
 from lightning_accel.calls.contexts import isolated_random, mode, own_forward, own_signature
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.calls.names import Axes
@@ -161,12 +162,16 @@ def export_onnx(
         check_deterministic(program, module)
         first = example.unused is None
         example = _used(example, program)
-        result, chosen = results[-1]
+        result, chosen, caches = results[-1]
         names_out = call_names.output_names(result, output_names if outputs is None else list(chosen.values()))
         written = _written(program, module, opset, list(example.input_names), names_out)
     if first and example.unused:
         rank_zero_info(
             f"export_onnx: no output depends on the inputs {list(example.unused)}; the file has only {list(example.input_names)}."
+        )
+    if first and caches:
+        rank_zero_info(
+            f"export_onnx: a {caches[0]} isn't an output of the file, which computes each call anew. To generate text, ship a CausalLM."
         )
     model = written.model_proto
     onnx_file.clean(model, example.axes, metadata or {}, example.batch_axes)
@@ -281,28 +286,41 @@ def _canonical(forward: Callable[..., Any], own: Signature, *args: Any, **kwargs
     return forward(*args, **kwargs)
 
 
+class _Result(NamedTuple):
+    """What ``forward`` returned.
+
+    Args:
+        shape: of the result, with the chosen tensors.
+        chosen: their positions and names.
+        caches: classes of the caches in it, which aren't written.
+    """
+
+    shape: ResultShape
+    chosen: dict[int, str]
+    caches: Sequence[str] = ()
+
+
 @contextmanager
-def _tensors_only(
-    module: nn.Module, choose: Choose, others: bool
-) -> Iterator[list[tuple[ResultShape, dict[int, str]]]]:
-    """``module.forward`` returns the chosen tensors alone, as ONNX does; yields the shapes that its results had, with the names."""
+def _tensors_only(module: nn.Module, choose: Choose, others: bool) -> Iterator[list[_Result]]:
+    """``module.forward`` returns the chosen tensors alone, as ONNX does; yields what its results were."""
     if isinstance(
         module, GraphModule
     ):  # made by convert for this export; torch.export doesn't see an instance's forward
-        yield [_graph_tensors_only(module, choose)]
+        yield [_Result(*_graph_tensors_only(module, choose))]
         return
     forward = module.forward
-    shapes: list[tuple[ResultShape, dict[int, str]]] = []
+    results: list[_Result] = []
 
     def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        shape, found = ResultShape.of(forward(*args, **kwargs), others=others)
+        whole = forward(*args, **kwargs)
+        shape, found = ResultShape.of(whole, others=others)
         chosen = choose(shape)
-        shapes.append((shape.select(chosen), chosen))
+        results.append(_Result(shape.select(chosen), chosen, caches_in(whole)))
         return tuple(found[place] for place in chosen)
 
     tensors.__signature__ = signature(forward)  # type: ignore[attr-defined]
     with swapped(module, "forward", tensors):
-        yield shapes
+        yield results
 
 
 def _graph_tensors_only(graph_module: GraphModule, choose: Choose) -> tuple[ResultShape, dict[int, str]]:

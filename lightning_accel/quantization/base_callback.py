@@ -147,6 +147,10 @@ class QuantizingCallback(CompressionCallback):
                     )
                 raise
             self._prepared[path] = forward
+            if forward.caches:
+                rank_zero_info(
+                    f"{type(self).__name__}: a {forward.caches[0]} isn't an output of the exported network, which computes each call anew."
+                )
             for operator, reason in forward.kept_float.items():
                 rank_zero_info(f"{type(self).__name__}: `{operator}` stays float: {reason}.")
         return {**self._prepared, **self._placed}

@@ -361,6 +361,31 @@ def test_quantize_learns_from_the_steps_without_a_trainer():
     assert torch.equal(quantized(x), by_hand(x))
 
 
+class Pairs(OtherName):
+    """Batches are pairs."""
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    validation_step = training_step
+
+
+class Attends(Pairs):
+    """Its steps can't take inputs alone."""
+
+    def forward(self, x):
+        return self.model(x) + x[:, :3].mean(0)
+
+
+@pytest.mark.parametrize("kind", [Pairs, Attends])
+def test_quantize_takes_inputs_alone(kind):
+    torch.manual_seed(0)
+    module, x = kind(), torch.randn(16, 8)
+    quantized = la.quantize(module, [x], target="portable")
+    by_hand = la.quantize(module, [x], target="portable", inputs=lambda b: b)
+    assert torch.equal(quantized(x), by_hand(x))
+
+
 def test_learned_inputs_of_a_batch():
     batch = next(iter(loader()))
     (args, kwargs) = call_from_batch(OtherName(), batch, learned_inputs(None, module := OtherName(), module, batch))

@@ -242,6 +242,50 @@ def test_results_that_no_file_can_hold(module, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Decoder(L.LightningModule):
+    """A decoder of Hugging Face as it comes: it returns logits, and a cache for generating text."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 40}
+        self.model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.parametrize("technique", ["trained", "post-training"])
+def test_a_cache_is_no_output(technique, trainer, tmp_path, caplog):
+    torch.manual_seed(0)
+    ids = torch.randint(40, (16, 8))
+    quantizing = (
+        la.QuantizationAwareTraining("onnxruntime", start=1, calibration_batches=2)
+        if technique == "trained"
+        else la.PostTrainingQuantization(target="onnxruntime")
+    )
+    module, data = Decoder(), DataLoader([{"input_ids": row, "labels": row} for row in ids], 4)
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        trainer(quantizing, la.ModelExport(tmp_path / "bundle", engines="onnxruntime")).fit(module, data, data)
+    assert "a DynamicCache isn't an output" in caplog.text
+    with torch.no_grad(), la.load_runner(tmp_path / "bundle") as runner:
+        assert [spec.name for spec in runner.inputs] == ["input_ids"]
+        want = module.eval()(input_ids=ids)
+        assert want.past_key_values is not None  # the user's own call has it
+        found = runner(ids.numpy())
+    assert np.abs(found - want.logits.numpy()).max() < 0.05 * want.logits.abs().max()
+
+
 class Colour(Enum):
     RED = 1
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from lightning_accel.quantization.graph.attention import PARTS
-from lightning_accel.quantization.graph.operators import JOINS, clip_of
+from lightning_accel.quantization.graph.operators import JOINS, clip_of, reshapes
 from lightning_accel.quantization.graph.plan import KNOWN, WEIGHTED, QuantizationPlan, QuantizationPoint, aten
 from lightning_accel.quantization.graph.sites import Site, operand_of, site_of
 
@@ -160,12 +160,16 @@ def actions_of(plan: QuantizationPlan, rows: Mapping[str, int]) -> Actions:
     """
     actions: Actions = {}
     made = {root for point in plan.points if point.shared or point.index is None for root in point.roots}
+    late = _quantized_late(plan, rows)
     for point, node, site in _of_points(plan):
         action = actions.setdefault(site, SiteAction())
         if point.weight:
             _weigh(action, point, site, plan.dynamic)
             continue
         row = rows[point.key]
+        if made.isdisjoint(point.roots) and late.issuperset(point.roots):
+            _read(action, point, site, row)
+            continue
         for root in point.roots:
             if root in made:
                 source = actions.setdefault(_known(site_of(root)), SiteAction())
@@ -179,6 +183,27 @@ def actions_of(plan: QuantizationPlan, rows: Mapping[str, int]) -> Actions:
             ):  # quantized where it begins to be moved: other readers of what is moved read that, too
                 _move(actions.setdefault(_known(site_of(reader)), SiteAction()), root, reader, row)
     return {site: action for site, action in actions.items() if action != SiteAction()}
+
+
+def _quantized_late(plan: QuantizationPlan, rows: Mapping[str, int]) -> set[Node]:
+    """Tensors that are only reshaped on their way to operators that quantize them with one range: they do so where they read.
+
+    How often a ``forward`` reshapes may depend on its inputs, and the operators are the same.
+    """
+    readers: dict[Node, set[tuple[Node, Node]]] = {}
+    ranges: dict[Node, set[int]] = {}
+    for point in plan.points:
+        for root in point.roots:
+            readers.setdefault(root, set()).add((point.operand, point.node))
+            ranges.setdefault(root, set()).add(rows[point.key])
+
+    def late(root: Node, moved: Node) -> bool:
+        own = readers[root]
+        return all((moved, user) in own or (reshapes(user) and late(root, user)) for user in moved.users)
+
+    firsts = {(root, reader) for point in plan.points for root, reader in point.moved if reader is not point.node}
+    early = {root for root, reader in firsts if not (reshapes(reader) and late(root, reader)) or len(ranges[root]) > 1}
+    return readers.keys() - early
 
 
 def _read(action: SiteAction, point: QuantizationPoint, site: Site, row: int) -> None:

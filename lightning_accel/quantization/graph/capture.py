@@ -37,6 +37,7 @@ from lightning_accel.quantization.graph.operators import is_view
 from lightning_accel.quantization.graph.sites import marked_sites
 
 CALLS = "calls"  # in a captured graph's `meta`: how often each function was called in each submodule
+CACHES = "caches"  # and the classes of the caches that `forward` returns, and the graph doesn't
 
 
 def capture(module: nn.Module, description: Mapping[str, Any], path: str = "") -> GraphModule:
@@ -89,7 +90,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
         kept_state(module),
         unlogged(module),
         named_keywords(module, kwargs),
-        registered_results(module),
+        registered_results(module) as caches,
         one_rank(module),
         mode(module, False),
         warnings.catch_warnings(),
@@ -101,7 +102,7 @@ def _export(module: nn.Module, description: Mapping[str, Any]) -> GraphModule:
                 with marked_sites(module) as counts:
                     program = exported_program(module, (args, kwargs), shapes)
                 graph_module = program.module()
-                graph_module.meta[CALLS] = counts[-1]
+                graph_module.meta |= {CALLS: counts[-1], CACHES: caches}
             finally:
                 torch.set_rng_state(keep)
     graph_module._forward_pre_hooks.clear()  # compare inputs with the example's structure, before `forward` could bind them
@@ -198,13 +199,8 @@ def unknown_result(error: BaseException, what: str) -> str:
     if found is None:
         return ""
     name = found[1].rpartition(".")[2]
-    way = (
-        "Pass `use_cache=False`, as an argument or in the model's `config`"
-        if name.endswith("Cache")
-        else "Leave it out"
-    )
     return (
-        f"Method `forward` must return tensors and plain values, but {what} returns a {name}. {way}, or register it with "
+        f"Method `forward` must return tensors and plain values, but {what} returns a {name}. Leave it out, or register it with "
         "`torch.utils._pytree.register_dataclass`."
     )
 

@@ -16,8 +16,21 @@ CONVOLUTIONS = {
     aten.conv3d.default,
     aten.conv3d.padding,
 }
+# Operators whose result has all elements of the operand once, in their order.
+_RESHAPES = {
+    aten.flatten.using_ints,
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.clone.default,
+    aten.contiguous.default,
+}
 # Operators that only move or select data: the result is on the operand's grid.
 _MOVES = {
+    *_RESHAPES,
     aten.max_pool1d.default,
     aten.max_pool2d.default,
     aten.max_pool3d.default,
@@ -28,15 +41,6 @@ _MOVES = {
     aten.upsample_nearest2d.default,
     aten.upsample_nearest3d.default,
     aten.pixel_shuffle.default,
-    aten.flatten.using_ints,
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.clone.default,
-    aten.contiguous.default,
 }
 # Operators that split a tensor: convolutions share its range, matrix products have a range for each part.
 _SPLITS = {
@@ -49,6 +53,11 @@ _SPLITS = {
     aten.permute.default,
 }
 JOINS = {aten.cat.default, aten.concat.default}
+
+
+def reshapes(node: Node) -> bool:
+    """Whether an operator's result is its operand in another shape."""
+    return node.target in _RESHAPES or (node.target is aten.dropout.default and node.args[2] is False)
 
 
 def writes(node: Node) -> bool:

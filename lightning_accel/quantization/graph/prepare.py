@@ -35,7 +35,7 @@ from lightning_accel.quantization.arithmetic.observers import RangeBank
 from lightning_accel.quantization.arithmetic.targets import ATTENTION, Target
 from lightning_accel.quantization.graph.actions import actions_of, foldable_norm, reachable
 from lightning_accel.quantization.graph.attention import take_apart_attention
-from lightning_accel.quantization.graph.capture import CALLS, capture, one_rank
+from lightning_accel.quantization.graph.capture import CACHES, CALLS, capture, one_rank
 from lightning_accel.quantization.graph.forms import SCALED_LINEAR, forms_of
 from lightning_accel.quantization.graph.insert import DYNAMIC, place_fake_quants
 from lightning_accel.quantization.graph.live import FakeQuantMode, LivePlan, check_calls
@@ -93,6 +93,7 @@ class QuantizedForward:
         self._signature = own_signature(module)
         self._guard, self._warned = InputGuard(inputs, path or type(module).__name__), False
         self.replaced_forward: Any = None  # a `forward` that the user has set on the instance
+        self.caches: list[str] = []  # classes of those that `forward` returns, and the exported network doesn't
         self.bank: RangeBank
         if record is None:
             self._plan_anew()
@@ -117,7 +118,8 @@ class QuantizedForward:
 
     def _plan_anew(self) -> None:
         with torch.inference_mode(False):
-            _, plan, tensors = self._planned()
+            graph, plan, tensors = self._planned()
+        self.caches = graph.meta[CACHES]
         keys = list(dict.fromkeys(tensors.values()))
         if not hasattr(self, "bank") or self.bank.keys != keys:
             self.bank = RangeBank(keys, self.target, self.ranges)

@@ -476,3 +476,23 @@ def test_a_coin_that_changes_how_often_something_is_called_is_told_before_the_fi
         match=r"Module `Drops` must call `TensorBase\.add` \d times.*Put each way into a submodule",
     ):
         quantized(Drops(), torch.randn(4, 8))
+
+
+def test_heads_that_share_keys_are_repeated_or_not_by_what_the_mask_holds():
+    from transformers import LlamaConfig, LlamaModel
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+            self.net = LlamaModel(LlamaConfig(vocab_size=60, num_hidden_layers=2, max_position_embeddings=16, **sizes))
+
+        def forward(self, ids, mask):
+            return self.net(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+
+    torch.manual_seed(0)
+    ids, padded = torch.randint(60, (4, 8)), (torch.arange(8) < torch.tensor([[8], [8], [5], [3]])).long()
+    module = Encoder()
+    quantized(module, ids, padded, target="onnxruntime")
+    whole = module(ids[:2], torch.ones_like(ids[:2]))  # without padding, keys are shared inside of the attention
+    torch.testing.assert_close(whole, module(ids, padded)[:2], rtol=1e-5, atol=1e-5)
