@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from inspect import Parameter, signature
+from inspect import BoundArguments, Parameter, Signature, signature
 from typing import Any
 
 import lightning as L
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_accel.calls.batches import Call, canonical_call, is_target
+from lightning_accel.calls.containers import register
 from lightning_accel.calls.contexts import isolated_random, own_forwards, own_signature, unlogged
 from lightning_accel.calls.manual import own_distillation, own_optimizers
 from lightning_accel.calls.user_code import innermost_line
@@ -220,7 +221,8 @@ def one_line(error: BaseException) -> str:
 def shipped_call(module: nn.Module, call: Call) -> Call:
     """A call without targets where ``forward`` has a default for them, and without keys of dicts that it doesn't read.
 
-    A deployed network has no labels. The network is run in evaluation mode to see what it reads; it is left as it was.
+    A deployed network has no labels. The network is run in evaluation mode to see what it reads and which arguments only a loss
+    depends on; it is left as it was.
 
     Args:
         module: a copy whose own ``forward`` is run.
@@ -236,9 +238,57 @@ def shipped_call(module: nn.Module, call: Call) -> Call:
             bound.arguments[name] = {k: v for k, v in value.items() if not is_target(k)}
         elif parameter.default is None and is_target(name):
             del bound.arguments[name]
+    for name, key in _only_for_a_loss(module, sig, bound):
+        bound.arguments = _without(bound.arguments, name, key)
     bare = canonical_call(sig, bound.args, bound.kwargs)
     whole = canonical_call(sig, *call)
     return _only_read(module, bare if runs(module, bare) else whole)
+
+
+def _only_for_a_loss(module: nn.Module, sig: Signature, bound: BoundArguments) -> list[tuple[str, str]]:
+    """Arguments that are targets by what they do: without one of them a scalar is missing, and all other results are the same.
+
+    Returns:
+        Name of each, with its key if it is among the ``**kwargs``.
+    """
+    found: list[tuple[str, str]] = []
+    try:
+        whole = _outcome(module, bound)
+    except Exception:  # whatever a forward raises; it is told by what runs the network next
+        return found
+    scalars = {path for path, tensor in whole.items() if tensor.ndim == 0}
+    for name, key in _optional_tensors(sig, bound) if scalars else ():
+        try:
+            rest = _outcome(module, BoundArguments(sig, _without(bound.arguments, name, key)))  # type: ignore[arg-type]  # any mapping will do
+        except Exception:  # it needs the argument
+            continue
+        missing = whole.keys() - rest.keys()
+        same = all(path in whole and torch.equal(whole[path], tensor) for path, tensor in rest.items())
+        if rest and missing and missing <= scalars and same:
+            found.append((name, key))
+    return found
+
+
+def _optional_tensors(sig: Signature, bound: BoundArguments) -> Iterator[tuple[str, str]]:
+    for name, value in bound.arguments.items():
+        if sig.parameters[name].kind is Parameter.VAR_KEYWORD:
+            yield from ((name, key) for key, item in value.items() if isinstance(item, torch.Tensor))
+        elif isinstance(value, torch.Tensor) and sig.parameters[name].default is None:
+            yield name, ""
+
+
+def _without(arguments: Mapping[str, Any], name: str, key: str) -> dict[str, Any]:
+    """Arguments by name without one of them, or without a key of the ``**kwargs``."""
+    if not key:
+        return {k: v for k, v in arguments.items() if k != name}
+    return {**arguments, name: {k: v for k, v in arguments[name].items() if k != key}}
+
+
+def _outcome(module: nn.Module, bound: BoundArguments) -> dict[Any, torch.Tensor]:
+    """Tensors of a module's result by their place in it."""
+    with isolated_random(), torch.no_grad(), torch.inference_mode(False):
+        leaves, _ = pytree.tree_flatten_with_path(register(module(*bound.args, **bound.kwargs)))
+    return {path: leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def _only_read(module: nn.Module, call: Call) -> Call:

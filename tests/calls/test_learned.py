@@ -274,6 +274,35 @@ def test_labels_do_not_ship(trainer, tmp_path):
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["outputs"] == ["logits"]
 
 
+class Spanned(Base):
+    """Two targets without a usual name, which `forward` needs both for a loss; a weight of ones changes nothing in this data."""
+
+    def forward(self, image, weight=None, first=None, last=None):
+        logits = self.model(image if weight is None else image * weight)
+        found = {"logits": logits}
+        if first is not None and last is not None:
+            found["loss"] = cross_entropy(logits, first) + cross_entropy(logits, last)
+        return found
+
+    def training_step(self, batch, batch_idx):
+        image, label = batch["image"], batch["label"]
+        return self(image=image, weight=torch.ones_like(image), first=label, last=label)["loss"]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
+class OpenSpanned(Spanned):
+    def forward(self, **batch):
+        return super().forward(**batch)
+
+
+@pytest.mark.parametrize("kind", [Spanned, OpenSpanned])
+def test_what_only_the_loss_reads_does_not_ship(trainer, tmp_path, kind):
+    assert ship(trainer, tmp_path, kind()) == ["image", "weight"]
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["outputs"] == ["logits"]
+
+
 def test_what_only_training_passes_does_not_ship(trainer, tmp_path):
     class Flagged(Base):
         def forward(self, image, noise=False):
