@@ -163,3 +163,26 @@ def test_a_wrong_tensor_that_the_exporter_computed_in_advance_is_found(tmp_path)
     onnx.save(model, export.path)
     says = check_nodes(export.path, export.program, feeds).diverging
     assert f"the stored tensor `{tensor.name}`" in says
+
+
+class Decomposed(nn.Module):
+    """A layer with an adapter of direction and magnitude (https://arxiv.org/abs/2402.09353), whose weights' part the exporter computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(32, 24), nn.Linear(32, 4, bias=False), nn.Linear(4, 24, bias=False)
+        with torch.no_grad():
+            self.up.weight.mul_(1e-4)
+        self.magnitude = nn.Parameter(self.base.weight.detach().norm(dim=1))
+
+    def forward(self, x):
+        scale = self.magnitude / (self.base.weight + self.up.weight @ self.down.weight).norm(dim=1)
+        return self.base(x) + (scale - 1) * (x @ self.base.weight.T) + scale * self.up(self.down(x))
+
+
+def test_rounding_in_a_tensor_that_the_exporter_computed_in_advance_is_no_fault(tmp_path):
+    torch.manual_seed(0)
+    module, x = Decomposed().eval(), torch.randn(8, 32)
+    export = export_onnx(module, x, tmp_path / "m.onnx")  # which compares it
+    feeds = {export.input_names[0]: x.numpy()}
+    assert not check_nodes(export.path, export.program, feeds).diverging
