@@ -259,7 +259,7 @@ def _only_for_a_loss(module: nn.Module, sig: Signature, bound: BoundArguments) -
     scalars = {path for path, tensor in whole.items() if tensor.ndim == 0}
     for name, key in _optional_tensors(sig, bound) if scalars else ():
         try:
-            rest = _outcome(module, BoundArguments(sig, _without(bound.arguments, name, key)))  # type: ignore[arg-type]  # any mapping will do
+            rest = _outcome(module, BoundArguments(sig, _without(bound.arguments, name, key)))
         except Exception:  # it needs the argument
             continue
         missing = whole.keys() - rest.keys()
