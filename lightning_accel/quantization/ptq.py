@@ -316,6 +316,12 @@ class PostTrainingQuantization(QuantizingCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if self._placed and trainer.ckpt_path is None:
+            raise InvalidArgumentError(
+                "Argument `model` of `fit` must be a float network to train with PostTrainingQuantization, but got one that an earlier "
+                "`fit` has quantized. Build it anew, or load a checkpoint that was written during training; QuantizationAwareTraining "
+                "trains a quantized network."
+            )
         if self._placed:
             raise InvalidArgumentError(
                 "Argument `ckpt_path` must be a checkpoint of the float network to train on with PostTrainingQuantization, but "

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_accel as la
 from lightning_accel.calls.contexts import own_signature
 from lightning_accel.engines.onnxruntime import OnnxRuntimeRunner
+from lightning_accel.errors import InvalidArgumentError
 from lightning_accel.quantization.graph.prepare import quantized_forwards
 from lightning_accel.verification.file import prove_file
 from lightning_accel.verification.integers import check_integers
@@ -320,3 +321,14 @@ def test_sensitivity_by_a_loss_of_ones_own():
     )
     assert found.what == "growth of the loss"
     assert set(found.costs) == {"net.conv1", "net.conv2", "net.add1", "net.head"}
+
+
+def test_a_network_that_a_fit_has_quantized_is_not_trained_again_as_if_it_were_float(trainer):
+    module, quantizing = Classifier(), la.PostTrainingQuantization("portable", calibration_batches=1)
+    trainer(quantizing, max_epochs=1).fit(module, loader(16))
+    with pytest.raises(
+        InvalidArgumentError,
+        match=r"Argument `model` of `fit` must be a float network .* an earlier `fit` has quantized",
+    ):
+        trainer(la.PostTrainingQuantization("portable", calibration_batches=1), max_epochs=1).fit(module, loader(16))
+    assert quantized_forwards(module)  # as the first run left it
