@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_accel.calls.batches import Call
@@ -117,6 +117,20 @@ def outputs_of(module: nn.Module, call: Call, training: bool = False) -> list[to
     return found
 
 
+class _WithoutDropout(TorchFunctionMode):
+    """Inside the block dropout passes everything on: with fewer channels it would draw others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if "dropout" in name:
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            args, kwargs = args[:4] + ((0.0, *args[5:]) if len(args) > 4 else ()), {**kwargs}
+            if len(args) <= 4:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _other_buffers(module: nn.Module) -> Iterator[None]:
     """Copies take the place of all buffers inside the block; unlike what is restored in place, they stay right for gradients."""
@@ -153,10 +167,7 @@ def _run(module: nn.Module, call: Call, training: bool) -> Any:
     dtype = torch.get_default_dtype()
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     try:
-        with isolated_random(), mode(module, training), torch.inference_mode(False):
-            for part in module.modules():
-                if isinstance(part, _DropoutNd):
-                    part.training = False
+        with isolated_random(), mode(module, training), torch.inference_mode(False), _WithoutDropout():
             torch.manual_seed(0)
             torch.set_default_dtype(dtype if parameter is None else parameter.dtype)
             return module(*call[0], **call[1])

@@ -176,7 +176,7 @@ def learned_inputs(
             continue
         seen = observe(pl_module, trainer, step, batch, keep)
         call = seen.first(path)
-        if call is not None and _took_sample(seen, call, batch) and _fits(part, batch):
+        if call is not None and _took_sample(call, batch) and _fits(part, batch):
             continue
         if call is not None:
             return _inputs(trainer, pl_module, part, path, step, _shipped(part, call), batch)
@@ -192,12 +192,12 @@ def _inputs(
     return ReplayedInputs(trainer, pl_module, part, path, step) if template is None else LearnedInputs(template)
 
 
-def _took_sample(seen: SeenStep, call: Call, batch: Any) -> bool:
+def _took_sample(call: Call, batch: Any) -> bool:
     """Whether a step, given inputs without targets, took the first sample for the inputs: ``batch[0]``."""
     given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
-    if not isinstance(batch, torch.Tensor) or any(leaf is batch for leaf in given):
+    if not isinstance(batch, torch.Tensor) or not len(batch):
         return False
-    return bool(seen.error) or all(leaf.shape[:1] != batch.shape[:1] for leaf in given)
+    return any(leaf.shape == batch.shape[1:] and torch.equal(leaf.to(batch), batch[0]) for leaf in given)
 
 
 def _fits(part: nn.Module, batch: Any) -> bool:

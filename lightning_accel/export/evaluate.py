@@ -66,7 +66,7 @@ def user_metrics(module: L.LightningModule, data: HeldOut) -> dict[str, float]:
         patches.swap(module, hook, replacement)
     patches.swap(module, "_trainer", module._trainer)  # `validate` attaches its own
     try:
-        with warnings.catch_warnings(), isolated_random(), as_in_training():
+        with warnings.catch_warnings(), isolated_random(0), as_in_training():
             warnings.simplefilter("ignore")  # advice on loaders, given once already during the run
             trainer = counterpart(L.Trainer, module)(
                 accelerator="cpu",

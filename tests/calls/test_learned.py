@@ -406,6 +406,24 @@ class Attends(Pairs):
         return self.model(x) + x[:, :3].mean(0)
 
 
+class TimeFirst(OtherName):
+    """Its steps scale a batch and put another dimension first."""
+
+    def training_step(self, batch, batch_idx):
+        return self((batch / 255).transpose(0, 1)).square().mean()
+
+    validation_step = training_step
+
+
+def test_what_a_step_makes_of_inputs_alone_is_not_taken_for_a_sample():
+    torch.manual_seed(0)
+    module, x = TimeFirst(), 255 * torch.rand(5, 6, 8)
+    quantized = la.quantize(module, [x], target="portable")
+    by_hand = la.quantize(module, [x], target="portable", inputs=lambda b: (b / 255).transpose(0, 1))
+    probe = torch.rand(6, 5, 8)
+    assert torch.equal(quantized(probe), by_hand(probe))
+
+
 @pytest.mark.parametrize("kind", [Pairs, Attends])
 def test_quantize_takes_inputs_alone(kind):
     torch.manual_seed(0)

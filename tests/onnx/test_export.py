@@ -375,6 +375,23 @@ def test_a_failed_capture_is_a_line_and_prints_no_graph(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+class Hidden(torch.nn.Module):
+    """Attention with a floating-point mask; its argument is called as torch.export calls parameters."""
+
+    def forward(self, x, p_mask):
+        return nn.functional.scaled_dot_product_attention(x, x, x, p_mask)
+
+
+def test_a_mask_is_an_input_whatever_its_name(tmp_path):
+    x, mask = torch.randn(2, 2, 4, 8), torch.zeros(2, 1, 4, 4)
+    mask[0, 0, 1] = -torch.inf
+    export = export_onnx(Hidden(), (x, mask), tmp_path / "m.onnx")
+    with load_runner(export.path) as runner:
+        found = next(iter(runner.run({"x": x.numpy(), "p_mask": mask.numpy()}).values()))
+    np.testing.assert_allclose(found, Hidden()(x, mask).numpy(), rtol=1e-5, atol=1e-6)
+    assert not found[0, :, 1].any()
+
+
 class Causal(torch.nn.Module):
     """An encoder of sequences with padding in front: its first queries may look nowhere."""
 

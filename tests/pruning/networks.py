@@ -349,6 +349,21 @@ class Halves(nn.Module):
         return self.head(torch.relu(self.last(x)).mean((2, 3)))
 
 
+class Dropping(nn.Module):
+    """Dropout as a function, and an auxiliary head whose loss train mode returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.middle, self.deep = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 24, 1), nn.Conv2d(24, 16, 1)
+        self.head, self.auxiliary = nn.Linear(16, 4), nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        deep = nn.functional.dropout(torch.relu(self.middle(x)), 0.1, self.training)
+        logits = self.head(torch.relu(self.deep(deep)).mean((2, 3)))
+        return (logits, (self.auxiliary(x.mean((2, 3))) - logits).square().mean()) if self.training else logits
+
+
 class Scaled(nn.Module):
     """A depthwise convolution, LayerNorm over the last dimension and a scale of its own (ConvNeXt)."""
 

@@ -165,6 +165,34 @@ def test_a_wrong_tensor_that_the_exporter_computed_in_advance_is_found(tmp_path)
     assert f"the stored tensor `{tensor.name}`" in says
 
 
+class TwiceMasked(nn.Module):
+    """Adds two masks of float32's smallest number, whose sum is minus infinity in float32 and finite in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, least = nn.Linear(4, 4), torch.finfo(torch.float32).min
+        masked = torch.eye(4, dtype=torch.bool).roll(1, 1)
+        self.register_buffer("first", torch.zeros(4, 4).masked_fill(masked, least))
+        self.register_buffer("bias", torch.linspace(0.5, 1.5, 16).reshape(4, 4).masked_fill(masked, 0.0))
+
+    def forward(self, x):
+        return torch.softmax(self.linear(x)[:, None] + (self.first + self.first + self.bias), -1)
+
+
+def test_overflow_of_float32_excuses_nothing(tmp_path):
+    module, x = TwiceMasked().eval(), torch.randn(8, 4)
+    export = export_onnx(module, x, tmp_path / "m.onnx")
+    feeds = {export.input_names[0]: x.numpy()}
+    assert not check_nodes(export.path, export.program, feeds).diverging
+    model = onnx.load(export.path)
+    arrays = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
+    (tensor,) = (t for t in model.graph.initializer if np.isinf(arrays[t.name]).any())
+    arrays[tensor.name][np.isfinite(arrays[tensor.name])] *= -3
+    tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+    onnx.save(model, export.path)
+    assert f"the stored tensor `{tensor.name}`" in check_nodes(export.path, export.program, feeds).diverging
+
+
 class Decomposed(nn.Module):
     """A layer with an adapter of direction and magnitude (https://arxiv.org/abs/2402.09353), whose weights' part the exporter computes."""
 

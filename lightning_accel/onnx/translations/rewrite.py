@@ -20,6 +20,7 @@ from lightning_accel.onnx.translations import (
     spectral,
 )
 from lightning_accel.onnx.translations.rule import Rule, Stand
+from lightning_accel.quantization.graph.attention import STORED
 
 _FAMILIES = (
     attention,
@@ -47,6 +48,9 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
     Returns:
         Another program, or the same one if nothing is to be replaced.
     """
+    inputs = set(program.graph_signature.user_inputs)
+    for node in program.graph.find_nodes(op="placeholder"):
+        node.meta[STORED] = node.name not in inputs
     found = {
         node: stand
         for node in program.graph.nodes

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 FUSED_ATTENTION = aten.scaled_dot_product_attention.default
 SCORES, VALUES = "attention_scores", "attention_values"
 PARTS = (SCORES, VALUES)  # names of the matrix products
-_STORED = ("p_", "b_", "c_", "obj_")  # how torch.export names what isn't an input
+STORED = "stored"  # in the metadata of placeholders: whether it is a parameter, a buffer or a constant of a program
 Quantizer = Callable[[str, int, torch.Tensor], torch.Tensor]  # of an operand of a matrix product, by name and position
 
 
@@ -19,7 +19,7 @@ def depends_on_inputs(node: Node) -> bool:
     seen, waiting = {node}, [node]
     while waiting:
         one = waiting.pop()
-        if one.op == "placeholder" and not one.name.startswith(_STORED):
+        if one.op == "placeholder" and not one.meta.get(STORED):
             return True
         # Sizes aren't tensors: a mask of a sequence's length is no input's value.
         tensors = (n for n in one.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor))

@@ -14,6 +14,7 @@ from lightning_accel.core.effective_weight import linear_layers
 from lightning_accel.core.patching import swapped
 from lightning_accel.quantization.weight_only.layers import block_of
 
+_MUCH = 2**32  # bytes of results of blocks that are kept
 Function = Callable[..., Any]
 Value = TypeVar("Value")
 
@@ -122,14 +123,37 @@ class BlockRuns:
         return order
 
     def _prove(self, results: bool) -> None:
-        ends = [*range(len(self._order)), *([None] if results else [])]
-        for self._chain in (True, False):
+        # The last block first: what it reads from objects is then as `_disturb` left it, since no block before it has run.
+        ends = [*([None] if results else []), *reversed(range(len(self._order)))]
+        ways = (True, False) if self._fits() else (True,)
+        for self._chain in ways:
+            self._disturb()
             if not self._record.loose and all(self._is_reproduced(end) for end in ends):
                 break
         else:
             self._order = []
         if not results:
             self._record = _Record(-1)
+
+    def _disturb(self) -> None:
+        """Run with other values, so that a block which reads what another one has left on an object doesn't find what was recorded."""
+        if len(self._batches) > 1:
+            self._call(self._batches[1])
+            return
+        weights = [w for layer in self._layers.values() if isinstance(w := layer.weight, torch.Tensor)]
+        before = [weight.data for weight in weights]
+        try:
+            for weight in weights:
+                weight.data = weight.data * 1.25
+            self._call(self._batches[0])
+        finally:
+            for weight, data in zip(weights, before, strict=True):
+                weight.data = data
+
+    def _fits(self) -> bool:
+        """Whether the results of all blocks may be kept for all batches, should that be necessary."""
+        tensors = [leaf for leaf in tree_leaves(self._record.results) if isinstance(leaf, torch.Tensor)]
+        return sum(t.nbytes for t in tensors) * len(self._batches) <= _MUCH
 
     def _is_reproduced(self, end: int | None) -> bool:
         """Whether a block returns the same when the blocks before it don't run; ``None`` stands for the network."""
@@ -168,15 +192,14 @@ class LatestInput(Generic[Value]):
 
     def get(self, x: torch.Tensor) -> Value | None:
         """The value that was put for a tensor, unless another one was put since, or the tensor was changed in place."""
-        return self._value if self._tensor is x and self._version == _version(x) else None
+        if x.is_inference():  # such a tensor doesn't count its changes
+            return None
+        return self._value if self._tensor is x and self._version == x._version else None
 
     def put(self, x: torch.Tensor, value: Value) -> None:
         """Keep a value for a tensor."""
-        self._tensor, self._version, self._value = x, _version(x), value
-
-
-def _version(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+        if not x.is_inference():
+            self._tensor, self._version, self._value = x, x._version, value
 
 
 class _Reached(BaseException):  # `except Exception` in a network must not catch it
@@ -277,5 +300,8 @@ def _empty(result: Any) -> Any:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether the tensors of two results are the same, bit for bit."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    leaves = tree_leaves(one), tree_leaves(other)
+    if len(leaves[0]) != len(leaves[1]):
+        return False
+    pairs = zip(*leaves, strict=True)
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, torch.Tensor))

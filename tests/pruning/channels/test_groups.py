@@ -155,6 +155,12 @@ CASES = [
             "head": "output",
         },
     ),
+    (
+        nets.Dropping,
+        X,
+        {"stem": (64, 1), "middle": (24, 1), "deep": (16, 1)},
+        {"head": "output"},
+    ),
     (nets.Scaled, X, {"up": (32, 1)}, {"stem": "LayerNorm `norm` normalises over its channels", "head": "output"}),
     (
         nets.Parametrized,
@@ -203,6 +209,7 @@ NAMES = [
         "dense",
         "shuffle",
         "halves",
+        "dropout as a function",
         "layer scale",
         "weight norm",
         "glu",

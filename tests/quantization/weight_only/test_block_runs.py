@@ -202,6 +202,63 @@ def t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**size, decoder_start_token_id=0))
 
 
+class Shares(nn.Module):
+    """Later blocks read what the first has left on an object that isn't a module."""
+
+    def __init__(self):
+        super().__init__()
+        store = {}
+        self.blocks = nn.ModuleList(Reads(index, store) for index in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Reads(nn.Module):
+    def __init__(self, index, store):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.index, self.store = index, store
+
+    def forward(self, x):
+        if self.index == 0:
+            self.store["value"] = self.a(x)
+        return x + self.b(torch.relu(self.a(x + self.store["value"]) if self.index > 1 else self.a(x)))
+
+
+class Features(nn.Module):
+    """Returns what each block computed, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Counted() for _ in range(3))
+
+    def forward(self, x):
+        found = []
+        for block in self.blocks:
+            x = block(x)
+            found.append(x)
+        return (x, *found)
+
+
+class ChangesItsInput(nn.Module):
+    """Two layers read one tensor, which is changed in place in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x.clone()
+            first = block["a"](x)
+            x.relu_()
+            x = first + block["b"](x)
+        return x
+
+
 def encoder():
     return nn.Sequential(*[nn.TransformerEncoderLayer(64, 4, 96, batch_first=True) for _ in range(3)])
 
@@ -221,6 +278,9 @@ NETWORKS = {
     "remembering": Remembering,
     "outside": Outside,
     "sometimes": sometimes,
+    "shares": Shares,
+    "features": Features,
+    "changes": ChangesItsInput,
 }
 
 
@@ -253,6 +313,26 @@ def test_the_weights_equal_those_of_whole_runs(make, method):
             assert torch.equal(value, weights[name]), name
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("make", [Shares, ChangesItsInput])
+def test_one_batch_and_inference_mode_change_nothing(make, method):
+    net = made(make)
+    other, batches = copy.deepcopy(net), batches_of(net, 1)
+    names = quantize_weights_(net, method=method, batches=batches)
+    whole = copy.deepcopy(other)
+    (gptq_of_whole_runs if method == "gptq" else awq_of_whole_runs)(whole, names, batches)
+
+    def call(batch):
+        with torch.inference_mode():
+            return other(batch)
+
+    quantize_weights_(other, method=method, batches=batches, call=call)
+    for name in names:
+        want = rows_of(whole.get_submodule(name))
+        assert torch.equal(net.get_submodule(name).effective_weight(), want), name
+        assert torch.equal(other.get_submodule(name).effective_weight(), want), name
+
+
 @pytest.mark.parametrize("kind", ["chain", "skipping"])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_block_runs_as_often_in_a_deep_network(kind, method):
@@ -271,14 +351,17 @@ def test_gptq_runs_a_block_three_times_for_a_batch():
     runs = []
     net.model.layers[1].mlp.register_forward_hook(lambda *_: runs.append(1))
     quantize_weights_(net, method="gptq", batches=batches_of(net, 5), exclude="lm_head")
-    tried, ordered = 2, 4  # the first batch, and the others to see in which order they call the blocks
+    tried, ordered = (
+        3,
+        4,
+    )  # the first batch with another in between, and the others to see in which order they call the blocks
     assert len(runs) == tried + ordered + 2 * 5
 
 
 def test_a_block_that_is_left_out_does_not_run_again():
     net = made(lambda: Skipping(6))
     quantize_weights_(net, method="gptq", batches=batches_of(net, 1), include=["head", "blocks.4*", "blocks.5*"])
-    tried = 3  # recorded, and tried as a chain, which it isn't
+    tried = 4  # recorded, run with other values before each of two tries, and run in one of them
     assert max(block.runs for block in net.blocks[:4]) == tried + 1
 
 
