@@ -1,6 +1,5 @@
 """ModelExport: write the trained network as a verified bundle when ``fit`` ends."""
 
-import json
 import os
 import shlex
 import sys
@@ -36,9 +35,10 @@ from lightning_accel.core.shards import gathered, whole_copy
 from lightning_accel.core.strategies import Capability, prepares_early, require, shards
 from lightning_accel.core.trainers import callbacks_of, is_fast_dev_run
 from lightning_accel.engines.manifest import MANIFEST
-from lightning_accel.engines.registry import all_engines, engine_named, engine_names
+from lightning_accel.engines.registry import engine_names
 from lightning_accel.errors import InvalidArgumentError, RunError
 from lightning_accel.export.bundle_reports import summary
+from lightning_accel.export.conflicts import check_callbacks, check_precision
 from lightning_accel.export.failures import failed_line
 from lightning_accel.export.held_out import HeldOut, held_out
 from lightning_accel.export.history import history, measured, timeline
@@ -51,7 +51,6 @@ from lightning_accel.onnx.pre_post import surrounded
 from lightning_accel.quantization.base_callback import QuantizingCallback
 from lightning_accel.quantization.graph.prepare import QuantizedForward, quantized_forwards
 from lightning_accel.quantization.ptq import PostTrainingQuantization
-from lightning_accel.quantization.weight_only.callback import WeightOnlyQuantization
 from lightning_accel.reports.curves import Curves
 from lightning_accel.reports.model import Report
 
@@ -497,56 +496,21 @@ class ModelExport(TrainerCallback):
         return {**run_facts, "timeline": timeline(states)}
 
     def check_plan(self, trainer: L.Trainer) -> None:
-        """Check before training that callbacks don't contradict each other and that engines are installed."""
-        qat = _qat(trainer)
-        if callbacks_of(trainer, WeightOnlyQuantization):
-            raise InvalidArgumentError(
-                "Argument `callbacks` must hold LanguageModelExport with WeightOnlyQuantization, but got ModelExport, whose files have no "
-                "integer weights with float activations."
-            )
-        if len(qat) > 1:
-            raise InvalidArgumentError(
-                f"ModelExport must see at most one QuantizationAwareTraining or PostTrainingQuantization, but got {len(qat)}."
-            )
-        if self.ckpt_path != "last" and any(isinstance(c, PostTrainingQuantization) for c in qat):
-            raise InvalidArgumentError(
-                f'Argument `ckpt_path` must be "last" with PostTrainingQuantization, whose ranges belong to the last weights, but got '
-                f"{self.ckpt_path!r}. Quantize another checkpoint with `lightning-accel quantize --ckpt-path`."
-            )
-        if self.ckpt_path == "best" and not callbacks_of(trainer, Checkpoint):
-            raise InvalidArgumentError(
-                'Argument `ckpt_path` must be "last" or a path without a ModelCheckpoint, but got "best". Add one with `monitor=`, which '
-                "says what the best is."
-            )
-        if self.precision == "int8" and not qat:
-            raise InvalidArgumentError(
-                'Argument `precision` must be "fp32" or None without a callback that quantizes, but got "int8".'
-            )
-        if self.precision not in (None, "int8") and qat:
-            raise InvalidArgumentError(
-                f'Argument `precision` must be "int8" or None with QuantizationAwareTraining, but got "{self.precision}".'
-            )
-        batch = self._batch(trainer)
+        """Check before training that callbacks don't contradict each other and that engines are installed.
+
+        Raises:
+            InvalidArgumentError: they do; the message names the argument.
+            MissingPackageError: an engine isn't installed.
+        """
+        wanted, batch = self._wanted_engines(trainer), self._batch(trainer)
+        check_callbacks(trainer, self.ckpt_path)
+        check_precision(self.precision, _qat(trainer), wanted)
         if self.budgets is not None and (batch["batch"] == "fixed" or batch["batch_axis"] is not None):
             raise InvalidArgumentError(
                 "Argument `budgets` must be None for a network whose batch is fixed or isn't the first axis of every input, which the "
                 f"common variants are measured with, but got {self.budgets}."
             )
-        wanted = self._wanted_engines(trainer)
-        others = [e for e in wanted if self.precision is not None and self.precision not in engine_named(e).precisions]
-        if self.precision == "bf16" and others:
-            able = json.dumps([spec.name for spec in all_engines() if "bf16" in spec.precisions])
-            raise InvalidArgumentError(
-                f'Argument `engines` must be {able} for precision "bf16", but got {others}, which have no bf16 kernels.'
-            )
-        if others:
-            raise InvalidArgumentError(
-                f'Argument `engines` must not hold "{others[0]}" for precision "{self.precision}", which it doesn\'t run.'
-            )
-        for callback in qat:
-            for engine in self._wanted_engines(trainer):
-                check_engine(callback.target, engine)
-        check_installed(self._wanted_engines(trainer))
+        check_installed(wanted)
 
     def _preflight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export, verify and build the untrained network."""
