@@ -26,6 +26,7 @@ else:
 if torch.distributed.get_rank() == 0:
     torch.save(found, folder / f"{step}.pt")
 torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # a thread of gloo that outlives the interpreter aborts the process
 """
 
 
