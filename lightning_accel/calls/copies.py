@@ -1,7 +1,7 @@
 """Copies of a module for trial runs, with their outputs and costs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -100,14 +100,14 @@ def outputs_of(module: nn.Module, call: Call, training: bool = False) -> list[to
     Gradients are enabled: without them some layers use a fused path that can't be traced.
 
     Args:
-        module: its buffers keep their values.
+        module: in train mode its buffers keep their values.
         call: arguments of its ``forward``.
-        training: whether it is in train mode, apart from its dropout layers; else in eval mode.
+        training: whether it is in train mode, else in eval mode; dropout is off in both.
 
     Raises:
         InvalidArgumentError: the module returns none.
     """
-    with torch.enable_grad(), _other_buffers(module):
+    with torch.enable_grad(), _other_buffers(module) if training else nullcontext():
         result = _run(module, call, training)
     found = [t for t in _tensors(result) if t.is_floating_point()]
     if not found:
@@ -125,9 +125,10 @@ class _WithoutDropout(TorchFunctionMode):
         if "dropout" in name:
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
-            args, kwargs = args[:4] + ((0.0, *args[5:]) if len(args) > 4 else ()), {**kwargs}
-            if len(args) <= 4:
-                kwargs["dropout_p"] = 0.0
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 

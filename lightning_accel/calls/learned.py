@@ -194,9 +194,9 @@ def _inputs(
 
 def _took_sample(call: Call, batch: Any) -> bool:
     """Whether a step, given inputs without targets, took the first sample for the inputs: ``batch[0]``."""
-    given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     if not isinstance(batch, torch.Tensor) or not len(batch):
         return False
+    given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, torch.Tensor)]
     return any(leaf.shape == batch.shape[1:] and torch.equal(leaf.to(batch), batch[0]) for leaf in given)
 
 

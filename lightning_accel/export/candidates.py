@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_accel.benchmarking.comparison import usable_cores
+from lightning_accel.benchmarking.comparison import BenchmarkSettings, usable_cores
 from lightning_accel.benchmarking.measure import BenchmarkResult, benchmark
 from lightning_accel.calls.example import ExampleCall
 from lightning_accel.engines.base import Runner, load_runner
@@ -32,8 +32,6 @@ from lightning_accel.verification.engine import prove_engine
 from lightning_accel.verification.result import Verification
 
 FP16_ALTERNATIVE = "network fp16, tensorrt"
-
-_ROUNDS = 8  # of the measurement of a large network, as in `BenchmarkSettings`; others reach more in the same time
 
 
 @dataclass
@@ -442,7 +440,7 @@ def measure_latency(rows: dict[str, Row], runners: Mapping[str, Runner], files: 
     """
     feeds = files.layout.sized(files.samples, batch)
     calls = {label: partial(runner.run, feeds) for label, runner in runners.items()}
-    measured = benchmark(calls, min_rounds=_ROUNDS)
+    measured = benchmark(calls, min_rounds=BenchmarkSettings.min_rounds)
     for m in measured.measurements:
         row = rows[m.name]
         row.p50_ms, row.p90_ms = m.p50_ms, m.p90_ms

@@ -19,6 +19,7 @@ from lightning_accel.verification.tolerances import FLOAT, Tolerance
 
 Feeds = Mapping[str, np.ndarray]
 Network = Callable[[Feeds], Mapping[str, np.ndarray]]
+Memory = dict[bytes, Mapping[str, np.ndarray]]  # digest of inputs -> outputs
 
 _SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
 _REMEMBERED = 2**28  # bytes of outputs that are kept
@@ -34,7 +35,7 @@ class Remembered:
     """
 
     network: Network
-    memory: dict[bytes, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    memory: Memory = field(default_factory=dict)
 
     def __call__(self, feeds: Feeds) -> Mapping[str, np.ndarray]:
         """Outputs by name; not to be changed."""

@@ -4,16 +4,14 @@ Each node, fed PyTorch's values, must compute what PyTorch computes. End to end 
 much as PyTorch differs from itself, which in a deep network is far more than one node's rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from lightning_accel.engines.base import load_runner
 from lightning_accel.errors import VerificationError
 from lightning_accel.onnx.export import OnnxExport
-from lightning_accel.verification.compare import Feeds, Network, Remembered, verify
+from lightning_accel.verification.compare import Feeds, Memory, Network, Remembered, verify
 from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.network import ModuleNetwork
 from lightning_accel.verification.nodes import NodeCheck, check_nodes
@@ -137,7 +135,7 @@ def prove_file(
     form = layout or Layout.of_samples(samples)
     known = network if isinstance(network, Remembered) else Remembered(network)
     others = known.network.orders() if isinstance(known.network, ModuleNetwork) else {}
-    written: dict[bytes, Mapping[str, np.ndarray]] = {}
+    written: Memory = {}
     check = _end_to_end(export, form, known, written, samples, tolerance, what, batch_sizes, check_agreement)
     nodes = _nodes(export, samples, layout)
     null = NullDivergence(export.path, samples, nodes.noise, known, others, layout, written)
@@ -157,7 +155,7 @@ def _end_to_end(
     export: OnnxExport,
     form: Layout,
     network: Network,
-    written: dict[bytes, Mapping[str, np.ndarray]],
+    written: Memory,
     samples: Feeds,
     tolerance: Tolerance,
     what: str,

@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from lightning_accel.engines.base import Runner, load_runner
 from lightning_accel.onnx.file import reads
-from lightning_accel.verification.compare import Feeds, Network, Remembered, verify
+from lightning_accel.verification.compare import Feeds, Memory, Network, Remembered, verify
 from lightning_accel.verification.layout import Layout
 from lightning_accel.verification.result import Verification
 from lightning_accel.verification.tolerances import Tolerance
@@ -180,7 +180,7 @@ class NullDivergence:
     network: Network | None = None
     others: Mapping[str, Network] = field(default_factory=dict)
     layout: Layout | None = None
-    written: dict[bytes, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    written: Memory = field(default_factory=dict)
     _known: dict[Any, dict[str, Verification]] = field(default_factory=dict)
 
     def orders(self, tolerance: Tolerance) -> dict[str, Verification]:

@@ -138,6 +138,15 @@ def test_weights_beside_the_file_are_the_same_network(float_case, shipped):
     assert (shipped / "bundle.onnx").stat().st_size < (shipped / "bundle.onnx.data").stat().st_size * 10
 
 
+def change_stored(path, chosen, change):
+    """Change the one stored tensor that `chosen` finds; returns its name."""
+    model = onnx.load(path)
+    (tensor,) = (t for t in model.graph.initializer if chosen(numpy_helper.to_array(t)))
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name))
+    onnx.save(model, path)
+    return tensor.name
+
+
 class Masked(nn.Module):
     """Adds a mask that the exporter computes in advance: it is stored under the name of a tensor that PyTorch computes."""
 
@@ -155,14 +164,11 @@ def test_a_wrong_tensor_that_the_exporter_computed_in_advance_is_found(tmp_path)
     export = export_onnx(module, x, tmp_path / "m.onnx")
     feeds = {export.input_names[0]: x.numpy()}
     assert not check_nodes(export.path, export.program, feeds).diverging
-    model = onnx.load(export.path)
-    (tensor,) = (t for t in model.graph.initializer if list(t.dims) == [1, 2, 2])
-    array = numpy_helper.to_array(tensor).copy()
-    array[0, 1, 0] = -2.999
-    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    onnx.save(model, export.path)
+    name = change_stored(
+        export.path, lambda a: a.shape == (1, 2, 2), lambda a: np.where(a == -3, np.float32(-2.999), a)
+    )
     says = check_nodes(export.path, export.program, feeds).diverging
-    assert f"the stored tensor `{tensor.name}`" in says
+    assert f"the stored tensor `{name}`" in says
 
 
 class TwiceMasked(nn.Module):
@@ -184,13 +190,8 @@ def test_overflow_of_float32_excuses_nothing(tmp_path):
     export = export_onnx(module, x, tmp_path / "m.onnx")
     feeds = {export.input_names[0]: x.numpy()}
     assert not check_nodes(export.path, export.program, feeds).diverging
-    model = onnx.load(export.path)
-    arrays = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in model.graph.initializer}
-    (tensor,) = (t for t in model.graph.initializer if np.isinf(arrays[t.name]).any())
-    arrays[tensor.name][np.isfinite(arrays[tensor.name])] *= -3
-    tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
-    onnx.save(model, export.path)
-    assert f"the stored tensor `{tensor.name}`" in check_nodes(export.path, export.program, feeds).diverging
+    name = change_stored(export.path, lambda a: np.isinf(a).any(), lambda a: np.where(np.isfinite(a), -3 * a, a))
+    assert f"the stored tensor `{name}`" in check_nodes(export.path, export.program, feeds).diverging
 
 
 class Decomposed(nn.Module):

@@ -23,9 +23,8 @@ _STRENGTHS = tuple(i / 20 for i in range(20))  # powers of the mean magnitude; 0
 _CLIPS = tuple(1 - i / 20 for i in range(11))  # of the value of largest magnitude in a group
 _ROWS = 512  # input vectors of a layer that are kept
 _TRIES = 4  # linear layers that may make an input
-_EQUAL = (
-    1e-5  # of the largest value of a vector: float32's sums in another order; a wrong maker changes values by multiples
-)
+# Of the largest value of a vector: float32's sums in another order; a wrong maker changes values by multiples.
+_EQUAL = 1e-5
 
 Run = Callable[[Any], Any]
 

@@ -44,9 +44,8 @@ class BlockRuns:
         self._parameters = {block: {id(p) for p in block.parameters()} for block in self._blocks}
         self._open = {id(layer.weight) for layer in self._layers.values()}  # weights that will change
         self._batches, self._call = batches, call
-        self._kept: list[list[Any]] = [
-            [] for _ in batches
-        ]  # results of the first blocks, for each batch, once they are final
+        # Results of the first blocks, for each batch, once they are final.
+        self._kept: list[list[Any]] = [[] for _ in batches]
         self._record = self._recorded(0)
         self._order = self._record.order  # empty: the whole network runs
         self._chain = False

@@ -136,9 +136,8 @@ def _hessians(
     """Sum of ``x xᵀ`` over all inputs of each layer, with the names of the layers that read the same ones."""
     sums: dict[str, torch.Tensor] = {}
     calls = Counter[str]()
-    leaders = {
-        name: Counter[str]() for name in layers
-    }  # how often a layer read the tensor that another had read just before
+    # How often a layer read the tensor that another had read just before.
+    leaders = {name: Counter[str]() for name in layers}
     latest = LatestInput[str]()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
